@@ -1,0 +1,34 @@
+"""Errors. Every one is a `RevwireError` and also the builtin that a caller would expect.
+
+A message has four parts: where (a module path), what was got, what was expected, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class RevwireError(Exception):
+    """Base of all errors raised by revwire."""
+
+
+class CouplingError(RevwireError, ValueError):
+    """A coupling, or a combination of a coupling and an arithmetic, that does not exist."""
+
+
+class CaptureError(RevwireError, RuntimeError):
+    """A module whose forward could not be captured as a graph."""
+
+
+class ConversionError(RevwireError, ValueError):
+    """A model that cannot be converted, planned or reverted as asked."""
+
+
+class ReconstructionError(RevwireError, RuntimeError):
+    """The backward pass could not rebuild what the forward pass computed; no gradient was returned."""
+
+
+class RangeError(RevwireError, OverflowError):
+    """A value left the range of the fixed-point streams, or is not finite."""
+
+
+class UnsupportedTransformError(RevwireError, NotImplementedError):
+    """Double backward, forward-mode AD or a `torch.func` transform through a reversible chain."""
