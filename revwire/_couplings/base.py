@@ -91,8 +91,8 @@ class Coupling(ABC):
         return float(sum(_EPSILON * self.error_growth**k for k in range(1, units + 1)))
 
     def exact_by_default(self, units: int) -> bool:
-        """Whether float inversion of ``units`` units would lose more than `FLOAT_TOLERANCE`."""
-        return self.float_error(units) > FLOAT_TOLERANCE
+        """Whether float inversion amplifies errors at all, or would lose more than `FLOAT_TOLERANCE`."""
+        return self.error_growth > 1 or self.float_error(units) > FLOAT_TOLERANCE
 
     def step(self, previous: Tensor, current: Tensor, branch: Tensor) -> Tensor:
         """x_{k+1} from (x_{k-1}, x_k, F_k(x_k)), all of one shape, in ordinary differentiable arithmetic."""

@@ -1,0 +1,431 @@
+"""`plan`, `convert`, `report`, `revert`, `stored_activations`: the public doors, which add context to errors once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from revwire._chains import Candidate, Search, UnitKey, find_chains, find_units, unit_keys
+from revwire._couplings import DEFAULT, Coupling, coupling_from
+from revwire._couplings.base import FLOAT_TOLERANCE
+from revwire._errors import CaptureError, ConversionError, CouplingError, RevwireError
+from revwire._graph import build_graph
+from revwire._module import Chain
+from revwire._plan import Plan, PlannedChain, PlannedUnit, Skipped
+from revwire._rewrite import Program, Slot, install, pattern_of, rewired_of, uninstall
+from revwire._trace import Recording, record
+
+M = TypeVar("M", bound=nn.Module)
+Patterns = str | Sequence[str] | None
+_STATE = "_revwire"
+
+
+@dataclass(frozen=True)
+class _Options:
+    coupling: Coupling
+    exact: bool | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    strict: bool = False
+
+
+@dataclass
+class _Converted:
+    """What a converted model remembers."""
+
+    plan: Plan
+    chains: list[Chain]
+
+
+@dataclass
+class _Found:
+    """A unit of the search, named and placed."""
+
+    candidate: Candidate
+    host_path: str
+    key: UnitKey
+    path: str
+    pattern: str
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    coupling: str | Coupling = DEFAULT,
+    exact: bool | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Plan:
+    """What `convert` would do, without doing it.
+
+    Args:
+        model: any module; it is run once on ``example_inputs`` and left as found.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a list,
+            say) is passed as the one argument.
+        coupling: ``"bdia"`` (γ = 1/16), ``"bdia:1/8"``, ``"re2tal"``, or a `Coupling`.
+        exact: fixed-point streams (True), float streams (False), or what the coupling needs (None).
+        include, exclude: globs over the qualified names of units and of their hosts, such as ``"blocks.1*"``.
+
+    Returns:
+        The plan: chains, units, and each residual add that stays, with its reason.
+
+    Raises:
+        ConversionError: the model is converted already, or fails on the example.
+        CouplingError: no such coupling, or no such arithmetic for it.
+
+    Example:
+        >>> import torch, revwire
+        >>> net = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        >>> [unit.path for unit in revwire.plan(net, torch.randn(1, 4, 16)).chains[0].units][:2]
+        ['layers.0.self_attn', 'layers.0.linear1']
+    """
+    return _prepare(model, example_inputs, _options(coupling, exact, include, exclude))[0]
+
+
+def convert(
+    model: M,
+    example_inputs: Any = None,
+    *,
+    coupling: str | Coupling = DEFAULT,
+    exact: bool | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    strict: bool = False,
+) -> M:
+    """Rewire the residual chains of ``model`` into reversible ones, in place, and return it.
+
+    Its class, methods, parameters and ``state_dict`` keys stay as they are. Source: Re2TAL (arXiv 2211.14053) for the
+    rewiring, BDIA (arXiv 2407.09093) for the default coupling.
+
+    Args:
+        model, example_inputs, coupling, exact, include, exclude: as for `plan`. Without ``example_inputs``, the first
+            call of the model is the example.
+        strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
+
+    Raises:
+        ConversionError: as for `plan`; or ``strict`` and something stays. The model is then as before.
+
+    Example:
+        >>> import torch, revwire
+        >>> net = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        >>> net = revwire.convert(net, torch.randn(1, 4, 16))
+        >>> net(torch.randn(3, 7, 16)).sum().backward()
+    """
+    options = _options(coupling, exact, include, exclude, strict)
+    _refuse_converted(model)
+    if example_inputs is None:
+        vars(model)["forward"] = _FirstCall(model, options, vars(model).get("forward"))
+        return model
+    found, chains, hosts = _prepare(model, example_inputs, options)
+    if strict:
+        _refuse_skipped(found)
+    for path, slots in hosts.items():
+        install(model.get_submodule(path), path, slots)
+    vars(model)[_STATE] = _Converted(found, chains)
+    return model
+
+
+def report(model: nn.Module) -> Plan:
+    """The plan by which ``model`` was converted.
+
+    Raises:
+        ConversionError: it is not converted, or has not been called since ``convert(model)`` without an example.
+    """
+    return _converted(model).plan
+
+
+def revert(model: M) -> M:
+    """Give ``model`` its original wiring back, in place, with its weights as they are now, and return it.
+
+    Raises:
+        ConversionError: it is not converted.
+    """
+    if isinstance(vars(model).get("forward"), _FirstCall):
+        vars(model)["forward"].remove()
+        return model
+    _converted(model)
+    for module in model.modules():
+        if rewired_of(module) is not None:
+            uninstall(module)
+    del vars(model)[_STATE]
+    return model
+
+
+@contextmanager
+def stored_activations(model: nn.Module) -> Iterator[None]:
+    """Within this context the converted model computes the same function with ordinary autograd, which stores activations.
+
+    For checking: outputs and gradients are those of the reversible run, in exact mode to the bit.
+
+    Raises:
+        ConversionError: ``model`` is not converted.
+    """
+    chains = _chains(model)
+    before = [chain.stored for chain in chains]
+    try:
+        for chain in chains:
+            chain.stored = True
+        yield
+    finally:
+        for chain, stored in zip(chains, before, strict=True):
+            chain.stored = stored
+
+
+class _FirstCall:
+    """Stands in for the forward of a model that is converted by its first call."""
+
+    def __init__(self, model: nn.Module, options: _Options, original: Any) -> None:
+        self.model = model
+        self.options = options
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.remove()
+        o = self.options
+        try:
+            convert(
+                self.model,
+                _Call(args, kwargs),
+                coupling=o.coupling,
+                exact=o.exact,
+                include=o.include,
+                exclude=o.exclude,
+                strict=o.strict,
+            )
+        except BaseException:
+            vars(self.model)["forward"] = self
+            raise
+        return self.model.forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        vars(self.model).pop("forward")
+        if self.original is not None:
+            vars(self.model)["forward"] = self.original
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_call(example_inputs: Any) -> _Call:
+    """A user's example as positional and keyword arguments."""
+    if isinstance(example_inputs, _Call):
+        return example_inputs
+    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
+        return _Call(example_inputs, {})
+    if hasattr(example_inputs, "keys") and not isinstance(example_inputs, Tensor):
+        return _Call((), dict(example_inputs))
+    return _Call((example_inputs,), {})
+
+
+def _options(coupling: str | Coupling, exact: bool | None, include: Patterns, exclude: Patterns, strict: bool = False) -> _Options:
+    def listed(patterns: Patterns) -> tuple[str, ...]:
+        return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+    return _Options(coupling_from(coupling), exact, listed(include), listed(exclude), strict)
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
+    taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), _FirstCall)]
+    if taken:
+        raise ConversionError(f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first")
+
+
+def _converted(model: nn.Module) -> _Converted:
+    state = vars(model).get(_STATE)
+    if state is None:
+        waiting = isinstance(vars(model).get("forward"), _FirstCall)
+        got = "a model that waits for its first call to be converted" if waiting else "a model that is not converted"
+        raise ConversionError(f"{type(model).__name__}: got {got}; expected one that convert() has rewired; " + ("call it once" if waiting else "call revwire.convert(model, example_inputs)"))
+    return state  # type: ignore[no-any-return]
+
+
+def _chains(model: nn.Module) -> list[Chain]:
+    return _converted(model).chains
+
+
+def _refuse_skipped(found: Plan) -> None:
+    left = [s for s in found.skipped if not s.inside_unit and not s.reason.startswith("excluded")]
+    if left or not found.chains:
+        what = "; ".join(f"{s.path}: {s.reason}" for s in left[:5]) or "no chain of residual units was found"
+        raise ConversionError(f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass strict=False")
+
+
+def _prepare(model: nn.Module, example_inputs: Any, options: _Options) -> tuple[Plan, list[Chain], dict[str, list[Slot]]]:
+    _refuse_converted(model)
+    call = as_call(example_inputs)
+    try:
+        recording = record(model, call.args, call.kwargs)
+    except RevwireError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__}: the model failed on the example inputs ({type(error).__name__}: {error}); pass what its forward "
+            "takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+        ) from error
+    return _Planner(recording, options).run()
+
+
+class _Planner:
+    """From a recording to the plan, the chains, and the slots of each host."""
+
+    def __init__(self, recording: Recording, options: _Options) -> None:
+        self.recording = recording
+        self.options = options
+        self.banned: dict[int, str] = {}
+        self.keys: dict[int, dict[int, UnitKey]] = {}
+        self.found: dict[int, _Found] = {}
+
+    def run(self) -> tuple[Plan, list[Chain], dict[str, list[Slot]]]:
+        while True:
+            self.found = {}
+            search = find_chains(self.recording, self.refuse)
+            units = self.unique(search)
+            chains = [self.chain(i, chain) for i, chain in enumerate(units)]
+            slots = self.slots(units, chains)
+            failed = self.failures(units, slots)
+            if not failed:
+                plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
+                return plan, chains, slots
+            self.banned.update(failed)
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def name(self, call: int) -> str:
+        names = self.recording.module_names.get(id(self.recording.events[call].target), ())
+        return names[0] if names else ""
+
+    def place(self, c: Candidate) -> _Found:
+        if c.add not in self.found:
+            if c.host not in self.keys:
+                self.keys[c.host] = unit_keys(self.recording.cut(c.host))
+            key = self.keys[c.host].get(c.add - c.host, ((), -1))
+            self.found[c.add] = _Found(c, self.name(c.host), key, self.path(c, key), pattern_of(c, self.recording.events))
+        return self.found[c.add]
+
+    def path(self, c: Candidate, key: UnitKey) -> str:
+        """The host's name and that of its largest child in the branch (or the number of the add in it)."""
+        sizes: dict[str, int] = {}
+        for number in c.region:
+            around = self.recording.calls_around(number)
+            if c.host in around and around[-1] != c.host:
+                child = self.recording.events[around[around.index(c.host) + 1]].target
+                name = next(iter(self.recording.module_names.get(id(child), ())), "")
+                if name:
+                    sizes[name] = max(1, sum(p.numel() for p in child.parameters()))
+        largest = max(sizes, key=lambda n: sizes[n]) if sizes else f"{self.name(c.host)}#{key[1]}"
+        return largest
+
+    def refuse(self, c: Candidate) -> str | None:
+        if c.add in self.banned:
+            return self.banned[c.add]
+        path, host = self.path(c, ((), 0)), self.name(c.host)
+        if any(fnmatchcase(n, p) for p in self.options.exclude for n in (path, host)):
+            return "excluded by the caller"
+        if self.options.include and not any(fnmatchcase(n, p) for p in self.options.include for n in (path, host)):
+            return "excluded: not among the caller's include patterns"
+        return None if self.recording.module_names.get(id(self.recording.events[c.host].target)) else "its host is not registered below the model"
+
+    # -- chains ----------------------------------------------------------------------------------------------------
+
+    def unique(self, search: Search) -> list[list[_Found]]:
+        """Chains as lists of placed units; a chain that runs through the same hosts again is the same chain."""
+        out: list[list[_Found]] = []
+        seen: dict[tuple[str, UnitKey], int] = {}
+        for chain in search.chains:
+            units = [self.place(c) for c in chain]
+            identity = [(u.host_path, u.key) for u in units]
+            owners = {seen[i] for i in identity if i in seen}
+            if not owners:
+                seen.update({i: len(out) for i in identity})
+                out.append(units)
+            elif owners != {next(iter(owners))} or identity != [(u.host_path, u.key) for u in out[next(iter(owners))]]:
+                for c in chain:
+                    c.reason = "its module is used a second time, in another chain"
+                    search.rejected.append(c)
+        return out
+
+    def chain(self, number: int, units: list[_Found]) -> Chain:
+        coupling = self.options.coupling
+        exact = coupling.exact_by_default(len(units)) if self.options.exact is None else self.options.exact
+        name = f"chain {number}"
+        if exact:
+            coupling.kept_bits  # raises where there is no exact form
+        elif coupling.float_error(len(units)) > FLOAT_TOLERANCE:
+            raise CouplingError(
+                f"{name} ({units[0].path} .. {units[-1].path}): got exact=False for coupling {coupling.name!r} over {len(units)} units, which would "
+                f"rebuild its input with a relative error of about {coupling.float_error(len(units)):.1g}; expected at most {FLOAT_TOLERANCE:g}; "
+                "pass exact=True or another coupling"
+            )
+        return Chain(name, coupling, exact=exact, length=len(units), largest=self.largest(units))
+
+    def largest(self, units: list[_Found]) -> float:
+        values = self.recording.values
+        return max(max(values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
+
+    def slots(self, units: list[list[_Found]], chains: list[Chain]) -> dict[str, list[Slot]]:
+        out: dict[str, list[Slot]] = {}
+        for chain, members in zip(chains, units, strict=True):
+            for index, u in enumerate(members):
+                held = out.setdefault(u.host_path, [])
+                if all(s.key != u.key for s in held):
+                    held.append(Slot(u.key, len(u.candidate.post), chain, index, u.path))
+        return out
+
+    def failures(self, units: list[list[_Found]], slots: dict[str, list[Slot]]) -> dict[int, str]:
+        """Build every host once, from what was observed; what cannot be built stays, with the reason."""
+        failed: dict[int, str] = {}
+        tried: set[str] = set()
+        for u in (u for members in units for u in members):
+            if u.host_path in tried:
+                continue
+            tried.add(u.host_path)
+            held = slots[u.host_path]
+            try:
+                cut = self.recording.cut(u.candidate.host)
+                again, inline = find_units(cut, [(s.key, s.posts) for s in held])
+                Program(build_graph(cut, inline), again, held)
+            except CaptureError as error:
+                reason = f"{u.host_path or 'the model'} {error}"
+                failed.update({v.candidate.add: reason for members in units for v in members if v.host_path == u.host_path})
+        return failed
+
+    # -- the plan --------------------------------------------------------------------------------------------------
+
+    def planned(self, units: list[_Found], chain: Chain) -> PlannedChain:
+        first = self.recording.values[units[0].candidate.fork]
+        elements = _elements(first.shape)
+        width = 8 if first.dtype.itemsize == 8 else 4
+        bits = chain.coupling.kept_bits if chain.exact else 0
+        members = tuple(self.planned_unit(u, elements * bits // 8) for u in units)
+        return PlannedChain(chain.name, members, chain.coupling.name, chain.exact, bits, 2 * elements * width, chain.largest or 0.0)
+
+    def planned_unit(self, u: _Found, kept: int) -> PlannedUnit:
+        c, events = u.candidate, self.recording.events
+        saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
+        return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, kept)
+
+    def skipped(self, search: Search) -> tuple[Skipped, ...]:
+        rejected = sorted(search.rejected, key=lambda c: c.add)
+        return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out

@@ -1,0 +1,137 @@
+"""The plan: what `convert` will do, or has done, as immutable data. ``str(plan)`` is the table users read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """One residual unit.
+
+    Attributes:
+        path: qualified name: the host module, and the part of it that is the branch.
+        host: qualified name of the module whose forward holds the unit ("" is the model itself).
+        pattern: ``"residual"`` (x + F(x)), ``"post-activation"`` (act(x + F(x))), or ``"block"`` (anything that keeps
+            its shape: post-normalised, scaled or parallel branches), rewired as F = block(x) − x.
+        shape: shape of the stream in the example.
+        saved_bytes: bytes that autograd would keep for this unit in the example.
+        kept_bytes: bytes that the coupling keeps for it instead.
+    """
+
+    path: str
+    host: str
+    pattern: str
+    shape: tuple[int, ...]
+    saved_bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedChain:
+    """A run of units on two streams.
+
+    Attributes:
+        name: as errors name it.
+        units: its units, in order.
+        coupling: spelling of the coupling.
+        exact: fixed-point streams (True) or float streams.
+        bits: bits kept per element and unit.
+        stream_bytes: bytes of the two streams, kept once.
+        largest: largest magnitude in the streams in the example.
+    """
+
+    name: str
+    units: tuple[PlannedUnit, ...]
+    coupling: str
+    exact: bool
+    bits: int
+    stream_bytes: int
+    largest: float
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes that need not be kept between forward and backward: autograd's, less the streams and the kept bits."""
+        return sum(u.saved_bytes - u.kept_bytes for u in self.units) - self.stream_bytes
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A residual add that stays as it is, and why."""
+
+    path: str
+    reason: str
+    computed_shortcut: bool = False
+    inside_unit: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is rewired, what stays, and why.
+
+    Example:
+        >>> import torch, revwire
+        >>> block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> plan = revwire.plan(torch.nn.Sequential(block, block), torch.randn(1, 4, 16))
+        >>> len(plan.chains), plan.coverage
+        (1, 1.0)
+    """
+
+    model: str
+    chains: tuple[PlannedChain, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def units(self) -> tuple[PlannedUnit, ...]:
+        """All units of all chains."""
+        return tuple(u for c in self.chains for u in c.units)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Qualified names of the modules whose forward is rewired."""
+        return tuple(dict.fromkeys(u.host for u in self.units))
+
+    @property
+    def coverage(self) -> float:
+        """Units rewired / residual adds found. Adds inside a rewired branch, and projection shortcuts, are not counted."""
+        left = sum(not (s.computed_shortcut or s.inside_unit) for s in self.skipped)
+        return len(self.units) / (len(self.units) + left) if self.units or left else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data (JSON-ready)."""
+        return {**asdict(self), "coverage": self.coverage, "bytes_saved": sum(c.bytes_saved for c in self.chains)}
+
+    def __str__(self) -> str:
+        if not self.chains:
+            return "\n".join([f"{self.model}: no chain of residual units found; nothing to rewire", *self._skipped_lines()])
+        rows = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
+        rows += [_row(c) for c in self.chains]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        total = sum(c.bytes_saved for c in self.chains)
+        head = f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, saves {_bytes(total)}"
+        return "\n".join([head, *lines, *self._skipped_lines()])
+
+    def _skipped_lines(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for s in self.skipped:
+            reasons.setdefault(s.reason, []).append(s.path)
+        lines = [f"stays: {len(self.skipped)} residual adds"] if self.skipped else []
+        for reason, paths in reasons.items():
+            lines += [f"  {path}: {reason}" for path in paths]
+        return lines
+
+
+def _row(c: PlannedChain) -> tuple[str, ...]:
+    patterns = "+".join(dict.fromkeys(u.pattern for u in c.units))
+    first, last = c.units[0].host or "(model)", c.units[-1].host
+    hosts = first if first == last or not last else f"{first} .. {last.rsplit('.', 1)[-1]}"
+    shape = "x".join(str(s) for s in c.units[0].shape)
+    arithmetic = f"{c.coupling} {'exact' if c.exact else 'float'}"
+    return c.name, hosts, str(len(c.units)), patterns, shape, arithmetic, str(c.bits if c.exact else 0), _bytes(c.bytes_saved)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if abs(count) >= 1e5 else f"{count / 1e3:.1f} kB"

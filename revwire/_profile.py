@@ -1,0 +1,188 @@
+"""`profile`: what a training step of a converted model costs, beside the same step with stored activations and with checkpointing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from revwire._convert import report, revert, stored_activations
+from revwire._measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
+
+Loss = Callable[[Any], Tensor]
+
+REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one variant of a training step costs.
+
+    Attributes:
+        saved_bytes: alive between forward and backward because of the forward pass, above the level at rest.
+        peak_bytes: the most at any time of the step, above the level at rest, with ``.grad`` already allocated.
+        seconds: wall clock of a whole step.
+        time_ratio: seconds over those of stored activations, round by round.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+    seconds: Quartiles
+    time_ratio: Quartiles
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs of one training step, by variant; ``str()`` is a table."""
+
+    costs: dict[str, Cost]
+    device: str
+    repeats: int
+
+    @property
+    def revwire(self) -> Cost:
+        """The converted model as it is."""
+        return self.costs[REVWIRE]
+
+    @property
+    def stored(self) -> Cost:
+        """The same function by ordinary autograd."""
+        return self.costs[STORED]
+
+    @property
+    def checkpoint(self) -> Cost:
+        """The original wiring, with `torch.utils.checkpoint` around each block that revwire rewired."""
+        return self.costs[CHECKPOINT]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ("training step", "saved MiB", "peak MiB", "seconds (quartiles)", "time ratio")
+        rows = [head, *(_row(name, cost) for name, cost in self.costs.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"bytes above rest, .grad allocated; {self.repeats} paired rounds on {self.device}"])
+
+
+def _row(name: str, cost: Cost) -> tuple[str, ...]:
+    s = cost.seconds
+    return (
+        name,
+        f"{cost.saved_bytes / _MIB:.1f}",
+        f"{cost.peak_bytes / _MIB:.1f}",
+        f"{s.median:.3f} ({s.low:.3f}-{s.high:.3f})",
+        f"{cost.time_ratio.median:.2f}",
+    )
+
+
+def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Loss | None = None) -> Profile:
+    """Measure a training step of a converted model: revwire, stored activations, and checkpointing per block.
+
+    The model is measured in the mode it is in (``train()`` or ``eval()``), on the device it is on, and is left as it was:
+    weights, buffers, ``.grad`` and random state.
+
+    Args:
+        model: a converted model.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        repeats: rounds that are timed. Bytes do not vary, and are measured once.
+        loss: output of the model → scalar; by default the mean square over all floating-point tensors in the output.
+
+    Raises:
+        ConversionError: the model is not converted.
+
+    Example:
+        >>> model = revwire.convert(network, images)     # doctest: +SKIP
+        >>> print(revwire.profile(model, images))        # doctest: +SKIP
+    """
+    criterion = loss or mean_square
+    original = _checkpointed_twin(model)
+    inputs = _own_leaves(example_inputs)
+    forwards: dict[str, Callable[[], Tensor]] = {
+        REVWIRE: lambda: criterion(_call(model, inputs)),
+        STORED: lambda: _stored(model, lambda: criterion(_call(model, inputs))),
+        CHECKPOINT: lambda: criterion(_call(original, inputs)),
+    }
+    steps = {name: partial(_step, forward) for name, forward in forwards.items()}
+    device = _device(model, inputs)
+    with _left_as_found(model):
+        peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
+        saved = {name: saved_bytes(forward, device) for name, forward in forwards.items()}
+        timings = paired_seconds(steps, repeats, device)
+    costs = {n: Cost(saved[n], peaks[n], timings.seconds(n), timings.ratio(n, STORED)) for n in steps}
+    return Profile(costs, str(device), repeats)
+
+
+def mean_square(output: Any) -> Tensor:
+    """The mean square over all floating-point tensors of a model's output, of any nesting."""
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch.stack([t.float().square().mean() for t in leaves]).mean()
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _step(forward: Callable[[], Tensor]) -> None:
+    forward().backward()  # type: ignore[no-untyped-call]
+
+
+def _stored(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+    with stored_activations(model):
+        return forward()
+
+
+def _own_leaves(inputs: Any) -> Any:
+    """The inputs on the same storage, with a ``.grad`` of their own: the caller's stays as it is."""
+    return tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, inputs)
+
+
+def _device(model: nn.Module, inputs: Any) -> torch.device:
+    tensors = [*model.parameters(), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
+    return next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))
+
+
+def _checkpointed_twin(model: nn.Module) -> nn.Module:
+    """The original wiring on the very same weights and buffers, each rewired host checkpointed.
+
+    Where a host holds other hosts, the inner ones are the blocks.
+    """
+    hosts = report(model).hosts
+    tensors: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    twin = revert(copy.deepcopy(model, tensors))
+    for path in hosts:
+        if not any(other != path and other.startswith(f"{path}." if path else "") for other in hosts):
+            host = twin.get_submodule(path)
+            host.forward = partial(checkpoint, host.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return twin
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Restore gradients, buffers and random state at the end; inside, each ``.grad`` is allocated and zero."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            for p, _ in grads:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            yield
+        finally:
+            with torch.no_grad():
+                for p, grad in grads:
+                    p.grad = grad
+                for buffer, value in buffers:
+                    buffer.copy_(value)
