@@ -16,5 +16,7 @@ from revwire._errors import ReconstructionError as ReconstructionError
 from revwire._errors import RevwireError as RevwireError
 from revwire._errors import UnsupportedTransformError as UnsupportedTransformError
 from revwire._plan import Plan as Plan
+from revwire._verify import Check as Check
+from revwire._verify import verify as verify
 
 __version__ = "0.1.0"

@@ -166,7 +166,7 @@ def stored_activations(model: nn.Module) -> Iterator[None]:
     Raises:
         ConversionError: ``model`` is not converted.
     """
-    chains = _chains(model)
+    chains = chains_of(model)
     before = [chain.stored for chain in chains]
     try:
         for chain in chains:
@@ -254,7 +254,7 @@ def _converted(model: nn.Module) -> _Converted:
     return state  # type: ignore[no-any-return]
 
 
-def _chains(model: nn.Module) -> list[Chain]:
+def chains_of(model: nn.Module) -> list[Chain]:
     return _converted(model).chains
 
 

@@ -9,7 +9,6 @@ Note [Programs and signatures]
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from revwire._chains import Candidate, UnitKey, find_units
 from revwire._errors import CaptureError, RevwireError
 from revwire._graph import HostGraph, build_graph, input_leaves
 from revwire._module import Chain, Unit
+from revwire._snapshot import snapshot
 from revwire._trace import CONSTANTS, Event, is_recording, record, refs
 
 _MAX_PROGRAMS = 64
@@ -53,6 +53,9 @@ class _Compiled:
     """A graph as a Python function ``f(host, *inputs)``; submodules and weights are looked up on the host at each call."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.name == "self":  # a submodule may be called so; the first argument of the function is
+                node._rename("self_")
         graph.lint()
         code = graph.python_code("self")
         scope = dict(code.globals)
@@ -381,7 +384,7 @@ def _detached(structure: Any) -> Any:
         return type(structure)(_detached(s) for s in structure)
     if isinstance(structure, dict):
         return {k: _detached(v) for k, v in structure.items()}
-    return structure if isinstance(structure, (slice, *CONSTANTS)) else copy.deepcopy(structure)
+    return structure if isinstance(structure, (slice, *CONSTANTS)) else snapshot(structure)
 
 
 def install(host: nn.Module, path: str, slots: list[Slot]) -> RewiredForward:
