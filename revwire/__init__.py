@@ -16,6 +16,8 @@ from revwire._errors import ReconstructionError as ReconstructionError
 from revwire._errors import RevwireError as RevwireError
 from revwire._errors import UnsupportedTransformError as UnsupportedTransformError
 from revwire._plan import Plan as Plan
+from revwire._profile import Profile as Profile
+from revwire._profile import profile as profile
 from revwire._verify import Check as Check
 from revwire._verify import verify as verify
 

@@ -10,15 +10,19 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from revwire._chains import Candidate, Search, UnitKey, find_chains, find_units, unit_keys
+from revwire._adds import Candidate
+from revwire._chains import Search, find_chains
 from revwire._couplings import DEFAULT, Coupling, coupling_from
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import CaptureError, ConversionError, CouplingError, RevwireError
 from revwire._graph import build_graph
 from revwire._module import Chain
 from revwire._plan import Plan, PlannedChain, PlannedUnit, Skipped
-from revwire._rewrite import Program, Slot, install, pattern_of, rewired_of, uninstall
-from revwire._trace import Recording, record
+from revwire._program import Program, Slot, pattern_of
+from revwire._recording import Recording
+from revwire._rewrite import install, rewired_of, uninstall
+from revwire._trace import record
+from revwire._units import UnitKey, find_units, unit_keys
 
 M = TypeVar("M", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -242,7 +246,9 @@ def _refuse_converted(model: nn.Module) -> None:
         raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
     taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), _FirstCall)]
     if taken:
-        raise ConversionError(f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first")
+        raise ConversionError(
+            f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first"
+        )
 
 
 def _converted(model: nn.Module) -> _Converted:
@@ -250,7 +256,10 @@ def _converted(model: nn.Module) -> _Converted:
     if state is None:
         waiting = isinstance(vars(model).get("forward"), _FirstCall)
         got = "a model that waits for its first call to be converted" if waiting else "a model that is not converted"
-        raise ConversionError(f"{type(model).__name__}: got {got}; expected one that convert() has rewired; " + ("call it once" if waiting else "call revwire.convert(model, example_inputs)"))
+        raise ConversionError(
+            f"{type(model).__name__}: got {got}; expected one that convert() has rewired; "
+            + ("call it once" if waiting else "call revwire.convert(model, example_inputs)")
+        )
     return state  # type: ignore[no-any-return]
 
 
@@ -262,7 +271,9 @@ def _refuse_skipped(found: Plan) -> None:
     left = [s for s in found.skipped if not s.inside_unit and not s.reason.startswith("excluded")]
     if left or not found.chains:
         what = "; ".join(f"{s.path}: {s.reason}" for s in left[:5]) or "no chain of residual units was found"
-        raise ConversionError(f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass strict=False")
+        raise ConversionError(
+            f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass strict=False"
+        )
 
 
 def _prepare(model: nn.Module, example_inputs: Any, options: _Options) -> tuple[Plan, list[Chain], dict[str, list[Slot]]]:
@@ -327,8 +338,7 @@ class _Planner:
                 name = next(iter(self.recording.module_names.get(id(child), ())), "")
                 if name:
                     sizes[name] = max(1, sum(p.numel() for p in child.parameters()))
-        largest = max(sizes, key=lambda n: sizes[n]) if sizes else f"{self.name(c.host)}#{key[1]}"
-        return largest
+        return max(sizes, key=lambda n: sizes[n]) if sizes else f"{self.name(c.host)}#{key[1]}"
 
     def refuse(self, c: Candidate) -> str | None:
         if c.add in self.banned:
@@ -338,7 +348,11 @@ class _Planner:
             return "excluded by the caller"
         if self.options.include and not any(fnmatchcase(n, p) for p in self.options.include for n in (path, host)):
             return "excluded: not among the caller's include patterns"
-        return None if self.recording.module_names.get(id(self.recording.events[c.host].target)) else "its host is not registered below the model"
+        return (
+            None
+            if self.recording.module_names.get(id(self.recording.events[c.host].target))
+            else "its host is not registered below the model"
+        )
 
     # -- chains ----------------------------------------------------------------------------------------------------
 
@@ -364,12 +378,12 @@ class _Planner:
         exact = coupling.exact_by_default(len(units)) if self.options.exact is None else self.options.exact
         name = f"chain {number}"
         if exact:
-            coupling.kept_bits  # raises where there is no exact form
+            _ = coupling.kept_bits  # raises where there is no exact form
         elif coupling.float_error(len(units)) > FLOAT_TOLERANCE:
             raise CouplingError(
-                f"{name} ({units[0].path} .. {units[-1].path}): got exact=False for coupling {coupling.name!r} over {len(units)} units, which would "
-                f"rebuild its input with a relative error of about {coupling.float_error(len(units)):.1g}; expected at most {FLOAT_TOLERANCE:g}; "
-                "pass exact=True or another coupling"
+                f"{name} ({units[0].path} .. {units[-1].path}): got exact=False for coupling {coupling.name!r} over {len(units)} "
+                f"units, which would rebuild its input with a relative error of about {coupling.float_error(len(units)):.1g}; "
+                f"expected at most {FLOAT_TOLERANCE:g}; pass exact=True or another coupling"
             )
         return Chain(name, coupling, exact=exact, length=len(units), largest=self.largest(units))
 

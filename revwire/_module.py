@@ -3,29 +3,41 @@
 Note [Links]
     Hosts need not know each other. The tensor that a unit returns carries a `Link` to the tape of its chain; the next
     unit that is given that very tensor, unchanged, continues the tape. Whatever Python runs between two blocks (loops,
-    hidden-state lists, caches, flags) stays as it was written. A tensor without a valid link begins a new tape.
+    hidden-state lists, caches, flags) stays as it was written. A tensor without a valid link begins a new tape, which
+    is the rule for the first unit, and for a tensor that something else than the chain made.
+
+Note [Grad mode]
+    A chain computes the same function in every grad mode, also if the mode changes between two of its units: the
+    streams go on, in a tape that keeps records or does not. What must not happen is that a part of a chain runs under
+    ``no_grad`` and gets its gradient from elsewhere, which is what `torch.utils.checkpoint` does with a part of it: the
+    gradient of the second stream would be lost, and a recompute would begin new streams in the middle. Both are refused.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch._compile import _disable_dynamo
 
 from revwire import _engine
 from revwire._couplings import Coefficients, Coupling
-from revwire._engine import Tape
-from revwire._errors import RangeError, UnsupportedTransformError
+from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
+from revwire._replay import version_of
+from revwire._rewind import running_pass
+from revwire._tape import Tape
 
 _LINK = "_revwire_link"
 _HEADROOM_UNCALIBRATED = 2.0**6
 
 Branch = Callable[..., tuple[Tensor, tuple[Any, ...]]]
+
+_eager = _disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +58,6 @@ class Unit:
     branch: Branch
     modules: Callable[[nn.Module], Iterable[nn.Module]]
 
-    def rule(self, coupling: Coupling) -> Coefficients:
-        """The coefficients by which the branch's own value enters the step."""
-        rule = coupling.coefficients
-        return rule if self.kind == "residual" else rule.for_block
-
 
 class Monitor(Protocol):
     """Sees every state that a tape drops, and every state that it rebuilds."""
@@ -60,7 +67,7 @@ class Monitor(Protocol):
     def backward(self, tape: Tape, position: int, state: Tensor) -> None: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Link:
     """What the output of a unit knows of its chain: the tape, how far it had come, and the gradient carriers.
 
@@ -73,6 +80,27 @@ class Link:
     version: int
     previous: Tensor | None
     current: Tensor | None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copied or pickled tensor is like any other tensor (an empty dict is what every unpickler accepts)."""
+        return OrderedDict, ()
+
+    def carriers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The float tensors of x_{k-1} and x_k, through which gradients flow; ``x`` is the linked tensor."""
+        current = x if self.current is None else self.current
+        assert self.previous is not None
+        previous = self.previous
+        if torch.is_grad_enabled():
+            if previous.requires_grad and not x.requires_grad:  # x.detach_() cuts the whole graph
+                return previous.detach(), current.detach()
+            if x.requires_grad and not current.requires_grad:  # x.requires_grad_() wants the whole gradient
+                state = self.tape.intact_state()[1]
+                return previous, _engine.enter(x.to(current.dtype), self.tape.streams, state)
+        return previous, current
+
+    def spend(self) -> None:
+        """The tape went on: what only this link holds can go."""
+        self.previous = self.current = None
 
 
 class Chain:
@@ -95,56 +123,100 @@ class Chain:
         self.stored = False
         self.monitor: Monitor | None = None
 
+    def rule(self, kind: Literal["residual", "block"]) -> Coefficients:
+        """The coefficients by which the value of a unit of this kind enters the step."""
+        rule = self.coupling.coefficients
+        return rule if kind == "residual" else rule.for_block
+
+    @_eager
     def apply(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()) -> tuple[Tensor, tuple[Any, ...]]:
         """Run one unit on the streams behind ``x`` (any shape): (the unit's output, side outputs of its branch).
 
         Raises:
             UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
             RangeError: a value left the range of the fixed-point streams.
+            ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
         """
-        link = self._link_of(x)
+        _refuse_transforms(self.name)
+        link = self._link_of(unit, x)
         if link is None:
             x, link = self._begin(unit, x)
-        tape, carrier = link.tape, x if link.current is None else link.current
-        f, sides = tape.branch(unit, host, x, extras)
-        out = _engine.step(tape, unit, carrier if link.previous is None else link.previous, carrier, f)
-        link.previous = link.current = None
-        if tape.position == self.length:
-            return self.coupling.merge(carrier, out).to(x.dtype), sides
-        return _linked(out.to(x.dtype), tape, carrier, out), sides
+        elif link.tape.keep != torch.is_grad_enabled():
+            link = self._in_grad_mode(unit.path, link, x)
+        previous, current = link.carriers(x)
+        f, sides = link.tape.branch(unit, host, x, extras)
+        dtype = f.dtype if unit.kind == "block" else torch.promote_types(x.dtype, f.dtype)
+        if torch.is_inference_mode_enabled():  # inference tensors have no version: a link could not tell a write to them
+            with torch.inference_mode(False), torch.no_grad():
+                out = self._step(link, unit, previous, current, f, dtype)
+        else:
+            out = self._step(link, unit, previous, current, f, dtype)
+        return out, sides
 
+    @_eager
     def relayout(self, view: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a view (a reshape, a permutation) to the stream tensor ``x``; the chain goes on behind it if it can."""
-        link = self._link_of(x)
+        link = self._link_of(None, x)
         y = view(x)
+        if link is not None and link.tape.keep != torch.is_grad_enabled():
+            link = self._in_grad_mode(self.name, link, x)
         if link is None or not link.tape.relayout(view):
             return y
-        previous = None if link.previous is None else view(link.previous)
-        current = y if link.current is None else view(link.current)
-        link.previous = link.current = None
-        return _linked(y, link.tape, previous, current)
+        previous, current = (None if t is None else view(t) for t in (link.previous, link.current))
+        link.spend()
+        return _linked(y, link.tape, previous, y if current is None else current)
 
-    def _link_of(self, x: Tensor) -> Link | None:
-        link: Link | None = getattr(x, _LINK, None)
-        if link is None or link.tape.chain is not self or link.tape.keep != torch.is_grad_enabled():
+    def _step(self, link: Link, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
+        tape = link.tape
+        out = _engine.step(tape, unit, previous, current, f)
+        link.spend()
+        if tape.position == self.length:
+            tape.settle_range()
+            return self.coupling.merge(current, out).to(dtype)
+        return _linked(out.to(dtype), tape, current, out)
+
+    def _link_of(self, unit: Unit | None, x: Tensor) -> Link | None:
+        link = getattr(x, _LINK, None)
+        if not isinstance(link, Link) or link.tape.chain is not self:
             return None
-        return link if (link.tape.progress, _version(x)) == (link.position, link.version) else None
+        newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
+        return link if newest and (unit is None or unit.index >= link.tape.position) else None
 
     def _begin(self, unit: Unit, x: Tensor) -> tuple[Tensor, Link]:
-        _refuse_transforms(self.name, x)
+        if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
+            raise ConversionError(
+                f"{unit.path} ({self.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); expected a dense "
+                f"tensor of a real floating-point dtype; exclude it: convert(..., exclude=[{unit.path!r}])"
+            )
+        if unit.index and running_pass() != -1:
+            raise self._cut(unit.path)
         wide = canonical(x.to(stream_dtype(x.dtype)))
         streams = self._streams(unit, wide)
         state = streams.enter(wide)
-        tape = Tape(self, streams, state, first=unit.index, keep=torch.is_grad_enabled())
+        tape = Tape(self, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled())
         carrier = _engine.enter(wide, streams, state) if self.exact else wide
         outward = carrier.to(x.dtype)
-        return outward, Link(tape, tape.progress, _version(outward), None, None if outward is carrier else carrier)
+        return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
+
+    def _in_grad_mode(self, where: str, link: Link, x: Tensor) -> Link:
+        """The streams behind ``x`` in a tape of the present grad mode; see Note [Grad mode]."""
+        if not link.tape.keep and x.grad_fn is not None:
+            raise self._cut(where)
+        tape = Tape(self, link.tape.streams, link.tape.intact_state(), position=link.tape.position, keep=torch.is_grad_enabled())
+        return Link(tape, tape.progress, link.version, link.previous, link.current)
+
+    def _cut(self, where: str) -> ReconstructionError:
+        return ReconstructionError(
+            f"{where} ({self.name}): got a part of the chain inside of torch.utils.checkpoint (or another function that "
+            "recomputes it); expected the whole chain inside, or nothing of it; switch the model's own gradient checkpointing off, "
+            f"or exclude the module: convert(..., exclude=[{where!r}])"
+        )
 
     def _streams(self, unit: Unit, x: Tensor) -> Streams:
         if not self.exact:
             return FloatStreams()
-        largest = float(x.detach().abs().amax()) if x.numel() else 0.0
-        calibrated = self.largest if self.largest is not None else largest * _HEADROOM_UNCALIBRATED
+        largest = float(torch.stack(torch.aminmax(x.detach())).abs().amax()) if x.numel() else 0.0
+        calibrated = largest * _HEADROOM_UNCALIBRATED if self.largest is None else self.largest
         try:
             return FixedStreams.for_range(max(largest, calibrated), x.dtype, self.coupling)
         except RangeError as error:
@@ -152,22 +224,14 @@ class Chain:
 
 
 def _linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tensor) -> Tensor:
-    link = Link(tape, tape.progress, _version(outward), previous, None if outward is current else current)
+    link = Link(tape, tape.progress, version_of(outward), previous, None if outward is current else current)
     setattr(outward, _LINK, link)
     return outward
 
 
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
-
-
-def _refuse_transforms(name: str, x: Tensor) -> None:
+def _refuse_transforms(name: str) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedTransformError(
             f"{name}: got a torch.func transform (grad, vmap, jvp ...); expected plain autograd; transform the original "
             "network instead: revwire.revert(model)"
-        )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise UnsupportedTransformError(
-            f"{name}: got a forward-mode AD dual tensor; expected reverse mode; use revwire.revert(model) for jvp"
         )

@@ -3,8 +3,9 @@
 Fixed point, for a unit with coefficients (a, b, c), |b| = 2^-m, and streams X = round(x·2^K):
 
     R       = round(2^K·(a·x_k + c·f)),   x_k = X_k·2^-K
-    X_{k+1} = R ± (X_{k-1} >> m),         the m low bits of X_{k-1} are kept, packed
-    X_{k-1} = (±(X_{k+1} − R) << m) | bits
+    Y       = X_{k-1} + h,  h = 2^(m-1)   (0 for m = 0), so that the shift below rounds to the nearest
+    X_{k+1} = R ± (Y >> m),               the m low bits of Y are kept, packed
+    X_{k-1} = ((±(X_{k+1} − R) << m) | bits) − h
 
 Both directions compute R from the same X_k and the same f, so the inverse is exact to the bit.
 Source: the fixed-point form of BDIA (arXiv 2407.09093), written for any |b| = 2^-m.
@@ -12,13 +13,17 @@ Source: the fixed-point form of BDIA (arXiv 2407.09093), written for any |b| = 2
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, isfinite, log2
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from revwire._bits import pack_bits, unpack_bits
 from revwire._couplings import Coefficients, Coupling
 from revwire._errors import RangeError
 
@@ -26,7 +31,10 @@ HEADROOM_BITS = 5
 """The streams may grow to 2^5 times the range they were scaled for before `RangeError`."""
 
 _FOLD = 64
-"""A state is folded into this many sums before they are combined into one checksum."""
+"""A state is folded into this many sums, and a branch's result sampled at this many elements."""
+
+_SATURATES = platform.machine().lower() not in ("x86_64", "amd64", "i686")
+"""Whether float-to-integer conversion on this CPU turns NaN into 0 instead of an integer out of range."""
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,43 +50,54 @@ def canonical(x: Tensor) -> Tensor:
     return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
 
 
-def pack_bits(low: Tensor, bits: int) -> Tensor:
-    """The ``bits`` low bits of every element of an integer tensor, packed: uint8, ``bits`` bytes per 8 elements.
-
-    Eight elements lie in one 64-bit word, a byte each; three merges (pairs, quads, all) squeeze the gaps out.
-    """
-    lanes = _flat(low).to(torch.uint8).bitwise_and_((1 << bits) - 1)
-    lanes = torch.nn.functional.pad(lanes, (0, -lanes.numel() % 8)).view(torch.int64)
-    for width, gap in ((16, 8 - bits), (32, 16 - 2 * bits), (64, 32 - 4 * bits)):
-        low = _lane_mask(width, bits * width // 16)
-        lanes = (lanes & low) | ((lanes & (low << width // 2)) >> gap)
-    return lanes.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
+def _folds(x: Tensor) -> Tensor:
+    """A dense tensor as `_FOLD` rows that together cover every element; neighbours overlap where it does not divide."""
+    step = x.numel() // _FOLD
+    return x.as_strided((_FOLD, x.numel() - (_FOLD - 1) * step), (step, 1))
 
 
-def unpack_bits(packed: Tensor, bits: int, like: Tensor) -> Tensor:
-    """The inverse of `pack_bits`: an integer tensor of the shape, layout and dtype of ``like``."""
-    lanes = torch.nn.functional.pad(packed, (0, 8 - bits)).view(torch.int64).view(-1)
-    for width, gap in ((64, 32 - 4 * bits), (32, 16 - 2 * bits), (16, 8 - bits)):
-        low = _lane_mask(width, bits * width // 16)
-        lanes = (lanes & low) | ((lanes & ~low) << gap)
-    out = torch.empty_like(like)
-    _flat(out).copy_(lanes.view(torch.uint8)[: like.numel()])
-    return out
+def _spread(x: Tensor, count: int) -> Tensor:
+    """``count`` elements of the storage behind ``x``, at equal distances (fewer if it has fewer)."""
+    extent = x.numel() if x.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    count = min(count, extent, x.numel())
+    return x.as_strided((count,), (max(extent // max(count, 1), 1),))
 
 
-def _lane_mask(width: int, keep: int) -> int:
-    """A 64-bit mask that keeps the ``keep`` low bits of each ``width``-bit lane (as a signed integer)."""
-    mask = sum(((1 << keep) - 1) << at for at in range(0, 64, width))
-    return mask - (1 << 64) if mask >> 63 else mask
+def can_be_sampled(x: Tensor) -> bool:
+    """Whether a saved tensor has elements, with the same values whenever it is computed again (scratch space has not)."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided
 
 
-def _flat(x: Tensor) -> Tensor:
-    """A dense tensor as one dimension, in storage order, without a copy."""
-    return x.as_strided((x.numel(),), (1,))
+class Fingerprint(NamedTuple):
+    """A few numbers that tell the state x_{k-1}, and one evaluation of F_k, from another."""
+
+    state: Tensor
+    branch: Tensor
+    dtype: torch.dtype  # of the branch's result
+
+    def same_bits(self, other: Fingerprint) -> bool:
+        """Whether both are equal to the bit; this waits for the device."""
+        return torch.equal(self.state, other.state) and torch.equal(self.branch, other.branch)
+
+
+class Stepped(NamedTuple):
+    """The state of x_{k+1}, its float value, and the bits that are kept to come back."""
+
+    state: Tensor
+    value: Tensor
+    bits: Tensor | None
 
 
 class Streams(ABC):
     """Arithmetic of one chain's two streams during one forward pass; states are detached tensors."""
+
+    witnesses: ClassVar[int] = 0
+    """How many of the tensors that a branch saved last `fingerprint` wants to see."""
+
+    @property
+    def bound(self) -> float | None:
+        """The magnitude below which every value must stay, if there is one."""
+        return None
 
     @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
@@ -89,32 +108,43 @@ class Streams(ABC):
         """The float value of a state, in the stream dtype and the layout of the state."""
 
     @abstractmethod
-    def step(self, previous: Tensor, current: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> tuple[Tensor, Tensor | None]:
-        """(state of x_{k+1}, kept bits or None); ``x`` is ``read(current)``."""
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Stepped:
+        """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k."""
 
     @abstractmethod
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
-        """The state of x_{k-1}; ``x`` is the float value of x_k."""
+        """The state of x_{k-1} from that of x_{k+1}; ``x`` is the float value of x_k."""
 
     @abstractmethod
-    def fingerprint(self, state: Tensor) -> Tensor:
-        """A few numbers that tell this state from another."""
+    def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
+        """The fingerprint of a state, a branch's result, and `witnesses` of the tensors it saved for its gradient."""
 
     @abstractmethod
-    def differ(self, before: Tensor, after: Tensor) -> float | None:
-        """None if two fingerprints agree, else the measured difference."""
+    def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
+        """Two numbers, on their device: how far the states, and the branches, differ."""
 
-    def check_range(self, state: Tensor) -> str | None:
-        """None, or why this state cannot be trusted."""
-        return None
+    @abstractmethod
+    def allowed(self, before: Fingerprint) -> tuple[float, float]:
+        """The largest `difference` (of the state, of the branch) that is no fault."""
+
+    def hopeless(self, before: Fingerprint, after: Fingerprint) -> bool:
+        """Whether both hold values that are not finite, so that they cannot be compared (and no gradient is right)."""
+        return False
 
 
 @dataclass(frozen=True)
 class FloatStreams(Streams):
-    """Streams in floating point: inverted up to rounding, and checked against ``tolerance`` (relative)."""
+    """Streams in floating point: inverted up to rounding, and checked.
+
+    Args:
+        tolerance: of a rebuilt state, relative to its size. Where branches compute in 16 bits, a hundred times that: an
+            error in the last bit of their input makes them round the other way.
+        branch_tolerance: of what a branch computes from it, relative to its size (the mean over a sample); in 16 bits,
+            five times that.
+    """
 
     tolerance: float = 1e-4
-    exact: bool = False
+    branch_tolerance: float = 1e-2
 
     def enter(self, x: Tensor) -> Tensor:
         return x.detach()
@@ -122,11 +152,15 @@ class FloatStreams(Streams):
     def read(self, state: Tensor) -> Tensor:
         return state.detach()
 
-    def step(self, previous: Tensor, current: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> tuple[Tensor, Tensor | None]:
-        out = torch.mul(f, rule.c, out=torch.empty_like(previous)) if f.dtype == previous.dtype else _scaled(f, rule.c, previous)
-        if rule.a:
-            out.add_(x, alpha=rule.a)
-        return out.add_(previous, alpha=rule.b), None
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Stepped:
+        if rule.a == 0 and rule.b == 1 and f.dtype == previous.dtype:
+            out = torch.add(previous, f, alpha=rule.c, out=torch.empty_like(previous))
+        else:
+            out = _scaled(f, rule.c, previous)
+            if rule.a:
+                out.add_(x, alpha=rule.a)
+            out.add_(previous, alpha=rule.b)
+        return Stepped(out, out.detach(), None)
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
         out = torch.sub(following, f, alpha=rule.c, out=torch.empty_like(following))
@@ -134,20 +168,27 @@ class FloatStreams(Streams):
             out.sub_(x, alpha=rule.a)
         return out if rule.b == 1 else out.div_(rule.b)
 
-    def fingerprint(self, state: Tensor) -> Tensor:
-        """Rows: a sample of the elements (they show a small error everywhere), sums, sums of magnitudes."""
-        flat = _flat(state)
-        sample = flat[:: -(-flat.numel() // _FOLD)]
-        sample = torch.nn.functional.pad(sample, (0, _FOLD - sample.numel()))
-        return torch.stack([sample, _fold(flat, flat.dtype), _fold(flat.abs(), flat.dtype)])
+    def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
+        """Means of parts of the state, and samples of the state (they show a small error everywhere) and of the branch."""
+        means = _folds(state).mean(1) if state.numel() else state.view(-1)
+        sample = _spread(f, _FOLD).to(state.dtype, copy=True)
+        return Fingerprint(torch.cat([means, _spread(state, _FOLD)]), sample, f.dtype)
 
-    def differ(self, before: Tensor, after: Tensor) -> float | None:
-        if not before.isfinite().all() and not after.isfinite().all():
-            return None  # NaN in, NaN out, as without revwire
-        delta, size = (after - before).abs().amax(1), before.abs().amax(1)
-        floor = torch.finfo(before.dtype).tiny
-        error = max(float(delta[0] / (size[0] + floor)), float(delta[1] / (size[2] + floor)))
-        return None if error <= self.tolerance else error
+    def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
+        if not before.branch.numel():
+            return before.state.new_zeros(2)
+        deltas = torch.stack([torch.dist(before.state, after.state, float("inf")), torch.dist(before.branch, after.branch, 1)])
+        sizes = torch.stack([torch.linalg.vector_norm(before.state, float("inf")), torch.linalg.vector_norm(before.branch, 1)])
+        return deltas.div_(sizes.add_(torch.finfo(sizes.dtype).tiny))
+
+    def allowed(self, before: Fingerprint) -> tuple[float, float]:
+        narrow = before.dtype in (torch.bfloat16, torch.float16)
+        return (100 * self.tolerance, 5 * self.branch_tolerance) if narrow else (self.tolerance, self.branch_tolerance)
+
+    def hopeless(self, before: Fingerprint, after: Fingerprint) -> bool:
+        return not any(bool(part.isfinite().all()) for part in (before.state, after.state)) or not any(
+            bool(part.isfinite().all()) for part in (before.branch, after.branch)
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +204,7 @@ class FixedStreams(Streams):
     scale: int
     integer: torch.dtype
     bits: int
-    exact: bool = True
+    witnesses: ClassVar[int] = 2
 
     @classmethod
     def for_range(cls, largest: float, dtype: torch.dtype, coupling: Coupling) -> FixedStreams:
@@ -181,49 +222,62 @@ class FixedStreams(Streams):
         return cls(scale, integer, coupling.kept_bits)
 
     @property
-    def limit(self) -> int:
-        """The largest magnitude a state may have: a sum of two such values still fits the integer."""
-        return (1 << 62 if self.integer == torch.int64 else 1 << 30) - 1
+    def bound(self) -> float:
+        """Two such values can be added without leaving the integers, and so is what `_rounded` makes of NaN."""
+        return float(2.0 ** ((62 if self.integer == torch.int64 else 30) - self.scale))
 
     def enter(self, x: Tensor) -> Tensor:
-        return _rounded(torch.mul(x.detach(), 2.0**self.scale), self.integer)
+        return _rounded(torch.mul(x.detach(), 2.0**self.scale)).to(self.integer)
 
     def read(self, state: Tensor) -> Tensor:
         wide = torch.float64 if self.integer == torch.int64 else torch.float32
         return state.to(wide).mul_(2.0**-self.scale)
 
-    def step(self, previous: Tensor, current: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> tuple[Tensor, Tensor | None]:
-        out = self._increment(previous, x, f, rule)
-        carried = previous >> self.bits if self.bits else previous
-        out.add_(carried, alpha=1 if rule.b > 0 else -1)
-        return out, pack_bits(previous, self.bits) if self.bits else None
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Stepped:
+        wide = self._increment(x, f, rule)
+        out, bits = wide.to(self.integer), None
+        if self.bits:
+            shifted = previous + self._half
+            bits = pack_bits(shifted, self.bits)
+            previous = shifted.bitwise_right_shift_(self.bits)
+        out.add_(previous, alpha=1 if rule.b > 0 else -1)
+        return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
-        increment = self._increment(following, x, f, rule)
+        increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if bits is None:
             return out
-        return out.bitwise_left_shift_(self.bits).bitwise_or_(unpack_bits(bits, self.bits, out))
+        return out.bitwise_left_shift_(self.bits).bitwise_or_(unpack_bits(bits, self.bits, out)).sub_(self._half)
 
-    def _increment(self, like: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Tensor:
-        """R = round(2^K·(a·x + c·f)), an integer tensor in the layout of ``like``."""
+    @property
+    def _half(self) -> int:
+        """Added before a shift to the right, so that it rounds to the nearest: rounding down would add up over the units."""
+        return 1 << self.bits - 1
+
+    def _increment(self, x: Tensor, f: Tensor, rule: Coefficients) -> Tensor:
+        """R = round(2^K·(a·x + c·f)), a float tensor in the layout of ``x``."""
         wide = _scaled(f, rule.c * 2.0**self.scale, x)
         if rule.a:
             wide.add_(x, alpha=rule.a * 2.0**self.scale)
-        return _rounded(wide, self.integer)
+        return _rounded(wide)
 
-    def fingerprint(self, state: Tensor) -> Tensor:
-        sums = _fold(_flat(state), self.integer).to(torch.int64)
-        return (sums * _weights(sums)).sum()
+    def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
+        """Sums of integers (their order does not matter); samples of the result and of what its gradient needs.
 
-    def differ(self, before: Tensor, after: Tensor) -> float | None:
-        return None if torch.equal(before, after) else float((after - before).abs())
+        The samples show a fault that the sums cannot: where the last layer of a branch is zero, its result is zero
+        whatever its other layers do, but the gradient of that last layer is not.
+        """
+        samples = [_spread(f, _FOLD), *(_spread(t, 16) for t in saved)]
+        return Fingerprint(_folds(state).sum(1, dtype=self.integer), torch.cat(samples), f.dtype)
 
-    def check_range(self, state: Tensor) -> str | None:
-        low, high = (int(v) for v in torch.aminmax(state))
-        if -self.limit <= low and high <= self.limit:
-            return None
-        return f"magnitude beyond {self.limit * 2.0**-self.scale:.4g}"
+    def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
+        a, b = before.branch, after.branch
+        other = (a != b) & ~(a.isnan() & b.isnan())
+        return torch.stack([(before.state != after.state).sum(), other.sum()])
+
+    def allowed(self, before: Fingerprint) -> tuple[float, float]:
+        return 0, 0
 
 
 def _scaled(f: Tensor, factor: float, like: Tensor) -> Tensor:
@@ -232,23 +286,9 @@ def _scaled(f: Tensor, factor: float, like: Tensor) -> Tensor:
     return torch.mul(f, factor, out=out) if f.dtype == out.dtype else out.copy_(f).mul_(factor)
 
 
-def _rounded(wide: Tensor, integer: torch.dtype) -> Tensor:
-    """Round a float tensor (which is overwritten) to integers; what is not finite becomes out of range."""
+def _rounded(wide: Tensor) -> Tensor:
+    """Round a float tensor, in place, so that what is not finite becomes an integer out of range when it is converted."""
     wide.round_()
-    if wide.device.type != "cpu":  # where a conversion saturates, NaN would become 0
+    if _SATURATES or wide.device.type != "cpu":
         wide.nan_to_num_(nan=float("inf"))
-    return wide.to(integer)
-
-
-def _fold(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """`_FOLD` partial sums of a one-dimensional tensor; integers wrap, so their order does not matter."""
-    whole = flat.numel() // _FOLD * _FOLD
-    sums = flat[:whole].view(_FOLD, -1).sum(1, dtype=dtype)
-    if whole < flat.numel():
-        sums[0] += flat[whole:].sum(dtype=dtype)
-    return sums
-
-
-def _weights(sums: Tensor) -> Tensor:
-    """Odd multipliers that tell the positions of partial sums apart."""
-    return torch.arange(1, 2 * sums.numel(), 2, device=sums.device) * 0x9E3779B1
+    return wide

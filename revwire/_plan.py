@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ class Plan:
     def __str__(self) -> str:
         if not self.chains:
             return "\n".join([f"{self.model}: no chain of residual units found; nothing to rewire", *self._skipped_lines()])
-        rows = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
+        rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
         rows += [_row(c) for c in self.chains]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -115,13 +116,12 @@ class Plan:
         return "\n".join([head, *lines, *self._skipped_lines()])
 
     def _skipped_lines(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
-        for s in self.skipped:
-            reasons.setdefault(s.reason, []).append(s.path)
-        lines = [f"stays: {len(self.skipped)} residual adds"] if self.skipped else []
-        for reason, paths in reasons.items():
-            lines += [f"  {path}: {reason}" for path in paths]
-        return lines
+        """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only counted."""
+        stays = Counter((s.path, s.reason) for s in self.skipped if not s.inside_unit)
+        inside = sum(s.inside_unit for s in self.skipped)
+        lines = [f"stays: {sum(stays.values())} residual adds"] if stays else []
+        lines += [f"  {path}{f' ({count} times)' if count > 1 else ''}: {reason}" for (path, reason), count in stays.items()]
+        return lines + ([f"{inside} more lie inside the branches of rewired units"] if inside else [])
 
 
 def _row(c: PlannedChain) -> tuple[str, ...]:

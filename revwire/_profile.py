@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from revwire._convert import report, revert, stored_activations
-from revwire._measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
+from revwire._convert import as_call, report, revert, stored_activations
+from revwire._replay import accelerators_of, preserved_random_state
+from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 
 Loss = Callable[[Any], Tensor]
 
@@ -108,14 +109,15 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     """
     criterion = loss or mean_square
     original = _checkpointed_twin(model)
-    inputs = _own_leaves(example_inputs)
+    call = as_call(example_inputs)
+    leaves = _own_leaves((call.args, call.kwargs))
     forwards: dict[str, Callable[[], Tensor]] = {
-        REVWIRE: lambda: criterion(_call(model, inputs)),
-        STORED: lambda: _stored(model, lambda: criterion(_call(model, inputs))),
-        CHECKPOINT: lambda: criterion(_call(original, inputs)),
+        REVWIRE: lambda: criterion(_call(model, leaves)),
+        STORED: lambda: _stored(model, lambda: criterion(_call(model, leaves))),
+        CHECKPOINT: lambda: criterion(_call(original, leaves)),
     }
     steps = {name: partial(_step, forward) for name, forward in forwards.items()}
-    device = _device(model, inputs)
+    device = _device(model, leaves)
     with _left_as_found(model):
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
         saved = {name: saved_bytes(forward, device) for name, forward in forwards.items()}
@@ -130,10 +132,10 @@ def mean_square(output: Any) -> Tensor:
     return torch.stack([t.float().square().mean() for t in leaves]).mean()
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+def _call(model: nn.Module, leaves: tuple[Any, Any]) -> Any:
+    """Call on containers made anew: some models write to the list that they are given."""
+    args, kwargs = tree_map(lambda leaf: leaf, leaves)
+    return model(*args, **kwargs)
 
 
 def _step(forward: Callable[[], Tensor]) -> None:
@@ -162,11 +164,11 @@ def _checkpointed_twin(model: nn.Module) -> nn.Module:
     """
     hosts = report(model).hosts
     tensors: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    twin = revert(copy.deepcopy(model, tensors))
+    twin: nn.Module = revert(copy.deepcopy(model, tensors))
     for path in hosts:
         if not any(other != path and other.startswith(f"{path}." if path else "") for other in hosts):
             host = twin.get_submodule(path)
-            host.forward = partial(checkpoint, host.forward, use_reentrant=False)  # type: ignore[method-assign]
+            host.forward = partial(checkpoint, host.forward, use_reentrant=False)
     return twin
 
 
@@ -175,7 +177,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Restore gradients, buffers and random state at the end; inside, each ``.grad`` is allocated and zero."""
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with preserved_random_state(accelerators_of(model.parameters())):
         try:
             for p, _ in grads:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None

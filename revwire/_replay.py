@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 AutocastState = tuple[bool, torch.dtype]
+_CPU = torch.device("cpu")
+RandomStates = dict[torch.device | None, Tensor]
 
 
 def accelerators_of(values: Iterable[Any]) -> tuple[torch.device, ...]:
@@ -18,15 +21,15 @@ def accelerators_of(values: Iterable[Any]) -> tuple[torch.device, ...]:
     return tuple({v.device for v in values if isinstance(v, Tensor) and v.device.type not in ("cpu", "meta")})
 
 
-def random_states(devices: tuple[torch.device, ...]) -> dict[torch.device | None, Tensor]:
+def random_states(devices: Iterable[torch.device]) -> RandomStates:
     """The generator states of the CPU (key None) and of ``devices``."""
-    states: dict[torch.device | None, Tensor] = {None: torch.get_rng_state()}
+    states: RandomStates = {None: torch.get_rng_state()}
     for device in devices:
         states[device] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
-def set_random_states(states: dict[torch.device | None, Tensor]) -> None:
+def set_random_states(states: RandomStates) -> None:
     """The inverse of `random_states`."""
     for device, state in states.items():
         if device is None:
@@ -50,68 +53,137 @@ def autocast_state(device_type: str) -> AutocastState:
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
-@dataclass
+@dataclass(slots=True)
 class Surroundings:
     """The state around one evaluation of a branch.
 
     Attributes:
+        devices: the accelerators it runs on.
         randomness: generator states before the branch; emptied by `settle` where the branch drew nothing,
             so that a deterministic branch keeps none (a CPU state has 5 kB).
         autocast: (enabled, dtype) per device type.
         cache_enabled: whether autocast may cache its casts of weights.
     """
 
-    randomness: dict[torch.device | None, Tensor]
+    devices: tuple[torch.device, ...]
+    randomness: RandomStates
     autocast: dict[str, AutocastState]
     cache_enabled: bool
 
     @classmethod
-    def capture(cls, tensors: Iterable[Any]) -> Surroundings:
-        devices = accelerators_of(tensors)
-        types = {"cpu", *(d.type for d in devices)}
-        return cls(random_states(devices), {t: autocast_state(t) for t in types}, torch.is_autocast_cache_enabled())
+    def capture(cls, tensors: Iterable[Tensor]) -> Surroundings:
+        """The state now, on the CPU and on the devices of ``tensors``."""
+        found = {t.device for t in tensors}
+        devices = () if found == {_CPU} else tuple(d for d in found if d.type not in ("cpu", "meta"))
+        autocast = {kind: autocast_state(kind) for kind in ("cpu", *(d.type for d in devices))}
+        return cls(devices, random_states(devices), autocast, torch.is_autocast_cache_enabled())
 
     def settle(self) -> None:
         """After the branch ran: forget the generators it did not draw from."""
-        after = random_states(tuple(d for d in self.randomness if d is not None))
-        self.randomness = {d: s for d, s in self.randomness.items() if not torch.equal(s, after[d])}
+        after = random_states(self.devices)
+        self.randomness = {d: s for d, s in self.randomness.items() if not _same_bytes(s, after[d])}
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Run a recompute as the forward ran; afterwards the generators are as they were before it."""
-        outside = random_states(tuple(d for d in self.randomness if d is not None)) if self.randomness else {}
-        with ExitStack() as stack:
-            for kind, (enabled, dtype) in self.autocast.items():
-                if (enabled, dtype) != autocast_state(kind) or enabled:
+        outside = random_states(self.devices)
+        casts = [(kind, *cast) for kind, cast in self.autocast.items() if cast[0] or torch.is_autocast_enabled(kind)]
+        try:
+            set_random_states(self.randomness)
+            with ExitStack() as stack:
+                for kind, enabled, dtype in casts:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache_enabled))
-            try:
-                set_random_states(self.randomness)
                 yield
-            finally:
-                set_random_states(outside)
+        finally:
+            set_random_states(outside)
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    words = a.numel() % 8 == 0  # comparing words is four times as fast
+    return torch.equal(a.view(torch.int64), b.view(torch.int64)) if words else torch.equal(a, b)
+
+
+@dataclass(slots=True)
+class Inventory:
+    """What the modules of a branch own.
+
+    Attributes:
+        weights: their parameters, each with its version counter at the time.
+        writers: those that a forward may write buffers of.
+    """
+
+    weights: list[tuple[Tensor, int]]
+    writers: list[nn.Module]
+
+    @classmethod
+    def of(cls, roots: Iterable[nn.Module]) -> Inventory:
+        """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
+        out, seen = cls([], []), set[int]()
+        todo: list[nn.Module | None] = list(roots)
+        while todo:
+            module = todo.pop()
+            if module is None or id(module) in seen:
+                continue
+            seen.add(id(module))
+            for weight in module._parameters.values():
+                if weight is not None:
+                    out.weights.append((weight, version_of(weight)))
+            if module._buffers and any(_is_written(b) for b in module._buffers.values()):
+                out.writers.append(module)
+            if module._modules:
+                todo.extend(module._modules.values())
+        return out
+
+
+def version_of(x: Tensor) -> int:
+    """The count of in-place writes to ``x``; inference tensors have none."""
+    return -1 if x.is_inference() else x._version
+
+
+def _is_written(buffer: Tensor | None) -> bool:
+    """Whether a forward may write this buffer: statistics are floats, counters have one element."""
+    return buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)
+
+
+_LOCKS = tuple(RLock() for _ in range(64))
 
 
 @contextmanager
-def buffers_kept(modules: Iterable[nn.Module], *, only_training: bool = True) -> Iterator[None]:
-    """Let modules write to copies of their buffers, and give them the originals back.
+def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep other threads from exchanging the buffers of these modules.
 
-    Only buffers that a forward writes are copied: in modules in training mode (all modules, unless
-    ``only_training``), the floating-point ones and the counters of one element. Batch normalisation writes its
-    statistics without touching their version counter, so what was written cannot be seen afterwards.
+    Modules share a few locks, taken in one order; a nested chain takes a part of what its outer branch holds.
     """
+    with ExitStack() as stack:
+        for number in sorted({id(module) // 64 % len(_LOCKS) for module in modules}):
+            stack.enter_context(_LOCKS[number])
+        yield
+
+
+@contextmanager
+def buffers_exchanged(modules: Iterable[nn.Module], *, only_training: bool = True) -> Iterator[None]:
+    """Let these modules (not those below them) write to copies of their buffers, and give them the originals back.
+
+    Batch normalisation writes its statistics without touching their version counter, so what was written cannot be
+    seen afterwards; and writing values back would race with, and look like, a change by somebody else.
+    """
+    writers = [m for m in modules if m.training or not only_training]
     kept: list[tuple[nn.Module, str, Tensor]] = []
-    seen: set[int] = set()
-    try:
-        for root in modules:
-            for module in root.modules():
-                if id(module) in seen or (only_training and not module.training):
-                    continue
-                seen.add(id(module))
+    with undisturbed(writers):
+        try:
+            for module in writers:
                 for name, buffer in module._buffers.items():
-                    if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1):
+                    if buffer is not None and _is_written(buffer):
                         kept.append((module, name, buffer))
                         module._buffers[name] = buffer.clone()
+            yield
+        finally:
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def buffers_kept(roots: Iterable[nn.Module], *, only_training: bool = True) -> Iterator[None]:
+    """`buffers_exchanged` for these modules and all below them."""
+    with buffers_exchanged(Inventory.of(roots).writers, only_training=only_training):
         yield
-    finally:
-        for module, name, buffer in kept:
-            module._buffers[name] = buffer

@@ -2,406 +2,324 @@
 
 Note [Why a run on values]
     Proxies that stand for values break on ``isinstance``, on control flow and on every C function that wants a number.
-    Here forward runs on the caller's own tensors, and three interception points write down what happens: a
-    `TorchFunctionMode` (every torch call that Python makes), a wrapper of ``nn.Module.__call__`` (which module calls
-    which) and a `TorchDispatchMode` (which kernels a call runs). Python decides as it always does. What it decided *on*
-    is written down too: reading a shape or a value of a tensor is an event (`Read`).
+    Here forward runs on copies of the caller's own tensors, and interception points write down what happens: a
+    `TorchFunctionMode` (every torch call that Python makes), wrappers of ``nn.Module.__call__``, of custom autograd
+    functions and of TorchScript functions, and a `TorchDispatchMode` (which kernels a call runs). Python decides as it
+    always does. What it decided *on* is written down too: reading a shape or a value of a tensor is a `Read`.
 
 Note [Nothing is kept alive]
-    The run happens with gradients enabled, as a training step would, but what autograd saves is measured and dropped,
-    and the recording holds weak references: memory stays that of inference.
+    What autograd saves is measured and dropped, and the recording holds weak references: memory stays that of inference.
+
+Note [Writes]
+    A write in place makes a new value of every tensor that shares the memory.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revwire._replay import accelerators_of, buffers_kept, preserved_random_state
-
-ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
-_CASTS = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default})
-_SHAPE_READS = frozenset(
-    "shape size numel nelement __len__ stride is_contiguous storage_offset element_size nbytes itemsize is_non_overlapping_and_dense".split()
+from revwire import _watch
+from revwire._errors import CaptureError
+from revwire._fresh import fresh_arguments
+from revwire._intercept import active, intercepted
+from revwire._memory import Memory, address_of, is_view
+from revwire._reads import kind_of, name_of, state_change
+from revwire._recording import (
+    Event,
+    Modes,
+    Opaque,
+    Read,
+    Recording,
+    Ref,
+    Value,
+    has_hooks,
+    is_constant,
+    mapped,
+    plain,
+    tensors_in,
 )
-_FREE_READS = frozenset(  # part of every signature, or properties of the module's own tensors
-    "device dtype dim ndim ndimension requires_grad is_leaf is_floating_point is_complex is_cuda is_mps is_xpu is_meta is_cpu is_sparse "
-    "is_quantized is_nested is_mkldnn is_xla is_mtia is_maia is_ipu is_vulkan layout get_device is_inference _version names grad_fn "
-    "is_tensor names __hash__ __repr__ __str__ __format__ is_autocast_enabled result_type __dlpack_device__ grad is_signed is_sparse_csr".split()
-)
+from revwire._replay import accelerators_of, buffers_kept, preserved_random_state, version_of
 
 
-@dataclass(frozen=True)
-class Ref:
-    """In a recorded argument or result: the tensor with this value number."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """In a recorded argument: an object that is neither a tensor nor a plain constant (a cache, a config)."""
-
-    obj: Any
-
-    def __hash__(self) -> int:
-        return id(self.obj)
-
-
-@dataclass
-class Value:
-    """One tensor as it was between two writes to it.
-
-    ``event`` is its producer (-1: it existed before). ``existing`` is the tensor itself, and ``names`` its qualified
-    names as a parameter or buffer of the root, where it existed before. ``largest`` is its largest magnitude, measured
-    for what enters or leaves an addition.
-    """
-
-    number: int
-    event: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    existing: Tensor | None = None
-    names: tuple[str, ...] = ()
-    largest: float = 0.0
-
-
-@dataclass
-class Event:
-    """A call of a torch function or of a module.
-
-    ``parent`` is the module call around it (-1: none). A module call ends before event ``end``. ``writes`` holds
-    (value before, value after) of what was written in place. ``view``: the result is a re-reading of the input's
-    storage with all its elements. ``saved``: bytes that autograd would keep for it.
-    """
-
-    number: int
-    target: Any
-    is_module: bool
-    parent: int
-    args: Any = ()
-    kwargs: Any = None
-    out: Any = None
-    end: int = 0
-    writes: tuple[tuple[int, int], ...] = ()
-    kernels: list[Any] = field(default_factory=list)
-    view: bool = False
-    saved: int = 0
-
-    @property
-    def is_addition(self) -> bool:
-        """Two tensors added element by element, nothing else."""
-        kernels = [k for k in self.kernels if k not in _CASTS]
-        tensors = [r for r in refs((self.args, self.kwargs))]
-        scaled = "alpha" in (self.kwargs or {}) or len(self.args) > 2
-        return not self.is_module and len(kernels) == 1 and kernels[0] in ADDITIONS and len(tensors) == 2 and not scaled
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Every kernel works element by element (by its own declaration)."""
-        kernels = [k for k in self.kernels if k not in _CASTS]
-        return bool(kernels) and all(torch.Tag.pointwise in k.tags for k in kernels)
-
-
-@dataclass(frozen=True)
-class Read:
-    """Python looked at a tensor: at its ``"shape"`` or at its ``"data"``, inside the module call ``parent``."""
-
-    kind: str
-    name: str
-    parent: int
-
-
-@dataclass
-class Recording:
-    """All that one run did. ``events[0]`` is the call of the root module."""
-
-    root: nn.Module
-    module_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-
-    def cut(self, call: int) -> Recording:
-        """The recording of one module call, as if its module had been the root."""
-        top = self.events[call]
-        numbers = {r.value for e in self.events[call : top.end] for r in refs((e.args, e.kwargs, e.out, [Ref(w) for p in e.writes for w in p]))}
-        renumber = {old: new for new, old in enumerate(sorted(numbers))}
-        prefixes = [f"{n}." if n else "" for n in self.module_names.get(id(top.target), ())]
-        out = Recording(top.target, {k: _within(v, prefixes, "") for k, v in self.module_names.items()})
-        for old in renumber:
-            v = self.values[old]
-            event = v.event - call if call <= v.event < top.end else -1
-            out.values.append(Value(renumber[old], event, v.shape, v.dtype, v.existing, _within(v.names, prefixes), v.largest))
-        for e in self.events[call : top.end]:
-            writes = tuple((renumber[a], renumber[b]) for a, b in e.writes)
-            args, kwargs, result = (renumbered(s, renumber) for s in (e.args, e.kwargs, e.out))
-            parent = -1 if e is top else e.parent - call
-            out.events.append(Event(e.number - call, e.target, e.is_module, parent, args, kwargs, result, e.end - call, writes, e.kernels, e.view, e.saved))
-        out.reads = [Read(r.kind, r.name, r.parent - call) for r in self.reads if call <= r.parent < top.end]
-        return out
-
-    def calls_around(self, number: int) -> tuple[int, ...]:
-        """The module calls around an event, outermost first."""
-        out = []
-        parent = self.events[number].parent
-        while parent >= 0:
-            out.append(parent)
-            parent = self.events[parent].parent
-        return tuple(reversed(out))
-
-
-def _within(names: tuple[str, ...], prefixes: list[str], own: str | None = None) -> tuple[str, ...]:
-    """Qualified names relative to a module whose own names, with a dot, are ``prefixes``."""
-    inside = [n[len(p) :] for p in prefixes for n in names if n.startswith(p)]
-    exact = [own for p in prefixes for n in names if own is not None and f"{n}." == p]
-    return tuple(dict.fromkeys([*exact, *inside]))
-
-
-def renumbered(structure: Any, numbers: dict[int, int]) -> Any:
-    """A recorded structure with its values renumbered."""
-    if isinstance(structure, Ref):
-        return Ref(numbers[structure.value])
-    if isinstance(structure, (list, tuple)):
-        return _alike(structure, [renumbered(s, numbers) for s in structure])
-    if isinstance(structure, dict):
-        return {k: renumbered(v, numbers) for k, v in structure.items()}
-    if isinstance(structure, slice):
-        return slice(*(renumbered(s, numbers) for s in (structure.start, structure.stop, structure.step)))
-    return structure
-
-
-def refs(structure: Any) -> Iterator[Ref]:
-    """The `Ref`s in a recorded structure, in order."""
-    if isinstance(structure, Ref):
-        yield structure
-    elif isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from refs(item)
-    elif isinstance(structure, dict):
-        for item in structure.values():
-            yield from refs(item)
-    elif isinstance(structure, slice):
-        yield from refs((structure.start, structure.stop, structure.step))
-
-
-def tensors_in(structure: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, dicts and slices, in order."""
-    if isinstance(structure, Tensor):
-        yield structure
-    elif isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from tensors_in(item)
-    elif isinstance(structure, dict):
-        for item in structure.values():
-            yield from tensors_in(item)
-    elif isinstance(structure, slice):
-        yield from tensors_in((structure.start, structure.stop, structure.step))
-    elif hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
-        yield from tensors_in(vars(structure))
-
-
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-def _alike(like: Any, items: list[Any]) -> Any:
-    """A list, tuple or named tuple like ``like`` with these items (other subclasses become plain tuples)."""
-    if isinstance(like, list):
-        return items
-    return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
-
-
-class _State(threading.local):
-    active: _Recorder | None = None
-
-
-_STATE = _State()
-
-
-def is_recording() -> bool:
-    """Whether this thread is observing a module: converted hosts then run their original forward."""
-    return _STATE.active is not None
-
-
-class _Kernels(TorchDispatchMode):
+class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which kernels the current event runs."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args)
         for event in self.recorder.open_events:
             event.kernels.append(func)
+            event.dynamic |= dynamic
         return func(*args, **(kwargs or {}))
 
 
+def _indexes_by_numbers(func: Any, args: Any) -> bool:
+    """Whether this is an index by numbers, whose result has a shape that the shapes of its arguments tell."""
+    return func is torch.ops.aten.index.Tensor and not any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
+
+
 class _Recorder(TorchFunctionMode):
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, device_types: tuple[str, ...]) -> None:
         super().__init__()
         self.recording = Recording(root)
+        self.device_types = device_types
         self.names: dict[int, tuple[str, ...]] = {}
-        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.memory = Memory()
         self.stack: list[Event] = []
         self.open_events: list[Event] = []
-        self.addresses: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.owned: set[int] = set()
         self.counted: set[tuple[int, int]] = set()
+        self.drawn = _watch.python_random_state()
+        self.watch = _watch.Watch(self.note_look)
+        self.quiet = False
 
     def name_all(self) -> None:
-        """Learn the qualified names of the root's modules, parameters and buffers (as they are during the run)."""
-        root = self.recording.root
-        for name, module in root.named_modules(remove_duplicate=False):
+        """Learn the qualified names of the root's modules and of all tensors they hold (as they are during the run)."""
+        for name, module in self.recording.root.named_modules(remove_duplicate=False):
             self.recording.module_names[id(module)] = (*self.recording.module_names.get(id(module), ()), name)
-        for source in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
-            for name, t in source:
-                self.names[id(t)] = (*self.names.get(id(t), ()), name)
-                if t.layout == torch.strided:
-                    self.owned.add(t.untyped_storage().data_ptr())
+            held = {**{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}, **module._parameters, **module._buffers}
+            for key, t in held.items():
+                if t is not None:
+                    self.names[id(t)] = (*self.names.get(id(t), ()), f"{name}.{key}" if name else key)
+                    if t.layout == torch.strided and not t.is_nested:
+                        self.owned.add(t.untyped_storage().data_ptr())
 
     # -- values ----------------------------------------------------------------------------------------------------
 
     def number_of(self, t: Tensor) -> int:
-        found = self.known.get(id(t))
-        if found is not None and found[0]() is t:
-            return found[1]
-        return self.bind(t, -1)
+        found = self.memory.number_of(t)
+        return self.bind(t, -1) if found is None else found
 
-    def bind(self, t: Tensor, event: int) -> int:
+    def bind(self, t: Tensor, event: int, dynamic: bool = False) -> int:
         number = len(self.recording.values)
         existing, names = (t, self.names.get(id(t), ())) if event < 0 else (None, ())
-        self.recording.values.append(Value(number, event, tuple(t.shape), t.dtype, existing, names))
-        reference = weakref.ref(t)
-        self.known[id(t)] = (reference, number)
-        if t.layout == torch.strided and not t.is_meta:
-            self.addresses[t.untyped_storage().data_ptr()] = (reference, number)
+        storage = self.memory.bind(t, number)
+        self.recording.values.append(Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic))
         return number
 
     def noted(self, structure: Any) -> Any:
         """``structure`` with tensors as `Ref`, and what is no plain constant as `Opaque`."""
-        if isinstance(structure, Tensor):
-            return Ref(self.number_of(structure))
-        if isinstance(structure, (list, tuple)):
-            return _alike(structure, [self.noted(s) for s in structure])
-        if isinstance(structure, dict):
-            return {k: self.noted(v) for k, v in structure.items()}
-        if isinstance(structure, slice):
-            return slice(*(self.noted(s) for s in (structure.start, structure.stop, structure.step)))
-        return structure if isinstance(structure, CONSTANTS) else Opaque(structure)
+        return mapped(structure, self.noted_leaf)
 
-    def noted_output(self, structure: Any, event: Event, before: set[int]) -> Any:
+    def noted_leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return Ref(self.number_of(leaf))
+        if is_constant(leaf):
+            return plain(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            return Opaque(leaf, {f.name: self.noted(getattr(leaf, f.name, None)) for f in dataclasses.fields(leaf) if f.init})
+        return Opaque(leaf)
+
+    def noted_output(self, structure: Any, event: Event, dynamic: bool) -> Any:
         """As `noted`, where tensors that did not exist before the event are its results."""
         for t in tensors_in(structure):
-            found = self.known.get(id(t))
-            if found is None or found[0]() is not t:
-                self.bind(t, event.number)
+            if self.memory.number_of(t) is None:
+                self.bind(t, event.number, dynamic)
         return self.noted(structure)
 
     # -- events ----------------------------------------------------------------------------------------------------
 
+    @property
+    def parent(self) -> int:
+        return self.stack[-1].number if self.stack else -1
+
+    @contextmanager
+    def bookkeeping(self) -> Iterator[None]:
+        """The recorder's own calls and looks are no events."""
+        quiet, self.quiet = self.quiet, True
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.quiet = quiet
+
     def open(self, target: Any, is_module: bool, args: Any, kwargs: Any) -> tuple[Event, list[tuple[Tensor, int]]]:
-        versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
-        parent = self.stack[-1].number if self.stack else -1
-        event = Event(len(self.recording.events), target, is_module, parent, self.noted(args), self.noted(kwargs))
+        versions = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
+        event = Event(len(self.recording.events), target, is_module, self.parent, self.noted(args), self.noted(kwargs))
+        event.modes = modes_now(self.device_types)
         self.recording.events.append(event)
         return event, versions
 
     def close(self, event: Event, versions: list[tuple[Tensor, int]], out: Any) -> None:
-        writes = []
+        inputs = (self.recording.values[n] for n in (self.number_of(t) for t, _ in versions))
+        dynamic = event.dynamic or any(v.dynamic for v in inputs)
+        writes: dict[int, tuple[int, int]] = {}
         for t, version in versions:
-            if t._version != version:
-                before = self.number_of(t)
-                produced = self.recording.values[before].event
-                if event.is_module and produced > event.number:
-                    continue  # a call inside wrote it, and has been noted
-                writes.append((before, self.bind(t, event.number)))
-        event.writes = tuple(writes)
-        event.out = self.noted_output(out, event, set())
+            produced = self.recording.values[self.number_of(t)].event
+            if version_of(t) != version and not (event.is_module and produced > event.number):  # else noted by a call inside
+                for alias in self.memory.aliases(t):
+                    if id(alias) not in writes:
+                        writes[id(alias)] = (self.number_of(alias), self.bind(alias, event.number, dynamic))
+        event.writes = tuple(writes.values())
+        event.out = self.noted_output(out, event, dynamic)
         event.end = len(self.recording.events)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.quiet or active() is not self:
+            return func(*args, **kwargs)
         if func is torch.Tensor.__iter__:
             self.recording.reads.append(Read("shape", "__iter__", self.parent))
-            return iter(args[0].unbind(0)) if self is not _STATE.active else iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
+            return iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
         return self.call(func, args, kwargs)
-
-    @property
-    def parent(self) -> int:
-        return self.stack[-1].number if self.stack else -1
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         event, versions = self.open(func, False, args, kwargs)
         self.open_events.append(event)
         try:
             out = func(*args, **kwargs)
+        except BaseException:
+            self.recording.events.pop()  # a call that raises made nothing; what caught the error decided on it
+            self.note_read(func, args)
+            raise
         finally:
             self.open_events.pop()
-        written = any(t._version != version for t, version in versions)
-        if not written and next(tensors_in(out), None) is None:
+        self.note_state(func)
+        if next(tensors_in(out), None) is None and all(version_of(t) == version for t, version in versions):
             self.recording.events.pop()
             self.note_read(func, args)
             return out
         self.close(event, versions, out)
-        event.view = self.is_view(event, args, out)
+        event.view = not event.writes and is_view(args, out)
         if event.is_addition:
-            for t in (*tensors_in((args, kwargs)), *tensors_in(out)):
-                if t.is_floating_point() and t.numel() and not t.is_meta:
-                    value = self.recording.values[self.number_of(t)]
-                    value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
+            self.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
         return out
 
-    def is_view(self, event: Event, args: Any, out: Any) -> bool:
-        if event.writes or not isinstance(out, Tensor) or not args or not isinstance(args[0], Tensor) or out is args[0]:
-            return False
-        same = out.numel() == args[0].numel() and out.dtype == args[0].dtype and out.layout == torch.strided == args[0].layout
-        return same and not out.is_meta and out.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
-
-    def note_read(self, func: Any, args: Any) -> None:
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", "")
-        if name in _FREE_READS or (name == "__set__") or next(tensors_in(args), None) is None:
-            return
-        self.recording.reads.append(Read("shape" if name in _SHAPE_READS else "data", name, self.parent))
-
-    def module_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        event, versions = self.open(module, True, args, kwargs)
+    def module_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, body: bool = False) -> Any:
+        """A module call; ``body``: it is the forward alone, without the module's hooks."""
+        with self.bookkeeping():
+            self.note_draws()
+            event, versions = self.open(module, True, args, kwargs)
+            event.hooked = has_hooks(module) and not body
+            self.watch_objects(event, (args, kwargs))
+            family = [(m, _watch.attributes_of(m)) for m in (module, *module.children())]
+            containers = _watch.containers_in((args, kwargs))
         self.stack.append(event)
         try:
-            out = original(module, *args, **kwargs)
-        finally:
+            out = (self.hooked_call if event.hooked else _called)(original, module, args, kwargs)
+            with self.bookkeeping():
+                self.note_draws()
+        except BaseException:
             self.stack.pop()
-        self.close(event, versions, out)
+            event.end = len(self.recording.events)
+            self.recording.reads.append(Read("data", "an exception", self.parent))
+            raise
+        self.stack.pop()
+        with self.bookkeeping():
+            self.close(event, versions, out)
+            event.changes = self.changes(event, family, containers)
         return out
 
-    def function_apply(self, original: Callable[..., Any], cls: Any, args: Any, kwargs: Any) -> Any:
-        """A custom autograd function: one event, whatever it does inside."""
-        event, versions = self.open(cls.apply, False, args, kwargs)
-        with torch._C.DisableTorchFunction():
-            out = original(*args, **kwargs)
-        self.close(event, versions, out)
+    def hooked_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces."""
+        forward, own = module.forward, vars(module).get("forward", None)
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            back()
+            return self.module_call(lambda _, *a, **k: forward(*a, **k), module, args, kwargs, body=True)
+
+        def back() -> None:
+            if own is not None:
+                vars(module)["forward"] = own
+            else:
+                vars(module).pop("forward", None)
+
+        vars(module)["forward"] = body
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            back()
+
+    def opaque_call(self, original: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
+        """One event, whatever it does inside: a custom autograd function, or a TorchScript function."""
+        with self.bookkeeping():
+            event, versions = self.open(target, False, args, kwargs)
+            self.open_events.append(event)
+            try:
+                out = original(*args, **kwargs)
+            finally:
+                self.open_events.pop()
+            self.close(event, versions, out)
         return out
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    def note_read(self, func: Any, args: Any) -> None:
+        kind = kind_of(func)
+        values = [self.recording.values[self.number_of(t)] for t in tensors_in(args)]
+        if kind == "free" or not values or getattr(func, "__name__", "") == "__set__":
+            return
+        unseen = any(v.dynamic or self.is_foreign(v) for v in values)
+        self.recording.reads.append(Read("data" if unseen else kind, name_of(func), self.parent))
+
+    def is_foreign(self, v: Value) -> bool:
+        """Neither an argument, nor the model's own, nor computed: inside an object (a cache), or made unseen."""
+        return v.event < 0 and not v.names and not any(r == v.number for r in self.given)
+
+    @property
+    def given(self) -> list[int]:
+        top = self.recording.events[0]
+        return [leaf.value for leaf in _flat((top.args, top.kwargs)) if isinstance(leaf, Ref)]
+
+    def note_state(self, func: Any) -> None:
+        change = state_change(func)
+        if change is not None:
+            self.recording.reads.append(Read("state", change, self.parent))
+
+    def note_draws(self) -> None:
+        now = _watch.python_random_state()
+        if not _watch.same_random_state(self.drawn, now):
+            self.recording.reads.append(Read("random", "Python's random numbers", self.parent))
+            self.drawn = now
+
+    def note_look(self, obj: Any, name: str) -> None:
+        if not self.quiet and active() is self:
+            self.recording.reads.append(Read("object", type(obj).__name__, self.parent))
+
+    def watch_objects(self, event: Event, arguments: Any) -> None:
+        for leaf in _objects(arguments):
+            if not self.watch.add(leaf):
+                self.recording.reads.append(Read("object", type(leaf).__name__, event.number))
+
+    def changes(self, event: Event, family: list[tuple[nn.Module, Any]], containers: list[tuple[Any, Any]]) -> tuple[str, ...]:
+        called = {id(e.target) for e in self.recording.events[event.number + 1 :] if e.is_module}
+        changed = [n for m, before in family if id(m) not in called for n in _watch.changed(before, m)]
+        names = [f"assigns to its attribute {n!r}" for n in changed]
+        if _watch.refilled(containers):
+            names.append("changes a list, dict or set that it is given")
+        return tuple(names)
+
+    # -- measurements ----------------------------------------------------------------------------------------------
+
+    def measure_largest(self, tensors: list[Tensor]) -> None:
+        for t in tensors:
+            if t.is_floating_point() and t.numel() and not t.is_meta and not t.is_nested:
+                value = self.recording.values[self.number_of(t)]
+                value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
 
     def measure_saved(self, t: Tensor) -> None:
         """Count what autograd would keep, once per tensor and module call; weights are there anyway."""
-        if t.layout != torch.strided or not self.recording.events:
+        with self.bookkeeping():
+            self._measure_saved(t)
+
+    def _measure_saved(self, t: Tensor) -> None:
+        if t.layout != torch.strided or t.is_nested or not self.recording.events or t.untyped_storage().data_ptr() in self.owned:
             return
-        address = t.untyped_storage().data_ptr()
-        if address in self.owned:
-            return
-        found = self.addresses.get(address)
-        if found is not None and found[0]() is not None:
-            key = (found[1], t.numel())
+        sharing = self.memory.sharing.get(address_of(t) or 0)
+        if sharing is not None and any(r() is not None for r in sharing[1]):  # else the memory was another tensor's before
+            key = (sharing[0], t.numel())
             if key in self.counted:
                 return
             self.counted.add(key)
@@ -409,70 +327,84 @@ class _Recorder(TorchFunctionMode):
         event.saved += t.numel() * t.element_size()
 
 
-@contextmanager
-def _patched(recorder: _Recorder) -> Iterator[None]:
-    """Route module calls and custom functions of this thread through the recorder, while it is active."""
-    module_call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        active = _STATE.active
-        if active is None:
-            return module_call(self, *args, **kwargs)
-        return active.module_call(module_call, self, args, kwargs)
-
-    def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        active = _STATE.active
-        bound = apply.__get__(None, cls)
-        return bound(*args, **kwargs) if active is None else active.function_apply(bound, cls, args, kwargs)
-
-    previous = _STATE.active
-    _STATE.active = recorder
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    torch.autograd.Function.apply = classmethod(apply_function)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = module_call  # type: ignore[method-assign]
-        torch.autograd.Function.apply = apply
-        _STATE.active = previous
+def _called(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return original(module, *args, **kwargs)
 
 
-def fresh_containers(structure: Any) -> Any:
-    """The same tensors and objects in new lists, tuples and dicts: some models write to the list they are given."""
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(fresh_containers(s) for s in structure))
-    if type(structure) in (list, tuple):
-        return type(structure)(fresh_containers(s) for s in structure)
-    return {k: fresh_containers(v) for k, v in structure.items()} if type(structure) is dict else structure
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return (-1,) * t.dim() if t.is_nested else tuple(t.shape)
 
 
-def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any] | None = None) -> Recording:
-    """Run ``module`` once and write down what happens; the module and the random state stay as found.
+def _flat(structure: Any) -> list[Any]:
+    out: list[Any] = []
+    mapped(structure, out.append)
+    return out
+
+
+def _objects(structure: Any) -> list[Any]:
+    """What is neither tensor nor constant in real arguments."""
+    return [leaf for leaf in _flat(structure) if not isinstance(leaf, Tensor) and not is_constant(leaf)]
+
+
+def modes_now(device_types: tuple[str, ...]) -> Modes:
+    """The modes that change what a torch call does, as they are now."""
+    autocast = tuple((t, torch._C.is_autocast_enabled(t), torch._C.get_autocast_dtype(t)) for t in device_types)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
+def record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = True,
+) -> Recording:
+    """Run ``module`` once on copies of its arguments and write down what happens; all is left as found.
 
     Args:
         module: the root of the recording.
         args, kwargs: real arguments of its forward.
         forward: called instead of the module itself, as the body of the root call (to record an original forward
             under a rewired one).
+        gradients: whether the run has them enabled.
+
+    Raises:
+        CaptureError: the module has parameters that do not exist yet.
     """
-    recorder = _Recorder(module)
-    args, kwargs = fresh_containers(args), fresh_containers(kwargs)
-    devices = accelerators_of([*tensors_in((args, kwargs)), *module.parameters()])
+    _refuse_lazy(module)
+    tensors = [*tensors_in((args, kwargs)), *module.parameters()]
+    devices = accelerators_of(tensors)
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        args, kwargs = fresh_arguments((args, kwargs))
+        recorder = _Recorder(module, tuple(sorted({"cpu", *(d.type for d in devices)})))
         stack.enter_context(preserved_random_state(devices))
+        stack.enter_context(_watch.python_random_kept())
+        stack.enter_context(_watch.attributes_kept(module))
         stack.enter_context(buffers_kept([module]))
+        stack.enter_context(_watch.counters_kept(module))
         recorder.name_all()
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(recorder.watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))
         stack.enter_context(_Kernels(recorder))
         stack.enter_context(recorder)
-        stack.enter_context(_patched(recorder))
+        stack.enter_context(intercepted(recorder))
         if forward is None:
             module(*args, **kwargs)
         else:
             body = forward
-            recorder.module_call(lambda _, *a, **k: body(*a, **k), module, args, kwargs)
+            recorder.module_call(lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True)
     return recorder.recording
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, p in module.named_parameters():
+        if is_lazy(p):
+            raise CaptureError(
+                f"{type(module).__name__}: got the lazy parameter {name!r}; expected all weights to exist; call the model once first"
+            )
 
 
 def _dropped(_: Any) -> Tensor:

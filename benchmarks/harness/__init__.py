@@ -1,0 +1,1 @@
+"""What all benchmarks share: records, tables, where real data lies."""

@@ -1,0 +1,103 @@
+"""From records to tables: ``python -m benchmarks.harness.tables`` renews every table in the Markdown files, ``--check`` only compares.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; what is between them is never written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness.record import RESULTS, Record, Row, read
+
+ROOT = RESULTS.parents[1]
+DOCUMENTS = ("README.md", "benchmarks/README.md")
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_MIB = 2**20
+
+
+def vit_depth(rows: list[Row]) -> list[list[str]]:
+    """Peak memory by method (rows) and depth (columns)."""
+    depths = sorted({row["depth"] for row in rows})
+    peaks = {(row["method"], row["depth"]): row["peak_bytes"] for row in rows}
+    base = {depth: peaks["checkpoint per block", depth] for depth in depths}
+    table = [["peak MiB of a step (× checkpointing)", *(f"depth {depth}" for depth in depths)]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [f"{peaks[method, d] / _MIB:.1f} ({peaks[method, d] / base[d]:.2f}×)" for d in depths]
+        table.append([method, *cells])
+    return table
+
+
+def step_time(rows: list[Row]) -> list[list[str]]:
+    """Seconds of a step, and paired ratios."""
+    head = ["training step", "seconds: median (quartiles)", "× stored activations", "× checkpoint per block"]
+    return [head, *([row["method"], *(_quartiles(row[k]) for k in ("seconds", "to_stored", "to_checkpoint"))] for row in rows)]
+
+
+def imagenet_sample(rows: list[Row]) -> list[list[str]]:
+    """Top-1 by coupling (rows) and normalisation (columns)."""
+    norms = list(dict.fromkeys(row["normalization"] for row in rows))
+    table = [["wiring", *(f"top-1, {norm} normalisation (same prediction as before)" for norm in norms)]]
+    for wiring in dict.fromkeys(row["wiring"] for row in rows):
+        mine = {row["normalization"]: row for row in rows if row["wiring"] == wiring}
+        table.append([wiring, *(f"{mine[n]['top1']:.1%} ({mine[n]['agreement']:.1%})" for n in norms)])
+    return table
+
+
+TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+    "vit_depth": vit_depth,
+    "step_time": step_time,
+    "imagenet_sample": imagenet_sample,
+}
+
+
+def _quartiles(q: Row) -> str:
+    return f"{q['median']:.3f} ({q['low']:.3f}–{q['high']:.3f})"
+
+
+def render(name: str) -> str:
+    """The tables of an experiment, one per device, each with its conditions below it."""
+    records = read(name)
+    return "\n".join(_render(record) for record in records) if records else "not measured yet\n"
+
+
+def _render(record: Record) -> str:
+    e = record.environment
+    under = f"{e['device'].removeprefix('cpu ')}, {e['threads']} threads, PyTorch {e['versions']['torch']}, {e['date']}"
+    if record.results is None:
+        return f"failed: {record.reason}\n\n*{under}*\n"
+    head, *rows = TABLES[record.name](record.results)
+    lines = [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+    return "\n".join([*lines, "", f"*{under}*", ""])
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def renewed(text: str) -> str:
+    """A document with its tables made anew."""
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{render(block[2])}\n{block[4]}", text)
+
+
+def main() -> None:
+    """Renew or check the tables of all documents."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a table is not what the records say")
+    check = parser.parse_args().check
+    stale = []
+    for path in (Path(ROOT, name) for name in DOCUMENTS):
+        text = path.read_text()
+        if renewed(text) != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(renewed(text))
+    print(f"{'out of date' if check else 'renewed'}: {', '.join(stale) or 'nothing'}")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

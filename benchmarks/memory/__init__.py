@@ -1,0 +1,1 @@
+"""What a training step holds and how long it takes."""

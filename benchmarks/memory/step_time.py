@@ -1,0 +1,56 @@
+"""Seconds of a training step, all methods taking turns. Claim: at most 1.4 × stored activations, about what checkpointing costs.
+
+python -m benchmarks.memory.step_time
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from rich.progress import Progress
+
+from benchmarks.harness.record import Row, run
+from benchmarks.memory.methods import CHECKPOINT, METHODS, STORED, network, step
+from revwire.measure import paired_seconds
+
+
+def measured(depth: int, batch: int, rounds: int) -> list[Row]:
+    """Quartiles of the seconds of each method, and of its ratio to two others within each round."""
+    images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    models = {name: method(network(depth), images) for name, method in METHODS.items()}
+    with Progress() as progress:
+        bar = progress.add_task("steps", total=(rounds + 1) * len(models))
+
+        def counted(name: str) -> None:
+            step(models[name], images)
+            progress.advance(bar)
+
+        timings = paired_seconds({name: partial(counted, name) for name in models}, rounds)
+    return [
+        {
+            "method": name,
+            "seconds": asdict(timings.seconds(name)),
+            "to_stored": asdict(timings.ratio(name, STORED)),
+            "to_checkpoint": asdict(timings.ratio(name, CHECKPOINT)),
+        }
+        for name in models
+    ]
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    config = {"model": "timm vit_small_patch16_224", "side": 224, "loss": "mean square", **vars(options)}
+    record = run("step_time", config, lambda: measured(options.depth, options.batch, options.rounds))
+    print(record.write(), record.status, record.reason or "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What is left of a pretrained function right after conversion."""

@@ -1,0 +1,286 @@
+"""Graph of a host + units -> a program that runs the host on two streams.
+
+Note [Order and writes]
+    A unit runs as one call, when all that it needs is there. Calls of the host that stood between the parts of a unit, and
+    need some of them, move behind it. So where anything is written in place, each reader of that memory must still stand
+    on the same side of the write; and a unit may write to memory of its own making only, since it will be computed twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from revwire._adds import Candidate
+from revwire._errors import CaptureError
+from revwire._graph import HostGraph, after
+from revwire._module import Chain, Unit
+from revwire._recording import Event, refs
+from revwire._units import UnitKey
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A unit that a host holds: which one of its residual adds, and its place in a chain."""
+
+    key: UnitKey
+    posts: int
+    chain: Chain
+    index: int
+    path: str
+
+
+def pattern_of(c: Candidate, events: list[Event]) -> str:
+    """The name of a unit's shape; see `PlannedUnit.pattern`."""
+    if c.branch is not None and not c.post:
+        return "residual"
+    if c.branch is not None and all(events[e].is_pointwise for e in c.post):
+        return "post-activation"
+    return "block"
+
+
+class _Compiled:
+    """A graph as a Python function ``f(host, *inputs)``; submodules and weights are looked up on the host at each call."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.name == "self":  # a submodule may be called so; the first argument of the function is
+                node._rename("self_")
+        graph.lint()
+        code = graph.python_code("self")
+        scope = dict(code.globals)
+        exec(compile(code.src, "<revwire graph>", "exec"), scope)  # the standard way of running an fx graph
+        self.source = code.src
+        self.run: Callable[..., Any] = scope["forward"]
+
+
+class _UnitCall:
+    """What the program of a host calls for one unit."""
+
+    __module__, __name__, __qualname__ = "revwire", "run_unit", "run_unit"
+
+    def __init__(self, chain: Chain, unit: Unit) -> None:
+        self.chain = chain
+        self.unit = unit
+
+    def __call__(self, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        return self.chain.apply(self.unit, host, x, extras)
+
+
+class _ViewCall:
+    """A view of the stream between two units, applied to both streams."""
+
+    __module__, __name__, __qualname__ = "revwire", "view_streams", "view_streams"
+
+    def __init__(self, chain: Chain, target: Callable[..., Tensor]) -> None:
+        self.chain = chain
+        self.target = target
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.chain.relayout(lambda t: self.target(t, *args, **kwargs), x)
+
+
+@dataclass
+class _Cut:
+    """One unit in a host graph: its branch nodes, what it needs from outside, what it gives besides its output."""
+
+    slot: Slot
+    candidate: Candidate
+    kind: str
+    fork: fx.Node
+    out: fx.Node
+    add: fx.Node
+    branch: fx.Node | None
+    nodes: list[fx.Node]
+    dropped: list[fx.Node]
+    extras: list[fx.Node] = field(default_factory=list)
+    sides: list[fx.Node] = field(default_factory=list)
+    unit: Unit | None = None
+
+    @property
+    def all_nodes(self) -> list[fx.Node]:
+        return [*self.nodes, *self.dropped]
+
+
+class Program:
+    """A host's forward for one signature.
+
+    Raises:
+        CaptureError: the units cannot be separated from the rest; the message is a short reason.
+    """
+
+    def __init__(self, host: HostGraph, units: list[Candidate], slots: list[Slot]) -> None:
+        self.host = host
+        nodes = list(host.graph.nodes)
+        self.order = {node: i for i, node in enumerate(nodes)}
+        self.executed: list[fx.Node] = []
+        self.cuts = [self._cut(c, s, nodes) for c, s in zip(units, slots, strict=True)]
+        for cut in self.cuts:
+            self._check_own_memory(cut)
+            cut.unit = self._unit(cut)
+        self.views = self._views(units, slots)
+        self.compiled = _Compiled(self._outer(nodes))
+        self._check_order_of_writes()
+        self.shape_dependent = host.shape_dependent
+        self.guarded = [*host.opened, *host.elided.values()]
+
+    def __call__(self, host: nn.Module, leaves: list[Any]) -> Any:
+        return self.compiled.run(host, host, *leaves)
+
+    # -- cutting ---------------------------------------------------------------------------------------------------
+
+    def _cut(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> _Cut:
+        events, node_of = self.host.recording.events, self.host.node_of
+        result = next(r.value for r in refs(events[c.add].out))
+        if any(value not in node_of for value in (c.fork, c.out, result)):
+            raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
+        fork, out, add = node_of[c.fork], node_of[c.out], node_of[result]
+        branch = node_of.get(c.branch) if c.branch is not None else None
+        pattern = pattern_of(c, events)
+        residual = branch is not None and (pattern == "residual" or (pattern == "post-activation" and slot.chain.coupling.drops_skip))
+        inside = _between(fork, out)
+        if residual and branch is not None:
+            inside = _between(fork, branch) | (inside - {add} if c.post else set())
+        inside |= {n for n in self.host.elided if any(i in inside for i in n.all_input_nodes)}
+        ordered = [n for n in nodes if n in inside]
+        cut = _Cut(slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else [])
+        taken = set(cut.all_nodes)
+        cut.extras = list(
+            dict.fromkeys(i for n in ordered for i in n.all_input_nodes if i not in taken and i is not fork and i.op != "get_attr")
+        )
+        cut.sides = [n for n in ordered if n is not out and any(u not in taken for u in n.users)]
+        return cut
+
+    def _check_own_memory(self, cut: _Cut) -> None:
+        """See Note [Order and writes]; the add itself is made out of place."""
+        events, storage_of = self.host.recording.events, self.host.storage_of
+        add = events[cut.candidate.add]
+        if add.modes[:2] != events[0].modes[:2]:
+            raise CaptureError("makes a residual add without gradients")
+        if any(u.target is after and u.args[1] is cut.add for u in cut.add.users):
+            raise CaptureError("adds in place to a tensor that is used again under another name")
+        if cut.add in self.host.writes and storage_of[cut.fork] in self.host.writes[cut.add]:
+            raise CaptureError("adds in place to its own input")
+        inside = set(cut.all_nodes)
+        for storage in {s for n in cut.all_nodes for s in self.host.writes.get(n, ())}:
+            holders = [n for n, s in storage_of.items() if s == storage]
+            if holders and min(holders, key=self.order.__getitem__) not in inside:
+                raise CaptureError("writes in place to a tensor that is not its branch's own")
+
+    def _check_order_of_writes(self) -> None:
+        """See Note [Order and writes]."""
+        position = {node: i for i, node in enumerate(self.executed)}
+        holders: dict[int, list[fx.Node]] = {}
+        for node, storage in self.host.storage_of.items():
+            holders.setdefault(storage, []).append(node)
+        dropped = {n for cut in self.cuts for n in cut.dropped}
+        for node, storages in self.host.writes.items():
+            if node in dropped:
+                continue
+            readers = {u for s in storages for h in holders.get(s, ()) for u in h.users if u is not node}
+            if any((self.order[r] < self.order[node]) != (position[r] < position[node]) for r in readers):
+                raise CaptureError("writes in place to a tensor that is read elsewhere while its residual unit runs")
+
+    def _unit(self, cut: _Cut) -> Unit:
+        graph, env = fx.Graph(), {}
+        env[cut.fork] = graph.placeholder("x")
+        for i, extra in enumerate(cut.extras):
+            env[extra] = graph.placeholder(f"extra_{i}")
+        for node in cut.nodes:
+            for weight in (i for i in node.all_input_nodes if i.op == "get_attr" and i not in env):
+                env[weight] = graph.node_copy(weight)
+            if cut.dropped and cut.branch in env and cut.branch is not None:
+                env.setdefault(cut.add, env[cut.branch])
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        value = env[cut.out] if cut.kind == "block" or cut.candidate.post else env[cut.branch or cut.out]
+        graph.output((value, tuple(env[s] for s in cut.sides)))
+        compiled = _Compiled(graph)
+        paths = _owners([n for n in graph.nodes if n.op in ("call_module", "get_attr")])
+
+        def modules(host: nn.Module) -> Iterable[nn.Module]:
+            return [host.get_submodule(p) for p in paths]
+
+        return Unit(cut.slot.path, cut.slot.index, "residual" if cut.kind == "residual" else "block", compiled.run, modules)
+
+    def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
+        numbers = {n: s.chain for c, s in zip(units, slots, strict=True) for n in (*c.views, *c.lead)}
+        return {node: numbers[event] for node, event in self.host.event_of.items() if event in numbers and node.op == "call_function"}
+
+    # -- putting together ------------------------------------------------------------------------------------------
+
+    def _outer(self, nodes: list[fx.Node]) -> fx.Graph:
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        host = graph.placeholder("host")
+        taken = {n for cut in self.cuts for n in cut.all_nodes}
+        at_end = {max(cut.all_nodes, key=self.order.__getitem__): cut for cut in self.cuts}
+        waiting: list[fx.Node | _Cut] = []
+        for node in nodes:
+            waiting += [at_end[node]] if node in at_end else [] if node in taken else [node]
+            progress = True
+            while progress:
+                ready = [w for w in waiting if all(i in env for i in _inputs(w))]
+                for item in ready:
+                    self._emit(graph, env, host, item)
+                waiting = [w for w in waiting if w not in ready]
+                progress = bool(ready)
+        if waiting:
+            raise CaptureError("interleaves its residual units so that they cannot be separated")
+        return graph
+
+    def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | _Cut) -> None:
+        if isinstance(item, _Cut):
+            self.executed += sorted(item.all_nodes, key=self.order.__getitem__)
+            self._emit_unit(graph, env, host, item)
+            return
+        self.executed.append(item)
+        if item in self.views:
+            args, kwargs = fx.map_arg((item.args, item.kwargs), lambda n: env[n])
+            env[item] = graph.call_function(_ViewCall(self.views[item], _function(item.target)), args, kwargs)
+        else:
+            env[item] = graph.node_copy(item, lambda n: env[n])
+
+    def _emit_unit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, cut: _Cut) -> None:
+        assert cut.unit is not None
+        call = _UnitCall(cut.slot.chain, cut.unit)
+        both = graph.call_function(call, (host, env[cut.fork], tuple(env[e] for e in cut.extras)))
+        env[cut.out] = graph.call_function(operator.getitem, (both, 0))
+        if cut.dropped and not cut.candidate.post:
+            env[cut.dropped[0]] = env[cut.out]
+        if cut.sides:
+            sides = graph.call_function(operator.getitem, (both, 1))
+            for i, side in enumerate(cut.sides):
+                env[side] = graph.call_function(operator.getitem, (sides, i))
+
+
+def _owners(nodes: list[fx.Node]) -> list[str]:
+    """Paths of the modules whose weights these nodes use."""
+    paths = [str(n.target) if n.op == "call_module" else str(n.target).rpartition(".")[0] for n in nodes]
+    return list(dict.fromkeys(paths))
+
+
+def _function(target: Any) -> Callable[..., Tensor]:
+    return target  # type: ignore[no-any-return]
+
+
+def _inputs(item: fx.Node | _Cut) -> list[fx.Node]:
+    return [item.fork, *item.extras] if isinstance(item, _Cut) else item.all_input_nodes
+
+
+def _between(fork: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on a path from ``fork`` (excluded) to ``end`` (included)."""
+    above, todo = {end}, [end]
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in above and node is not fork:
+                above.add(node)
+                todo.append(node)
+    below: set[fx.Node] = set()
+    for node in fork.graph.nodes:
+        if node in above and any(i is fork or i in below for i in node.all_input_nodes):
+            below.add(node)
+    return below

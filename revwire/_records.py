@@ -1,0 +1,107 @@
+"""What a tape keeps of each unit: no activation, only what a recompute needs, and what tells whether it came out right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revwire._errors import ReconstructionError
+from revwire._numerics import Fingerprint
+from revwire._replay import Inventory, Surroundings, version_of
+from revwire._snapshot import snapshot
+
+if TYPE_CHECKING:
+    from revwire._module import Chain, Unit
+    from revwire._tape import Tape
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
+Versions = list[tuple[Tensor, int]]
+
+
+class Placeholder(NamedTuple):
+    """Stands in an autograd graph for a tensor that a branch saved."""
+
+    tape: Tape
+    position: int
+    number: int
+
+
+@dataclass(slots=True)
+class UnitRecord:
+    """What is kept of one unit's forward: no activation, only what a recompute needs."""
+
+    unit: Unit
+    host: nn.Module
+    dtype: torch.dtype
+    input_requires_grad: bool
+    extras: tuple[Any, ...]
+    inputs: Versions
+    owned: Inventory
+    surroundings: Surroundings
+    saved: list[TensorMeta] = field(default_factory=list)
+    witnesses: list[int] = field(default_factory=list)
+    fingerprint: Fingerprint | None = None
+    bits: Tensor | None = None
+
+    def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
+        """The error that says what a recompute of this unit found changed."""
+        path = self.unit.path
+        return ReconstructionError(
+            f"{path} ({chain.name}): between forward and backward, {got}; expected {expected}. Usual causes: weights, buffers or "
+            "inputs changed before backward, a non-deterministic kernel (torch.use_deterministic_algorithms(True)), random numbers "
+            "from a generator of the module's own or drawn by several threads at once. Gradients of this pass are not valid: zero "
+            f"them; then exclude the module (convert(..., exclude=[{path!r}])) or run under revwire.stored_activations(model)"
+        )
+
+
+@dataclass(slots=True)
+class ViewRecord:
+    """A relayout of the stream between two units (a reshape or a permutation): undone without arithmetic."""
+
+    view: Callable[[Tensor], Tensor]
+    before: Tensor  # a meta tensor with the layout before the view
+
+    def undo(self, state: Tensor) -> Tensor:
+        """The state before the view."""
+        out = torch.empty_like(self.before, device=state.device)
+        self.view(out).copy_(state)
+        return out
+
+
+def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """(F_k(x) in the shape of x, side outputs)."""
+    f, sides = unit.branch(host, x, *extras)
+    return (f if f.shape == x.shape else f.expand_as(x)), sides
+
+
+def detached(value: Any, found: Versions) -> Any:
+    """``value`` with each tensor in it detached, which is noted in ``found``; containers and stateful objects are copied."""
+    if isinstance(value, Tensor):
+        out = value.detach().requires_grad_(value.requires_grad)
+        found.append((out, version_of(out)))
+        return out
+    if type(value) in (list, tuple):
+        return type(value)(detached(v, found) for v in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(detached(v, found) for v in value))
+    if type(value) is dict:
+        return {k: detached(v, found) for k, v in value.items()}
+    return _copied(value)
+
+
+def recalled(value: Any) -> Any:
+    """An extra input for one recompute: the kept tensors themselves, and copies of what the branch may write to."""
+    if type(value) in (list, tuple):
+        return type(value)(recalled(v) for v in value)
+    if type(value) is dict:
+        return {k: recalled(v) for k, v in value.items()}
+    return value if isinstance(value, (Tensor, tuple)) else _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    return value if isinstance(value, _PLAIN) else snapshot(value)

@@ -1,0 +1,236 @@
+"""One backward pass through a tape: it walks the state back, unit by unit, and refills what branches saved.
+
+Note [Which backward is this]
+    A tape serves several backward passes (``retain_graph``, threads). Autograd gives each an id; each walks back on its
+    own from the end of the tape. A pass that does not retain the graph takes the end state away with it and frees
+    records as it goes; what it did not reach, it leaves to the next one. PyTorch runs `Rewind.finish` when it is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revwire._errors import ReconstructionError, UnsupportedTransformError
+from revwire._numerics import Fingerprint
+from revwire._records import Placeholder, UnitRecord, ViewRecord, evaluate, recalled
+from revwire._replay import buffers_exchanged
+
+if TYPE_CHECKING:
+    from revwire._tape import Tape
+
+_NO_PASS = -1
+
+
+class _Again(NamedTuple):
+    """A second evaluation of a branch: the float value of x_k, F_k(x_k), the witnesses among what it saved."""
+
+    x: Tensor
+    f: Tensor
+    witnesses: list[Tensor]
+
+
+def running_pass() -> int:
+    """The id of the backward pass that runs on this thread, or -1."""
+    return int(torch._C._current_graph_task_id())
+
+
+class Rewind:
+    """One backward pass through ``tape``, standing between two records.
+
+    Attributes:
+        position: the number of records that lie before it.
+        previous, current: the states (x_{k-1}, x_k) there.
+        cache: what the branch of the record at ``position`` saved, until asked for, with version counters.
+    """
+
+    def __init__(self, tape: Tape, task: int) -> None:
+        tape.settle_range()
+        self.tape = tape
+        self.task = task
+        self.retained = task == _NO_PASS or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        self.previous, self.current = tape.intact_state()
+        self.position = len(tape.records)
+        self.cache: dict[int, tuple[Tensor, int]] = {}
+        self.pending: list[tuple[UnitRecord, Fingerprint, Tensor]] = []
+        if not self.retained:
+            tape.state = None
+
+    @classmethod
+    def of(cls, tape: Tape) -> Rewind:
+        """The backward pass that is running, as far as ``tape`` is concerned."""
+        task = running_pass()
+        found = tape.passes.get(task)
+        if found is None:
+            found = cls(tape, task)
+            if task != _NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
+                tape.passes[task] = found
+                torch.autograd.Variable._execution_engine.queue_callback(found.finish)
+        return found
+
+    def finish(self) -> None:
+        """At the end of the pass: free what it held, and read the deferred comparisons.
+
+        Raises:
+            ReconstructionError: a deferred comparison failed.
+        """
+        self.tape.passes.pop(self.task, None)
+        self.cache.clear()
+        if not self.retained:
+            self.tape.shorten(self.position, (self.previous, self.current))
+        if self.pending:
+            for (record, after, _), values in zip(self.pending, torch.stack([d for _, _, d in self.pending]).tolist(), strict=True):
+                self._judge(record, after, values)
+
+    # -- walking ---------------------------------------------------------------------------------------------------
+
+    def undo(self, position: int) -> None:
+        """Stand before the unit at ``position``; what its branch saved is then in the cache."""
+        if position == self.position:
+            return
+        if position > self.position or position >= len(self.tape.records):
+            self._start_over(position)
+        if torch.is_grad_enabled() and self.task != _NO_PASS:
+            raise UnsupportedTransformError(
+                f"{self.tape.chain.name}: got create_graph=True (a double backward); expected a first-order backward; compute it "
+                "inside `with revwire.stored_activations(model):`, or on `revwire.revert(model)`"
+            )
+        with recording_nothing():
+            while self.position > position:
+                self._step_back()
+
+    def saved(self, position: int, index: int) -> Tensor:
+        """The tensor that the branch of the unit at ``position`` saved as its ``index``-th."""
+        self.undo(position)
+        if index not in self.cache:  # asked for a second time
+            record = self._unit(position)
+            with recording_nothing():
+                again = self._recompute(record, self.current)
+                self._compare(record, self.previous, again)
+        tensor, version = self.cache.pop(index)
+        if tensor._version != version:
+            raise self._unit(position).fault(
+                self.tape.chain, "a tensor needed for its gradient was modified by an in-place operation", "no such operation"
+            )
+        return tensor
+
+    def _start_over(self, position: int) -> None:
+        if not self.retained or position >= len(self.tape.records):
+            raise ReconstructionError(
+                f"{self.tape.chain.name}: got a backward through a unit whose record was freed; pass retain_graph=True to the first "
+                "backward through it"
+            )
+        self.previous, self.current = self.tape.intact_state()
+        self.position = len(self.tape.records)
+        self.cache.clear()
+
+    def _step_back(self) -> None:
+        position, records = self.position - 1, self.tape.records
+        record = records[position]
+        if isinstance(record, ViewRecord):
+            self.previous, self.current = record.undo(self.previous), record.undo(self.current)
+        else:
+            record = self._unit(position)
+            again = self._recompute(record, self.previous)
+            rebuilt = self.tape.streams.unstep(self.current, again.x, again.f, self.tape.rule(record.unit), record.bits)
+            if self.tape.chain.monitor:
+                self.tape.chain.monitor.backward(self.tape, position, rebuilt)
+            self._compare(record, rebuilt, again)
+            self.previous, self.current = rebuilt, self.previous
+        self.position = position
+        if not self.retained:
+            if isinstance(record, UnitRecord):
+                record.bits = None
+            if position + 1 < len(records):
+                records[position + 1] = None
+
+    def _unit(self, position: int) -> UnitRecord:
+        record = self.tape.records[position]
+        assert isinstance(record, UnitRecord)
+        return record
+
+    # -- recomputing -----------------------------------------------------------------------------------------------
+
+    def _recompute(self, record: UnitRecord, state: Tensor) -> _Again:
+        """Evaluate the branch again, as in forward, on the state x_k; fills the cache."""
+        self._check_versions(record)
+        wide = self.tape.streams.read(state)
+        x = wide.to(record.dtype).detach().requires_grad_(record.input_requires_grad)
+        version = x._version
+        cache: dict[int, tuple[Tensor, int]] = {}
+        saved = record.saved
+
+        def pack(t: Tensor) -> None:
+            index, meta = len(cache), (t.shape, t.dtype, t.device)
+            if index >= len(saved) or saved[index] != meta:
+                raise self._fault(record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward")
+            cache[index] = (t.detach(), t._version)
+
+        with (
+            torch.enable_grad(),
+            record.surroundings.restored(),
+            buffers_exchanged(record.owned.writers) if record.owned.writers else nullcontext(),
+            saved_tensors_hooks(pack, _never),
+        ):
+            f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)))
+        if x._version != version:
+            raise self._fault(record, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
+        if len(cache) != len(record.saved):
+            raise self._fault(record, f"its recompute saved {len(cache)} tensors", f"{len(record.saved)} as in forward")
+        self.cache = cache
+        return _Again(wide, f.detach(), [cache[number][0] for number in record.witnesses])
+
+    def _check_versions(self, record: UnitRecord) -> None:
+        for tensor, version in record.inputs:
+            if tensor._version != version:
+                raise self._fault(record, "an extra input of it was modified in place", "no in-place write before backward")
+        for weight, version in record.owned.weights:
+            if weight._version != version:
+                raise self._fault(record, f"its weight {_name(record, weight)!r} was modified in place", "the weights of the forward pass")
+
+    # -- checking --------------------------------------------------------------------------------------------------
+
+    def _compare(self, record: UnitRecord, previous: Tensor, again: _Again) -> None:
+        assert record.fingerprint is not None
+        after = self.tape.streams.fingerprint(previous, again.f, again.witnesses)
+        if self.tape.deferred:
+            self.pending.append((record, after, self.tape.streams.difference(record.fingerprint, after)))
+        elif not record.fingerprint.same_bits(after):
+            self._judge(record, after, self.tape.streams.difference(record.fingerprint, after).tolist())
+
+    def _judge(self, record: UnitRecord, after: Fingerprint, values: list[float]) -> None:
+        assert record.fingerprint is not None
+        whats = ("its rebuilt input differs", "its branch computed other values")
+        for what, value, allowed in zip(whats, values, self.tape.streams.allowed(record.fingerprint), strict=True):
+            if not value <= allowed and not self.tape.streams.hopeless(record.fingerprint, after):
+                raise self._fault(record, f"{what} (by {value:.3g}; {allowed:.3g} is allowed)", "the same as in the forward pass")
+
+    def _fault(self, record: UnitRecord, got: str, expected: str) -> ReconstructionError:
+        return record.fault(self.tape.chain, got, expected)
+
+
+@contextmanager
+def recording_nothing() -> Iterator[None]:
+    """``no_grad``, but never inference mode (in which a backward pass may run): a recompute needs a graph."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
+        yield
+
+
+def unpack(placeholder: Placeholder) -> Tensor:
+    """The tensor behind a placeholder, recomputed if need be."""
+    tape, position, index = placeholder
+    return Rewind.of(tape).saved(position, index)
+
+
+def _name(record: UnitRecord, weight: Tensor) -> str:
+    names = (name for name, p in record.host.named_parameters() if p is weight)
+    return next(names, "of the branch")
+
+
+def _never(_: Any) -> Tensor:
+    raise ReconstructionError("internal: the graph of a recompute was used; please report this")

@@ -1,0 +1,246 @@
+"""The tape: what one forward pass through a chain keeps, so that a backward pass can rebuild the rest.
+
+Note [Who owns what]
+    Graph nodes own the tape; the tape owns states, kept bits and *detached* extra inputs, and never a tensor with a
+    ``grad_fn``: a cycle through autograd's C++ nodes would never be collected. The float tensors that carry gradients
+    from unit to unit hang on the unit's output (`revwire._module.Link`), and die with it.
+
+Note [Synchronisation]
+    Reading one number from an accelerator stalls it. There, range checks and comparisons stay on the device, and are
+    read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
+    optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
+    wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
+    a number.
+
+Note [What the checks see]
+    In exact mode: any change of the rebuilt state, and of samples of the branch's result and of what its last layers
+    saved. In float mode: changes beyond the tolerances of `FloatStreams`; a branch whose result is zero in forward and
+    recompute hides what else it computes. Version counters see every in-place write that PyTorch sees, in both modes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revwire._errors import RangeError, ReconstructionError
+from revwire._numerics import Streams, can_be_sampled
+from revwire._records import Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate
+from revwire._replay import Inventory, Surroundings, undisturbed, version_of
+from revwire._rewind import Rewind, unpack
+
+if TYPE_CHECKING:
+    from revwire._couplings import Coefficients
+    from revwire._module import Chain, Unit
+
+
+class Tape:
+    """One forward pass through one chain, and what a backward pass needs of it.
+
+    Args:
+        chain: the chain, for its name in errors and its monitor.
+        streams: the arithmetic, scaled for this forward.
+        state: the states (x_{k-1}, x_k) with which it begins.
+        position: index of the unit at which this pass enters the chain.
+        keep: whether gradients are recorded (else, ``no_grad``, it is the plain loop and nothing is kept).
+    """
+
+    def __init__(self, chain: Chain, streams: Streams, state: tuple[Tensor, Tensor], *, position: int, keep: bool) -> None:
+        self.chain = chain
+        self.streams = streams
+        self.state: tuple[Tensor, Tensor] | None = state
+        self.versions = _versions(state)
+        self.position = position
+        self.progress = 0  # units and views so far: tells the newest output from older ones
+        self.keep = keep
+        self.rewinds = keep and not chain.stored
+        self.rules = {kind: chain.rule(kind) for kind in ("residual", "block")}
+        self.records: list[UnitRecord | ViewRecord | None] = []
+        self.start: int | None = None  # the first record that a backward pass can reach
+        self.passes: dict[int, Rewind] = {}
+        self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
+        self.norms: list[tuple[Unit, Tensor]] = []
+        self._open: UnitRecord | None = None
+
+    def rule(self, unit: Unit) -> Coefficients:
+        """The coefficients by which the unit's own value enters the step."""
+        return self.rules[unit.kind]
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def branch(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Evaluate F_k(x_k); if the tape can be rewound, with placeholders for what autograd saves."""
+        previous = self.intact_state()[0]
+        if not self.rewinds:
+            return evaluate(unit, host, x, extras)
+        record, version = self._record(unit, host, x, extras), version_of(x)
+        last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
+        writers = [m for m in record.owned.writers if m.training]
+        try:
+            with saved_tensors_hooks(self._packer(record, x, last), unpack), undisturbed(writers) if writers else nullcontext():
+                f, sides = evaluate(unit, host, x, extras)
+            if version_of(x) != version:
+                raise record.fault(self.chain, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
+            record.surroundings.settle()
+            record.witnesses = [number for number, _ in last]
+            with torch.no_grad():
+                record.fingerprint = self.streams.fingerprint(previous, f, [t for _, t in last])
+        finally:
+            last.clear()  # see `_packer`
+        if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
+            self.start = len(self.records)
+        self._open = record
+        return f, sides
+
+    def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
+        inputs: Versions = []
+        kept = tuple(detached(e, inputs) for e in extras)
+        owned = Inventory.of(unit.modules(host))
+        return UnitRecord(
+            unit=unit,
+            host=host,
+            dtype=x.dtype,
+            input_requires_grad=x.requires_grad,
+            extras=kept,
+            inputs=inputs,
+            owned=owned,
+            surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
+        )
+
+    def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], Placeholder]:
+        """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
+
+        ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
+        which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight.
+        """
+        position, saved, weights = len(self.records), record.saved, record.owned.weights
+        inputs = {id(x), id(x._base)}
+        known = {id(t) for t, _ in weights}
+
+        def pack(t: Tensor) -> Placeholder:
+            number, owner = len(saved), t if t._base is None else t._base
+            if id(owner) not in inputs:
+                if not owner.is_leaf:
+                    if can_be_sampled(t):
+                        last.append((number, t))
+                elif owner.requires_grad and id(owner) not in known:  # it is from outside of the unit's modules
+                    known.add(id(owner))
+                    weights.append((owner, version_of(owner)))
+            saved.append((t.shape, t.dtype, t.device))
+            return Placeholder(self, position, number)
+
+        return pack
+
+    def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
+        """Advance both streams by one unit; returns the float value of x_{k+1}."""
+        previous, current = self.intact_state()
+        following, out, bits = self.streams.step(previous, x, f, self.rule(unit))
+        self._check_range(unit, out)
+        if self.chain.monitor:
+            self.chain.monitor.forward(self, len(self.records), previous)
+        if self.rewinds:
+            record, self._open = self._open, None
+            if self.start is not None and record is not None:
+                record.bits = bits
+                self.records.append(record)
+            else:
+                self.records.append(None)
+        self._advance((current, following))
+        self.position = unit.index + 1
+        return out
+
+    def relayout(self, view: Callable[[Tensor], Tensor]) -> bool:
+        """Apply a view to both streams; False (and nothing done) if it copies, or shows only a part."""
+        previous, current = self.intact_state()
+        moved = view(previous), view(current)
+        if not (_is_whole_view(moved[0], previous) and _is_whole_view(moved[1], current)):
+            return False
+        if self.rewinds:
+            self.records.append(ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None)
+        self._advance(moved)
+        return True
+
+    def _advance(self, state: tuple[Tensor, Tensor]) -> None:
+        self.state = state
+        self.versions = _versions(state)
+        self.progress += 1
+
+    def intact_state(self) -> tuple[Tensor, Tensor]:
+        """The states (x_{k-1}, x_k) at the end of the tape.
+
+        Raises:
+            ReconstructionError: they were written to, or a backward pass took them.
+        """
+        if self.state is None:
+            raise ReconstructionError(
+                f"{self.chain.name}: got a second backward through a chain whose state was freed by the first (or lost by one that "
+                "failed); pass retain_graph=True to the first one"
+            )
+        if _versions(self.state) != self.versions:
+            raise ReconstructionError(
+                f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it unchanged; write "
+                "to a clone of the chain's output, or convert with exact=True"
+            )
+        return self.state
+
+    def shorten(self, position: int, state: tuple[Tensor, Tensor]) -> None:
+        """After a backward pass that does not retain the graph: what it walked over is gone, what lies before may be asked for."""
+        if self.start is not None and position > self.start:
+            del self.records[position:]
+            self.state, self.versions = state, _versions(state)
+        else:
+            self.records.clear()
+
+    # -- range -----------------------------------------------------------------------------------------------------
+
+    def _check_range(self, unit: Unit, out: Tensor) -> None:
+        bound = self.streams.bound
+        if bound is None or not out.numel():
+            return
+        low, high = torch.aminmax(out)  # a NaN anywhere makes both NaN; many times faster than a vector norm
+        if self.deferred:
+            norm = torch.maximum(-low, high)
+            self.norms.append((unit, norm))
+            out.mul_(torch.where(norm < bound, 1.0, float("nan")))
+        elif not (-bound < float(low) and float(high) < bound):
+            raise self._out_of_range(unit, bound)
+
+    def settle_range(self) -> None:
+        """Read the deferred range checks: one synchronisation.
+
+        Raises:
+            RangeError: a value left the range of the streams; names the first unit at which one did.
+        """
+        norms, self.norms = self.norms, []
+        bound = self.streams.bound
+        if not norms or bound is None:
+            return
+        for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
+            if not norm < bound:
+                raise self._out_of_range(unit, bound)
+
+    def _out_of_range(self, unit: Unit, bound: float) -> RangeError:
+        return RangeError(
+            f"{unit.path} ({self.chain.name}): got a value that is not finite, or of magnitude {bound:.4g} or more; expected the streams "
+            "to stay within 2^5 times the range they were scaled for; convert with an example whose values are of the magnitude "
+            "you train on, lower the learning rate, or pass exact=False"
+        )
+
+
+def stalls(device: torch.device) -> bool:
+    """Whether reading one number from a device waits for all that it has been given to do."""
+    return device.type != "cpu"
+
+
+def _is_whole_view(moved: Tensor, state: Tensor) -> bool:
+    return moved.numel() == state.numel() and moved.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()
+
+
+def _versions(state: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    return version_of(state[0]), version_of(state[1])

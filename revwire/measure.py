@@ -1,0 +1,169 @@
+"""Measuring a training step: peak bytes, saved bytes, seconds.
+
+Note [Bytes on the CPU]
+    The CPU allocator keeps no statistics, but it reports each allocation and each release to PyTorch's profiler. Their
+    running sum is exact and repeatable to the byte, for what goes through PyTorch's allocator (scratch memory inside a
+    maths library does not). Blocks that were allocated before the trace began are released in it without a report, so
+    all figures count from the level at rest. On CUDA the caching allocator's own statistics give the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.autograd import profiler
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Lower quartile, median and upper quartile of a sample."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, sample: list[float]) -> Quartiles:
+        """The quartiles of a sample of one or more numbers (inclusive method)."""
+        return cls(*quantiles(sample, n=4, method="inclusive")) if len(sample) > 1 else cls(*sample * 3)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds per round of variants that took turns; ``samples[name][i]`` belongs to round i."""
+
+    samples: Mapping[str, tuple[float, ...]]
+
+    def seconds(self, name: str) -> Quartiles:
+        """Quartiles of one variant's seconds."""
+        return Quartiles.of(list(self.samples[name]))
+
+    def ratio(self, name: str, over: str) -> Quartiles:
+        """Quartiles of the ratios within each round: what the machine does to a round, it does to both."""
+        return Quartiles.of([a / b for a, b in zip(self.samples[name], self.samples[over], strict=True)])
+
+
+def peak_bytes(step: Step, device: torch.device | str = "cpu") -> int:
+    """The most memory that ``step`` holds at once, in bytes above the level at which it starts.
+
+    ``step`` runs twice. The first run allocates what stays (gradients, caches), and is not measured.
+
+    Example:
+        >>> peak_bytes(lambda: torch.ones(1000).exp())
+        8000
+    """
+    step()
+    return _Trace.of(step, torch.device(device)).peak
+
+
+def saved_bytes(forward: Step, device: torch.device | str = "cpu") -> int:
+    """What a forward pass leaves alive for as long as its result is: the result, and all that its graph saves, in bytes.
+
+    ``forward`` runs twice, as in `peak_bytes`. Tensors that were there before (weights, inputs) cost nothing.
+
+    Example:
+        >>> x = torch.zeros(1000, requires_grad=True)
+        >>> saved_bytes(lambda: x.exp())
+        4000
+    """
+    forward()
+    return _Trace.of(forward, torch.device(device)).held
+
+
+def paired_seconds(variants: Mapping[str, Step], repeats: int, device: torch.device | str = "cpu") -> Timings:
+    """Time the variants turn by turn, ``repeats`` rounds after one that is not counted.
+
+    Each round starts with another variant, so that none always runs first.
+    """
+    names, device = list(variants), torch.device(device)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-1, repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = _seconds(variants[name], device)
+            if turn >= 0:
+                samples[name].append(seconds)
+    return Timings({name: tuple(sample) for name, sample in samples.items()})
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    _synchronize(device)
+    start = perf_counter()
+    step()
+    _synchronize(device)
+    return perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Bytes above rest: the most at any time, and those still held at the end, while the step's result lives."""
+
+    peak: int
+    held: int
+
+    @classmethod
+    def of(cls, step: Step, device: torch.device) -> _Trace:
+        gc.collect()
+        return cls._cuda(step, device) if device.type == "cuda" else cls._cpu(step)
+
+    @classmethod
+    def _cuda(cls, step: Step, device: torch.device) -> _Trace:
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        rest = torch.cuda.memory_allocated(device)
+        result = step()
+        _synchronize(device)
+        held = torch.cuda.memory_allocated(device) - rest
+        del result
+        return cls(torch.cuda.max_memory_allocated(device) - rest, held)
+
+    @classmethod
+    def _cpu(cls, step: Step) -> _Trace:
+        """See Note [Bytes on the CPU]."""
+        trace: Any = profiler.profile(profile_memory=True)
+        with _standard_error_closed():
+            trace.__enter__()
+        try:
+            result = step()
+        finally:
+            with _standard_error_closed():
+                trace.__exit__(None, None, None)
+        events = trace.kineto_results.events()
+        levels = list(accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=0))
+        del result
+        return cls(max(levels), levels[-1])
+
+
+@contextmanager
+def _standard_error_closed() -> Iterator[None]:
+    """The profiler's C++ side writes log lines to file descriptor 2 when it starts and stops, at any log level."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without standard error has nothing to close
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        with suppress(OSError):
+            os.close(kept)
+            os.close(sink)

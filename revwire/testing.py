@@ -1,0 +1,299 @@
+"""Conformance kit: the laws of couplings, and of converted models, as functions that raise `AssertionError`.
+
+The tests of revwire are written with it; use it for a coupling of your own, or for a model that you convert:
+
+    check_invertible(MyCoupling(), exact=True)
+    check_gradients(revwire.convert(model, x), x)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from revwire._bits import pack_bits
+from revwire._convert import as_call, convert, report, revert, stored_activations
+from revwire._couplings import Coupling
+from revwire._numerics import FixedStreams, FloatStreams, Streams, stream_dtype
+from revwire._replay import accelerators_of, preserved_random_state, random_states
+from revwire.measure import saved_bytes
+
+Loss = Callable[[Any], Tensor]
+Stored = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def check_invertible(
+    coupling: Coupling,
+    *,
+    exact: bool,
+    units: int = 6,
+    shape: tuple[int, ...] = (2, 3, 5),
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 0.0,
+) -> float:
+    """Law: the streams run forward through ``units`` steps with random branches, and back, arrive where they began.
+
+    Args:
+        coupling: the scheme.
+        exact: fixed-point streams, which must arrive to the bit, or float streams.
+        units: number of steps.
+        shape, dtype: of the streams.
+        tolerance: largest relative error allowed; leave it at 0 where ``exact``.
+
+    Returns:
+        The relative error that was measured.
+
+    Example:
+        >>> from revwire import Bdia
+        >>> check_invertible(Bdia(1 / 8), exact=True)
+        0.0
+    """
+    generator = torch.Generator().manual_seed(units)
+    wide = stream_dtype(dtype)
+    x, *branches = torch.randn(units + 1, *shape, generator=generator, dtype=wide)
+    streams: Streams = FixedStreams.for_range(2.0**units, wide, coupling) if exact else FloatStreams()
+    start = streams.enter(x)
+    previous, current = start, start
+    kept = []
+    for f in branches:
+        following, _, bits = streams.step(previous, streams.read(current), f.to(dtype), coupling.coefficients)
+        kept.append(bits)
+        previous, current = current, following
+    for f, bits in zip(reversed(branches), reversed(kept), strict=True):
+        rebuilt = streams.unstep(current, streams.read(previous), f.to(dtype), coupling.coefficients, bits)
+        previous, current = rebuilt, previous
+    error = max(_relative(previous, start), _relative(current, start))
+    assert error <= tolerance, f"{coupling.name}: rebuilt with relative error {error:.3g} after {units} units, not {tolerance:.3g}"
+    return error
+
+
+def check_error_growth(coupling: Coupling) -> None:
+    """Law: ``error_growth`` is 1 / min|λ| over the roots of λ² = aλ + b."""
+    a, b, _ = coupling.coefficients
+    smallest = float(torch.linalg.eigvals(torch.tensor([[a, b], [1.0, 0.0]], dtype=torch.float64)).abs().min())
+    declared = coupling.error_growth
+    assert abs(declared * smallest - 1) < 1e-9, f"{coupling.name}: error growth is {1 / smallest}, declared {declared}"
+
+
+def check_consistent(coupling: Coupling) -> None:
+    """Law: a + b = 1 and c = 1 + b, so that the rule integrates the residual flow of the plain network."""
+    a, b, c = coupling.coefficients
+    assert abs(a + b - 1) < 1e-12, f"{coupling.name}: a + b = {a + b}, expected 1"
+    assert abs(c - 1 - b) < 1e-12, f"{coupling.name}: c = {c}, expected 1 + b = {1 + b}"
+
+
+def check_kept_bits(coupling: Coupling, elements: int = 1000) -> int:
+    """Law: a unit keeps ``kept_bits`` bits per element, packed. Returns the bytes that were kept for ``elements`` elements."""
+    packed = pack_bits(torch.arange(elements, dtype=torch.int32), coupling.kept_bits).nbytes if coupling.kept_bits else 0
+    expected = -(-elements // 8) * coupling.kept_bits
+    assert packed == expected, f"{coupling.name}: kept {packed} bytes for {elements} elements; expected {expected}"
+    return packed
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a training step computes, and all that it leaves behind.
+
+    Attributes:
+        outputs: the tensors in the model's output, detached.
+        gradients: by name of the parameter; inputs are ``"input 0"``, ...
+        buffers: by name, after the step.
+        random_states: of the generators of the CPU and of the devices used, after the step.
+    """
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random_states: list[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any, loss: Loss | None = None, *, seed: int = 0) -> Step:
+        """Run one step on copies of the inputs. Gradients, buffers and random state are left as found.
+
+        Args:
+            model: any module.
+            inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            loss: the model's output → scalar; by default a random projection of all floating-point outputs.
+            seed: of the random numbers in the forward pass.
+        """
+        call = as_call(inputs)
+        args, kwargs = tree_map(_own, (call.args, call.kwargs))
+        with _left_as_found(model):
+            torch.manual_seed(seed)
+            output = model(*args, **kwargs)
+            (loss or random_projection)(output).backward()  # type: ignore[no-untyped-call]
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            gradients.update({f"input {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None})
+            buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+            outputs = [t.detach() for t in tree_leaves(output) if isinstance(t, Tensor)]
+            return cls(outputs, gradients, buffers, list(random_states(_devices(model)).values()))
+
+    def assert_like(self, other: Step, *, tolerance: float = 0.0) -> None:
+        """Equal to ``other``: to the bit, or gradients and outputs within a relative ``tolerance`` (of each tensor's norm).
+
+        Which gradients exist, the random state, and counters must always agree.
+        """
+        assert self.gradients.keys() == other.gradients.keys(), f"gradients of {set(self.gradients) ^ set(other.gradients)} are missing"
+        same = all(torch.equal(a, b) for a, b in zip(self.random_states, other.random_states, strict=True))
+        assert same, "the random generator was left in another state"
+        mine = {**{f"output {i}": t for i, t in enumerate(self.outputs)}, **self.gradients, **self.buffers}
+        others = {**{f"output {i}": t for i, t in enumerate(other.outputs)}, **other.gradients, **other.buffers}
+        for name, value in mine.items():
+            error = _relative(value, others[name])
+            assert error <= tolerance, f"{name}: relative difference {error:.3g}; expected at most {tolerance:.3g}"
+
+
+def random_projection(output: Any) -> Tensor:
+    """A scalar on which every element of every floating-point tensor in ``output`` has an influence of its own."""
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, generator=generator).to(t) for t in leaves]
+    return torch.stack([(t * w).sum().to(torch.float64) for t, w in zip(leaves, weights, strict=True)]).sum()
+
+
+def check_gradients(
+    model: nn.Module, inputs: Any, loss: Loss | None = None, *, tolerance: float = 0.0, stored: Stored = stored_activations
+) -> Step:
+    """Law: a reversible step equals the same step with stored activations: outputs, gradients, buffers, random state.
+
+    Args:
+        model: a converted model.
+        inputs, loss: as for `Step.of`.
+        tolerance: relative, for gradients in float mode; 0 means to the bit.
+        stored: the context manager in which the model runs with stored activations.
+
+    Example:
+        >>> import revwire
+        >>> net = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        >>> x = torch.randn(2, 5, 16)
+        >>> step = check_gradients(revwire.convert(net, x), x)
+    """
+    reversible = Step.of(model, inputs, loss)
+    with stored(model):
+        reversible.assert_like(Step.of(model, inputs, loss), tolerance=tolerance)
+    return reversible
+
+
+def check_modes(model: nn.Module, inputs: Any) -> None:
+    """Law: with gradients, under ``no_grad`` and under ``inference_mode`` the outputs are the same to the bit."""
+    call = as_call(inputs)
+    outputs = []
+    for mode in (nullcontext, torch.no_grad, torch.inference_mode):
+        with _left_as_found(model), mode():
+            torch.manual_seed(0)
+            outputs.append([t for t in tree_leaves(model(*call.args, **call.kwargs)) if isinstance(t, Tensor)])
+    for other in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True)), "outputs depend on the grad mode"
+
+
+def check_revert(model: nn.Module, inputs: Any, **options: Any) -> None:
+    """Law: ``revert(convert(model))`` is the identity: class, modules, parameters, keys, and outputs to the bit.
+
+    Args:
+        model: a model that is not converted; left so.
+        inputs: as for `convert`.
+        options: passed to `convert`.
+    """
+    before, attributes = Step.of(model, inputs), {n: dict(vars(m)) for n, m in model.named_modules()}
+    assert revert(convert(model, inputs, **options)) is model, "revert returned another object"
+    for name, module in model.named_modules():
+        assert vars(module).keys() == attributes[name].keys(), f"{name}: attributes {set(vars(module)) ^ set(attributes[name])} changed"
+        same = all(vars(module)[k] is v or vars(module)[k] == v for k, v in attributes[name].items())
+        assert same, f"{name}: an attribute has another value"
+    Step.of(model, inputs).assert_like(before)
+
+
+def check_saved_bytes(
+    model: nn.Module, inputs: Any, *, stored: Stored = stored_activations, slack: float = 0.1, per_unit: int = 8192
+) -> tuple[int, int]:
+    """Law: between forward and backward a converted model holds less, by what its plan promises for these inputs.
+
+    Args:
+        model: a converted model.
+        inputs: of the shapes of the example at conversion.
+        stored: as for `check_gradients`.
+        slack: the part of the promise that may be missing.
+        per_unit: bytes that each unit may keep besides: a fingerprint, and the random state where it draws (5 kB).
+
+    Returns:
+        Bytes held (reversible, stored activations).
+    """
+    call = as_call(inputs)
+    with _left_as_found(model):
+        held = saved_bytes(lambda: model(*call.args, **call.kwargs))
+        with stored(model):
+            before = saved_bytes(lambda: model(*call.args, **call.kwargs))
+    plan = report(model)
+    promised = sum(chain.bytes_saved for chain in plan.chains)
+    enough = (1 - slack) * promised - per_unit * len(plan.units)
+    assert before - held >= enough, f"holds {held} bytes, stored activations {before}; {promised} fewer were promised"
+    return held, before
+
+
+def saved_by_autograd(fn: Callable[[], Any]) -> int:
+    """Bytes of the distinct storages that autograd is asked to save while ``fn`` runs, parameters not counted.
+
+    Example:
+        >>> x = torch.zeros(1000, requires_grad=True)
+        >>> saved_by_autograd(lambda: x.exp().exp())
+        8000
+    """
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter) and not isinstance(t._base, nn.Parameter):
+            alive.append(t)  # so that no storage is counted under the address of one that is gone
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = fn()
+    del result
+    return sum(sizes.values())
+
+
+def _relative(got: Tensor, true: Tensor) -> float:
+    """0 for equal bits, else the norm of the difference over the norm of the true tensor (but never 0)."""
+    if got.shape != true.shape or got.dtype != true.dtype:
+        return float("inf")
+    if torch.equal(got, true):
+        return 0.0
+    tiny = torch.finfo(torch.float64).tiny
+    error = float((got.double() - true.double()).norm() / true.double().norm().clamp_min(tiny))
+    return error if error > 0 else float("inf")  # NaN never equals
+
+
+def _own(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        for p, _ in gradients:
+            p.grad = None
+        with preserved_random_state(_devices(model)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+def _devices(model: nn.Module) -> tuple[torch.device, ...]:
+    return accelerators_of(model.parameters())

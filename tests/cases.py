@@ -1,0 +1,55 @@
+"""The one table that every law draws from: coupling × arithmetic × dtype, each with its declared tolerances and their reasons."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from revwire import Bdia, Coupling, Re2TAL
+
+DEPTH = 8
+"""Units of the chains that the tolerances are declared for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A coupling held in an arithmetic.
+
+    Attributes:
+        stored: relative difference to the same units with stored activations; 0 means to the bit.
+        oracle: relative difference to an independent loop in plain floating point.
+        reason: why these tolerances.
+    """
+
+    coupling: Coupling
+    exact: bool
+    dtype: torch.dtype
+    stored: float
+    oracle: float
+    reason: str
+
+    def __str__(self):
+        return f"{self.coupling.name}-{'exact' if self.exact else 'float'}-{str(self.dtype)[6:]}"
+
+
+_BIT = "rebuilt states have the bits of the forward pass; the oracle sums in another order and does not round to the grid"
+_SINGLE = "each rebuilt state is off by a rounding error of float32 (1e-7) per unit after it"
+_DOUBLE = "as in float32, with a rounding error of 1e-16"
+
+CASES = [
+    Case(Re2TAL(), False, torch.float32, 2e-6, 1e-6, _SINGLE),
+    Case(Re2TAL(), False, torch.float64, 1e-14, 1e-12, _DOUBLE),
+    *(
+        Case(coupling, True, dtype, 0.0, oracle, _BIT)
+        for coupling in (Re2TAL(), Bdia(1 / 2), Bdia(1 / 4), Bdia(1 / 8), Bdia(1 / 16))
+        for dtype, oracle in ((torch.float32, 1e-6), (torch.float64, 1e-12))
+    ),
+]
+EXACT = [case for case in CASES if case.exact]
+
+FAST = [c for c in CASES if c.dtype == torch.float32 and c.coupling in (Re2TAL(), Bdia(1 / 16))]
+"""Float, exact without kept bits, exact with kept bits: for laws that do not depend on more."""
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_exact_case = pytest.mark.parametrize("case", EXACT, ids=str)
+each_fast_case = pytest.mark.parametrize("case", FAST, ids=str)

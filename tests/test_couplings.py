@@ -1,0 +1,110 @@
+"""Laws of the couplings, each measured on the whole table."""
+
+import pytest
+import torch
+
+from cases import CASES, each_case
+from revwire import Bdia, Coupling, CouplingError
+from revwire._couplings import Coefficients, coupling_from
+from revwire.testing import check_consistent, check_error_growth, check_invertible, check_kept_bits
+
+COUPLINGS = sorted({case.coupling for case in CASES}, key=lambda c: c.name)
+each_coupling = pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda c: c.name)
+
+
+class Leapfrog(Coupling):
+    """(0, −1, 2): b is negative; and any other coefficients."""
+
+    def __init__(self, a=0.0, b=-1.0, c=2.0):
+        object.__setattr__(self, "rule", Coefficients(a, b, c))
+
+    @property
+    def name(self):
+        return "leapfrog"
+
+    @property
+    def coefficients(self):
+        return self.rule
+
+    @property
+    def error_growth(self):
+        return 1.0
+
+    def merge(self, previous, current):
+        return current
+
+
+@each_case
+def test_unstep_inverts_step(case):
+    tolerance = 0.0 if case.exact else 1e-5 if case.dtype == torch.float32 else 1e-13
+    check_invertible(case.coupling, exact=case.exact, units=12, dtype=case.dtype, tolerance=tolerance)
+
+
+@each_coupling
+def test_step_and_unstep_are_inverse_in_real_numbers(coupling):
+    previous, current, f = torch.randn(3, 100, dtype=torch.float64)
+    following = coupling.step(previous, current, f)
+    torch.testing.assert_close(coupling.unstep(following, current, f), previous, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("bits", range(8))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_any_b_that_is_a_power_of_two_is_exact(bits, sign):
+    coupling = Leapfrog(a=0.5, b=sign * 2.0**-bits, c=1.5)
+    check_invertible(coupling, exact=True, units=12)
+    check_kept_bits(coupling, elements=1001)
+
+
+@each_coupling
+def test_error_growth_is_what_is_declared(coupling):
+    check_error_growth(coupling)
+
+
+@each_coupling
+def test_float_error_grows_as_declared(coupling):
+    units = 10
+    error = check_invertible(coupling, exact=False, units=units, tolerance=float("inf"))
+    assert error < 100 * coupling.float_error(units) + 1e-6
+
+
+@pytest.mark.parametrize("gamma", [1 / 2, 1 / 4, 1 / 8, 1 / 16])
+def test_bdia_is_consistent(gamma):
+    check_consistent(Bdia(gamma))
+
+
+@each_coupling
+def test_kept_bits_are_packed(coupling):
+    assert check_kept_bits(coupling, elements=800) == 100 * coupling.kept_bits
+
+
+@each_coupling
+def test_a_coupling_is_found_by_its_name(coupling):
+    assert coupling_from(coupling.name) == coupling
+
+
+@each_coupling
+def test_exact_is_the_default_where_it_exists(coupling):
+    assert coupling.exact_by_default(1)
+
+
+def test_without_an_exact_form_the_default_is_float():
+    assert not Leapfrog(b=0.3).exact_by_default(24)
+    assert Leapfrog(b=0.3).exact_by_default(1000)  # which convert() refuses, rather than lose the gradient
+
+
+def test_block_units_have_the_rule_of_their_branch():
+    x, before, f = torch.randn(3, 10, dtype=torch.float64)
+    for coupling in COUPLINGS:
+        a, b, c = coupling.coefficients.for_block
+        torch.testing.assert_close(a * x + b * before + c * (x + f), coupling.step(before, x, f))
+
+
+@pytest.mark.parametrize("spec", ["re2", "bdia:1/3", "bdia:0", "bdia:x", "bdia:1/0", "re2tal:1", 3])
+def test_unknown_couplings_are_refused(spec):
+    with pytest.raises(CouplingError, match=r"got .*; expected"):
+        coupling_from(spec)
+
+
+def test_coefficients_without_a_fixed_point_form_are_refused():
+    with pytest.raises(CouplingError, match=r"leapfrog.*got b = 0\.3.*pass exact=False"):
+        _ = Leapfrog(b=0.3).kept_bits

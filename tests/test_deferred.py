@@ -1,0 +1,128 @@
+"""On accelerators, checks are read once per chain and pass. Here the CPU is treated as one: the same errors, and the same bits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import EXACT, each_case, each_exact_case, each_fast_case
+from revwire import RangeError, ReconstructionError
+from revwire.testing import Step, check_gradients
+from toys import Attention, Dropped, Linear, PreNorm, Toy, attention_extras, inputs_of, stored, toy
+
+SINGLE = pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.float32], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def deferred(monkeypatch):
+    monkeypatch.setattr("revwire._tape.stalls", lambda device: True)
+
+
+@each_case
+def test_gradients_are_the_same(case, monkeypatch):
+    model = toy(case, Attention)
+    inputs = (inputs_of(model, case), *attention_extras(case.dtype))
+    step = check_gradients(model, inputs, tolerance=3 * case.stored, stored=stored)
+    monkeypatch.setattr("revwire._tape.stalls", lambda device: False)
+    step.assert_like(Step.of(model, inputs))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.waits
+        return function(*args, **(kwargs or {}))
+
+
+@each_fast_case
+def test_the_host_waits_as_often_for_a_deep_chain_as_for_a_shallow_one(case, monkeypatch):
+    monkeypatch.setattr("revwire._replay._same_bytes", lambda a, b: True)  # random states lie on the host
+    lists = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(1) or tolist(t))
+    waits = []
+    for depth in (3, 9):
+        model = toy(case, Linear, depth=depth)
+        lists.clear()
+        with Reads() as reads:
+            model(inputs_of(model, case)).sum().backward()
+        waits.append((reads.count, len(lists)))
+    assert waits[0] == waits[1]
+    assert waits[0] == ((1, 2) if case.exact else (0, 1))  # the range at the start; at the end of the chain; of the backward
+
+
+@each_exact_case
+def test_a_changed_weight_is_an_error_before_an_optimizer_can_run(case):
+    model = toy(case, Linear)
+    out = model(inputs_of(model, case))
+    model.branches[3].weight.data.add_(0.1)
+    with pytest.raises(ReconstructionError, match=r"branches\.3 \(chain 0\): .*(rebuilt input differs|computed other values)"):
+        out.sum().backward()
+
+
+@each_fast_case
+def test_the_unit_at_fault_is_named_first(case):
+    model = toy(case, Linear)
+    out = model(inputs_of(model, case))
+    for i in (2, 5):
+        model.branches[i].weight.data.add_(0.1)
+    with pytest.raises(ReconstructionError, match=r"branches\.5 "):
+        torch.autograd.grad(out.sum(), list(model.parameters()))
+
+
+@SINGLE
+def test_overflow_names_the_first_unit_at_the_end_of_the_chain(case):
+    model = toy(case, Linear)
+    with torch.no_grad():
+        model.branches[3].weight.mul_(1e6)
+    with pytest.raises(RangeError, match=r"branches\.3 \(chain 0\): .*of magnitude"):
+        model(inputs_of(model, case))
+
+
+@SINGLE
+@pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
+def test_a_value_out_of_range_never_passes_for_a_number(case, value):
+    """A chain that is left early: under no_grad nobody reads the checks, with gradients its backward does."""
+    model = toy(case, Linear)
+    with torch.no_grad():
+        model.branches[3].weight[0] = value
+
+    def early(x):
+        for unit, branch in list(zip(model.units, model.branches, strict=True))[:4]:
+            x, _ = model.chain.apply(unit, branch, x)
+        return x
+
+    with torch.no_grad():
+        assert early(inputs_of(model, case)).isnan().all()
+    with pytest.raises(RangeError, match=r"branches\.3 "):
+        early(inputs_of(model, case)).sum().backward()
+
+
+@SINGLE
+def test_after_an_error_the_model_goes_on(case):
+    model = toy(case, PreNorm)
+    x = inputs_of(model, case)
+    true = Step.of(model, x)
+    out = model(x)
+    model.branches[3].up.weight.data.add_(1)
+    with pytest.raises(ReconstructionError):
+        out.sum().backward()
+    model.branches[3].up.weight.data.copy_(toy(case, PreNorm).branches[3].up.weight.data)
+    Step.of(model, x).assert_like(true)
+
+
+@each_fast_case
+def test_a_retained_graph_is_checked_each_time(case):
+    torch.manual_seed(0)
+    model = Toy([Dropped() for _ in range(4)], case)
+    loss = model(inputs_of(model, case)).sum()
+    loss.backward(retain_graph=True)
+    model.branches[1].down.weight.data.mul_(2)
+    with pytest.raises(ReconstructionError, match=r"branches\.1 "):
+        loss.backward()

@@ -1,0 +1,43 @@
+"""Values that leave the range of the fixed-point streams, or are not finite: an error that names the unit and the remedy."""
+
+import pytest
+import torch
+
+from cases import EXACT, FAST
+from revwire import RangeError
+from toys import Linear, inputs_of, toy
+
+FLOAT = [c for c in FAST if not c.exact]
+
+
+@pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.float32], ids=str)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_overflow_names_the_unit(case, mode):
+    model = toy(case, Linear)
+    with torch.no_grad():
+        model.branches[5].weight.mul_(1e6)
+    with mode(), pytest.raises(RangeError, match=r"branches\.5 \(chain 0\): .*of magnitude .* or more.*exact=False"):
+        model(inputs_of(model, case))
+
+
+@pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.float32], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_names_the_unit(case, value):
+    model = toy(case, Linear)
+    with torch.no_grad():
+        model.branches[5].bias[2] = value
+    with pytest.raises(RangeError, match=r"branches\.5 \(chain 0\): got a value that is not finite"):
+        model(inputs_of(model, case))
+    with pytest.raises(RangeError, match=r"branches\.0 \(chain 0\): got a largest magnitude of"):
+        model(inputs_of(model, case).detach() + value)
+
+
+@pytest.mark.parametrize("case", FLOAT, ids=str)
+def test_nan_in_float_mode_gives_nan_as_without_revwire(case):
+    model = toy(case, Linear)
+    x = inputs_of(model, case).detach()
+    x[0, 0, 0] = float("nan")
+    out = model(x)
+    out.sum().backward()
+    assert out.isnan().any()
+    assert model.branches[0].weight.grad.isnan().any()

@@ -1,0 +1,175 @@
+"""What a recompute reproduces: random state, autocast, buffers; and that a step leaves all of it as a plain step does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cases import Case, each_fast_case
+from revwire import Bdia, Re2TAL
+from revwire._replay import Surroundings, buffers_kept, preserved_random_state
+from revwire.testing import Step, check_gradients
+from toys import WIDTH, Convolution, Dropped, Linear, Oracle, PreNorm, Toy, inputs_of, stored, toy
+
+
+@each_fast_case
+def test_each_step_draws_anew_and_leaves_the_generator_as_a_plain_step_does(case):
+    model = toy(case, Dropped)
+    x = inputs_of(model, case)
+    torch.manual_seed(0)
+    first, second = model(x), model(x)
+    after_forward = torch.get_rng_state()
+    (first + second).sum().backward()
+    assert torch.equal(torch.get_rng_state(), after_forward)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    model.oracle(x)
+    model.oracle(x)
+    assert torch.equal(torch.get_rng_state(), after_forward)
+
+
+def test_a_branch_that_draws_nothing_keeps_no_random_state():
+    surroundings = Surroundings.capture([torch.zeros(3)])
+    surroundings.settle()
+    assert not surroundings.randomness
+
+
+def test_random_state_is_kept_where_it_was_drawn_from():
+    surroundings = Surroundings.capture([torch.zeros(3)])
+    first = torch.rand(3)
+    surroundings.settle()
+    outside = torch.get_rng_state()
+    with surroundings.restored():
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), outside)
+
+
+def test_random_state_is_restored_after_an_exception():
+    outside = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), preserved_random_state():
+        torch.rand(3).div(1 / len([]))
+    assert torch.equal(torch.get_rng_state(), outside)
+
+
+@each_fast_case
+@pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
+@pytest.mark.parametrize("branch", [Dropped, Convolution], ids=["dropped", "convolution"])
+def test_autocast_of_the_forward_holds_in_the_recompute(case, inside, branch):
+    """The normal use: forward inside of autocast, backward outside."""
+    model = toy(case, branch)
+
+    class Autocast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.model(x)
+
+    def loss(out):
+        if not inside:
+            return out.square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return out.square().sum()
+
+    check_gradients(Autocast(), inputs_of(model, case), loss, tolerance=0.05 if case.stored else 0.0, stored=lambda m: stored(model))
+
+
+@each_fast_case
+def test_autocast_around_the_backward_alone_does_not_reach_the_recompute(case):
+    model = toy(case)
+
+    def loss(out):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.autograd.grad(out.sum(), list(model.parameters()), retain_graph=True)
+        return out.sum()
+
+    check_gradients(model, inputs_of(model, case), loss, tolerance=10 * case.stored, stored=stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coupling", [Re2TAL(), Bdia(1 / 16)], ids=lambda c: c.name)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "float"])
+def test_narrow_parameters_with_wide_streams(dtype, coupling, exact):
+    if not exact and coupling.error_growth > 1:
+        pytest.skip("has no float inverse")
+    case = Case(coupling, exact, dtype, 0.05, 0.05, "")
+    model = toy(case, Linear)
+    x = inputs_of(model, case)
+    out = model(x)
+    assert out.dtype == dtype
+    step = check_gradients(model, x, tolerance=0.0 if exact else 0.05, stored=stored)
+    step.assert_like(Step.of(Oracle(model), x), tolerance=0.05)  # the oracle keeps its streams in 16 bits
+
+
+@each_fast_case
+def test_a_branch_of_another_dtype_than_the_stream(case):
+    class Half(Linear):
+        def forward(self, x):
+            return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
+
+    model = toy(case, Half)
+    assert model(inputs_of(model, case)).dtype == torch.float32
+    check_gradients(model, inputs_of(model, case), tolerance=0.05 if case.stored else 0.0, stored=stored)
+
+
+@each_fast_case
+def test_batch_statistics_are_updated_once(case):
+    model, plain = toy(case, Convolution), toy(case, Convolution)
+    x = inputs_of(model, case)
+    model(x).sum().backward()
+    plain.oracle(x).sum().backward()
+    for (name, got), true in zip(model.named_buffers(), plain.buffers(), strict=True):
+        if name.endswith("num_batches_tracked"):
+            assert int(got) == 1
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+
+
+@each_fast_case
+def test_buffers_stay_the_same_objects(case):
+    model = toy(case, Convolution)
+    before = dict(model.named_buffers())
+    model(inputs_of(model, case)).sum().backward()
+    assert all(b is before[n] for n, b in model.named_buffers())
+
+
+def test_buffers_are_given_back_after_an_exception():
+    model = nn.Sequential(nn.BatchNorm1d(WIDTH))
+    before = {n: (b, b.clone()) for n, b in model.named_buffers()}
+    with pytest.raises(ZeroDivisionError), buffers_kept([model]):
+        model(torch.randn(3, WIDTH)).div(1 / len([]))
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0]
+        assert torch.equal(buffer, before[name][1])
+
+
+@each_fast_case
+def test_a_custom_counter_is_written_once(case):
+    class Counting(PreNorm):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("mean", torch.zeros(WIDTH))
+
+        def forward(self, x):
+            self.calls += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))  # rebinds instead of writing
+            return super().forward(x)
+
+    model = Toy([Counting() for _ in range(4)], case)
+    model(inputs_of(model, case)).sum().backward()
+    assert all(int(b.calls) == 1 for b in model.branches)
+    assert all(b.mean.abs().sum() > 0 for b in model.branches)
+
+
+@each_fast_case
+def test_default_dtype_does_not_matter(case):
+    model = toy(case)
+    x = inputs_of(model, case)
+    true = Step.of(model, x, loss=lambda out: out.square().sum())
+    torch.set_default_dtype(torch.float64)
+    try:
+        Step.of(model, x, loss=lambda out: out.square().sum()).assert_like(true)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,0 +1,177 @@
+"""The smallest branch of each kind, and chains of them that are driven without the graph side."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cases import DEPTH
+from revwire._module import Chain, Unit
+
+WIDTH = 8
+SHAPE = (3, 5, WIDTH)  # (batch, tokens, channels)
+IMAGE = (2, WIDTH, 4, 4)  # (batch, channels, height, width)
+
+
+class PreNorm(nn.Module):
+    """Layer norm, two linear layers, dropout between them."""
+
+    shape = SHAPE
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.dropout = dropout
+
+    def forward(self, x):
+        return self.down(F.dropout(F.gelu(self.up(self.norm(x))), self.dropout, self.training))
+
+
+class Dropped(PreNorm):
+    """Dropout inside, and the whole branch dropped for some samples (stochastic depth)."""
+
+    def __init__(self):
+        super().__init__(dropout=0.2)
+
+    def forward(self, x):
+        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < 0.8
+        return super().forward(x) * keep / 0.8 if self.training else super().forward(x)
+
+
+class Convolution(nn.Module):
+    """Convolution and batch norm, whose buffers a training step writes."""
+
+    shape = IMAGE
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.convolution(x)))
+
+
+class Linear(nn.Linear):
+    """Nothing but a matrix: its input's gradient needs no saved activation."""
+
+    shape = SHAPE
+
+    def __init__(self):
+        super().__init__(WIDTH, WIDTH)
+
+
+class Weightless(nn.Module):
+    """No parameters at all."""
+
+    shape = SHAPE
+
+    def forward(self, x):
+        return 0.3 * torch.sin(x)
+
+
+class Attention(nn.Module):
+    """Extra inputs: a bias tensor, a number, and a list with a tensor in it; a side output that carries a gradient."""
+
+    shape = SHAPE
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x, bias, scale, gates):
+        q, k, v = self.mix(x).chunk(3, -1)
+        weights = (q @ k.mT * scale + bias).softmax(-1)
+        return weights @ v * gates[0], weights, tuple(x.shape)
+
+
+def attention_extras(dtype=torch.float32):
+    bias = torch.randn(SHAPE[1], SHAPE[1], dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    gate = torch.full((WIDTH,), 0.7, dtype=dtype).requires_grad_()
+    return bias, 0.5, [gate]
+
+
+KINDS = {"pre-norm": PreNorm, "dropped": Dropped, "convolution": Convolution, "linear": Linear, "weightless": Weightless}
+
+
+def as_residual(host, x, *extras):
+    out = host(x, *extras)
+    return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+
+
+def as_block(host, x, *extras):
+    f, sides = as_residual(host, x, *extras)
+    return torch.tanh(x + f), sides
+
+
+class Toy(nn.Module):
+    """A chain of these branches; ``kind`` "block" is post-activation: tanh(x + F(x)).
+
+    Extra inputs go to every branch. Returns the output of the chain, followed by the side outputs if there are any.
+    """
+
+    def __init__(self, branches, case, kind="residual", largest=3.9):
+        super().__init__()
+        self.branches = nn.ModuleList(branches).to(case.dtype)
+        self.chain = Chain("chain 0", case.coupling, exact=case.exact, length=len(branches), largest=largest)
+        self.kind = kind
+        run = as_residual if kind == "residual" else as_block
+        self.units = [Unit(f"branches.{i}", i, kind, run, lambda host: [host]) for i in range(len(branches))]
+
+    def forward(self, x, *extras):
+        sides = []
+        for unit, branch in zip(self.units, self.branches, strict=True):
+            x, extra = self.chain.apply(unit, branch, x, extras)
+            sides += extra
+        return (x, *sides) if sides else x
+
+    def oracle(self, x, *extras):
+        """The same function in plain floating point, by the recurrence of the papers, written down a second time."""
+        a, b, c = coefficients(self.chain.coupling.name)
+        before, now, sides = x, x, []
+        for branch in self.branches:
+            f, extra = as_residual(branch, now, *extras)
+            f = f if self.kind == "residual" else torch.tanh(now + f) - now
+            before, now = now, a * now + b * before + c * f
+            sides += extra
+        out = (before + now) / 2 if self.chain.coupling.name == "re2tal" else now
+        return (out, *sides) if sides else out
+
+
+class Oracle(nn.Module):
+    """The oracle of a toy as a module with the same parameters and buffers."""
+
+    def __init__(self, toy):
+        super().__init__()
+        self.branches = toy.branches
+        self.__dict__["toy"] = toy
+
+    def forward(self, *inputs):
+        return self.toy.oracle(*inputs)
+
+
+def coefficients(name):
+    if name == "re2tal":
+        return 0, 1, 1
+    gamma = 1 / int(name.removeprefix("bdia:1/"))
+    return 1 - gamma, gamma, 1 + gamma
+
+
+@contextmanager
+def stored(toy):
+    """As `revwire.stored_activations`, for a toy."""
+    toy.chain.stored = True
+    try:
+        yield
+    finally:
+        toy.chain.stored = False
+
+
+def toy(case, branch=PreNorm, *, depth=DEPTH, kind="residual", seed=0, **options):
+    torch.manual_seed(seed)
+    return Toy([branch() for _ in range(depth)], case, kind, **options)
+
+
+def inputs_of(model, case, *, requires_grad=True, seed=1) -> Tensor:
+    x = torch.rand(model.branches[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (3 * x - 1.5).to(case.dtype).requires_grad_(requires_grad)
