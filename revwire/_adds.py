@@ -60,6 +60,8 @@ def residual_adds(flow: Flow) -> list[Candidate]:
             continue
         results = [r.value for r in refs(event.out)]
         first, second = (r.value for r in refs((event.args, event.kwargs)))
+        if len(results) == 1 and flow.active[first] != flow.active[second] and _is_unseen(flow, first, second):
+            out.append(_unseen(flow, event, first if flow.active[first] else second))
         if len(results) != 1 or not (flow.active[first] and flow.active[second]) or first == second:
             continue
         found = _fork(flow, first, second, forks)
@@ -69,6 +71,17 @@ def residual_adds(flow: Flow) -> list[Candidate]:
         forks[results[0]] = fork
         out.append(_candidate(flow, event, results[0], fork, branch))
     return out
+
+
+def _is_unseen(flow: Flow, first: int, second: int) -> bool:
+    values = flow.recording.values
+    return (flow.unseen[first] or flow.unseen[second]) and values[first].shape == values[second].shape
+
+
+def _unseen(flow: Flow, event: Event, fork: int) -> Candidate:
+    host = flow.recording.calls_around(event.number)[-1]
+    reason = "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds"
+    return Candidate(event.number, fork, None, fork, host, frozenset(), reason=reason)
 
 
 def _candidate(flow: Flow, event: Event, result: int, fork: int, branch: int | None) -> Candidate:

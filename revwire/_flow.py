@@ -6,7 +6,11 @@ from revwire._recording import Event, Recording, refs
 
 
 class Flow:
-    """Dataflow questions about a recording."""
+    """Dataflow questions about a recording.
+
+    A value is *active* if it comes from the root's arguments, and *unseen* if it comes from a tensor that is neither an
+    argument nor the model's own: it was made by a call that is not in the recording, or was held by an object.
+    """
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
@@ -14,6 +18,7 @@ class Flow:
         self.children: list[list[int]] = [[] for _ in recording.values]
         inputs = {r.value for r in refs((recording.events[0].args, recording.events[0].kwargs))} if recording.events else set()
         self.active = [False] * len(recording.values)
+        self.unseen = [v.event < 0 and not v.names and v.number not in inputs for v in recording.values]
         for value in recording.values:
             if value.event >= 0:
                 event = recording.events[value.event]
@@ -21,6 +26,7 @@ class Flow:
                     dict.fromkeys(r.value for r in refs((event.args, event.kwargs)) if r.value != value.number)
                 )
             self.active[value.number] = value.number in inputs or any(self.active[p] for p in self.parents[value.number])
+            self.unseen[value.number] |= any(self.unseen[p] for p in self.parents[value.number])
             for parent in self.parents[value.number]:
                 self.children[parent].append(value.number)
 

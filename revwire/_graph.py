@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -155,6 +156,8 @@ class _Builder:
     def emit(self, event: Event) -> None:
         if not event.is_module and not event.writes and not self.makes_something(event):
             return
+        if not event.is_module and any(self.recording.values[r.value].custom for r in refs(event.out)):
+            raise CaptureError("calls a custom autograd function by a name bound to its apply; call Function.apply itself")
         args, kwargs = self.argument(event.args), self.argument(event.kwargs or {})
         node = self.module_node(event, args, kwargs) if event.is_module else self.function_node(event, args, kwargs)
         if event.is_module and not self.makes_something(event):
@@ -173,7 +176,7 @@ class _Builder:
         target, name = event.target, getattr(event.target, "__name__", "")
         if name == "__get__":
             target, args = getattr, (args[0], event.target.__self__.__name__)
-        elif isinstance(target, torch.jit.ScriptFunction):
+        elif isinstance(target, (torch.jit.ScriptFunction, MethodType)):  # fx would look for them in a module of torch's
             target = Spelled(target, str(name or "scripted"))
         if event.modes != self.top.modes:
             target = self.moded(event, target, name or "call")

@@ -27,10 +27,6 @@ class Interceptor(Protocol):
         """Make a call that shows nothing of what it does inside."""
 
 
-_BelowApply: Any = torch.autograd.function._SingleLevelFunction
-"""The class whose ``apply`` every ``Function.apply`` calls: functions that were bound earlier come by here too."""
-
-
 class _State(threading.local):
     active: Interceptor | None = None
 
@@ -74,7 +70,8 @@ def intercepted(recorder: Interceptor) -> Iterator[None]:
 
 def _intercept() -> None:
     module_call, script_call = nn.Module.__call__, torch.jit.ScriptFunction.__call__
-    _ORIGINALS.update(module=module_call, script=script_call)
+    apply = torch.autograd.Function.__dict__.get("apply")
+    _ORIGINALS.update(module=module_call, script=script_call, apply=apply)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         active = _STATE.active
@@ -89,15 +86,19 @@ def _intercept() -> None:
         return active.opaque_call(lambda *a, **k: script_call(self, *a, **k), self, args, kwargs)
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        active, bound = _STATE.active, super(_BelowApply, cls).apply
+        active = _STATE.active
+        bound = super(torch.autograd.Function, cls).apply if apply is None else apply.__get__(None, cls)
         return bound(*args, **kwargs) if active is None or active.quiet else active.opaque_call(bound, cls.apply, args, kwargs)
 
     nn.Module.__call__ = call  # type: ignore[method-assign]
     torch.jit.ScriptFunction.__call__ = scripted  # type: ignore[method-assign]
-    _BelowApply.apply = classmethod(apply_function)
+    torch.autograd.Function.apply = classmethod(apply_function)
 
 
 def _release() -> None:
     nn.Module.__call__ = _ORIGINALS["module"]  # type: ignore[method-assign]
     torch.jit.ScriptFunction.__call__ = _ORIGINALS["script"]  # type: ignore[method-assign]
-    del _BelowApply.apply
+    if _ORIGINALS["apply"] is None:
+        del torch.autograd.Function.apply
+    else:
+        torch.autograd.Function.apply = _ORIGINALS["apply"]

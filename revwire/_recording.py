@@ -61,7 +61,8 @@ class Value:
 
     ``event`` is its producer (-1: it existed before). ``existing`` is the tensor itself, and ``names`` its qualified
     names in the root, where it existed before. ``storage`` is equal for tensors that share memory. ``dynamic``: its
-    shape may depend on the values of other tensors. ``largest`` is its largest magnitude, measured for what enters or
+    shape may depend on the values of other tensors. ``custom``: a custom autograd function that was not seen gave it
+    another gradient than its producer would. ``largest`` is its largest magnitude, measured for what enters or
     leaves an addition.
     """
 
@@ -73,6 +74,7 @@ class Value:
     names: tuple[str, ...] = ()
     storage: int = -1
     dynamic: bool = False
+    custom: bool = False
     largest: float = 0.0
 
 
@@ -84,8 +86,9 @@ class Event:
     (value before, value after) for each tensor that was written in place, under each of its names. ``view``: the result
     is a re-reading of the input's storage with all its elements. ``saved``: bytes that autograd would keep for it.
     ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran under.
-    ``hooked``: a module call whose own hooks are in it, around a second call of the module that is its forward alone.
-    ``changes`` names what a module call changed besides tensors: attributes, containers.
+    ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
+    around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides
+    tensors: attributes, containers.
     """
 
     number: int
@@ -102,6 +105,7 @@ class Event:
     saved: int = 0
     modes: Modes = (True, False, ())
     dynamic: bool = False
+    opaque: bool = False
     hooked: bool = False
     changes: tuple[str, ...] = ()
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from graph_toys import X, Loop, assert_same_step, block, reasons, stack, twin
 from torch import nn
 
 import revwire
+from graph_toys import Loop, X, assert_same_step, block, reasons, stack, twin
 
 
 def zeroed(self, x):

@@ -5,10 +5,10 @@ import enum
 
 import pytest
 import torch
-from graph_toys import TOLERANCE, Loop, X, assert_same_step, block, pre_norm, reasons, stack, step, twin, x
 from torch import nn
 
 import revwire
+from graph_toys import TOLERANCE, X, assert_same_step, pre_norm, reasons, stack, step, twin, x
 
 
 def branchy(decide):
@@ -182,3 +182,24 @@ def test_a_call_that_loses_the_units_is_an_error():
     model, _ = twin(stack(lambda self, x, fused=False: x + self.f(x) if not fused else torch.stack([x, self.f(x)]).sum(0)))
     with pytest.raises(revwire.CaptureError, match=r"blocks\.0: called as it was not at conversion"):
         model(X, fused=True)
+
+
+def encoder(norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, norm_first=norm_first, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).double()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_fused_path_without_gradients(norm_first):
+    model, reference = twin(encoder(norm_first))
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for kwargs in ({}, {"src_key_padding_mask": padding}):
+        assert_same_step(model.train(), reference.train(), X, **kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(X), reference.eval()(X), **TOLERANCE)
+        if norm_first:
+            torch.testing.assert_close(model(X, src_key_padding_mask=padding), reference(X, src_key_padding_mask=padding), **TOLERANCE)
+        else:
+            with pytest.raises(revwire.CaptureError, match="is given a nested tensor; pad it, or switch off what makes it"):
+                model(X, src_key_padding_mask=padding)

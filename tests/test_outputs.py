@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from graph_toys import Loop, X, assert_same_step, block, reasons, stack, step, twin
 from torch import Tensor, nn
 
 import revwire
+from graph_toys import Loop, X, assert_same_step, block, reasons, stack, step, twin
 
 
 class Named(NamedTuple):

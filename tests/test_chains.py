@@ -1,0 +1,134 @@
+"""The search: what is a unit, what joins a chain, and the reason of everything else."""
+
+import pytest
+import torch
+from torch import nn
+
+import revwire
+from graph_toys import Loop, X, block, pre_norm, stack
+
+
+def plan(model, example=X, **options):
+    return revwire.plan(model, example, **options)
+
+
+def patterns(model, example=X):
+    return [u.pattern for c in plan(model, example).chains for u in c.units]
+
+
+FORWARDS = {
+    "residual": lambda self, x: x + self.f(x),
+    "post-activation": lambda self, x: torch.relu(x + self.f(x)),
+    "block": lambda self, x: nn.functional.layer_norm(x + self.f(x), (8,)),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_patterns_are_named_by_dataflow(name):
+    assert patterns(stack(FORWARDS[name])) == [name] * 3
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.f(x) + x,
+        lambda self, x: torch.add(x, self.f(x)),
+        lambda self, x: x.add(self.f(x)),
+        lambda self, x: self.f(x).add_(x),
+        lambda self, x: x + self.f(x) * self.g.weight[0],
+        lambda self, x: x + self.drop(self.f(x.reshape(-1, 4, 2).transpose(1, 2).reshape(x.shape))),
+        lambda self, x: x + nn.functional.linear(x, self.f.weight),
+        lambda self, x: x * 0.5 + self.f(x),
+        lambda self, x: x + self.f(x) + self.g(x),
+        lambda self, x: x + (self.f(x) + self.g(self.f(x))),
+    ],
+)
+def test_spellings_of_a_unit(forward):
+    found = plan(stack(forward))
+    assert len(found.units) == 3
+    assert found.coverage == 1
+
+
+def test_two_units_in_one_host():
+    found = plan(stack(lambda self, x: (y := x + self.f(x)) + self.g(y)))
+    assert [u.path for u in found.units] == [f"blocks.{i}.{n}" for i in range(3) for n in "fg"]
+    assert len(found.chains) == 1
+
+
+def test_views_between_units_do_not_end_a_chain():
+    def forward(self, x):
+        y = x.transpose(0, 1)
+        return (y + self.f(y)).transpose(0, 1)
+
+    assert len(plan(stack(forward)).chains) == 1
+
+
+def test_residuals_inside_a_branch_stay_in_it():
+    found = plan(stack(lambda self, x: x + self.g((h := self.f(x)) + self.f(h))))
+    assert len(found.units) == 3
+    assert {s.inside_unit for s in found.skipped} == {True}
+    assert found.coverage == 1
+
+
+def test_a_change_of_shape_ends_a_chain():
+    model = nn.Sequential(*stack(pre_norm, depth=2).blocks, nn.Linear(8, 16), nn.Linear(16, 8), *stack(pre_norm, depth=2).blocks).double()
+    assert [len(c.units) for c in plan(model).chains] == [2, 2]
+
+
+def test_a_lone_unit_is_no_chain():
+    found = plan(stack(pre_norm, depth=1))
+    assert not found.chains
+    assert "stands alone" in found.skipped[0].reason
+
+
+def test_a_projection_shortcut_is_reported_and_not_counted():
+    found = plan(stack(lambda self, x: self.g(x) + self.f(x)))
+    assert "a projection shortcut" in found.skipped[0].reason
+    assert found.skipped[0].computed_shortcut
+    assert found.coverage == 0
+
+
+def test_a_broadcast_shortcut_is_refused():
+    found = plan(stack(lambda self, x: x[:, :1] + self.f(x), depth=1))
+    assert not found.chains
+
+
+def test_an_operand_from_nowhere_is_reported():
+    class Held:
+        def __init__(self, t):
+            self.tensor = t
+
+    found = plan(stack(lambda self, x, held: x + self.f(held.tensor)), (X, Held(X * 2)))
+    assert {s.reason for s in found.skipped} == {
+        "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds"
+    }
+
+
+def test_additions_of_numbers_are_no_residuals():
+    found = plan(Loop(block(lambda self, x: self.f(x) + 1.0)).double())
+    assert not found.chains
+    assert not found.skipped
+
+
+def test_integer_and_complex_sums_are_refused():
+    found = plan(
+        stack(lambda self, x: torch.view_as_real((c := torch.view_as_complex(self.f(x).view(2, 5, 4, 2))) + c.sin()).view(2, 5, 8))
+    )
+    assert all("not floating point" in s.reason for s in found.skipped)
+    assert len(found.skipped) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 4),
+        ({"include": "blocks.1*"}, 0),
+        ({"include": ["blocks.1*", "blocks.2*"]}, 2),
+        ({"exclude": "blocks.3*"}, 3),
+        ({"exclude": "*"}, 0),
+    ],
+)
+def test_include_and_exclude(options, count):
+    found = plan(stack(pre_norm, depth=4), **options)
+    assert len(found.units) == count
+    assert len(found.units) + len(found.skipped) == 4
