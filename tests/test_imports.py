@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GRAPH = ("_trace", "_chains", "_plan", "_graph")
+GRAPH = (
+    *("_trace", "_recorder", "_recording", "_intercept", "_watch", "_memory", "_reads", "_fresh"),
+    *("_flow", "_adds", "_chains", "_units", "_plan", "_graph"),
+)
 RUNTIME = ("_couplings", "_bits", "_numerics", "_bits", "_tape", "_records", "_rewind", "_engine", "_module")
 SHARED = ("_replay", "_snapshot")  # the state around a forward pass, which both sides must leave as they found it
 
