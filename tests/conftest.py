@@ -1,5 +1,13 @@
 """Settings of all tests."""
 
+import os
+
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would wait for each other longer than they compute
+
+# The same examples in every run of the checks, so that a change is judged by itself; at home each run tries new ones.
+settings.register_profile("checks", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("checks")

@@ -48,6 +48,7 @@ def test_a_step_is_that_of_stored_activations(shape, case):
     """Outputs, gradients, buffers and the random state: to the bit in exact mode."""
     model = chain_of(shape, case)
     assume(case.exact or not (shape.narrow or shape.norm == "batch"))  # they amplify the rounding of float mode
+    assume(case.exact or shape.norm != "layer" or shape.width > 2)  # of two numbers, it gives their signs: ill-conditioned
     check_gradients(model, inputs_for(shape, case), tolerance=20 * case.stored, stored=stored)
 
 
