@@ -412,7 +412,7 @@ class _Planner:
             try:
                 cut = self.recording.cut(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
-                Program(build_graph(cut, inline), again, held)
+                Program.of(build_graph(cut, inline), again, held)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
                 failed.update({v.candidate.add: reason for members in units for v in members if v.host_path == u.host_path})

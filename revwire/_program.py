@@ -106,12 +106,36 @@ class _Cut:
         return [*self.nodes, *self.dropped]
 
 
+@dataclass(frozen=True)
 class Program:
-    """A host's forward for one signature.
+    """A host's forward for one signature. It refers to no recording: that would keep the example's tensors alive.
 
-    Raises:
-        CaptureError: the units cannot be separated from the rest; the message is a short reason.
+    Attributes:
+        compiled: the host's graph on two streams.
+        shape_dependent: whether it holds for the shapes of its capture only.
+        guarded: the modules whose attributes its code depends on.
     """
+
+    compiled: _Compiled
+    shape_dependent: bool
+    guarded: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, host: HostGraph, units: list[Candidate], slots: list[Slot]) -> Program:
+        """Cut the units out of a host's graph and put it together again.
+
+        Raises:
+            CaptureError: the units cannot be separated from the rest; the message is a short reason.
+        """
+        compiled = _Assembly(host, units, slots).compiled
+        return cls(compiled, host.shape_dependent, (*host.opened, *host.elided.values()))
+
+    def __call__(self, host: nn.Module, leaves: list[Any]) -> Any:
+        return self.compiled.run(host, host, *leaves)
+
+
+class _Assembly:
+    """The work of `Program.of`."""
 
     def __init__(self, host: HostGraph, units: list[Candidate], slots: list[Slot]) -> None:
         self.host = host
@@ -125,11 +149,6 @@ class Program:
         self.views = self._views(units, slots)
         self.compiled = _Compiled(self._outer(nodes))
         self._check_order_of_writes()
-        self.shape_dependent = host.shape_dependent
-        self.guarded = [*host.opened, *host.elided.values()]
-
-    def __call__(self, host: nn.Module, leaves: list[Any]) -> Any:
-        return self.compiled.run(host, host, *leaves)
 
     # -- cutting ---------------------------------------------------------------------------------------------------
 

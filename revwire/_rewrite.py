@@ -112,7 +112,7 @@ class RewiredForward:
         """One attempt of `capture`."""
         recording = record(self.host, args, kwargs, forward=self.plain, gradients=gradients)
         units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots])
-        return Program(build_graph(recording, inline), units, self.slots)
+        return Program.of(build_graph(recording, inline), units, self.slots)
 
     def keep(self, program: Program, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Store a program under its signature."""

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+import revwire
 from cases import EXACT, FAST, each_fast_case
 from revwire import ReconstructionError
 from revwire.measure import peak_bytes, saved_bytes
@@ -195,3 +196,16 @@ def test_an_extra_input_that_the_chain_made_itself_is_no_cycle(case, without_col
 
 def test_the_table_has_a_case_of_each_arithmetic():
     assert [(c.exact, c.coupling.kept_bits) for c in FAST] == [(False, 0), (True, 0), (True, 4)]
+
+
+def test_a_converted_model_holds_no_activation_at_rest():
+    """What was observed to capture a block is let go: nothing of the example or of a step stays alive."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    inputs = torch.randn(5, 7, 16)
+    revwire.convert(model, inputs)
+    model(inputs).sum().backward()
+    own = {id(t) for t in (inputs, *model.buffers(), *model.parameters(), *(p.grad for p in model.parameters()))}
+    gc.collect()
+    alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and id(o) not in own and o.shape == inputs.shape]
+    assert not alive
