@@ -392,12 +392,16 @@ class _Planner:
         return max(max(values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
 
     def slots(self, units: list[list[_Found]], chains: list[Chain]) -> dict[str, list[Slot]]:
+        """For each host, its units; a unit through which its chain runs several times has several places."""
         out: dict[str, list[Slot]] = {}
         for chain, members in zip(chains, units, strict=True):
+            places: dict[tuple[str, UnitKey], list[int]] = {}
             for index, u in enumerate(members):
-                held = out.setdefault(u.host_path, [])
-                if all(s.key != u.key for s in held):
-                    held.append(Slot(u.key, len(u.candidate.post), chain, index, u.path))
+                places.setdefault((u.host_path, u.key), []).append(index)
+            for first, *later in places.values():
+                u = members[first]
+                slot = Slot(u.key, len(u.candidate.post), chain, first, u.path, tuple(later))
+                out.setdefault(u.host_path, []).append(slot)
         return out
 
     def failures(self, units: list[list[_Found]], slots: dict[str, list[Slot]]) -> dict[int, str]:

@@ -50,6 +50,7 @@ class Unit:
         kind: ``"residual"``: the branch returns F(x); ``"block"``: it returns B(x), and F = B − x.
         branch: ``branch(host, x, *extras) -> (F(x) or B(x), side outputs)``.
         modules: ``modules(host)`` gives the modules whose parameters and buffers the branch uses.
+        later: its further places in the chain, ascending, where the chain runs through the same unit again (shared weights).
     """
 
     path: str
@@ -57,6 +58,11 @@ class Unit:
     kind: Literal["residual", "block"]
     branch: Branch
     modules: Callable[[nn.Module], Iterable[nn.Module]]
+    later: tuple[int, ...] = ()
+
+    def place(self, position: int) -> int | None:
+        """The first of its places in the chain that a tape at ``position`` can still go to."""
+        return next((i for i in (self.index, *self.later) if i >= position), None)
 
 
 class Monitor(Protocol):
@@ -180,7 +186,7 @@ class Chain:
         if not isinstance(link, Link) or link.tape.chain is not self:
             return None
         newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
-        return link if newest and (unit is None or unit.index >= link.tape.position) else None
+        return link if newest and (unit is None or unit.place(link.tape.position) is not None) else None
 
     def _begin(self, unit: Unit, x: Tensor) -> tuple[Tensor, Link]:
         if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
@@ -32,6 +32,7 @@ class Slot:
     chain: Chain
     index: int
     path: str
+    later: tuple[int, ...] = ()
 
 
 def pattern_of(c: Candidate, events: list[Event]) -> str:
@@ -223,7 +224,8 @@ class _Assembly:
         def modules(host: nn.Module) -> Iterable[nn.Module]:
             return [host.get_submodule(p) for p in paths]
 
-        return Unit(cut.slot.path, cut.slot.index, "residual" if cut.kind == "residual" else "block", compiled.run, modules)
+        kind: Literal["residual", "block"] = "residual" if cut.kind == "residual" else "block"
+        return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later)
 
     def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
         numbers = {n: s.chain for c, s in zip(units, slots, strict=True) for n in (*c.views, *c.lead)}

@@ -152,7 +152,9 @@ class Tape:
             else:
                 self.records.append(None)
         self._advance((current, following))
-        self.position = unit.index + 1
+        place = unit.place(self.position)
+        assert place is not None  # else the unit had begun a tape of its own
+        self.position = place + 1
         return out
 
     def relayout(self, view: Callable[[Tensor], Tensor]) -> bool:

@@ -150,3 +150,35 @@ def test_two_models_that_share_a_block():
     with pytest.raises(revwire.ConversionError, match="converted already"):
         revwire.convert(second, X, coupling=Plain(), exact=False)
     assert len(tensors(second(X))) == 1
+
+
+@pytest.mark.parametrize(("coupling", "rule"), [("re2tal", (0, 1, 1)), ("bdia:1/4", (0.75, 0.25, 1.25))])
+def test_a_block_used_at_every_depth_is_one_chain(coupling, rule):
+    """Weights shared across depth: the streams go on from call to call, and end after the last."""
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(self.norm(x))
+
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Deep()
+
+        def forward(self, x):
+            for _ in range(5):
+                x = self.block(x)
+            return x
+
+    model, x, (a, b, c) = Same(), torch.randn(3, 8), rule
+    previous = current = x
+    for _ in range(5):
+        previous, current = current, a * current + b * previous + c * (model.block(current) - current)
+    expected = (previous + current) / 2 if coupling == "re2tal" else current
+    revwire.convert(model, x, coupling=coupling)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(revwire.verify(model, x).units) == 5
