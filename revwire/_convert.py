@@ -311,6 +311,7 @@ class _Planner:
             failed = self.failures(units, slots)
             if not failed:
                 plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
+                self.mark_last(units, chains, plan)
                 return plan, chains, slots
             self.banned.update(failed)
 
@@ -386,6 +387,20 @@ class _Planner:
                 f"expected at most {FLOAT_TOLERANCE:g}; pass exact=True or another coupling"
             )
         return Chain(name, coupling, exact=exact, length=len(units), largest=self.largest(units))
+
+    def mark_last(self, units: list[list[_Found]], chains: list[Chain], plan: Plan) -> None:
+        """Let the chain whose backward comes first keep what its last unit saves, where that does not raise the peak.
+
+        What the model saves behind that chain has gone when the unit's backward begins, so it only counts as far as it is
+        more than the gradients that the backward makes meanwhile, for which a quarter of the unit's own bytes is allowed.
+        """
+        if not chains:
+            return
+        ends = [self.recording.values[members[-1].candidate.out].event for members in units]
+        last = ends.index(max(ends))
+        behind = sum(e.saved for e in self.recording.events[max(ends) + 1 :])
+        own = plan.chains[last].units[-1].saved_bytes
+        chains[last].keeps_last = own + behind <= max(own * 5 // 4, *(u.saved_bytes for u in plan.units))
 
     def largest(self, units: list[_Found]) -> float:
         values = self.recording.values

@@ -51,8 +51,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor) -> Tensor:
         ctx.rule, ctx.dtype = tape.rule(unit), f.dtype
+        ctx.kept = tape.kept
         out = tape.step(current, f, unit)
-        if tape.rewinds:
+        if tape.rewinds and ctx.kept is None:
             ctx.tape, ctx.position = tape, len(tape.records) - 1
         else:
             ctx.tape = None
@@ -62,6 +63,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.tape is not None:
             Rewind.of(ctx.tape).undo(ctx.position)
+        ctx.kept = None
         (a, b, c), g = ctx.rule, grads[0]
         need = ctx.needs_input_grad
         branch = _scale(g, c) if need[4] else None

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from revwire._errors import ConversionError, RangeError, ReconstructionError, Un
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
 from revwire._replay import version_of
 from revwire._rewind import running_pass
-from revwire._tape import Tape
+from revwire._tape import Kept, Tape
 
 _LINK = "_revwire_link"
 _HEADROOM_UNCALIBRATED = 2.0**6
@@ -118,16 +119,24 @@ class Chain:
         exact: fixed-point streams (True) or float streams.
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known.
+        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `_tape`).
     """
 
-    def __init__(self, name: str, coupling: Coupling, *, exact: bool, length: int, largest: float | None = None) -> None:
+    def __init__(
+        self, name: str, coupling: Coupling, *, exact: bool, length: int, largest: float | None = None, keeps_last: bool = False
+    ) -> None:
         self.name = name
         self.coupling = coupling
         self.exact = exact
         self.length = length
         self.largest = largest
+        self.keeps_last = keeps_last
+        self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.stored = False
         self.monitor: Monitor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "waiting": None}
 
     def rule(self, kind: Literal["residual", "block"]) -> Coefficients:
         """The coefficients by which the value of a unit of this kind enters the step."""

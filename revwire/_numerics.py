@@ -108,8 +108,8 @@ class Streams(ABC):
         """The float value of a state, in the stream dtype and the layout of the state."""
 
     @abstractmethod
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Stepped:
-        """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k."""
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients, *, undone: bool = True) -> Stepped:
+        """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k. A step that is never ``undone`` keeps no bits."""
 
     @abstractmethod
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
@@ -152,7 +152,7 @@ class FloatStreams(Streams):
     def read(self, state: Tensor) -> Tensor:
         return state.detach()
 
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Stepped:
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients, *, undone: bool = True) -> Stepped:
         if rule.a == 0 and rule.b == 1 and f.dtype == previous.dtype:
             out = torch.add(previous, f, alpha=rule.c, out=torch.empty_like(previous))
         else:
@@ -233,12 +233,12 @@ class FixedStreams(Streams):
         wide = torch.float64 if self.integer == torch.int64 else torch.float32
         return state.to(wide).mul_(2.0**-self.scale)
 
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients) -> Stepped:
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients, *, undone: bool = True) -> Stepped:
         wide = self._increment(x, f, rule)
         out, bits = wide.to(self.integer), None
         if self.bits:
             shifted = previous + self._half
-            bits = pack_bits(shifted, self.bits)
+            bits = pack_bits(shifted, self.bits) if undone else None
             previous = shifted.bitwise_right_shift_(self.bits)
         out.add_(previous, alpha=1 if rule.b > 0 else -1)
         return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)

@@ -47,16 +47,22 @@ class UnitRecord:
     witnesses: list[int] = field(default_factory=list)
     fingerprint: Fingerprint | None = None
     bits: Tensor | None = None
+    begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""
-        path = self.unit.path
-        return ReconstructionError(
-            f"{path} ({chain.name}): between forward and backward, {got}; expected {expected}. Usual causes: weights, buffers or "
-            "inputs changed before backward, a non-deterministic kernel (torch.use_deterministic_algorithms(True)), random numbers "
-            "from a generator of the module's own or drawn by several threads at once. Gradients of this pass are not valid: zero "
-            f"them; then exclude the module (convert(..., exclude=[{path!r}])) or run under revwire.stored_activations(model)"
-        )
+        return fault(self.unit, chain, got, expected)
+
+
+def fault(unit: Unit, chain: Chain, got: str, expected: str) -> ReconstructionError:
+    """The error that says what changed between the forward of a unit and its backward."""
+    path = unit.path
+    return ReconstructionError(
+        f"{path} ({chain.name}): between forward and backward, {got}; expected {expected}. Usual causes: weights, buffers or "
+        "inputs changed before backward, a non-deterministic kernel (torch.use_deterministic_algorithms(True)), random numbers "
+        "from a generator of the module's own or drawn by several threads at once. Gradients of this pass are not valid: zero "
+        f"them; then exclude the module (convert(..., exclude=[{path!r}])) or run under revwire.stored_activations(model)"
+    )
 
 
 @dataclass(slots=True)

@@ -137,7 +137,7 @@ class Rewind:
         else:
             record = self._unit(position)
             again = self._recompute(record, self.previous)
-            rebuilt = self.tape.streams.unstep(self.current, again.x, again.f, self.tape.rule(record.unit), record.bits)
+            rebuilt = self.previous if record.begins else self._unstep(record, again)
             if self.tape.chain.monitor:
                 self.tape.chain.monitor.backward(self.tape, position, rebuilt)
             self._compare(record, rebuilt, again)
@@ -148,6 +148,9 @@ class Rewind:
                 record.bits = None
             if position + 1 < len(records):
                 records[position + 1] = None
+
+    def _unstep(self, record: UnitRecord, again: _Again) -> Tensor:
+        return self.tape.streams.unstep(self.current, again.x, again.f, self.tape.rule(record.unit), record.bits)
 
     def _unit(self, position: int) -> UnitRecord:
         record = self.tape.records[position]

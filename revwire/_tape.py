@@ -12,6 +12,13 @@ Note [Synchronisation]
     wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
     a number.
 
+Note [The last unit]
+    A backward pass begins with the last unit. Where that chain is the last of its model (``Chain.keeps_last``), rebuilding
+    the unit's activations first thing saves no memory at the peak, so autograd keeps them, and the tape ends before it,
+    with the states (x_{K-2}, x_{K-1}). One forward at a time does so: those that wait for their backward meanwhile (the
+    clips of a long video) keep two streams only. So do those inside of other saved-tensor hooks, whose owners (activation
+    checkpointing) expect the same tensors in every run.
+
 Note [What the checks see]
     In exact mode: any change of the rebuilt state, and of samples of the branch's result and of what its last layers
     saved. In float mode: changes beyond the tolerances of `FloatStreams`; a branch whose result is zero in forward and
@@ -24,6 +31,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +39,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Streams, can_be_sampled
-from revwire._records import Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate
+from revwire._records import Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault
 from revwire._replay import Inventory, Surroundings, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
     from revwire._couplings import Coefficients
     from revwire._module import Chain, Unit
+
+
+_WROTE_INPUT = "its branch wrote to its own input in place", "a branch that leaves its input as it is"
+
+
+class Kept:
+    """Lives as long as the last unit's activations wait for their backward."""
 
 
 class Tape:
@@ -66,6 +81,7 @@ class Tape:
         self.passes: dict[int, Rewind] = {}
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
         self.norms: list[tuple[Unit, Tensor]] = []
+        self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self._open: UnitRecord | None = None
 
     def rule(self, unit: Unit) -> Coefficients:
@@ -79,14 +95,20 @@ class Tape:
         previous = self.intact_state()[0]
         if not self.rewinds:
             return evaluate(unit, host, x, extras)
-        record, version = self._record(unit, host, x, extras), version_of(x)
+        self.kept, version = None, version_of(x)
+        if self._keeps(unit):
+            f, sides = evaluate(unit, host, x, extras)
+            if version_of(x) != version:
+                raise fault(unit, self.chain, *_WROTE_INPUT)
+            return f, sides
+        record = self._record(unit, host, x, extras)
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
         writers = [m for m in record.owned.writers if m.training]
         try:
             with saved_tensors_hooks(self._packer(record, x, last), unpack), undisturbed(writers) if writers else nullcontext():
                 f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
-                raise record.fault(self.chain, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
+                raise record.fault(self.chain, *_WROTE_INPUT)
             record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
             with torch.no_grad():
@@ -97,6 +119,17 @@ class Tape:
             self.start = len(self.records)
         self._open = record
         return f, sides
+
+    def _keeps(self, unit: Unit) -> bool:
+        """Whether autograd keeps what this unit saves; see Note [The last unit]."""
+        chain, place = self.chain, unit.place(self.position)
+        if not chain.keeps_last or place != chain.length - 1 or chain.monitor or _hooked():
+            return False
+        if chain.waiting is not None and chain.waiting() is not None:
+            return False
+        self.kept = Kept()
+        chain.waiting = ref(self.kept)
+        return True
 
     def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
         inputs: Versions = []
@@ -140,22 +173,30 @@ class Tape:
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         """Advance both streams by one unit; returns the float value of x_{k+1}."""
         previous, current = self.intact_state()
-        following, out, bits = self.streams.step(previous, x, f, self.rule(unit))
+        undone = self.rewinds and self.kept is None and previous is not current
+        following, out, bits = self.streams.step(previous, x, f, self.rule(unit), undone=undone)
         self._check_range(unit, out)
         if self.chain.monitor:
             self.chain.monitor.forward(self, len(self.records), previous)
-        if self.rewinds:
-            record, self._open = self._open, None
-            if self.start is not None and record is not None:
-                record.bits = bits
-                self.records.append(record)
-            else:
-                self.records.append(None)
-        self._advance((current, following))
+        if self.kept is not None:
+            self.kept = None
+            self.progress += 1
+        else:
+            if self.rewinds:
+                self._keep_record(bits, previous is current)
+            self._advance((current, following))
         place = unit.place(self.position)
         assert place is not None  # else the unit had begun a tape of its own
         self.position = place + 1
         return out
+
+    def _keep_record(self, bits: Tensor | None, begins: bool) -> None:
+        record, self._open = self._open, None
+        if self.start is not None and record is not None:
+            record.bits, record.begins = bits, begins
+            self.records.append(record)
+        else:
+            self.records.append(None)
 
     def relayout(self, view: Callable[[Tensor], Tensor]) -> bool:
         """Apply a view to both streams; False (and nothing done) if it copies, or shows only a part."""
@@ -233,6 +274,11 @@ class Tape:
             "to stay within 2^5 times the range they were scaled for; convert with an example whose values are of the magnitude "
             "you train on, lower the learning rate, or pass exact=False"
         )
+
+
+def _hooked() -> bool:
+    """Whether saved-tensor hooks are in force around this call."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def stalls(device: torch.device) -> bool:
