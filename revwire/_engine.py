@@ -25,7 +25,7 @@ from revwire._rewind import Rewind
 from revwire._tape import Tape as Tape
 
 if TYPE_CHECKING:
-    from revwire._module import Unit
+    from revwire._module import Chain, Unit
 
 
 class _Enter(torch.autograd.Function):
@@ -90,6 +90,20 @@ def _refuse_forward_mode() -> NoReturn:
     raise UnsupportedTransformError(
         "reversible chain: got a forward-mode AD dual tensor; expected reverse mode; use revwire.revert(model) for jvp"
     )
+
+
+def comes_from(x: Tensor, chain: Chain, most: int = 8) -> bool:
+    """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be continued."""
+    nodes = [x.grad_fn] if x.grad_fn is not None else []
+    for node in nodes:  # grows
+        if len(nodes) > most:
+            break
+        if isinstance(node, _Step._backward_cls):
+            if node.tape is not None and node.tape.chain is chain:  # type: ignore[attr-defined]
+                return True
+        else:
+            nodes += [before for before, _ in node.next_functions if before is not None]
+    return False
 
 
 def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Note [Grad mode]
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ class Chain:
         self.keeps_last = keeps_last
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.stored = False
+        self.warned = False  # that something came between two units
         self.monitor: Monitor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,6 +207,15 @@ class Chain:
             )
         if unit.index and running_pass() != -1:
             raise self._cut(unit.path)
+        if unit.index and not self.warned and _engine.comes_from(x, self):
+            self.warned = True
+            warnings.warn(
+                f"{unit.path} ({self.name}): got a tensor that something between two units made ({x.grad_fn.name()}); expected the "  # type: ignore[union-attr]
+                "output of the unit before, as at conversion. The chain begins anew here: gradients are right, but it keeps two more "
+                "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, or dropout "
+                "between blocks in a model that was converted in eval mode (convert it in train mode)",
+                stacklevel=2,
+            )
         wide = canonical(x.to(stream_dtype(x.dtype)))
         streams = self._streams(unit, wide)
         state = streams.enter(wide)

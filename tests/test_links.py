@@ -146,6 +146,7 @@ def test_a_view_in_another_grad_mode_does_not_end_the_chain(case):
     assert_close(grads(model, out, x), grads(model, model(x), x), case)
 
 
+@pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")
 @each_fast_case
 @pytest.mark.parametrize("view", [lambda t: t[:, 1:], lambda t: t + 0, lambda t: t.expand(2, *t.shape)], ids=["part", "copy", "expand"])
 def test_what_is_not_a_view_of_the_whole_begins_a_new_chain(case, view):
@@ -216,6 +217,7 @@ def test_taps_on_every_unit(case):
     same_with_stored_activations(model, case, function, inputs_of(model, case))
 
 
+@pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")
 @each_exact_case
 def test_a_write_between_two_units_begins_a_new_chain(case):
     def function(model, x):
@@ -243,3 +245,18 @@ def test_a_copied_or_pickled_tensor_is_like_any_other(case):
         assert torch.equal(other, h)
         with torch.no_grad():
             assert torch.equal(run(model, other, 4), run(model, h.clone(), 4))
+
+
+@each_fast_case
+def test_an_operation_that_comes_between_two_units_is_said_once(case):
+    model = toy(case)
+    x = inputs_of(model, case)
+    with pytest.warns(UserWarning, match=r"branches\.3 \(chain 0\): got a tensor that something between two units made \(MulBackward0\)"):
+        run(model, run(model, x, 0, 3) * 1.5, 3)
+    run(model, run(model, x, 0, 3) * 1.5, 3)
+
+
+@each_fast_case
+def test_units_used_by_themselves_are_no_reason_to_warn(case):
+    model = toy(case)
+    run(model, inputs_of(model, case) * 2, 3)
