@@ -7,6 +7,10 @@ from revwire._convert import revert as revert
 from revwire._convert import stored_activations as stored_activations
 from revwire._couplings import Bdia as Bdia
 from revwire._couplings import Coupling as Coupling
+from revwire._couplings import Dr2Net as Dr2Net
+from revwire._couplings import Midpoint as Midpoint
+from revwire._couplings import Momentum as Momentum
+from revwire._couplings import RandomBdia as RandomBdia
 from revwire._couplings import Re2TAL as Re2TAL
 from revwire._errors import CaptureError as CaptureError
 from revwire._errors import ConversionError as ConversionError
@@ -18,6 +22,8 @@ from revwire._errors import UnsupportedTransformError as UnsupportedTransformErr
 from revwire._plan import Plan as Plan
 from revwire._profile import Profile as Profile
 from revwire._profile import profile as profile
+from revwire._recouple import CouplingSchedule as CouplingSchedule
+from revwire._recouple import set_coupling as set_coupling
 from revwire._verify import Check as Check
 from revwire._verify import verify as verify
 

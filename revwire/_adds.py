@@ -9,10 +9,12 @@ Definitions, on the values (tensors) and events (calls) of a `Recording`:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from revwire._flow import Flow
-from revwire._recording import Event, refs
+from revwire._recording import Event, Ref, leaves_of, refs
 
 CLIMB = 64
 """How many calls a skip, or a post-activation path, may be long."""
@@ -23,7 +25,8 @@ class Candidate:
     """A residual add, and what was found out about it.
 
     Attributes:
-        add: event number of the addition.
+        add: event number of the addition (of the host call, for a host that is one unit as a whole).
+        result: value number of the sum (of the output, for a host that is one unit).
         fork: value number of the input of the unit.
         branch: value number of F(x) where the add is literally fork + F(fork), else None.
         out: value number of the output of the unit.
@@ -32,6 +35,8 @@ class Candidate:
         host: event number of the module call that holds the unit.
         region: events between fork and add.
         absorbed: adds inside the region that belong to the same sum (parallel branches).
+        whole: it is all that its host does, whose code stays closed.
+        widens: it may end outside of its host, which becomes a larger module then.
         reason: why it cannot be a unit, or None.
         computed_shortcut: neither operand is the input itself (a projection): not a residual add in the strict sense.
         inside: it lies in the branch of a unit.
@@ -47,6 +52,9 @@ class Candidate:
     views: tuple[int, ...] = ()
     lead: tuple[int, ...] = ()
     absorbed: tuple[int, ...] = ()
+    result: int = -1
+    whole: bool = False
+    widens: bool = True
     reason: str | None = None
     computed_shortcut: bool = False
     inside: bool = False
@@ -81,14 +89,14 @@ def _is_unseen(flow: Flow, first: int, second: int) -> bool:
 def _unseen(flow: Flow, event: Event, fork: int) -> Candidate:
     host = flow.recording.calls_around(event.number)[-1]
     reason = "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds"
-    return Candidate(event.number, fork, None, fork, host, frozenset(), reason=reason)
+    return Candidate(event.number, fork, None, fork, host, frozenset(), result=next(refs(event.out)).value, reason=reason)
 
 
 def _candidate(flow: Flow, event: Event, result: int, fork: int, branch: int | None) -> Candidate:
     values = flow.recording.values
     region = {values[v].event for v in flow.between(fork, result)}
-    host = _host(flow, region)
-    c = Candidate(event.number, fork, branch, result, host, frozenset(region - {event.number}))
+    host = innermost_call(flow, region)
+    c = Candidate(event.number, fork, branch, result, host, frozenset(region - {event.number}), result=result)
     if branch is None and not _light_skip(flow, event, fork):
         c.computed_shortcut = True
         c.reason = f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): the input is not carried on"
@@ -150,7 +158,7 @@ def _above(flow: Flow, value: int | None, forks: dict[int, int]) -> int | None:
     return above[0] if len(above) == 1 else None
 
 
-def _host(flow: Flow, events: set[int]) -> int:
+def innermost_call(flow: Flow, events: Iterable[int]) -> int:
     """The innermost module call around all of these events."""
     common: tuple[int, ...] | None = None
     for number in events:
@@ -162,6 +170,52 @@ def _host(flow: Flow, events: set[int]) -> int:
     return common[-1] if common else 0
 
 
-def flow_result(flow: Flow, c: Candidate) -> int:
-    """The value that the addition of a candidate made."""
-    return next(r.value for r in refs(flow.recording.events[c.add].out))
+def whole_call(flow: Flow, call: int, candidates: list[Candidate]) -> Candidate | None:
+    """A module call as one unit: from an input of its own to an output of the same shape, by residual adds; None if it has no such.
+
+    The code of the module is not opened, so another output must not be made from this one, nor an input be written to.
+    """
+    event, values = flow.recording.events[call], flow.recording.values
+    ends = list(dict.fromkeys(leaf.value for leaf in _plain_leaves(event.out) if isinstance(leaf, Ref)))
+    starts = {leaf.value for leaf in _plain_leaves((event.args, event.kwargs)) if isinstance(leaf, Ref)}
+    forks = {c.result: c.fork for c in candidates if call < c.add < event.end and values[c.fork].shape == values[c.result].shape}
+    for out in ends:
+        fork = _spine(flow, out, starts, forks)
+        if fork is None or _has_effects(flow, call, starts):
+            continue
+        if values[fork].shape == values[out].shape and not any(flow.is_ancestor(out, other) for other in ends):
+            region = frozenset(range(call + 1, event.end))
+            return Candidate(call, fork, None, out, call, region, result=out, whole=True)
+    return None
+
+
+def _plain_leaves(structure: Any) -> Iterator[Any]:
+    """The leaves of a recorded structure that are not inside of an object."""
+    return leaves_of(structure, into_objects=False)
+
+
+def _spine(flow: Flow, value: int, starts: set[int], forks: dict[int, int]) -> int | None:
+    """The start from which a value comes by residual adds (at least one), and by steps between them."""
+    residual = False
+    for _ in range(CLIMB):
+        if value in starts:
+            return value if residual else None
+        if value in forks:
+            value, residual = forks[value], True
+            continue
+        step = flow.step_up(value)
+        if step is None:
+            return None
+        value = step[0]
+    return None
+
+
+def _has_effects(flow: Flow, call: int, starts: set[int]) -> bool:
+    """Whether a call, made twice, would leave something else behind than made once."""
+    recording = flow.recording
+    values, inside = recording.values, recording.events[call : recording.events[call].end]
+    memory = {values[s].storage for s in starts}
+    drawn = any(read.kind in ("random", "state") and call <= read.parent < inside[0].end for read in recording.reads)
+    foreign = any(e.is_module and id(e.target) not in recording.module_names for e in inside)
+    written = any(values[before].storage in memory for e in inside for before, _ in e.writes)
+    return inside[0].hooked or bool(inside[0].changes) or drawn or foreign or written

@@ -5,16 +5,25 @@ Definitions, besides those of `_adds`:
 - A *unit* runs from its fork to its *out*: the add, and what is done to the sum before it becomes a fork again (a
   post-activation, a post-normalisation).
 - Units whose out is the next one's fork, but for views, form a *chain*.
+- A host whose code cannot be taken apart may be a unit *as a whole*: from one of its inputs to one of its outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from math import prod
 
-from revwire._adds import CLIMB, Candidate, flow_result, residual_adds
+from revwire._adds import CLIMB, Candidate, innermost_call, residual_adds, whole_call
 from revwire._flow import Flow
+from revwire._layout import keeps_layout
 from revwire._recording import Recording
+
+Hops = list[list[int]]
+"""Steps from a sum to the next fork: of each, the values that it makes, the last first."""
+
+CALLER = "excluded"
+"""How the reasons begin that are the caller's own wish."""
 
 
 @dataclass
@@ -32,17 +41,18 @@ def find_chains(recording: Recording, refuse: Callable[[Candidate], str | None] 
 
     Args:
         recording: a run of the whole model.
-        refuse: gives the reason why a residual add must stay, or None.
+        refuse: gives the reason why a residual add must stay, or None. Where it is not the caller's wish, the host cannot
+            be taken apart, and is tried as a whole.
         shortest: chains with fewer units stay.
     """
     flow = Flow(recording)
     candidates = residual_adds(flow)
-    for c in candidates:
-        c.reason = c.reason or refuse(c)
+    closed = {call for c in candidates if c.reason is None for call in _refused(recording, c, refuse)}
     _absorb_sums(candidates)
     search = Search(recording)
     good = [c for c in candidates if c.reason is None]
-    chains = _link(flow, good)
+    wholes = [w for w in (whole_call(flow, call, candidates) for call in sorted(closed)) if w is not None and refuse(w) is None]
+    chains = _link(flow, sorted([*good, *wholes], key=lambda c: c.result))
     chains = _outermost(chains, shortest)
     used = {c.add for chain in chains for c in chain}
     absorbed = {a for chain in chains for c in chain for a in c.absorbed}
@@ -60,10 +70,25 @@ def find_chains(recording: Recording, refuse: Callable[[Candidate], str | None] 
     return search
 
 
+def _refused(recording: Recording, c: Candidate, refuse: Callable[[Candidate], str | None]) -> list[int]:
+    """Ask ``refuse``; returns the host, if that is what cannot be taken apart.
+
+    Where a larger module than the unit's own host could not, the unit may still do without what it was needed for.
+    """
+    c.reason = refuse(c)
+    if c.reason is None or c.reason.startswith(CALLER):
+        return []
+    own = next(iter(recording.module_names.get(id(recording.events[c.host].target), ())), "") or "the model"
+    if c.reason.startswith(f"{own} "):
+        return [c.host]
+    c.reason, c.widens = None, False
+    return []
+
+
 def _absorb_sums(candidates: list[Candidate]) -> None:
     """x + A(x) + B(x) is one unit: an add of the same fork inside the region of a larger one belongs to that."""
     forks = {c.fork for c in candidates}
-    for c in candidates:
+    for c in (c for c in candidates if c.reason is None):
         inner = [d for d in candidates if d is not c and d.fork == c.fork and d.add in c.region and d.out not in forks]
         c.absorbed = tuple(d.add for d in inner)
         for d in inner:
@@ -71,14 +96,16 @@ def _absorb_sums(candidates: list[Candidate]) -> None:
 
 
 def _link(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
-    by_result = {flow_result(flow, c): c for c in candidates}
+    """Join the units to chains; only then let units end outside of their hosts, where that joins more."""
+    by_result = {c.result: c for c in candidates}
     following: dict[int, Candidate] = {}
     preceded: set[int] = set()
-    for c in candidates:
-        before = predecessor(flow, c, by_result)
-        if before is not None and before.add not in following:
-            following[before.add] = c
-            preceded.add(c.add)
+    for widen in (False, True):
+        for c in (c for c in candidates if c.add not in preceded):
+            before = predecessor(flow, c, by_result, following if widen else None)
+            if before is not None and before.add not in following:
+                following[before.add] = c
+                preceded.add(c.add)
     chains = []
     for c in candidates:
         if c.add in preceded:
@@ -91,42 +118,87 @@ def _link(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
     return chains
 
 
-def predecessor(flow: Flow, c: Candidate, by_result: dict[int, Candidate]) -> Candidate | None:
-    """The unit whose sum becomes the fork of ``c`` by calls of one activation each; sets its ``out``."""
-    path: list[int] = []
-    at = c.fork
-    for _ in range(CLIMB):
-        if at in by_result:
-            return by_result[at] if _attach(flow, by_result[at], c, path[::-1]) else None
-        above = flow.activations(at)
-        if len(above) != 1:
+def predecessor(flow: Flow, c: Candidate, by_result: dict[int, Candidate], followed: Container[int] | None = None) -> Candidate | None:
+    """The unit whose sum becomes the fork of ``c``, which depends on nothing else; sets its ``out``.
+
+    With ``followed``, the units whose place is taken, it may end outside of its host, which becomes a larger module then.
+    """
+    found = climb(flow, c.fork, by_result)
+    if found is None:
+        return None
+    before = by_result[found[0]]
+    if followed is not None and (before.add in followed or not before.widens):
+        return None
+    return before if _attach(flow, before, c, found[1], widen=followed is not None) else None
+
+
+def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | None:
+    """(the goal that a value comes from, the steps from it to the value in order), or None."""
+    hops: Hops = []
+    while value not in goals:
+        step = flow.step_up(value)
+        if step is None or len(hops) == CLIMB:
             return None
-        path.append(at)
-        at = above[0]
+        value = step[0]
+        hops.append(step[1])
+    return value, hops[::-1]
+
+
+def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool) -> bool:
+    """Split the steps between a sum and the next fork into post calls and views; False if they break the chain."""
+    count = _posts(flow, before, hops)
+    if count is None:
+        return False
+    post, rest = events_of(flow, hops[:count]), events_of(flow, hops[count:])
+    host = _host_with(flow, before, post, c if widen else None)
+    if host is None or (before.post and before.post != post):
+        return False
+    inside = tuple(e for e in rest if host in flow.recording.calls_around(e))
+    lead = tuple(e for e in rest if e not in inside)
+    if any(c.host not in flow.recording.calls_around(e) for e in lead):
+        return False
+    before.host, before.out, before.post, before.views, c.lead = host, _end(before, hops, count), post, inside, lead
+    return True
+
+
+def _posts(flow: Flow, before: Candidate, hops: Hops) -> int | None:
+    """How many steps belong to the unit: at least all but the views at their end, and the skip must keep shape and layout."""
+    events, values = flow.recording.events, flow.recording.values
+    count = len(hops)
+    while count and len(hops[count - 1]) == 1 and events[values[hops[count - 1][0]].event].view:
+        count -= 1
+    elements = prod(values[before.fork].shape)
+    if any(prod(values[hop[0]].shape) != elements for hop in hops):
+        return None
+    for posts in range(count, len(hops) + 1):
+        if keeps_layout(flow, before, _end(before, hops, posts), events_of(flow, hops[:posts])):
+            return posts
     return None
 
 
-def _attach(flow: Flow, before: Candidate, c: Candidate, path: list[int]) -> bool:
-    """Split the values between a sum and the next fork into post calls and views; False if they break the chain."""
-    events = [flow.recording.values[v].event for v in path]
-    views = len(path)
-    while views and flow.recording.events[events[views - 1]].view:
-        views -= 1
-    post, rest = path[:views], events[views:]
-    values = flow.recording.values
-    out = post[-1] if post else flow_result(flow, before)
-    if values[out].shape != values[before.fork].shape:
-        return False
-    if any(before.host not in flow.recording.calls_around(e) for e in events[:views]):
-        return False
-    inside = [e for e in rest if before.host in flow.recording.calls_around(e)]
-    lead = [e for e in rest if e not in inside]
-    if any(c.host not in flow.recording.calls_around(e) for e in lead):
-        return False
-    if before.post and before.post != tuple(events[:views]):
-        return False
-    before.out, before.post, before.views, c.lead = out, tuple(events[:views]), tuple(inside), tuple(lead)
-    return True
+def _end(before: Candidate, hops: Hops, count: int) -> int:
+    return hops[count - 1][0] if count else before.result
+
+
+def events_of(flow: Flow, hops: Hops) -> tuple[int, ...]:
+    """The calls of these steps, in order."""
+    return tuple(sorted({flow.recording.values[v].event for hop in hops for v in hop}))
+
+
+def _host_with(flow: Flow, c: Candidate, post: tuple[int, ...], follower: Candidate | None) -> int | None:
+    """The host of a unit with these post calls, or None.
+
+    Where they lie outside of its own host, and it has a ``follower``: the innermost call around all, if that can be opened.
+    """
+    recording = flow.recording
+    if all(c.host in recording.calls_around(e) for e in post):
+        return None if post and c.whole else c.host
+    if c.whole or follower is None:
+        return None
+    host = innermost_call(flow, [c.add, *c.region, *post])
+    shared = {b for e in post for b in _below(recording, e, host) if b in recording.calls_around(follower.add)}
+    opened = {host, *_below(recording, c.add, host), *shared}
+    return None if recording.events[host].hooked or recording.hidden(opened) else host
 
 
 def _extend_last(flow: Flow, chain: list[Candidate]) -> None:
@@ -134,15 +206,18 @@ def _extend_last(flow: Flow, chain: list[Candidate]) -> None:
     if len(chain) < 2 or not chain[-2].post or chain[-1].post:
         return
     events, last = flow.recording.events, chain[-1]
-    out, post = flow_result(flow, last), []
-    for model in chain[-2].post:
-        nxt = [v for v in flow.children[out] if events[flow.recording.values[v].event].kernels == events[model].kernels]
-        if len(nxt) != 1 or last.host not in flow.recording.calls_around(flow.recording.values[nxt[0]].event):
+    made = {last.result}
+    post: list[int] = []
+    for model in (events[e] for e in chain[-2].post):
+        below = sorted(v for m in made for v in flow.children[m] if v not in made and made.issuperset(flow.activations(v)))
+        nxt = [v for v in below if events[flow.recording.values[v].event].kernels == model.kernels]
+        if not nxt:
             return
-        out = nxt[0]
-        post.append(flow.recording.values[out].event)
-    if flow.recording.values[out].shape == flow.recording.values[last.fork].shape:
-        last.out, last.post = out, tuple(post)
+        made.add(nxt[0])
+        post.append(flow.recording.values[nxt[0]].event)
+    host = _host_with(flow, last, tuple(post), last if last.widens else None)
+    if host is not None and keeps_layout(flow, last, nxt[0], tuple(post)):
+        last.host, last.out, last.post = host, nxt[0], tuple(post)
 
 
 def _outermost(chains: list[list[Candidate]], shortest: int) -> list[list[Candidate]]:
@@ -161,8 +236,8 @@ def opened_calls(flow: Flow, units: list[Candidate]) -> dict[int, set[int]]:
             opened = inline.setdefault(c.host, set())
             for number in (c.add, *c.views, *c.lead, *c.post):
                 below = _below(recording, number, c.host)
-                if number in c.post:  # a module that only does this call stays closed
-                    below = [b for b in below if b in _below(recording, c.add, c.host)]
+                if number in c.post:  # a module that holds no part of a unit but this stays closed
+                    below = [b for b in below if any(b < u.add < recording.events[b].end for u in units)]
                 opened.update(below)
             producer = recording.values[c.fork].event
             if producer >= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from revwire._adds import Candidate
 from revwire._chains import Search, find_chains
-from revwire._couplings import DEFAULT, Coupling, coupling_from
+from revwire._choice import Anchors, Choice, Couplings
+from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
-from revwire._errors import CaptureError, ConversionError, CouplingError, RevwireError
+from revwire._errors import CaptureError, ConversionError, RevwireError
 from revwire._graph import build_graph
 from revwire._module import Chain
 from revwire._plan import Plan, PlannedChain, PlannedUnit, Skipped
@@ -31,15 +32,14 @@ _STATE = "_revwire"
 
 @dataclass(frozen=True)
 class _Options:
-    coupling: Coupling
-    exact: bool | None
+    choice: Choice
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     strict: bool = False
 
 
 @dataclass
-class _Converted:
+class Converted:
     """What a converted model remembers."""
 
     plan: Plan
@@ -61,10 +61,12 @@ def plan(
     model: nn.Module,
     example_inputs: Any,
     *,
-    coupling: str | Coupling = DEFAULT,
+    coupling: Couplings = DEFAULT,
     exact: bool | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    anchors: Anchors = None,
+    tolerance: float = FLOAT_TOLERANCE,
 ) -> Plan:
     """What `convert` would do, without doing it.
 
@@ -72,9 +74,13 @@ def plan(
         model: any module; it is run once on ``example_inputs`` and left as found.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a list,
             say) is passed as the one argument.
-        coupling: ``"bdia"`` (γ = 1/16), ``"bdia:1/8"``, ``"re2tal"``, or a `Coupling`.
+        coupling: ``"bdia"`` (γ = 1/16), ``"bdia:1/8"``, ``"re2tal"``, another name, or a `Coupling`; or a dict from globs
+            over the names of units and hosts to couplings, where the first match counts, and what matches none has the default.
         exact: fixed-point streams (True), float streams (False), or what the coupling needs (None).
         include, exclude: globs over the qualified names of units and of their hosts, such as ``"blocks.1*"``.
+        anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
+            the measured drift of float streams needs to stay within ``tolerance``.
+        tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
 
     Returns:
         The plan: chains, units, and each residual add that stays, with its reason.
@@ -89,17 +95,19 @@ def plan(
         >>> [unit.path for unit in revwire.plan(net, torch.randn(1, 4, 16)).chains[0].units][:2]
         ['layers.0.self_attn', 'layers.0.linear1']
     """
-    return _prepare(model, example_inputs, _options(coupling, exact, include, exclude))[0]
+    return _prepare(model, example_inputs, _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude))[0]
 
 
 def convert(
     model: M,
     example_inputs: Any = None,
     *,
-    coupling: str | Coupling = DEFAULT,
+    coupling: Couplings = DEFAULT,
     exact: bool | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    anchors: Anchors = None,
+    tolerance: float = FLOAT_TOLERANCE,
     strict: bool = False,
 ) -> M:
     """Rewire the residual chains of ``model`` into reversible ones, in place, and return it.
@@ -108,7 +116,7 @@ def convert(
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
-        model, example_inputs, coupling, exact, include, exclude: as for `plan`. Without ``example_inputs``, the first
+        model, example_inputs, coupling, exact, include, exclude, anchors, tolerance: as for `plan`. Without ``example_inputs``, the first
             call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
@@ -121,18 +129,22 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = _options(coupling, exact, include, exclude, strict)
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, strict)
     _refuse_converted(model)
     if example_inputs is None:
-        vars(model)["forward"] = _FirstCall(model, options, vars(model).get("forward"))
+        vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"))
         return model
+    _rewire(model, example_inputs, options)
+    return model
+
+
+def _rewire(model: nn.Module, example_inputs: Any, options: _Options) -> None:
     found, chains, hosts = _prepare(model, example_inputs, options)
-    if strict:
+    if options.strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
         install(model.get_submodule(path), path, slots)
-    vars(model)[_STATE] = _Converted(found, chains)
-    return model
+    vars(model)[_STATE] = Converted(found, chains)
 
 
 def report(model: nn.Module) -> Plan:
@@ -141,7 +153,7 @@ def report(model: nn.Module) -> Plan:
     Raises:
         ConversionError: it is not converted, or has not been called since ``convert(model)`` without an example.
     """
-    return _converted(model).plan
+    return converted(model).plan
 
 
 def revert(model: M) -> M:
@@ -150,10 +162,10 @@ def revert(model: M) -> M:
     Raises:
         ConversionError: it is not converted.
     """
-    if isinstance(vars(model).get("forward"), _FirstCall):
+    if isinstance(vars(model).get("forward"), FirstCall):
         vars(model)["forward"].remove()
         return model
-    _converted(model)
+    converted(model)
     for module in model.modules():
         if rewired_of(module) is not None:
             uninstall(module)
@@ -181,7 +193,7 @@ def stored_activations(model: nn.Module) -> Iterator[None]:
             chain.stored = stored
 
 
-class _FirstCall:
+class FirstCall:
     """Stands in for the forward of a model that is converted by its first call."""
 
     def __init__(self, model: nn.Module, options: _Options, original: Any) -> None:
@@ -191,17 +203,8 @@ class _FirstCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
-        o = self.options
         try:
-            convert(
-                self.model,
-                _Call(args, kwargs),
-                coupling=o.coupling,
-                exact=o.exact,
-                include=o.include,
-                exclude=o.exclude,
-                strict=o.strict,
-            )
+            _rewire(self.model, _Call(args, kwargs), self.options)
         except BaseException:
             vars(self.model)["forward"] = self
             raise
@@ -233,28 +236,28 @@ def as_call(example_inputs: Any) -> _Call:
     return _Call((example_inputs,), {})
 
 
-def _options(coupling: str | Coupling, exact: bool | None, include: Patterns, exclude: Patterns, strict: bool = False) -> _Options:
+def _options(choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False) -> _Options:
     def listed(patterns: Patterns) -> tuple[str, ...]:
         return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
 
-    return _Options(coupling_from(coupling), exact, listed(include), listed(exclude), strict)
+    return _Options(choice, listed(include), listed(exclude), strict)
 
 
 def _refuse_converted(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
-    taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), _FirstCall)]
+    taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), FirstCall)]
     if taken:
         raise ConversionError(
             f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first"
         )
 
 
-def _converted(model: nn.Module) -> _Converted:
+def converted(model: nn.Module) -> Converted:
     state = vars(model).get(_STATE)
     if state is None:
-        waiting = isinstance(vars(model).get("forward"), _FirstCall)
+        waiting = isinstance(vars(model).get("forward"), FirstCall)
         got = "a model that waits for its first call to be converted" if waiting else "a model that is not converted"
         raise ConversionError(
             f"{type(model).__name__}: got {got}; expected one that convert() has rewired; "
@@ -264,7 +267,7 @@ def _converted(model: nn.Module) -> _Converted:
 
 
 def chains_of(model: nn.Module) -> list[Chain]:
-    return _converted(model).chains
+    return converted(model).chains
 
 
 def _refuse_skipped(found: Plan) -> None:
@@ -310,6 +313,7 @@ class _Planner:
             slots = self.slots(units, chains)
             failed = self.failures(units, slots)
             if not failed:
+                self.options.choice.refuse_idle_globs([(u.path, u.host_path) for members in units for u in members])
                 plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
                 self.mark_last(units, chains, plan)
                 return plan, chains, slots
@@ -375,18 +379,12 @@ class _Planner:
         return out
 
     def chain(self, number: int, units: list[_Found]) -> Chain:
-        coupling = self.options.coupling
-        exact = coupling.exact_by_default(len(units)) if self.options.exact is None else self.options.exact
-        name = f"chain {number}"
-        if exact:
-            _ = coupling.kept_bits  # raises where there is no exact form
-        elif coupling.float_error(len(units)) > FLOAT_TOLERANCE:
-            raise CouplingError(
-                f"{name} ({units[0].path} .. {units[-1].path}): got exact=False for coupling {coupling.name!r} over {len(units)} "
-                f"units, which would rebuild its input with a relative error of about {coupling.float_error(len(units)):.1g}; "
-                f"expected at most {FLOAT_TOLERANCE:g}; pass exact=True or another coupling"
-            )
-        return Chain(name, coupling, exact=exact, length=len(units), largest=self.largest(units))
+        choice, name = self.options.choice, f"chain {number}"
+        couplings = [choice.coupling(u.path, u.host_path) for u in units]
+        exact, spacing = choice.arithmetic(f"{name} ({units[0].path} .. {units[-1].path})", couplings)
+        chain = Chain(name, couplings, exact=exact, length=len(units), largest=self.largest(units))
+        chain.set_anchors(spacing, adapts=choice.anchors == "auto", tolerance=choice.tolerance)
+        return chain
 
     def mark_last(self, units: list[list[_Found]], chains: list[Chain], plan: Plan) -> None:
         """Let the chain whose backward comes first keep what its last unit saves, where that does not raise the peak.
@@ -441,20 +439,29 @@ class _Planner:
 
     def planned(self, units: list[_Found], chain: Chain) -> PlannedChain:
         first = self.recording.values[units[0].candidate.fork]
-        elements = _elements(first.shape)
         width = 8 if first.dtype.itemsize == 8 else 4
-        bits = chain.coupling.kept_bits if chain.exact else 0
-        members = tuple(self.planned_unit(u, elements * bits // 8) for u in units)
-        return PlannedChain(chain.name, members, chain.coupling.name, chain.exact, bits, 2 * elements * width, chain.largest or 0.0)
+        streams = 2 * _elements(first.shape) * width
+        bare = PlannedChain(chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0)
+        return with_costs(bare, chain)
 
-    def planned_unit(self, u: _Found, kept: int) -> PlannedUnit:
+    def planned_unit(self, u: _Found) -> PlannedUnit:
         c, events = u.candidate, self.recording.events
         saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
-        return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, kept)
+        return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, 0)
 
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
         return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+
+
+def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
+    """The plan of a chain with the coupling and the arithmetic that it has now, and what they keep."""
+    bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
+    units = tuple(
+        replace(u, kept_bytes=planned.stream_bytes if chain.anchored(i) else _elements(u.shape) * bits[i] // 8)
+        for i, u in enumerate(planned.units)
+    )
+    return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from revwire._couplings.base import Factor
 from revwire._errors import UnsupportedTransformError
 from revwire._numerics import Streams
 from revwire._rewind import Rewind
@@ -50,7 +51,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor) -> Tensor:
-        ctx.rule, ctx.dtype = tape.rule(unit), f.dtype
+        ctx.rule, ctx.dtype = tape.now, f.dtype
         ctx.kept = tape.kept
         out = tape.step(current, f, unit)
         if tape.rewinds and ctx.kept is None:
@@ -64,14 +65,14 @@ class _Step(torch.autograd.Function):
         if ctx.tape is not None:
             Rewind.of(ctx.tape).undo(ctx.position)
         ctx.kept = None
-        (a, b, c), g = ctx.rule, grads[0]
+        rule, g = ctx.rule, grads[0]
         need = ctx.needs_input_grad
-        branch = _scale(g, c) if need[4] else None
+        branch = _scale(g, rule.c) if need[4] else None
         return (
             None,
             None,
-            _scale(g, b) if need[2] else None,
-            _scale(g, a) if need[3] else None,
+            _scale(g, rule.back) if need[2] else None,
+            _scale(g, rule.a) if need[3] else None,
             None if branch is None else branch.to(ctx.dtype),
         )
 
@@ -80,7 +81,9 @@ class _Step(torch.autograd.Function):
         _refuse_forward_mode()
 
 
-def _scale(g: Tensor, factor: float) -> Tensor | None:
+def _scale(g: Tensor, factor: Factor) -> Tensor | None:
+    if isinstance(factor, Tensor):
+        return g * factor
     if factor == 0:
         return None
     return g if factor == 1 else g * factor

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from revwire._recording import Event, Recording, refs
 
+LONGEST_STEP = 32
+"""How many calls a step from a value to the one that it comes from may be long."""
+
 
 class Flow:
     """Dataflow questions about a recording.
@@ -62,6 +65,29 @@ class Flow:
             if any(p == fork or p in below for p in self.parents[value]):
                 below.add(value)
         return below
+
+    def step_up(self, value: int) -> tuple[int, list[int]] | None:
+        """(the nearest value that all activations of ``value`` come through, ``value`` and those in between), or None.
+
+        One call of one activation is the simplest step; a normalisation that is spelled out, or a gate, is a longer one. An
+        addition of two activations is no step: it joins two streams.
+        """
+        between = [value]
+        waiting = set(self.activations(value))
+        if self._joins(value, waiting):
+            return None
+        while len(waiting) > 1 and len(between) < LONGEST_STEP:
+            latest = max(waiting)
+            above = set(self.activations(latest))
+            if not above or self._joins(latest, above):
+                return None
+            between.append(latest)
+            waiting = waiting - {latest} | above
+        return (waiting.pop(), between) if len(waiting) == 1 else None
+
+    def _joins(self, value: int, above: set[int]) -> bool:
+        event = self.event_of(value)
+        return len(above) > 1 and event is not None and event.is_addition
 
     def is_light(self, value: int) -> bool:
         """Whether a value was made from one activation by views and element-wise kernels only."""

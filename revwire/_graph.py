@@ -29,7 +29,6 @@ from revwire._recording import (
     Opaque,
     Recording,
     Ref,
-    has_hooks,
     is_constant,
     is_mapping,
     is_named_tuple,
@@ -38,12 +37,10 @@ from revwire._recording import (
     refs,
 )
 
-_REFUSED = {
-    "data": "decides on the values of a tensor in Python ({})",
-    "state": "changes {}",
-    "object": "looks into the {} that it is given",
-    "random": "draws {}",
-}
+CLOSED = {-1}
+"""Instead of module calls to open: a host whose own code stays closed too."""
+WHOLE_FORWARD = "forward.plain"
+"""The attribute path of a rewired host's original forward."""
 
 
 @dataclass
@@ -81,6 +78,10 @@ class Spelled:
         return self.call(*args, **kwargs)
 
 
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 def after(tensor: Any, _: Any) -> Any:
     """``tensor``, which a call has written to: in a graph, an edge from that call."""
     return tensor
@@ -113,14 +114,7 @@ class _Builder:
     def build(self) -> HostGraph:
         self.host.opened = [self.recording.root, *(self.recording.events[n].target for n in sorted(self.inline))]
         self.refuse_what_no_graph_holds()
-        for number, leaf in enumerate(_input_leaves((self.top.args, self.top.kwargs))):
-            node = self.graph.placeholder(f"input_{number}")
-            self.host.inputs.append(node)
-            if isinstance(leaf, Ref):
-                if leaf.value not in self.host.node_of:
-                    self.hold(leaf.value, node)
-            else:
-                self.opaque.setdefault(id(leaf.obj), node)
+        self.hold_inputs()
         at = 1
         while at < self.top.end:
             event = self.recording.events[at]
@@ -129,23 +123,39 @@ class _Builder:
                 continue
             self.emit(event)
             at = event.end if event.is_module else at + 1
+        return self.finished()
+
+    def build_closed(self) -> HostGraph:
+        """One call of the whole forward."""
+        self.host.opened = [self.recording.root]
+        self.hold_inputs()
+        forward = self.attribute(WHOLE_FORWARD)
+        node = self.graph.call_function(Spelled(_call, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs))
+        self.bind_results(self.top, self.top.out, node)
+        return self.finished()
+
+    def finished(self) -> HostGraph:
         self.graph.output(self.output(self.top.out))
         self.drop_unused_edges()
         return self.host
 
+    def hold_inputs(self) -> None:
+        for number, leaf in enumerate(_input_leaves((self.top.args, self.top.kwargs))):
+            node = self.graph.placeholder(f"input_{number}")
+            self.host.inputs.append(node)
+            if isinstance(leaf, Ref):
+                if leaf.value not in self.host.node_of:
+                    self.hold(leaf.value, node)
+            else:
+                self.opaque.setdefault(id(leaf.obj), node)
+
     def refuse_what_no_graph_holds(self) -> None:
         """See Note [What a graph cannot hold]."""
         visible = {0, *self.inline}
-        for read in self.recording.reads:
-            if read.parent in visible and read.kind in _REFUSED:
-                raise CaptureError(_REFUSED[read.kind].format(read.name))
-            self.host.shape_dependent |= read.parent in visible
-        for event in (self.recording.events[n] for n in sorted(visible)):
-            if event.changes:
-                raise CaptureError(event.changes[0])
-        for module in self.host.opened[1:]:
-            if has_hooks(module):
-                raise CaptureError(f"must open a {type(module).__name__} on which hooks are registered, and they would not run")
+        hidden = self.recording.hidden(visible)
+        if hidden is not None:
+            raise CaptureError(hidden)
+        self.host.shape_dependent = any(read.parent in visible for read in self.recording.reads)
 
     def hold(self, value: int, node: fx.Node) -> None:
         self.host.node_of[value] = node
@@ -322,12 +332,13 @@ def _key(key: Any) -> Any:
 
 
 def build_graph(recording: Recording, inline: set[int]) -> HostGraph:
-    """The graph of the root of a recording, in which the module calls ``inline`` are opened.
+    """The graph of the root of a recording, in which the module calls ``inline`` are opened (`CLOSED`: not even the root).
 
     Raises:
         CaptureError: the root does what a graph cannot repeat; the message is a short reason.
     """
-    return _Builder(recording, inline).build()
+    builder = _Builder(recording, inline)
+    return builder.build_closed() if inline == CLOSED else builder.build()
 
 
 def _input_leaves(structure: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from weakref import ReferenceType
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revwire import _engine
-from revwire._couplings import Coefficients, Coupling
+from revwire._couplings import Coupling
+from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
-from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
+from revwire._numerics import FixedStreams, FloatStreams, canonical, stream_dtype
 from revwire._replay import version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
@@ -116,7 +117,7 @@ class Chain:
 
     Args:
         name: as reports and errors name it.
-        coupling: the scheme.
+        coupling: the scheme, one for all units or one for each.
         exact: fixed-point streams (True) or float streams.
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known.
@@ -124,14 +125,22 @@ class Chain:
     """
 
     def __init__(
-        self, name: str, coupling: Coupling, *, exact: bool, length: int, largest: float | None = None, keeps_last: bool = False
+        self,
+        name: str,
+        coupling: Coupling | Sequence[Coupling],
+        *,
+        exact: bool,
+        length: int,
+        largest: float | None = None,
+        keeps_last: bool = False,
     ) -> None:
         self.name = name
-        self.coupling = coupling
+        self.couplings = (coupling,) * length if isinstance(coupling, Coupling) else tuple(coupling)
         self.exact = exact
         self.length = length
         self.largest = largest
         self.keeps_last = keeps_last
+        self.set_anchors(None)
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.stored = False
         self.warned = False  # that something came between two units
@@ -140,10 +149,23 @@ class Chain:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "waiting": None}
 
-    def rule(self, kind: Literal["residual", "block"]) -> Coefficients:
-        """The coefficients by which the value of a unit of this kind enters the step."""
-        rule = self.coupling.coefficients
-        return rule if kind == "residual" else rule.for_block
+    def set_anchors(self, spacing: int | None, *, adapts: bool = False, tolerance: float = FLOAT_TOLERANCE) -> None:
+        """Keep the true state every ``spacing`` units (None: never); where it ``adapts``, more often if rebuilt states drift."""
+        self.spacing, self.adapts, self.tolerance = spacing, adapts, tolerance
+
+    def anchored(self, place: int) -> bool:
+        """Whether the true state before the unit at this place is kept. (Before the first it need not be.)"""
+        return self.spacing is not None and place > 0 and place % self.spacing == 0
+
+    def drifted(self, error: float) -> None:
+        """Hear of the relative error of a rebuilt state."""
+        if self.adapts and self.spacing is not None and error > self.tolerance / 4:
+            self.spacing = max(1, self.spacing // 2)
+
+    @property
+    def coupling_name(self) -> str:
+        """The spelling of its coupling, or of its couplings."""
+        return " + ".join(dict.fromkeys(c.name for c in self.couplings))
 
     @_eager
     def apply(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()) -> tuple[Tensor, tuple[Any, ...]]:
@@ -157,7 +179,7 @@ class Chain:
         _refuse_transforms(self.name)
         link = self._link_of(unit, x)
         if link is None:
-            x, link = self._begin(unit, x)
+            x, link = self._begin(unit, host, x)
         elif link.tape.keep != torch.is_grad_enabled():
             link = self._in_grad_mode(unit.path, link, x)
         previous, current = link.carriers(x)
@@ -189,7 +211,7 @@ class Chain:
         link.spend()
         if tape.position == self.length:
             tape.settle_range()
-            return self.coupling.merge(current, out).to(dtype)
+            return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
         return _linked(out.to(dtype), tape, current, out)
 
     def _link_of(self, unit: Unit | None, x: Tensor) -> Link | None:
@@ -199,7 +221,7 @@ class Chain:
         newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
         return link if newest and (unit is None or unit.place(link.tape.position) is not None) else None
 
-    def _begin(self, unit: Unit, x: Tensor) -> tuple[Tensor, Link]:
+    def _begin(self, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
         if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
             raise ConversionError(
                 f"{unit.path} ({self.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); expected a dense "
@@ -217,10 +239,11 @@ class Chain:
                 stacklevel=2,
             )
         wide = canonical(x.to(stream_dtype(x.dtype)))
-        streams = self._streams(unit, wide)
+        plain = not host.training and any(c.plain_in_eval for c in self.couplings)
+        streams = FloatStreams(self.tolerance) if plain or not self.exact else self._fixed(unit, wide)
         state = streams.enter(wide)
-        tape = Tape(self, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled())
-        carrier = _engine.enter(wide, streams, state) if self.exact else wide
+        tape = Tape(self, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled(), plain=plain)
+        carrier = wide if isinstance(streams, FloatStreams) else _engine.enter(wide, streams, state)
         outward = carrier.to(x.dtype)
         return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
@@ -228,7 +251,8 @@ class Chain:
         """The streams behind ``x`` in a tape of the present grad mode; see Note [Grad mode]."""
         if not link.tape.keep and x.grad_fn is not None:
             raise self._cut(where)
-        tape = Tape(self, link.tape.streams, link.tape.intact_state(), position=link.tape.position, keep=torch.is_grad_enabled())
+        old = link.tape
+        tape = Tape(self, old.streams, old.intact_state(), position=old.position, keep=torch.is_grad_enabled(), plain=old.plain)
         return Link(tape, tape.progress, link.version, link.previous, link.current)
 
     def _cut(self, where: str) -> ReconstructionError:
@@ -238,13 +262,11 @@ class Chain:
             f"or exclude the module: convert(..., exclude=[{where!r}])"
         )
 
-    def _streams(self, unit: Unit, x: Tensor) -> Streams:
-        if not self.exact:
-            return FloatStreams()
+    def _fixed(self, unit: Unit, x: Tensor) -> FixedStreams:
         largest = float(torch.stack(torch.aminmax(x.detach())).abs().amax()) if x.numel() else 0.0
         calibrated = largest * _HEADROOM_UNCALIBRATED if self.largest is None else self.largest
         try:
-            return FixedStreams.for_range(max(largest, calibrated), x.dtype, self.coupling)
+            return FixedStreams.for_range(max(largest, calibrated), x.dtype)
         except RangeError as error:
             raise RangeError(f"{unit.path} ({self.name}): {error}") from None
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from revwire._bits import pack_bits, unpack_bits
-from revwire._couplings import Coefficients, Coupling
+from revwire._couplings import Rule
+from revwire._couplings.base import Factor
 from revwire._errors import RangeError
 
 HEADROOM_BITS = 5
@@ -108,11 +109,11 @@ class Streams(ABC):
         """The float value of a state, in the stream dtype and the layout of the state."""
 
     @abstractmethod
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients, *, undone: bool = True) -> Stepped:
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
         """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k. A step that is never ``undone`` keeps no bits."""
 
     @abstractmethod
-    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
         """The state of x_{k-1} from that of x_{k+1}; ``x`` is the float value of x_k."""
 
     @abstractmethod
@@ -152,21 +153,20 @@ class FloatStreams(Streams):
     def read(self, state: Tensor) -> Tensor:
         return state.detach()
 
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients, *, undone: bool = True) -> Stepped:
-        if rule.a == 0 and rule.b == 1 and f.dtype == previous.dtype:
-            out = torch.add(previous, f, alpha=rule.c, out=torch.empty_like(previous))
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
+        c = rule.c
+        if isinstance(c, float) and rule.a == 0 and rule.b == 1 and f.dtype == previous.dtype:
+            out = torch.add(previous, f, alpha=c, out=torch.empty_like(previous))
         else:
-            out = _scaled(f, rule.c, previous)
-            if rule.a:
-                out.add_(x, alpha=rule.a)
-            out.add_(previous, alpha=rule.b)
+            out = _scaled(f, c, previous)
+            _add_scaled(out, x, rule.a)
+            _add_scaled(out, previous, rule.back)
         return Stepped(out, out.detach(), None)
 
-    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
-        out = torch.sub(following, f, alpha=rule.c, out=torch.empty_like(following))
-        if rule.a:
-            out.sub_(x, alpha=rule.a)
-        return out if rule.b == 1 else out.div_(rule.b)
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
+        out = torch.sub(following, _scaled(f, rule.c, following), out=torch.empty_like(following))
+        _add_scaled(out, x, -rule.a)
+        return out if rule.signs is None and rule.b == 1 else out.div_(rule.back)
 
     def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
         """Means of parts of the state, and samples of the state (they show a small error everywhere) and of the branch."""
@@ -198,16 +198,14 @@ class FixedStreams(Streams):
     Args:
         scale: K, the number of fractional bits.
         integer: ``torch.int32`` or ``torch.int64``.
-        bits: m, the bits kept per element and unit.
     """
 
     scale: int
     integer: torch.dtype
-    bits: int
     witnesses: ClassVar[int] = 2
 
     @classmethod
-    def for_range(cls, largest: float, dtype: torch.dtype, coupling: Coupling) -> FixedStreams:
+    def for_range(cls, largest: float, dtype: torch.dtype) -> FixedStreams:
         """Streams scaled so that values up to ``largest``·2^`HEADROOM_BITS` fit.
 
         Raises:
@@ -219,7 +217,7 @@ class FixedStreams(Streams):
         top = 57 if integer == torch.int64 else 30
         exponent = floor(log2(largest)) + 1 if largest > 0 else 0
         scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
-        return cls(scale, integer, coupling.kept_bits)
+        return cls(scale, integer)
 
     @property
     def bound(self) -> float:
@@ -233,33 +231,34 @@ class FixedStreams(Streams):
         wide = torch.float64 if self.integer == torch.int64 else torch.float32
         return state.to(wide).mul_(2.0**-self.scale)
 
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Coefficients, *, undone: bool = True) -> Stepped:
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
         wide = self._increment(x, f, rule)
-        out, bits = wide.to(self.integer), None
-        if self.bits:
-            shifted = previous + self._half
-            bits = pack_bits(shifted, self.bits) if undone else None
-            previous = shifted.bitwise_right_shift_(self.bits)
-        out.add_(previous, alpha=1 if rule.b > 0 else -1)
+        m, bits = _bits(rule), None
+        out = wide.to(self.integer)
+        if m:
+            shifted = previous + _half(m)
+            bits = pack_bits(shifted, m) if undone else None
+            previous = shifted.bitwise_right_shift_(m)
+        if rule.signs is None:
+            out.add_(previous, alpha=1 if rule.b > 0 else -1)
+        else:
+            out.addcmul_(previous, rule.signs.to(self.integer))
         return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)
 
-    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Coefficients, bits: Tensor | None) -> Tensor:
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
+        if rule.signs is not None:
+            out.mul_(rule.signs.to(self.integer))
         if bits is None:
             return out
-        return out.bitwise_left_shift_(self.bits).bitwise_or_(unpack_bits(bits, self.bits, out)).sub_(self._half)
+        m = _bits(rule)
+        return out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m))
 
-    @property
-    def _half(self) -> int:
-        """Added before a shift to the right, so that it rounds to the nearest: rounding down would add up over the units."""
-        return 1 << self.bits - 1
-
-    def _increment(self, x: Tensor, f: Tensor, rule: Coefficients) -> Tensor:
+    def _increment(self, x: Tensor, f: Tensor, rule: Rule) -> Tensor:
         """R = round(2^K·(a·x + c·f)), a float tensor in the layout of ``x``."""
         wide = _scaled(f, rule.c * 2.0**self.scale, x)
-        if rule.a:
-            wide.add_(x, alpha=rule.a * 2.0**self.scale)
+        _add_scaled(wide, x, rule.a * 2.0**self.scale)
         return _rounded(wide)
 
     def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
@@ -280,10 +279,29 @@ class FixedStreams(Streams):
         return 0, 0
 
 
-def _scaled(f: Tensor, factor: float, like: Tensor) -> Tensor:
+def _bits(rule: Rule) -> int:
+    """m; the caller has seen to it that there is one (`Coupling.kept_bits`)."""
+    assert rule.bits is not None
+    return rule.bits
+
+
+def _half(m: int) -> int:
+    """Added before a shift to the right by m, so that it rounds to the nearest: rounding down would add up over the units."""
+    return 1 << m - 1
+
+
+def _scaled(f: Tensor, factor: Factor, like: Tensor) -> Tensor:
     """``factor``·f in the dtype and layout of ``like`` (a float tensor)."""
     out = torch.empty_like(like)
     return torch.mul(f, factor, out=out) if f.dtype == out.dtype else out.copy_(f).mul_(factor)
+
+
+def _add_scaled(out: Tensor, x: Tensor, factor: Factor) -> None:
+    """out += factor·x, in place."""
+    if isinstance(factor, Tensor):
+        out.addcmul_(x, factor)
+    elif factor:
+        out.add_(x, alpha=factor)
 
 
 def _rounded(wide: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 
 from revwire._adds import Candidate
 from revwire._errors import CaptureError
-from revwire._graph import HostGraph, after
+from revwire._graph import WHOLE_FORWARD, HostGraph, after
 from revwire._module import Chain, Unit
-from revwire._recording import Event, refs
+from revwire._recording import Event
 from revwire._units import UnitKey
 
 
@@ -155,17 +155,21 @@ class _Assembly:
 
     def _cut(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> _Cut:
         events, node_of = self.host.recording.events, self.host.node_of
-        result = next(r.value for r in refs(events[c.add].out))
-        if any(value not in node_of for value in (c.fork, c.out, result)):
+        if any(value not in node_of for value in (c.fork, c.out, c.result)):
             raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
-        fork, out, add = node_of[c.fork], node_of[c.out], node_of[result]
+        fork, out, add = node_of[c.fork], node_of[c.out], node_of[c.result]
         branch = node_of.get(c.branch) if c.branch is not None else None
         pattern = pattern_of(c, events)
-        residual = branch is not None and (pattern == "residual" or (pattern == "post-activation" and slot.chain.coupling.drops_skip))
+        residual = branch is not None and (
+            pattern == "residual" or (pattern == "post-activation" and slot.chain.couplings[slot.index].drops_skip)
+        )
         inside = _between(fork, out)
         if residual and branch is not None:
             inside = _between(fork, branch) | (inside - {add} if c.post else set())
         inside |= {n for n in self.host.elided if any(i in inside for i in n.all_input_nodes)}
+        for n in nodes if c.whole else ():
+            if n.target in (operator.getitem, getattr) and n.args[0] in inside:
+                inside.add(n)
         ordered = [n for n in nodes if n in inside]
         cut = _Cut(slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else [])
         taken = set(cut.all_nodes)
@@ -280,8 +284,14 @@ class _Assembly:
 
 def _owners(nodes: list[fx.Node]) -> list[str]:
     """Paths of the modules whose weights these nodes use."""
-    paths = [str(n.target) if n.op == "call_module" else str(n.target).rpartition(".")[0] for n in nodes]
+    paths = [_owner(n) for n in nodes]
     return list(dict.fromkeys(paths))
+
+
+def _owner(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    return "" if node.target == WHOLE_FORWARD else str(node.target).rpartition(".")[0]
 
 
 def _function(target: Any) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -32,6 +32,14 @@ CONSTANTS = (
 )
 IDENTITIES = (type, Enum, FunctionType, BuiltinFunctionType, MethodType, nn.Module, torch.Generator)
 """Objects that Python decides on by what they are, not by what they hold."""
+
+HIDDEN = {
+    "data": "decides on the values of a tensor in Python ({})",
+    "state": "changes {}",
+    "object": "looks into the {} that it is given",
+    "random": "draws {}",
+}
+"""The kinds of `Read` that a graph cannot hold, and how to say so."""
 
 Modes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...]]
 """(gradients enabled, inference mode, (device type, autocast enabled, its dtype) ...)."""
@@ -169,6 +177,20 @@ class Recording:
         out.reads = [dataclasses.replace(r, parent=r.parent - call) for r in self.reads if call <= r.parent < top.end]
         return out
 
+    def hidden(self, calls: Iterable[int]) -> str | None:
+        """What these module calls do in their own code that a graph cannot hold, or None. The first one's hooks do not count."""
+        _, *others = calls = sorted(calls)
+        for read in self.reads:
+            if read.parent in calls and read.kind in HIDDEN:
+                return HIDDEN[read.kind].format(read.name)
+        for event in (self.events[n] for n in calls):
+            if event.changes:
+                return event.changes[0]
+        for module in (self.events[n].target for n in others):
+            if has_hooks(module):
+                return f"must open a {type(module).__name__} on which hooks are registered, and they would not run"
+        return None
+
     def calls_around(self, number: int) -> tuple[int, ...]:
         """The module calls around an event, outermost first."""
         out = []
@@ -250,17 +272,17 @@ def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(structure)
 
 
-def leaves_of(structure: Any) -> Iterator[Any]:
-    """What `mapped` would apply its function to, in order."""
+def leaves_of(structure: Any, into_objects: bool = True) -> Iterator[Any]:
+    """What `mapped` would apply its function to, in order; or an `Opaque` as one leaf, even if it has fields."""
     if is_sequence(structure):
         for item in structure:
-            yield from leaves_of(item)
+            yield from leaves_of(item, into_objects)
     elif is_mapping(structure):
         for item in structure.values():
-            yield from leaves_of(item)
+            yield from leaves_of(item, into_objects)
     elif isinstance(structure, slice):
-        yield from leaves_of((structure.start, structure.stop, structure.step))
-    elif isinstance(structure, Opaque) and structure.fields is not None:
+        yield from leaves_of((structure.start, structure.stop, structure.step), into_objects)
+    elif isinstance(structure, Opaque) and structure.fields is not None and into_objects:
         yield from leaves_of(structure.fields)
     else:
         yield structure

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revwire._couplings import Rule
 from revwire._errors import ReconstructionError
 from revwire._numerics import Fingerprint
 from revwire._replay import Inventory, Surroundings, version_of
@@ -31,12 +32,20 @@ class Placeholder(NamedTuple):
     number: int
 
 
+class Anchor(NamedTuple):
+    """The true states (x_{k-1}, x_k) before a unit, with their version counters."""
+
+    states: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+
+
 @dataclass(slots=True)
 class UnitRecord:
     """What is kept of one unit's forward: no activation, only what a recompute needs."""
 
     unit: Unit
     host: nn.Module
+    rule: Rule
     dtype: torch.dtype
     input_requires_grad: bool
     extras: tuple[Any, ...]
@@ -48,6 +57,7 @@ class UnitRecord:
     fingerprint: Fingerprint | None = None
     bits: Tensor | None = None
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
+    anchor: Anchor | None = None
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""

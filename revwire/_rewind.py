@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint
-from revwire._records import Placeholder, UnitRecord, ViewRecord, evaluate, recalled
-from revwire._replay import buffers_exchanged
+from revwire._records import Anchor, Placeholder, UnitRecord, ViewRecord, evaluate, recalled
+from revwire._replay import buffers_exchanged, version_of
 
 if TYPE_CHECKING:
     from revwire._tape import Tape
@@ -136,8 +136,10 @@ class Rewind:
             self.previous, self.current = record.undo(self.previous), record.undo(self.current)
         else:
             record = self._unit(position)
+            if record.anchor is not None:
+                self.previous = self._anchored(record.anchor)[1]
             again = self._recompute(record, self.previous)
-            rebuilt = self.previous if record.begins else self._unstep(record, again)
+            rebuilt = self.previous if record.begins else record.anchor.states[0] if record.anchor else self._unstep(record, again)
             if self.tape.chain.monitor:
                 self.tape.chain.monitor.backward(self.tape, position, rebuilt)
             self._compare(record, rebuilt, again)
@@ -149,8 +151,13 @@ class Rewind:
             if position + 1 < len(records):
                 records[position + 1] = None
 
+    def _anchored(self, anchor: Anchor) -> tuple[Tensor, Tensor]:
+        if tuple(map(version_of, anchor.states)) != anchor.versions:
+            raise self.tape.written()
+        return anchor.states
+
     def _unstep(self, record: UnitRecord, again: _Again) -> Tensor:
-        return self.tape.streams.unstep(self.current, again.x, again.f, self.tape.rule(record.unit), record.bits)
+        return self.tape.streams.unstep(self.current, again.x, again.f, record.rule, record.bits)
 
     def _unit(self, position: int) -> UnitRecord:
         record = self.tape.records[position]
@@ -208,6 +215,7 @@ class Rewind:
 
     def _judge(self, record: UnitRecord, after: Fingerprint, values: list[float]) -> None:
         assert record.fingerprint is not None
+        self.tape.chain.drifted(values[0])
         whats = ("its rebuilt input differs", "its branch computed other values")
         for what, value, allowed in zip(whats, values, self.tape.streams.allowed(record.fingerprint), strict=True):
             if not value <= allowed and not self.tape.streams.hopeless(record.fingerprint, after):

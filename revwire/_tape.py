@@ -37,14 +37,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revwire._couplings import Rule
+from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Streams, can_be_sampled
-from revwire._records import Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault
+from revwire._records import Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault
 from revwire._replay import Inventory, Surroundings, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
-    from revwire._couplings import Coefficients
     from revwire._module import Chain, Unit
 
 
@@ -64,9 +65,12 @@ class Tape:
         state: the states (x_{k-1}, x_k) with which it begins.
         position: index of the unit at which this pass enters the chain.
         keep: whether gradients are recorded (else, ``no_grad``, it is the plain loop and nothing is kept).
+        plain: whether the units run as in the original network, with ordinary autograd (`Coupling.plain_in_eval`).
     """
 
-    def __init__(self, chain: Chain, streams: Streams, state: tuple[Tensor, Tensor], *, position: int, keep: bool) -> None:
+    def __init__(
+        self, chain: Chain, streams: Streams, state: tuple[Tensor, Tensor], *, position: int, keep: bool, plain: bool = False
+    ) -> None:
         self.chain = chain
         self.streams = streams
         self.state: tuple[Tensor, Tensor] | None = state
@@ -74,8 +78,10 @@ class Tape:
         self.position = position
         self.progress = 0  # units and views so far: tells the newest output from older ones
         self.keep = keep
-        self.rewinds = keep and not chain.stored
-        self.rules = {kind: chain.rule(kind) for kind in ("residual", "block")}
+        self.plain = plain
+        self.rewinds = keep and not chain.stored and not plain
+        self.couplings = chain.couplings  # those of this forward, whatever is set later
+        self.now = PLAIN["residual"]  # the rule of the unit that runs now
         self.records: list[UnitRecord | ViewRecord | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Rewind] = {}
@@ -84,19 +90,22 @@ class Tape:
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self._open: UnitRecord | None = None
 
-    def rule(self, unit: Unit) -> Coefficients:
+    def _rule(self, unit: Unit, place: int, x: Tensor) -> Rule:
         """The coefficients by which the unit's own value enters the step."""
-        return self.rules[unit.kind]
+        return PLAIN[unit.kind] if self.plain else self.couplings[place].rule(unit.kind, x)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def branch(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """Evaluate F_k(x_k); if the tape can be rewound, with placeholders for what autograd saves."""
-        previous = self.intact_state()[0]
+        previous, current = self.intact_state()
+        place = unit.place(self.position)
+        assert place is not None  # else the unit had begun a tape of its own
+        self.now = self._rule(unit, place, current)
         if not self.rewinds:
             return evaluate(unit, host, x, extras)
         self.kept, version = None, version_of(x)
-        if self._keeps(unit):
+        if self._keeps(place):
             f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
                 raise fault(unit, self.chain, *_WROTE_INPUT)
@@ -120,9 +129,9 @@ class Tape:
         self._open = record
         return f, sides
 
-    def _keeps(self, unit: Unit) -> bool:
-        """Whether autograd keeps what this unit saves; see Note [The last unit]."""
-        chain, place = self.chain, unit.place(self.position)
+    def _keeps(self, place: int) -> bool:
+        """Whether autograd keeps what the unit at this place saves; see Note [The last unit]."""
+        chain = self.chain
         if not chain.keeps_last or place != chain.length - 1 or chain.monitor or _hooked():
             return False
         if chain.waiting is not None and chain.waiting() is not None:
@@ -138,6 +147,7 @@ class Tape:
         return UnitRecord(
             unit=unit,
             host=host,
+            rule=self.now,
             dtype=x.dtype,
             input_requires_grad=x.requires_grad,
             extras=kept,
@@ -173,8 +183,11 @@ class Tape:
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         """Advance both streams by one unit; returns the float value of x_{k+1}."""
         previous, current = self.intact_state()
-        undone = self.rewinds and self.kept is None and previous is not current
-        following, out, bits = self.streams.step(previous, x, f, self.rule(unit), undone=undone)
+        place = unit.place(self.position)
+        assert place is not None
+        anchored = self.chain.anchored(place)
+        undone = self.rewinds and self.kept is None and previous is not current and not anchored
+        following, out, bits = self.streams.step(previous, x, f, self.now, undone=undone)
         self._check_range(unit, out)
         if self.chain.monitor:
             self.chain.monitor.forward(self, len(self.records), previous)
@@ -183,17 +196,17 @@ class Tape:
             self.progress += 1
         else:
             if self.rewinds:
-                self._keep_record(bits, previous is current)
+                self._keep_record(bits, previous is current, anchored)
             self._advance((current, following))
-        place = unit.place(self.position)
-        assert place is not None  # else the unit had begun a tape of its own
         self.position = place + 1
         return out
 
-    def _keep_record(self, bits: Tensor | None, begins: bool) -> None:
+    def _keep_record(self, bits: Tensor | None, begins: bool, anchored: bool) -> None:
         record, self._open = self._open, None
         if self.start is not None and record is not None:
             record.bits, record.begins = bits, begins
+            if anchored and not begins:
+                record.anchor = Anchor(self.intact_state(), self.versions)
             self.records.append(record)
         else:
             self.records.append(None)
@@ -226,11 +239,15 @@ class Tape:
                 "failed); pass retain_graph=True to the first one"
             )
         if _versions(self.state) != self.versions:
-            raise ReconstructionError(
-                f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it unchanged; write "
-                "to a clone of the chain's output, or convert with exact=True"
-            )
+            raise self.written()
         return self.state
+
+    def written(self) -> ReconstructionError:
+        """The error that says that somebody wrote to a state."""
+        return ReconstructionError(
+            f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it unchanged; write "
+            "to a clone of the chain's output, or convert with exact=True"
+        )
 
     def shorten(self, position: int, state: tuple[Tensor, Tensor]) -> None:
         """After a backward pass that does not retain the graph: what it walked over is gone, what lies before may be asked for."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from revwire._adds import CLIMB, Candidate, flow_result, residual_adds
-from revwire._chains import opened_calls, predecessor
+from revwire._adds import Candidate, residual_adds, whole_call
+from revwire._chains import climb, events_of, opened_calls, predecessor
 from revwire._errors import CaptureError
 from revwire._flow import Flow
+from revwire._graph import CLOSED
+from revwire._layout import keeps_layout
 from revwire._recording import Recording, refs
 
 UnitKey = tuple[tuple[str, ...], int]
 """Where an add stands in its host: the modules around it, and which of their residual adds it is."""
+
+WHOLE: UnitKey = ((), -1)
+"""The key of a host that is one unit as a whole."""
 
 
 def unit_keys(recording: Recording) -> dict[int, UnitKey]:
@@ -35,6 +40,8 @@ def find_units(recording: Recording, wanted: list[tuple[UnitKey, int]]) -> tuple
         CaptureError: this run of the host does not have those units.
     """
     flow = Flow(recording)
+    if [key for key, _ in wanted] == [WHOLE]:
+        return [_whole(flow)], CLOSED
     by_key = {key: add for add, key in unit_keys(recording).items()}
     by_add = {c.add: c for c in residual_adds(flow)}
     units = []
@@ -42,7 +49,7 @@ def find_units(recording: Recording, wanted: list[tuple[UnitKey, int]]) -> tuple
         if key not in by_key or by_add[by_key[key]].reason:
             raise CaptureError("does not have the residual adds that it had at conversion")
         units.append(by_add[by_key[key]])
-    by_result = {flow_result(flow, c): c for c in units}
+    by_result = {c.result: c for c in units}
     followed = set()
     for c in units:
         c.host = 0
@@ -72,18 +79,27 @@ def _views_above(flow: Flow, value: int) -> tuple[int, ...]:
 
 def _extend_to_output(flow: Flow, c: Candidate, posts: int) -> None:
     """Let a unit that nothing in its host follows end ``posts`` calls after its add, on the way to a result."""
-    events, values, result = flow.recording.events, flow.recording.values, flow_result(flow, c)
+    events, values = flow.recording.events, flow.recording.values
     ends = [r.value for r in refs(events[0].out)]
-    for start in ends if not posts else [*ends, *range(len(values))]:
-        path: list[int] = []
-        at = start
-        while at != result and len(path) <= CLIMB and len(flow.activations(at)) == 1:
-            path.append(at)
-            at = flow.activations(at)[0]
-        chosen = [values[v].event for v in reversed(path)]
-        post = chosen[:posts]
-        if at == result and len(chosen) >= posts and all(events[e].view for e in chosen[posts:]):
-            out = path[len(path) - posts] if posts else result
-            if values[out].shape == values[c.fork].shape:
-                c.post, c.views, c.out = tuple(post), tuple(chosen[posts:]), out
-                return
+    for start in ends if not posts else [*ends, *range(c.result, len(values))]:
+        found = climb(flow, start, {c.result})
+        chosen = _first(flow, found[1], posts) if found is not None else None
+        if chosen is None or found is None:
+            continue
+        rest = events_of(flow, found[1][chosen:])
+        out = found[1][chosen - 1][0] if chosen else c.result
+        if all(events[e].view for e in rest) and keeps_layout(flow, c, out, events_of(flow, found[1][:chosen])):
+            c.post, c.views, c.out = events_of(flow, found[1][:chosen]), rest, out
+            return
+
+
+def _first(flow: Flow, hops: list[list[int]], posts: int) -> int | None:
+    """How many steps hold this many calls."""
+    return next((n for n in range(len(hops) + 1) if len(events_of(flow, hops[:n])) == posts), None)
+
+
+def _whole(flow: Flow) -> Candidate:
+    found = whole_call(flow, 0, residual_adds(flow))
+    if found is None:
+        raise CaptureError("does not lead its input to its output by residual adds, as it did at conversion")
+    return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from revwire import Bdia, Coupling, Re2TAL
+from revwire import Bdia, Coupling, Dr2Net, Midpoint, Momentum, Re2TAL
 
 DEPTH = 8
 """Units of the chains that the tolerances are declared for."""
@@ -44,6 +44,7 @@ CASES = [
         for coupling in (Re2TAL(), Bdia(1 / 2), Bdia(1 / 4), Bdia(1 / 8), Bdia(1 / 16))
         for dtype, oracle in ((torch.float32, 1e-6), (torch.float64, 1e-12))
     ),
+    *(Case(coupling, True, torch.float32, 0.0, 1e-6, _BIT) for coupling in (Momentum(1 / 8), Dr2Net(7 / 8, 1 / 8), Midpoint(1 / 2))),
 ]
 EXACT = [case for case in CASES if case.exact]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import Loop, X, block, pre_norm, stack
+from graph_toys import Loop, X, assert_same_step, block, pre_norm, stack, twin, x
 
 
 def plan(model, example=X, **options):
@@ -132,3 +132,70 @@ def test_include_and_exclude(options, count):
     found = plan(stack(pre_norm, depth=4), **options)
     assert len(found.units) == count
     assert len(found.units) + len(found.skipped) == 4
+
+
+class OverThere(nn.Module):
+    """A residual block whose skip, norm and layout are what each test makes of them."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def spelled_norm(self, x):
+    x = x + self.f(x).tanh()
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def norm_of_a_transpose(self, x):
+    return nn.functional.layer_norm((x + self.f(x).tanh()).transpose(1, 2), (5,)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [spelled_norm, norm_of_a_transpose, lambda self, x: (y := x + self.f(x)) * torch.sigmoid(y.mean(1, keepdim=True))],
+    ids=["norm in many calls", "norm of another layout", "gate"],
+)
+def test_what_follows_the_sum_may_take_several_calls(forward):
+    model, reference = twin(stack(forward))
+    assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
+    assert_same_step(model, reference, X)
+    assert_same_step(model, reference, x(3, 5, 8))
+    model = revwire.revert(model)
+    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), X).bit_exact
+
+
+def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
+    def forward(self, x):
+        return nn.functional.layer_norm((x + self.f(x).tanh()).transpose(1, 2), (8,)).transpose(1, 2)
+
+    example = x(2, 8, 8)  # square: the shapes alone would let the unit end before the transpose back
+    model, reference = twin(stack(forward), example)
+    assert len(revwire.report(model).units) == 3
+    assert_same_step(model, reference, example)
+    model = revwire.revert(model)
+    exact = revwire.convert(model, example, coupling="bdia:1/16")
+    near = (exact(example)[0] - reference(example)[0]).norm() / reference(example)[0].norm()
+    assert near < 0.1
+
+
+def test_what_follows_the_sum_may_lie_outside_of_its_module():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    model, reference = twin(nn.Sequential(*blocks).double())
+    assert [u.host for u in revwire.report(model).units] == ["0", "1", "2"]
+    assert_same_step(model, reference, X)
+
+
+def test_a_sum_of_several_that_is_no_unit_takes_none_with_it():
+    def forward(self, x):
+        y = torch.relu(x + self.f(x))
+        z = torch.relu(y + self.g(y))
+        return self.g(x) + self.f(z)  # a projection of x, around both
+
+    assert len(plan(stack(forward, depth=1)).units) == 2

@@ -123,7 +123,7 @@ def test_a_model_without_residuals_is_returned_as_it_is():
 
 
 def test_float_streams_that_would_lose_the_input_are_refused():
-    with pytest.raises(revwire.CouplingError, match=r"exact=False .* rebuild its input with a relative error .* pass exact=True"):
+    with pytest.raises(revwire.CouplingError, match=r"exact=False .* rebuild a state with a relative error .* pass exact=True"):
         revwire.convert(stack(pre_norm, depth=8), X, coupling="bdia:1/8", exact=False)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cases import CASES, each_case
-from revwire import Bdia, Coupling, CouplingError
+from revwire import Bdia, Coupling, CouplingError, Momentum
+from revwire._choice import Choice
 from revwire._couplings import Coefficients, coupling_from
 from revwire.testing import check_consistent, check_error_growth, check_invertible, check_kept_bits
 
@@ -16,7 +17,7 @@ class Leapfrog(Coupling):
     """(0, −1, 2): b is negative; and any other coefficients."""
 
     def __init__(self, a=0.0, b=-1.0, c=2.0):
-        object.__setattr__(self, "rule", Coefficients(a, b, c))
+        object.__setattr__(self, "numbers", Coefficients(a, b, c))
 
     @property
     def name(self):
@@ -24,7 +25,7 @@ class Leapfrog(Coupling):
 
     @property
     def coefficients(self):
-        return self.rule
+        return self.numbers
 
     @property
     def error_growth(self):
@@ -84,12 +85,15 @@ def test_a_coupling_is_found_by_its_name(coupling):
 
 @each_coupling
 def test_exact_is_the_default_where_it_exists(coupling):
-    assert coupling.exact_by_default(1)
+    assert coupling.has_exact_form
+    assert Choice.of(coupling).arithmetic("chain 0", [coupling] * 24) == (True, None)
 
 
-def test_without_an_exact_form_the_default_is_float():
-    assert not Leapfrog(b=0.3).exact_by_default(24)
-    assert Leapfrog(b=0.3).exact_by_default(1000)  # which convert() refuses, rather than lose the gradient
+def test_without_an_exact_form_float_streams_are_used_where_they_serve():
+    steady = Momentum(0.9)
+    assert Choice.of(steady).arithmetic("chain 0", [steady] * 24) == (False, None)
+    with pytest.raises(CouplingError, match=r"got b = -0\.9.*choose momentum:1/2, or pass exact=False"):
+        Choice.of(steady).arithmetic("chain 0", [steady] * 240)
 
 
 def test_block_units_have_the_rule_of_their_branch():

@@ -156,6 +156,20 @@ def test_more_programs_than_are_kept():
     assert len(model.blocks[0].forward.programs) <= 64
 
 
+class Deciding(nn.Module):
+    """Residual adds in the code of the model itself, which looks at a value of its stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+            x = x if x.sum() > 0 else -x
+        return x
+
+
 def dynamic(self, x):
     return x + self.f(x) * (x[..., 0] > 0).nonzero().shape[0]
 
@@ -163,19 +177,36 @@ def dynamic(self, x):
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (branchy(lambda self, x: x.sum() > 0), "decides on the values"),
-        (branchy(lambda self, x: x.max().item() > 0), "decides on the values"),
-        (dynamic, "decides on the values"),
         (branchy(lambda self, x: __import__("random").random() < 0.5), "draws Python's random numbers"),
         (branchy(lambda self, x: __import__("numpy").random.rand() < 0.5), "draws Python's random numbers"),
     ],
-    ids=["bool", "item", "dynamic shape", "random", "numpy.random"],
+    ids=["random", "numpy.random"],
 )
 def test_decisions_that_no_signature_holds_are_refused(forward, reason):
     model, reference = twin(stack(forward))
     assert not revwire.report(model).chains
     assert reason in reasons(model)
     torch.testing.assert_close(copy.deepcopy(step(model, X))[0][0].shape, step(reference, X)[0][0].shape)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [branchy(lambda self, x: x.sum() > 0), branchy(lambda self, x: x.max().item() > 0), dynamic],
+    ids=["bool", "item", "dynamic shape"],
+)
+def test_a_block_that_decides_on_values_is_one_unit_as_a_whole(forward):
+    model, reference = twin(stack(forward))
+    assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
+    for example in (X, -X):
+        assert_same_step(model, reference, example)
+    model = revwire.revert(model)
+    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), -X).bit_exact
+
+
+def test_a_model_that_decides_on_values_itself_is_no_unit():
+    found = revwire.plan(Deciding().double(), X)
+    assert not found.chains
+    assert all("the model decides on the values" in s.reason for s in found.skipped)
 
 
 def test_a_call_that_loses_the_units_is_an_error():

@@ -64,13 +64,13 @@ def test_hooks_on_a_module_that_must_be_opened_are_refused():
         model(X)
 
 
-def test_hooks_on_such_a_module_before_conversion_leave_it_alone():
+def test_hooks_on_such_a_module_before_conversion_run_inside_of_one_whole_unit():
     model = with_inner()
     for b in model.blocks:
         b.inner.register_forward_hook(doubling)
-    found = revwire.plan(model, X)
-    assert not found.chains
-    assert all("hooks are registered" in s.reason for s in found.skipped)
+    model, reference = twin(model)
+    assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
+    assert_same_step(model, reference, X)
 
 
 def test_backward_hooks_on_a_host_are_refused():

@@ -173,11 +173,11 @@ def test_skipping_a_unit_still_ends_the_chain(case):
     model = toy(case)
     x = inputs_of(model, case)
     same_with_stored_activations(model, case, function, x)
-    a, b, c = model.chain.coupling.coefficients
+    a, b, c = model.chain.couplings[0].coefficients
     before, now = x, x
     for branch in [*model.branches[:4], *model.branches[5:]]:
         before, now = now, a * now + b * before + c * branch(now)
-    torch.testing.assert_close(function(model, x)[0], model.chain.coupling.merge(before, now), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(function(model, x)[0], model.chain.couplings[-1].merge(before, now), rtol=1e-5, atol=1e-5)
 
 
 @each_fast_case

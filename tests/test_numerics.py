@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 from revwire import Bdia, RangeError, Re2TAL
 from revwire._bits import pack_bits, unpack_bits
+from revwire._couplings import Rule
 from revwire._numerics import FixedStreams, FloatStreams, can_be_sampled, canonical, stream_dtype
 
-RULE = Bdia(1 / 16).coefficients
+RULE = Rule.of(Bdia(1 / 16).coefficients)
+NO_BITS = Rule.of(Re2TAL().coefficients)
 
 
-def fixed(scale=20, bits=4, integer=torch.int32):
-    return FixedStreams(scale, integer, bits)
+def fixed(scale=20, integer=torch.int32):
+    return FixedStreams(scale, integer)
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40), st.integers(1, 7))
@@ -43,10 +45,11 @@ def test_packing_follows_the_memory_layout():
     lambda: torch.randn(0, 4),
     lambda: torch.randn(()),
 ])  # fmt: skip
-@pytest.mark.parametrize("streams", [FloatStreams(), fixed(), fixed(bits=0)], ids=["float", "fixed-4", "fixed-0"])
-def test_states_are_rebuilt_in_value_and_layout(make, streams):
+@pytest.mark.parametrize(
+    ("streams", "rule"), [(FloatStreams(), NO_BITS), (fixed(), RULE), (fixed(), NO_BITS)], ids=["float", "fixed-4", "fixed-0"]
+)
+def test_states_are_rebuilt_in_value_and_layout(make, streams, rule):
     x = canonical(make())
-    rule = RULE if streams.bound and streams.bits else Re2TAL().coefficients
     start, f = streams.enter(x), torch.randn(x.shape)
     following, value, bits = streams.step(start, streams.read(start), f, rule)
     rebuilt = streams.unstep(following, streams.read(start), f, rule, bits)
@@ -69,7 +72,7 @@ def test_streams_are_never_narrower_than_float32(dtype):
 @pytest.mark.parametrize(("dtype", "fraction"), [(torch.float32, 2.0**-25), (torch.float64, 2.0**-52)])
 @pytest.mark.parametrize("largest", [1e-6, 0.7, 1.0, 3e4])
 def test_the_scale_leaves_headroom_and_resolution(dtype, largest, fraction):
-    streams = FixedStreams.for_range(largest, dtype, Re2TAL())
+    streams = FixedStreams.for_range(largest, dtype)
     assert 2.0**-streams.scale <= fraction * largest * 2
     assert streams.bound >= 2**5 * largest
 
@@ -78,7 +81,7 @@ def test_the_scale_leaves_headroom_and_resolution(dtype, largest, fraction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_what_is_not_a_number_in_range_is_seen(value, dtype, size):
-    streams = FixedStreams.for_range(1.0, dtype, Bdia())
+    streams = FixedStreams.for_range(1.0, dtype)
     before = streams.enter(torch.linspace(-30, 30, size, dtype=dtype))
     f = torch.zeros(size, dtype=dtype)
     f[size // 2] = value
@@ -88,7 +91,7 @@ def test_what_is_not_a_number_in_range_is_seen(value, dtype, size):
 
 def test_a_range_cannot_be_chosen_for_what_is_not_finite():
     with pytest.raises(RangeError, match="largest magnitude of nan"):
-        FixedStreams.for_range(math.nan, torch.float32, Re2TAL())
+        FixedStreams.for_range(math.nan, torch.float32)
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 1000, 4097])

@@ -95,7 +95,7 @@ def test_paths_are_exact(call, coupling):
     assert revwire.verify(model, {"x": X.clone().requires_grad_(), **call}).bit_exact
 
 
-@pytest.mark.parametrize(("make", "units"), [(Shared, 4), (Neighbours, 2), (Twice, 3)])
+@pytest.mark.parametrize(("make", "units"), [(Shared, 4), (Neighbours, 2), (Twice, 6)])
 def test_shared_blocks(make, units):
     model, reference = twin(make())
     assert len(revwire.report(model).units) == units

@@ -1,6 +1,7 @@
 """The smallest branch of each kind, and chains of them that are driven without the graph side."""
 
 from contextlib import contextmanager
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -127,14 +128,14 @@ class Toy(nn.Module):
 
     def oracle(self, x, *extras):
         """The same function in plain floating point, by the recurrence of the papers, written down a second time."""
-        a, b, c = coefficients(self.chain.coupling.name)
+        a, b, c = coefficients(self.chain.coupling_name)
         before, now, sides = x, x, []
         for branch in self.branches:
             f, extra = as_residual(branch, now, *extras)
             f = f if self.kind == "residual" else torch.tanh(now + f) - now
             before, now = now, a * now + b * before + c * f
             sides += extra
-        out = (before + now) / 2 if self.chain.coupling.name == "re2tal" else now
+        out = (before + now) / 2 if self.chain.coupling_name == "re2tal" else now
         return (out, *sides) if sides else out
 
 
@@ -153,8 +154,14 @@ class Oracle(nn.Module):
 def coefficients(name):
     if name == "re2tal":
         return 0, 1, 1
-    gamma = 1 / int(name.removeprefix("bdia:1/"))
-    return 1 - gamma, gamma, 1 + gamma
+    name, _, numbers = name.partition(":")
+    g, *more = (float(Fraction(number)) for number in numbers.split(","))
+    return {
+        "bdia": lambda: (1 - g, g, 1 + g),
+        "momentum": lambda: (1 + g, -g, 1 - g),
+        "dr2net": lambda: (g, more[0], 1),
+        "midpoint": lambda: (1 - g, g, more[0]),
+    }[name]()
 
 
 @contextmanager

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 from revwire._couplings.base import Coefficients as Coefficients
 from revwire._couplings.base import Coupling as Coupling
+from revwire._couplings.base import Rule as Rule
 from revwire._couplings.bdia import Bdia as Bdia
+from revwire._couplings.bdia_random import RandomBdia as RandomBdia
+from revwire._couplings.dr2net import Dr2Net as Dr2Net
+from revwire._couplings.midpoint import Midpoint as Midpoint
+from revwire._couplings.momentum import Momentum as Momentum
 from revwire._couplings.re2tal import Re2TAL as Re2TAL
 from revwire._errors import CouplingError
 
 DEFAULT = "bdia"
 
+SPELLINGS: dict[str, tuple[Callable[..., Coupling], int]] = {
+    "re2tal": (Re2TAL, 0),
+    "bdia": (Bdia, 1),
+    "bdia-random": (RandomBdia, 1),
+    "momentum": (Momentum, 1),
+    "dr2net": (Dr2Net, 2),
+    "midpoint": (Midpoint, 2),
+}
+"""What a name makes, and how many numbers may follow it."""
+
 
 def coupling_from(spec: str | Coupling) -> Coupling:
-    """The coupling a user named: a `Coupling`, ``"re2tal"``, ``"bdia"`` or ``"bdia:1/8"`` (γ after the colon).
+    """The coupling a user named: a `Coupling`, or a name with its parameters.
+
+    ``"re2tal"``, ``"bdia:1/8"`` (γ), ``"bdia-random:1/2"`` (the magnitude of γ), ``"momentum:1/4"`` (γ), ``"dr2net:1,1/8"`` (α, β),
+    ``"midpoint:1/2,3/2"`` (a, h).
 
     Raises:
         CouplingError: the name or its parameter is unknown.
@@ -25,16 +44,19 @@ def coupling_from(spec: str | Coupling) -> Coupling:
     """
     if isinstance(spec, Coupling):
         return spec
-    name, _, parameter = str(spec).partition(":")
-    if name == "re2tal" and not parameter:
-        return Re2TAL()
-    if name == "bdia":
-        return Bdia(_gamma(spec, parameter)) if parameter else Bdia()
-    raise CouplingError(f"coupling: got {spec!r}; expected 're2tal', 'bdia', 'bdia:1/2' .. 'bdia:1/16', or a revwire.Coupling")
+    name, _, parameters = str(spec).partition(":")
+    make, most = SPELLINGS.get(name, (None, 0))
+    values = [_number(spec, text) for text in parameters.split(",")] if parameters else []
+    if make is None or len(values) > most:
+        expected = ", ".join(
+            f"{n!r}" + (f" with {k} number{'s' if k > 1 else ''} after a colon" if k else "") for n, (_, k) in SPELLINGS.items()
+        )
+        raise CouplingError(f"coupling: got {spec!r}; expected {expected}, or a revwire.Coupling")
+    return make(*values)
 
 
-def _gamma(spec: str, text: str) -> float:
+def _number(spec: str | Coupling, text: str) -> float:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
-        raise CouplingError(f"coupling: got {spec!r}; expected a number after the colon, as in 'bdia:1/8'") from None
+        raise CouplingError(f"coupling: got {spec!r}; expected numbers after the colon, as in 'bdia:1/8'") from None

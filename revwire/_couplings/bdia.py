@@ -14,11 +14,11 @@ Architectures", arXiv 2407.09093.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log2
+from typing import ClassVar
 
 from torch import Tensor
 
-from revwire._couplings.base import Coefficients, Coupling
+from revwire._couplings.base import Coefficients, Coupling, named
 from revwire._errors import CouplingError
 
 
@@ -40,13 +40,16 @@ class Bdia(Coupling):
 
     gamma: float = 1 / 16
 
+    backward_parameter: ClassVar[str | None] = "gamma"
+    fewest_bits: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         if self.gamma not in (1 / 2, 1 / 4, 1 / 8, 1 / 16):
             raise CouplingError(f"bdia: got gamma = {self.gamma}; expected 1/2, 1/4, 1/8 or 1/16")
 
     @property
     def name(self) -> str:
-        return f"bdia:1/{2 ** int(-log2(self.gamma))}"
+        return f"bdia:{named(self.gamma)}"
 
     @property
     def coefficients(self) -> Coefficients:

@@ -1,0 +1,104 @@
+"""Which coupling each unit gets, in which arithmetic, and how often a chain keeps its true state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from revwire._couplings import DEFAULT, Coupling, coupling_from
+from revwire._couplings.base import FLOAT_TOLERANCE
+from revwire._errors import ConversionError, CouplingError
+
+Couplings = str | Coupling | Mapping[str, str | Coupling]
+"""One coupling for all units, or one for each glob over the names of units and hosts; the first that matches counts."""
+
+Anchors = int | Literal["auto"] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The caller's wishes for the runtime side.
+
+    Attributes:
+        globs: (glob, coupling), the first that matches counts.
+        default: the coupling of the other units.
+        exact: fixed-point streams (True), float streams (False), or what the couplings need (None).
+        anchors: keep the true state every so many units; "auto": as often as the tolerance needs; None: never.
+        tolerance: the largest relative error of a rebuilt state in float streams.
+    """
+
+    globs: tuple[tuple[str, Coupling], ...]
+    default: Coupling
+    exact: bool | None = None
+    anchors: Anchors = None
+    tolerance: float = FLOAT_TOLERANCE
+
+    @classmethod
+    def of(cls, couplings: Couplings, exact: bool | None = None, anchors: Anchors = None, tolerance: float = FLOAT_TOLERANCE) -> Choice:
+        """What the caller wrote, checked.
+
+        Raises:
+            CouplingError: no such coupling, or no such anchors.
+        """
+        if not (anchors in (None, "auto") or (type(anchors) is int and anchors > 0)):
+            raise CouplingError(f"anchors: got {anchors!r}; expected a number of units from 1, 'auto', or None")
+        if not 0 < tolerance < 1:
+            raise CouplingError(f"tolerance: got {tolerance!r}; expected a relative error between 0 and 1")
+        if isinstance(couplings, Mapping):
+            globs = tuple((glob, coupling_from(spec)) for glob, spec in couplings.items())
+            return cls(globs, coupling_from(DEFAULT), exact, anchors, tolerance)
+        return cls((), coupling_from(couplings), exact, anchors, tolerance)
+
+    def coupling(self, *names: str) -> Coupling:
+        """The coupling of the unit that goes by these names."""
+        return next((c for glob, c in self.globs if any(fnmatchcase(n, glob) for n in names)), self.default)
+
+    def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
+        """Raise where a glob matches none of the units, given by their names.
+
+        Raises:
+            ConversionError: names the glob, and some units.
+        """
+        for glob, _ in self.globs:
+            if not any(fnmatchcase(n, glob) for several in names for n in several):
+                some = ", ".join(several[0] for several in names[:3])
+                raise ConversionError(f"coupling: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")
+
+    def arithmetic(self, where: str, couplings: Sequence[Coupling]) -> tuple[bool, int | None]:
+        """(fixed-point streams?, units between anchors) of a chain with these couplings; ``where`` names it in errors.
+
+        Raises:
+            CouplingError: it cannot be inverted in that arithmetic.
+        """
+        spacing = self._spacing(couplings)
+        run = len(couplings) if spacing is None else min(spacing, len(couplings))
+        worst = max((_float_error(couplings[i : i + run]), i) for i in range(0, len(couplings), run))
+        exact = self.exact
+        if exact is None:
+            exact = all(c.has_exact_form for c in couplings) or worst[0] > self.tolerance
+        if exact:
+            for coupling in couplings:
+                _ = coupling.kept_bits  # raises where there is no exact form
+        elif worst[0] > self.tolerance:
+            names = " + ".join(dict.fromkeys(repr(c.name) for c in couplings))
+            raise CouplingError(
+                f"{where}: got exact=False for coupling {names} over {run} units, which would rebuild a state with a relative error of "
+                f"about {worst[0]:.1g}; expected at most {self.tolerance:g}; pass exact=True, anchors='auto', or another coupling"
+            )
+        return exact, spacing
+
+    def _spacing(self, couplings: Sequence[Coupling]) -> int | None:
+        if self.anchors != "auto":
+            return self.anchors
+        worst = max(couplings, key=lambda c: c.error_growth)
+        spacing = 1
+        while spacing < len(couplings) and _float_error([worst] * (spacing + 1)) <= self.tolerance / 10:
+            spacing += 1
+        return spacing
+
+
+def _float_error(couplings: Sequence[Coupling]) -> float:
+    """Expected relative error after undoing these units in float32."""
+    return max(couplings, key=lambda c: c.error_growth).float_error(len(couplings))
