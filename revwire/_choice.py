@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from revwire._couplings import DEFAULT, Coupling, coupling_from
+from revwire._couplings import BY_PATTERN, DEFAULT, Coupling, coupling_from
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, CouplingError
 
@@ -23,14 +23,14 @@ class Choice:
 
     Attributes:
         globs: (glob, coupling), the first that matches counts.
-        default: the coupling of the other units.
+        default: the coupling of the other units; None: `BY_PATTERN`.
         exact: fixed-point streams (True), float streams (False), or what the couplings need (None).
         anchors: keep the true state every so many units; "auto": as often as the tolerance needs; None: never.
         tolerance: the largest relative error of a rebuilt state in float streams.
     """
 
     globs: tuple[tuple[str, Coupling], ...]
-    default: Coupling
+    default: Coupling | None
     exact: bool | None = None
     anchors: Anchors = None
     tolerance: float = FLOAT_TOLERANCE
@@ -48,12 +48,13 @@ class Choice:
             raise CouplingError(f"tolerance: got {tolerance!r}; expected a relative error between 0 and 1")
         if isinstance(couplings, Mapping):
             globs = tuple((glob, coupling_from(spec)) for glob, spec in couplings.items())
-            return cls(globs, coupling_from(DEFAULT), exact, anchors, tolerance)
-        return cls((), coupling_from(couplings), exact, anchors, tolerance)
+            return cls(globs, None, exact, anchors, tolerance)
+        return cls((), None if couplings == DEFAULT else coupling_from(couplings), exact, anchors, tolerance)
 
-    def coupling(self, *names: str) -> Coupling:
-        """The coupling of the unit that goes by these names."""
-        return next((c for glob, c in self.globs if any(fnmatchcase(n, glob) for n in names)), self.default)
+    def coupling(self, names: tuple[str, ...], pattern: str) -> Coupling:
+        """The coupling of the unit that goes by these names, and has this pattern."""
+        chosen = next((c for glob, c in self.globs if any(fnmatchcase(n, glob) for n in names)), self.default)
+        return BY_PATTERN[pattern] if chosen is None else chosen
 
     def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
         """Raise where a glob matches none of the units, given by their names.

@@ -74,8 +74,9 @@ def plan(
         model: any module; it is run once on ``example_inputs`` and left as found.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a list,
             say) is passed as the one argument.
-        coupling: ``"bdia"`` (γ = 1/16), ``"bdia:1/8"``, ``"re2tal"``, another name, or a `Coupling`; or a dict from globs
-            over the names of units and hosts to couplings, where the first match counts, and what matches none has the default.
+        coupling: ``"bdia"`` (γ = 1/16, and 1/64 for post-normalised blocks), ``"bdia:1/8"``, ``"re2tal"``, another name, or a
+            `Coupling`; or a dict from globs over the names of units and hosts to couplings, where the first match counts, and
+            what matches none has the default.
         exact: fixed-point streams (True), float streams (False), or what the coupling needs (None).
         include, exclude: globs over the qualified names of units and of their hosts, such as ``"blocks.1*"``.
         anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
@@ -380,7 +381,7 @@ class _Planner:
 
     def chain(self, number: int, units: list[_Found]) -> Chain:
         choice, name = self.options.choice, f"chain {number}"
-        couplings = [choice.coupling(u.path, u.host_path) for u in units]
+        couplings = [choice.coupling((u.path, u.host_path), u.pattern) for u in units]
         exact, spacing = choice.arithmetic(f"{name} ({units[0].path} .. {units[-1].path})", couplings)
         chain = Chain(name, couplings, exact=exact, length=len(units), largest=self.largest(units))
         chain.set_anchors(spacing, adapts=choice.anchors == "auto", tolerance=choice.tolerance)

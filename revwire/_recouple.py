@@ -61,7 +61,7 @@ def _choice(coupling: Couplings, chain: Chain, exact: bool | None) -> Choice:
 def _couplings(choice: Choice, planned: PlannedChain, chain: Chain, by_glob: bool) -> tuple[list[Coupling], bool, int | None]:
     """(the coupling of each unit, whether exact, units between anchors)."""
     couplings = [
-        replace(choice, default=old).coupling(u.path, u.host) if by_glob else choice.default
+        (replace(choice, default=old) if by_glob else choice).coupling((u.path, u.host), u.pattern)
         for u, old in zip(planned.units, chain.couplings, strict=True)
     ]
     return couplings, *choice.arithmetic(chain.name, couplings)

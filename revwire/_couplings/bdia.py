@@ -18,17 +18,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from revwire._couplings.base import Coefficients, Coupling, named
+from revwire._couplings.base import MOST_BITS, Coefficients, Coupling, bits_of, named
 from revwire._errors import CouplingError
 
 
 @dataclass(frozen=True)
 class Bdia(Coupling):
-    """(a, b, c) = (1−γ, γ, 1+γ) with γ = 2^-m, m = 1..4; ends in the last stream.
+    """(a, b, c) = (1−γ, γ, 1+γ) with γ = 2^-m, m = 1..7; ends in the last stream.
 
     Args:
-        gamma: γ, one of 1/2, 1/4, 1/8, 1/16. Smaller keeps the pretrained function better and
-            keeps more bits: m = 1, 2, 3, 4 per element and unit.
+        gamma: γ, one of 1/2, 1/4, 1/8 .. 1/128. Smaller keeps the pretrained function better and
+            keeps more bits: m = 1, 2, 3 .. 7 per element and unit.
 
     Raises:
         CouplingError: γ is none of these.
@@ -44,8 +44,8 @@ class Bdia(Coupling):
     fewest_bits: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.gamma not in (1 / 2, 1 / 4, 1 / 8, 1 / 16):
-            raise CouplingError(f"bdia: got gamma = {self.gamma}; expected 1/2, 1/4, 1/8 or 1/16")
+        if not 0 < self.gamma < 1 or bits_of(self.gamma) is None:
+            raise CouplingError(f"bdia: got gamma = {self.gamma}; expected a power of two from 1/2 to 1/{2**MOST_BITS}")
 
     @property
     def name(self) -> str:

@@ -1,0 +1,44 @@
+"""The wirings that the retention benchmarks compare, under one name each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+import revwire
+from benchmarks.harness.record import Row
+
+COUPLINGS = (
+    "re2tal",
+    *("bdia:1/2", "bdia:1/4", "bdia:1/8", "bdia:1/16"),
+    *("bdia-random:1/2", "bdia-random:1/4"),
+    *("momentum:1/2", "momentum:1/4", "momentum:1/8", "momentum:1/16"),
+    *("dr2net:1,1/8", "midpoint:1,2"),
+)
+
+
+def wirings(make: Callable[[], nn.Module], example: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(name, model): the original, each coupling straight after conversion, and the original wiring again after `revert`."""
+    yield "original", make()
+    for coupling in COUPLINGS:
+        yield coupling, revwire.convert(make(), example, coupling=coupling)
+    yield "reverted", revwire.revert(revwire.convert(make(), example))
+
+
+def or_reason(measure: Callable[[], Row]) -> Row:
+    """What was measured, or, where the streams left their range (the network diverges under this coupling), the reason."""
+    try:
+        return {**measure(), "reason": None}
+    except revwire.RangeError as error:
+        return {"reason": str(error)}
+
+
+def kept(model: nn.Module) -> tuple[int, int]:
+    """(units, bytes that the coupling keeps for the example) of a converted model; zeros for another."""
+    try:
+        plan = revwire.report(model)
+    except revwire.ConversionError:
+        return 0, 0
+    return len(plan.units), sum(unit.kept_bytes for unit in plan.units)
