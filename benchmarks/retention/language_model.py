@@ -1,0 +1,127 @@
+"""Validation loss of a small pre-norm transformer straight after conversion. The benchmark trains it first, on Python's own sources.
+
+python -m benchmarks.retention.language_model
+
+A character model of 10 layers (20 units) on the files of the standard library, in nats per character. Training takes some minutes on
+two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sysconfig
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.harness.record import Row, run
+from benchmarks.retention.wirings import COUPLINGS, kept, or_reason, wirings
+
+VOCABULARY = 128  # ASCII; other characters become the last one
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); causal."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.mix, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, width) → the same."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.mix(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class CharacterModel(nn.Module):
+    """Token and position embeddings, blocks, norm, logits."""
+
+    def __init__(self, depth: int, width: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(batch, length) of character codes → logits (batch, length, vocabulary)."""
+        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def text() -> tuple[Tensor, Tensor]:
+    """(training, validation) character codes: every tenth file of the standard library, by name, is for validation."""
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for number, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
+        parts[number % 10 == 0].append(path.read_bytes())
+    training, validation = (torch.frombuffer(bytearray(b"".join(p)), dtype=torch.uint8).long().clamp_max(VOCABULARY - 1) for p in parts)
+    return training, validation
+
+
+def windows(codes: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """``count`` random windows: (count, length + 1)."""
+    starts = torch.randint(len(codes) - length - 1, (count,), generator=generator)
+    return torch.stack([codes[s : s + length + 1] for s in starts.tolist()])
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean nats per character."""
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+def trained(options: argparse.Namespace, codes: Tensor) -> nn.Module:
+    """The model after its training."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = CharacterModel(options.depth, options.width, options.heads, options.length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps)
+    for _ in track(range(options.steps), "training"):
+        optimizer.zero_grad()
+        loss(model, windows(codes, options.batch, options.length, generator)).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, batches: list[Tensor]) -> float:
+    """Mean nats per character over fixed windows."""
+    return float(torch.stack([loss(model, batch) for batch in batches]).mean())
+
+
+def measured(options: argparse.Namespace) -> list[Row]:
+    """One row for each wiring."""
+    training, validation = text()
+    model = trained(options, training)
+    generator = torch.Generator().manual_seed(1)
+    batches = list(windows(validation, options.windows, options.length, generator).split(32))
+    rows: list[Row] = []
+    for wiring, network in track(wirings(lambda: copy.deepcopy(model), batches[0][:, :-1]), "wirings", total=len(COUPLINGS) + 2):
+        units, held = kept(network)
+        row = {"wiring": wiring, "units": units, "kept_bytes": held, "loss": None}
+        rows.append({**row, **or_reason(lambda network=network: {"loss": validation_loss(network, batches)})})
+    return rows
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"depth": 10, "width": 128, "heads": 4, "length": 128, "batch": 16, "steps": 1500, "windows": 512}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    options = parser.parse_args()
+    record = run("language_model", vars(options), lambda: measured(options))
+    print(record.write(), record.status, record.reason or "")
+
+
+if __name__ == "__main__":
+    main()
