@@ -30,7 +30,7 @@ from revwire import _engine
 from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
-from revwire._numerics import FixedStreams, FloatStreams, canonical, stream_dtype
+from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
 from revwire._replay import version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
@@ -240,7 +240,7 @@ class Chain:
             )
         wide = canonical(x.to(stream_dtype(x.dtype)))
         plain = not host.training and any(c.plain_in_eval for c in self.couplings)
-        streams = FloatStreams(self.tolerance) if plain or not self.exact else self._fixed(unit, wide)
+        streams = FloatStreams(self.tolerance) if plain or not self.exact else self._fixed_if_finite(unit, wide)
         state = streams.enter(wide)
         tape = Tape(self, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled(), plain=plain)
         carrier = wide if isinstance(streams, FloatStreams) else _engine.enter(wide, streams, state)
@@ -252,6 +252,8 @@ class Chain:
         if not link.tape.keep and x.grad_fn is not None:
             raise self._cut(where)
         old = link.tape
+        if old.left_range is not None and torch.is_grad_enabled():
+            raise old.left_range
         tape = Tape(self, old.streams, old.intact_state(), position=old.position, keep=torch.is_grad_enabled(), plain=old.plain)
         return Link(tape, tape.progress, link.version, link.previous, link.current)
 
@@ -261,6 +263,14 @@ class Chain:
             "recomputes it); expected the whole chain inside, or nothing of it; switch the model's own gradient checkpointing off, "
             f"or exclude the module: convert(..., exclude=[{where!r}])"
         )
+
+    def _fixed_if_finite(self, unit: Unit, x: Tensor) -> Streams:
+        try:
+            return self._fixed(unit, x)
+        except RangeError:
+            if torch.is_grad_enabled():
+                raise
+            return FloatStreams(self.tolerance)  # nothing will be rebuilt
 
     def _fixed(self, unit: Unit, x: Tensor) -> FixedStreams:
         largest = float(torch.stack(torch.aminmax(x.detach())).abs().amax()) if x.numel() else 0.0

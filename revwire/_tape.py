@@ -40,7 +40,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
-from revwire._numerics import Streams, can_be_sampled
+from revwire._numerics import FloatStreams, Streams, can_be_sampled
 from revwire._records import Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault
 from revwire._replay import Inventory, Surroundings, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
@@ -88,6 +88,7 @@ class Tape:
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
         self.norms: list[tuple[Unit, Tensor]] = []
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
+        self.left_range: RangeError | None = None  # why it went on in float streams
         self._open: UnitRecord | None = None
 
     def _rule(self, unit: Unit, place: int, x: Tensor) -> Rule:
@@ -188,7 +189,12 @@ class Tape:
         anchored = self.chain.anchored(place)
         undone = self.rewinds and self.kept is None and previous is not current and not anchored
         following, out, bits = self.streams.step(previous, x, f, self.now, undone=undone)
-        self._check_range(unit, out)
+        if not self._in_range(out):
+            if self.keep:
+                raise self._out_of_range(unit)
+            self._give_up_integers(unit)
+            return self.step(x, f, unit)
+        self._note_range(unit, out)
         if self.chain.monitor:
             self.chain.monitor.forward(self, len(self.records), previous)
         if self.kept is not None:
@@ -259,17 +265,31 @@ class Tape:
 
     # -- range -----------------------------------------------------------------------------------------------------
 
-    def _check_range(self, unit: Unit, out: Tensor) -> None:
+    def _in_range(self, out: Tensor) -> bool:
+        """Whether all values are, as far as that can be told without waiting for a device."""
         bound = self.streams.bound
-        if bound is None or not out.numel():
-            return
+        if bound is None or self.deferred or not out.numel():
+            return True
         low, high = torch.aminmax(out)  # a NaN anywhere makes both NaN; many times faster than a vector norm
-        if self.deferred:
-            norm = torch.maximum(-low, high)
-            self.norms.append((unit, norm))
-            out.mul_(torch.where(norm < bound, 1.0, float("nan")))
-        elif not (-bound < float(low) and float(high) < bound):
-            raise self._out_of_range(unit, bound)
+        return -bound < float(low) and float(high) < bound
+
+    def _note_range(self, unit: Unit, out: Tensor) -> None:
+        """Where reading a number stalls, a value out of range becomes NaN, and the magnitude is read later."""
+        bound = self.streams.bound
+        if bound is None or not self.deferred or not out.numel():
+            return
+        low, high = torch.aminmax(out)
+        norm = torch.maximum(-low, high)
+        self.norms.append((unit, norm))
+        out.mul_(torch.where(norm < bound, 1.0, float("nan")))
+
+    def _give_up_integers(self, unit: Unit) -> None:
+        """Without gradients nothing is rebuilt: a network whose values leave the range goes on in float streams."""
+        self.left_range = self._out_of_range(unit)
+        previous, current = self.intact_state()
+        self.state = self.streams.read(previous), self.streams.read(current)
+        self.versions = _versions(self.state)
+        self.streams = FloatStreams(self.chain.tolerance)
 
     def settle_range(self) -> None:
         """Read the deferred range checks: one synchronisation.
@@ -283,13 +303,13 @@ class Tape:
             return
         for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
             if not norm < bound:
-                raise self._out_of_range(unit, bound)
+                raise self._out_of_range(unit)
 
-    def _out_of_range(self, unit: Unit, bound: float) -> RangeError:
+    def _out_of_range(self, unit: Unit) -> RangeError:
         return RangeError(
-            f"{unit.path} ({self.chain.name}): got a value that is not finite, or of magnitude {bound:.4g} or more; expected the streams "
-            "to stay within 2^5 times the range they were scaled for; convert with an example whose values are of the magnitude "
-            "you train on, lower the learning rate, or pass exact=False"
+            f"{unit.path} ({self.chain.name}): got a value that is not finite, or of magnitude {self.streams.bound:.4g} or more; "
+            "expected the streams to stay within 2^5 times the range they were scaled for; convert with an example whose values are of "
+            "the magnitude you train on, lower the learning rate, or pass exact=False"
         )
 
 
