@@ -5,6 +5,8 @@ Definitions, besides those of `_adds`:
 - A *unit* runs from its fork to its *out*: the add, and what is done to the sum before it becomes a fork again (a
   post-activation, a post-normalisation).
 - Units whose out is the next one's fork, but for views, form a *chain*.
+- Between two units of a chain no matrix is multiplied with, and nothing convolved: a block that ends so is far from the identity, and
+  rewired as x + (block(x) − x) it would not keep its function.
 - A host whose code cannot be taken apart may be a unit *as a whole*: from one of its inputs to one of its outputs.
 """
 
@@ -54,6 +56,7 @@ def find_chains(recording: Recording, refuse: Callable[[Candidate], str | None] 
     wholes = [w for w in (whole_call(flow, call, candidates) for call in sorted(closed)) if w is not None and refuse(w) is None]
     chains = _link(flow, sorted([*good, *wholes], key=lambda c: c.result))
     chains = _outermost(chains, shortest)
+    _separate(flow, chains)
     used = {c.add for chain in chains for c in chain}
     absorbed = {a for chain in chains for c in chain for a in c.absorbed}
     for c in candidates:
@@ -100,8 +103,10 @@ def _link(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
     by_result = {c.result: c for c in candidates}
     following: dict[int, Candidate] = {}
     preceded: set[int] = set()
+    steps = {c.add: len(found[1]) for c in candidates if (found := climb(flow, c.fork, by_result)) is not None}
+    nearest = sorted((c for c in candidates if c.add in steps), key=lambda c: steps[c.add])  # a sum goes on in what is added to it next
     for widen in (False, True):
-        for c in (c for c in candidates if c.add not in preceded):
+        for c in (c for c in nearest if c.add not in preceded):
             before = predecessor(flow, c, by_result, following if widen else None)
             if before is not None and before.add not in following:
                 following[before.add] = c
@@ -137,7 +142,7 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
     hops: Hops = []
     while value not in goals:
         step = flow.step_up(value)
-        if step is None or len(hops) == CLIMB:
+        if step is None or len(hops) == CLIMB or any(flow.recording.events[flow.recording.values[v].event].is_product for v in step[1]):
             return None
         value = step[0]
         hops.append(step[1])
@@ -146,6 +151,7 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
 
 def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool) -> bool:
     """Split the steps between a sum and the next fork into post calls and views; False if they break the chain."""
+    hops = hops[: len(hops) - lead_in(flow, before, c, hops)]
     count = _posts(flow, before, hops)
     if count is None:
         return False
@@ -161,11 +167,43 @@ def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool
     return True
 
 
+def lead_in(flow: Flow, before: Candidate, c: Candidate, hops: Hops) -> int:
+    """Let a unit begin before what is done to its fork in its own host first (x = norm(x); x + F(x)): how many steps become its own.
+
+    The unit is then a block: its output less its input is what is added.
+    """
+    own = next((n for n, hop in enumerate(hops) if not _touches(flow, before.host, hop)), len(hops))
+    mine = hops[own:]
+    if c.whole or c.absorbed or not any(_is_call(flow, hop) for hop in mine) or not all(_touches(flow, c.host, hop) for hop in mine):
+        return 0
+    start = _end(before, hops, own)
+    return len(mine) if begin_at(flow, c, start, mine) else 0
+
+
+def begin_at(flow: Flow, c: Candidate, start: int, hops: Hops) -> bool:
+    """Let a unit begin at an earlier value, from which ``hops`` lead to its fork, if its skip keeps shape and layout."""
+    kept = c.fork, c.branch, c.region
+    c.fork, c.branch, c.region = start, None, c.region | frozenset(events_of(flow, hops))
+    if keeps_layout(flow, c, c.result, ()):
+        return True
+    c.fork, c.branch, c.region = kept
+    return False
+
+
+def _touches(flow: Flow, host: int, hop: list[int]) -> bool:
+    return all(host in flow.recording.calls_around(flow.recording.values[v].event) for v in hop)
+
+
+def _is_call(flow: Flow, hop: list[int]) -> bool:
+    """Whether a step is more than a view."""
+    return len(hop) > 1 or not flow.recording.events[flow.recording.values[hop[0]].event].view
+
+
 def _posts(flow: Flow, before: Candidate, hops: Hops) -> int | None:
     """How many steps belong to the unit: at least all but the views at their end, and the skip must keep shape and layout."""
-    events, values = flow.recording.events, flow.recording.values
+    values = flow.recording.values
     count = len(hops)
-    while count and len(hops[count - 1]) == 1 and events[values[hops[count - 1][0]].event].view:
+    while count and not _is_call(flow, hops[count - 1]):
         count -= 1
     elements = prod(values[before.fork].shape)
     if any(prod(values[hop[0]].shape) != elements for hop in hops):
@@ -225,6 +263,30 @@ def _outermost(chains: list[list[Candidate]], shortest: int) -> list[list[Candid
     long = [chain for chain in chains if len(chain) >= shortest]
     inside = [any(c.add in u.region for other in long if other is not chain for u in other for c in chain) for chain in long]
     return [chain for chain, nested in zip(long, inside, strict=True) if not nested]
+
+
+def _separate(flow: Flow, chains: list[list[Candidate]]) -> None:
+    """Where two chains run through the same module, let its units belong to a larger one, in which the two calls are told apart."""
+    recording = flow.recording
+
+    def host(c: Candidate) -> int:
+        return id(recording.events[c.host].target)
+
+    for _ in range(CLIMB):
+        lists = [[host(c) for c in chain] for chain in chains]
+        calls: dict[int, dict[int, int]] = {}
+        for number, chain in enumerate(chains):
+            for c in chain:
+                calls.setdefault(host(c), {}).setdefault(c.host, number)
+        shared = {h for h, found in calls.items() if any(lists[a] != lists[b] for a in found.values() for b in found.values())}
+        moved = False
+        for c in (c for chain in chains for c in chain if host(c) in shared and not c.whole):
+            parent = recording.events[c.host].parent
+            opened = {parent, c.host, *_below(recording, c.add, c.host)}
+            if parent >= 0 and not recording.events[parent].hooked and recording.hidden(opened) is None:
+                c.host, moved = parent, True
+        if not moved:
+            return
 
 
 def opened_calls(flow: Flow, units: list[Candidate]) -> dict[int, set[int]]:

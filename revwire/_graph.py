@@ -294,8 +294,18 @@ class _Builder:
 
     def node_for(self, value: int) -> fx.Node:
         if value not in self.host.node_of:
-            self.hold(value, self.attribute(self.weight_path(value)))
+            self.hold(value, self.held_item(value) or self.attribute(self.weight_path(value)))
         return self.host.node_of[value]
+
+    def held_item(self, value: int) -> fx.Node | None:
+        """A tensor that an opened module holds in a dict by name."""
+        found = self.recording.values[value]
+        for module in self.host.opened if found.existing is not None and not found.names else ():
+            for name, table in vars(module).items():
+                for key in [k for k, t in table.items() if t is found.existing and type(k) is str] if type(table) is dict else ():
+                    path = ".".join(p for p in (self.path_of(module), name) if p)
+                    return self.graph.call_function(operator.getitem, (self.attribute(path), key))
+        return None
 
     def attribute(self, path: str) -> fx.Node:
         if path not in self.owned:

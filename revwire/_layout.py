@@ -47,9 +47,12 @@ def _skip(flow: Flow, c: Candidate) -> list[int]:
     for operand in (r.value for r in refs((flow.recording.events[c.add].args, flow.recording.events[c.add].kwargs))):
         path: list[int] = []
         at = operand
-        while at != c.fork and flow.is_light(at) and len(path) < CLIMB:
-            path.append(flow.recording.values[at].event)
-            at = flow.activations(at)[0]
+        while at != c.fork and len(path) < CLIMB:
+            step = flow.step_up(at)
+            if step is None:
+                break
+            path += [flow.recording.values[v].event for v in step[1]]
+            at = step[0]
         if at == c.fork:
             return path[::-1]
     return []

@@ -143,6 +143,7 @@ class Chain:
         self.set_anchors(None)
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.stored = False
+        self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
         self.monitor: Monitor | None = None
 
@@ -239,7 +240,7 @@ class Chain:
                 stacklevel=2,
             )
         wide = canonical(x.to(stream_dtype(x.dtype)))
-        plain = not host.training and any(c.plain_in_eval for c in self.couplings)
+        plain = self.original or (not host.training and any(c.plain_in_eval for c in self.couplings))
         streams = FloatStreams(self.tolerance) if plain or not self.exact else self._fixed_if_finite(unit, wide)
         state = streams.enter(wide)
         tape = Tape(self, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled(), plain=plain)

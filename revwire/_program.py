@@ -189,6 +189,8 @@ class _Assembly:
             raise CaptureError("adds in place to a tensor that is used again under another name")
         if cut.add in self.host.writes and storage_of[cut.fork] in self.host.writes[cut.add]:
             raise CaptureError("adds in place to its own input")
+        if not events[0].modes[0]:  # without gradients nothing is computed twice
+            return
         inside = set(cut.all_nodes)
         for storage in {s for n in cut.all_nodes for s in self.host.writes.get(n, ())}:
             holders = [n for n, s in storage_of.items() if s == storage]

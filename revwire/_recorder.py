@@ -22,6 +22,7 @@ from revwire._intercept import active
 from revwire._memory import Memory, address_of, is_view
 from revwire._reads import kind_of, name_of, state_change
 from revwire._recording import (
+    ASSIGNS,
     Event,
     Modes,
     Opaque,
@@ -298,7 +299,7 @@ class Recorder(TorchFunctionMode):
     def changes(self, event: Event, family: list[tuple[nn.Module, Any]], containers: list[tuple[Any, Any]]) -> tuple[str, ...]:
         called = {id(e.target) for e in self.recording.events[event.number + 1 :] if e.is_module}
         changed = [n for m, before in family if id(m) not in called for n in _watch.changed(before, m)]
-        names = [f"assigns to its attribute {n!r}" for n in changed]
+        names = [f"{ASSIGNS} {n!r}" for n in changed]
         if _watch.refilled(containers):
             names.append("changes a list, dict or set that it is given")
         return tuple(names)

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
+PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear", "convolution", "_convolution")
+)
 _CASTS = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default})
 CONSTANTS = (
     bool,
@@ -40,6 +44,9 @@ HIDDEN = {
     "random": "draws {}",
 }
 """The kinds of `Read` that a graph cannot hold, and how to say so."""
+
+ASSIGNS = "assigns to its attribute"
+"""How the entries of `Event.changes` begin that are about attributes."""
 
 Modes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...]]
 """(gradients enabled, inference mode, (device type, autocast enabled, its dtype) ...)."""
@@ -125,6 +132,11 @@ class Event:
         kernels = [k for k in self.kernels if k not in _CASTS]
         scaled = "alpha" in (self.kwargs or {}) or len(self.args) > 2
         return len(kernels) == 1 and kernels[0] in ADDITIONS and not scaled and len(list(refs((self.args, self.kwargs)))) == 2
+
+    @property
+    def is_product(self) -> bool:
+        """Some kernel multiplies by a matrix or convolves."""
+        return any(k.overloadpacket in PRODUCTS for k in self.kernels if hasattr(k, "overloadpacket"))
 
     @property
     def is_pointwise(self) -> bool:

@@ -16,12 +16,16 @@ import torch
 from torch import nn
 
 from revwire._errors import CaptureError, RevwireError
+from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph, input_leaves
 from revwire._intercept import is_recording
 from revwire._program import Program, Slot
+from revwire._recording import ASSIGNS, tensors_in
+from revwire._replay import accelerators_of, buffers_kept, preserved_random_state
 from revwire._signature import details, signature
 from revwire._trace import record
 from revwire._units import find_units
+from revwire._watch import counters_kept, python_random_kept
 
 _MAX_PROGRAMS = 64
 _FORWARD = "forward"
@@ -98,20 +102,31 @@ class RewiredForward:
                 raise CaptureError("is given a nested tensor; pad it, or switch off what makes it")
             try:
                 return self.observe(args, kwargs, torch.is_grad_enabled())
-            except CaptureError:
-                if torch.is_grad_enabled():
+            except CaptureError as error:
+                if str(error).startswith(ASSIGNS):
+                    self.settle(args, kwargs)
+                elif torch.is_grad_enabled():
                     raise
-                return self.observe(args, kwargs, True)
+                return self.observe(args, kwargs, torch.is_grad_enabled() or not str(error).startswith(ASSIGNS))
         except RevwireError as error:
             raise CaptureError(
                 f"{self.path or type(self.host).__name__}: called as it was not at conversion, and {error}; call it as in the "
                 f"example, give convert() an example of this call, or exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             ) from error
 
+    def settle(self, args: Any, kwargs: Any) -> None:
+        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not assign twice."""
+        args, kwargs = fresh_arguments((args, kwargs))
+        devices = accelerators_of([*tensors_in((args, kwargs)), *self.host.parameters()])
+        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.host]), counters_kept(self.host), torch.no_grad():
+            self.plain(*args, **kwargs)
+
     def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
         """One attempt of `capture`."""
         recording = record(self.host, args, kwargs, forward=self.plain, gradients=gradients)
-        units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots])
+        followed = {place for place, s in enumerate(self.slots) if max((s.index, *s.later)) + 1 < s.chain.length}
+        following = {place for place, s in enumerate(self.slots) if s.index > 0}
+        units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots], followed, following)
         return Program.of(build_graph(recording, inline), units, self.slots)
 
     def keep(self, program: Program, args: Any, kwargs: Any, leaves: list[Any]) -> None:

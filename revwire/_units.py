@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from revwire._adds import Candidate, residual_adds, whole_call
-from revwire._chains import climb, events_of, opened_calls, predecessor
+from collections.abc import Container
+
+from revwire._adds import CLIMB, Candidate, residual_adds, whole_call
+from revwire._chains import Hops, begin_at, climb, events_of, opened_calls, predecessor
 from revwire._errors import CaptureError
 from revwire._flow import Flow
 from revwire._graph import CLOSED
@@ -29,12 +31,18 @@ def unit_keys(recording: Recording) -> dict[int, UnitKey]:
     return keys
 
 
-def find_units(recording: Recording, wanted: list[tuple[UnitKey, int]]) -> tuple[list[Candidate], set[int]]:
+def find_units(
+    recording: Recording, wanted: list[tuple[UnitKey, int]], followed: Container[int] = (), following: Container[int] = ()
+) -> tuple[list[Candidate], set[int]]:
     """The units of one host, found again in a recording of it: (units in order, module calls to open).
 
     Args:
         recording: a run of the host alone.
-        wanted: for each unit, its key and the number of post calls between its add and its output.
+        wanted: for each unit, its key and the number of post calls between its add and its output in the example. There may
+            be fewer or more of them in another mode of the host (a dropout after the sum).
+        followed: the places in ``wanted`` of units that another one follows, so that they end at a result of the host, if
+            they are the last in it.
+        following: those that follow another one, so that they begin at an input of the host, if they are the first in it.
 
     Raises:
         CaptureError: this run of the host does not have those units.
@@ -50,20 +58,28 @@ def find_units(recording: Recording, wanted: list[tuple[UnitKey, int]]) -> tuple
             raise CaptureError("does not have the residual adds that it had at conversion")
         units.append(by_add[by_key[key]])
     by_result = {c.result: c for c in units}
-    followed = set()
-    for c in units:
+    preceding = set()
+    for place, c in enumerate(units):
         c.host = 0
         before = predecessor(flow, c, by_result)
         if before is not None:
-            followed.add(before.add)
-        else:
-            c.lead = _views_above(flow, c.fork)
-    for c, (_, posts) in zip(units, wanted, strict=True):
-        if c.add not in followed:
-            _extend_to_output(flow, c, posts)
-        if len(c.post) != posts:
-            raise CaptureError(f"goes on after a residual add by {len(c.post)} calls, and by {posts} at conversion")
+            preceding.add(before.add)
+            continue
+        if place in following:
+            _begin_at_input(flow, c)
+        c.lead = _views_above(flow, c.fork)
+    for place, (c, (_, posts)) in enumerate(zip(units, wanted, strict=True)):
+        if c.add not in preceding and not _extend_to_output(flow, c, posts, place in followed) and posts:
+            raise CaptureError(f"does not go on after a residual add by {posts} calls, as it did at conversion")
     return units, opened_calls(flow, units).get(0, set())
+
+
+def _begin_at_input(flow: Flow, c: Candidate) -> None:
+    """Let a unit begin at the input of its host that its fork was made from, where more than views lie between."""
+    top = flow.recording.events[0]
+    found = climb(flow, c.fork, {r.value for r in refs((top.args, top.kwargs))})
+    if found is not None and any(not flow.recording.events[e].view for e in events_of(flow, found[1])):
+        begin_at(flow, c, *found)
 
 
 def _views_above(flow: Flow, value: int) -> tuple[int, ...]:
@@ -77,25 +93,35 @@ def _views_above(flow: Flow, value: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def _extend_to_output(flow: Flow, c: Candidate, posts: int) -> None:
-    """Let a unit that nothing in its host follows end ``posts`` calls after its add, on the way to a result."""
-    events, values = flow.recording.events, flow.recording.values
-    ends = [r.value for r in refs(events[0].out)]
-    for start in ends if not posts else [*ends, *range(c.result, len(values))]:
+def _extend_to_output(flow: Flow, c: Candidate, posts: int, returned: bool) -> bool:
+    """Let a unit that nothing in its host follows end ``posts`` calls after its add, on the way to a result; or elsewhere on that way.
+
+    Args:
+        posts: how many calls there were in the example.
+        returned: its output is a result of the host, or a view of one, so there may be more calls than those.
+    """
+    ends = [r.value for r in refs(flow.recording.events[0].out)]
+    for start in ends if not posts else [*ends, *range(c.result, len(flow.recording.values))]:
         found = climb(flow, start, {c.result})
-        chosen = _first(flow, found[1], posts) if found is not None else None
-        if chosen is None or found is None:
-            continue
-        rest = events_of(flow, found[1][chosen:])
-        out = found[1][chosen - 1][0] if chosen else c.result
-        if all(events[e].view for e in rest) and keeps_layout(flow, c, out, events_of(flow, found[1][:chosen])):
-            c.post, c.views, c.out = events_of(flow, found[1][:chosen]), rest, out
-            return
+        if found is not None and _ends_after(flow, c, found[1], [posts]):
+            return True
+    for start in ends:
+        found = climb(flow, start, {c.result})
+        if found is not None and _ends_after(flow, c, found[1], [*range(posts), *([CLIMB] if returned else [])]):
+            return True
+    return False
 
 
-def _first(flow: Flow, hops: list[list[int]], posts: int) -> int | None:
-    """How many steps hold this many calls."""
-    return next((n for n in range(len(hops) + 1) if len(events_of(flow, hops[:n])) == posts), None)
+def _ends_after(flow: Flow, c: Candidate, hops: Hops, calls: list[int]) -> bool:
+    """Let the unit end after one of these numbers of calls, if there are only views after them. `CLIMB`: any number."""
+    for count in range(len(hops) + 1):
+        post, rest = events_of(flow, hops[:count]), events_of(flow, hops[count:])
+        out = hops[count - 1][0] if count else c.result
+        only_views = all(flow.recording.events[e].view for e in rest)
+        if only_views and (len(post) in calls or CLIMB in calls) and keeps_layout(flow, c, out, post):
+            c.post, c.views, c.out = post, rest, out
+            return True
+    return False
 
 
 def _whole(flow: Flow) -> Candidate:

@@ -38,6 +38,8 @@ class Check:
         reconstruction_error: largest relative error of a rebuilt state.
         gradient_error: largest relative error of a gradient (each tensor by its own largest magnitude).
         output_equal: outputs equal to the bit.
+        function_change: difference of the outputs to those of the original network, relative to their size (of the vectors of all
+            outputs, in the mode that the model is in; random numbers as in the other runs). A measure, no fault.
         units: per unit, in the order of the backward pass.
         inexact: names of the parameters and inputs whose gradients differ.
         unstable: names of those whose gradients differ between runs with stored activations too (a kernel of the network
@@ -51,6 +53,7 @@ class Check:
     units: tuple[UnitCheck, ...]
     inexact: tuple[str, ...]
     unstable: tuple[str, ...] = ()
+    function_change: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data (JSON-ready)."""
@@ -60,7 +63,8 @@ class Check:
         verdict = "bit-exact" if self.bit_exact else "not bit-exact"
         return (
             f"{verdict}: {len(self.units)} states rebuilt, largest error {self.reconstruction_error:.2g}; "
-            f"gradients differ from stored activations by at most {self.gradient_error:.2g}"
+            f"gradients differ from stored activations by at most {self.gradient_error:.2g}; "
+            f"the output differs from the original network's by {self.function_change:.2%}"
             + (f" ({len(self.inexact)} tensors: {', '.join(self.inexact[:3])} ...)" if self.inexact else "")
             + (f"; not compared, as they vary with stored activations too: {', '.join(self.unstable)}" if self.unstable else "")
         )
@@ -115,6 +119,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
             out, grads = _step(model, example_inputs)
         with stored_activations(model):
             unstable = _unstable(model, example_inputs, grads, true_grads)
+        with _original(model):
+            original = _step(model, example_inputs)[0]
     same_out = len(out) == len(true_out) and all(torch.equal(a, b) for a, b in zip(out, true_out, strict=True))
     compared = {name: true for name, true in true_grads.items() if name not in unstable}
     errors = {name: relative_error(grads[name], true) for name, true in compared.items()}
@@ -127,6 +133,7 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
         units=tuple(witness.units),
         inexact=inexact,
         unstable=unstable,
+        function_change=_distance(out, original),
     )
 
 
@@ -160,6 +167,26 @@ def _left_as_found(model: nn.Module, example_inputs: Any) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         for p, grad in grads:
             p.grad = grad
+
+
+def _distance(got: list[Tensor], true: list[Tensor]) -> float:
+    """Norm of the difference of all outputs, relative to that of the true ones; infinite where other outputs come."""
+    if [t.shape for t in got] != [t.shape for t in true]:
+        return float("inf")
+    change, size = (sum(float(t.double().square().sum()) for t in ts) for ts in ([a - b for a, b in zip(got, true, strict=True)], true))
+    return float((change / size) ** 0.5) if size else float(change > 0)
+
+
+@contextmanager
+def _original(model: nn.Module) -> Iterator[None]:
+    chains = chains_of(model)
+    try:
+        for chain in chains:
+            chain.original = True
+        yield
+    finally:
+        for chain in chains:
+            chain.original = False
 
 
 @contextmanager

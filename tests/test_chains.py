@@ -186,10 +186,19 @@ def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
 
 def test_what_follows_the_sum_may_lie_outside_of_its_module():
     torch.manual_seed(0)
-    blocks = [nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    blocks = [nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.LayerNorm(8), nn.Tanh()) for _ in range(3)]
     model, reference = twin(nn.Sequential(*blocks).double())
     assert [u.host for u in revwire.report(model).units] == ["0", "1", "2"]
     assert_same_step(model, reference, X)
+
+
+def test_a_product_between_two_sums_ends_a_chain():
+    """The block would be far from the identity, and rewired as x + (block(x) - x) it would not keep its function."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.Linear(8, 8)) for _ in range(3)]
+    found = revwire.plan(nn.Sequential(*blocks).double(), X)
+    assert not found.chains
+    assert [s.reason.partition(":")[0] for s in found.skipped] == ["stands alone"] * 3
 
 
 def test_a_sum_of_several_that_is_no_unit_takes_none_with_it():

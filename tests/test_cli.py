@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +164,10 @@ def test_help(monkeypatch, capsys):
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("plan", "verify", "profile", "demo"))
+
+
+@pytest.mark.slow
+def test_the_plan_in_the_readme_is_what_the_command_prints():
+    printed = CliRunner().invoke(app, ["plan", "timm:vit_small_patch16_224"]).stdout
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert printed.strip() in readme

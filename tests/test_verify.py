@@ -75,3 +75,16 @@ def test_verification_in_evaluation_mode_and_with_frozen_weights():
     for p in model.parameters():
         p.requires_grad_(False)
     assert revwire.verify(model, X.clone().requires_grad_()).bit_exact
+
+
+@pytest.mark.parametrize(("coupling", "least", "most"), [("re2tal", 0.05, 10), ("bdia:1/16", 1e-4, 0.1), ("bdia:1/128", 1e-6, 0.01)])
+def test_the_change_of_the_function_is_measured(coupling, least, most):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+    model, x = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.randn(2, 5, 16)
+    before = model(x).detach()
+    check = revwire.verify(revwire.convert(model, x, coupling=coupling), x)
+    expected = float((model(x).detach() - before).norm() / before.norm())
+    assert check.function_change == pytest.approx(expected, rel=1e-4)
+    assert least < check.function_change < most
+    assert f"{check.function_change:.2%}" in str(check)

