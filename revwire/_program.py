@@ -144,11 +144,14 @@ class _Assembly:
         self.order = {node: i for i, node in enumerate(nodes)}
         self.executed: list[fx.Node] = []
         self.cuts = [self._cut(c, s, nodes) for c, s in zip(units, slots, strict=True)]
-        for cut in self.cuts:
-            self._check_own_memory(cut)
-            cut.unit = self._unit(cut)
         self.views = self._views(units, slots)
-        self.compiled = _Compiled(self._outer(nodes))
+        outer = self._outer(nodes)
+        if outer is None:
+            self._let_go_of_what_others_need()
+            outer = self._outer(nodes)
+        if outer is None:
+            raise CaptureError("interleaves its residual units so that they cannot be separated")
+        self.compiled = _Compiled(outer)
         self._check_order_of_writes()
 
     # -- cutting ---------------------------------------------------------------------------------------------------
@@ -172,12 +175,32 @@ class _Assembly:
                 inside.add(n)
         ordered = [n for n in nodes if n in inside]
         cut = _Cut(slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else [])
+        self._close(cut)
+        return cut
+
+    def _close(self, cut: _Cut) -> None:
+        """What the nodes of a cut need from outside of it, and what they give."""
         taken = set(cut.all_nodes)
         cut.extras = list(
-            dict.fromkeys(i for n in ordered for i in n.all_input_nodes if i not in taken and i is not fork and i.op != "get_attr")
+            dict.fromkeys(i for n in cut.nodes for i in n.all_input_nodes if i not in taken and i is not cut.fork and i.op != "get_attr")
         )
-        cut.sides = [n for n in ordered if n is not out and any(u not in taken for u in n.users)]
-        return cut
+        cut.sides = [n for n in cut.nodes if n is not cut.out and any(u not in taken for u in n.users)]
+        self._check_own_memory(cut)
+        cut.unit = self._unit(cut)
+
+    def _let_go_of_what_others_need(self) -> None:
+        """Where parallel units need each other's inner values: the parts that make those run outside of the units, as they did.
+
+        Their activations are then stored; the units keep the rest of their branches, and their places in their chains.
+        """
+        for cut in self.cuts:
+            others = {n for c in self.cuts if c is not cut for n in c.all_nodes}
+            mine = set(cut.nodes)
+            shared = [s for s in cut.sides if s is not cut.branch and others & _below(s, mine)]
+            freed = mine & {a for s in shared for a in (s, *_above(s))}
+            if freed and cut.branch not in freed and cut.out not in freed:
+                cut.nodes = [n for n in cut.nodes if n not in freed]
+                self._close(cut)
 
     def _check_own_memory(self, cut: _Cut) -> None:
         """See Note [Order and writes]; the add itself is made out of place."""
@@ -239,7 +262,9 @@ class _Assembly:
 
     # -- putting together ------------------------------------------------------------------------------------------
 
-    def _outer(self, nodes: list[fx.Node]) -> fx.Graph:
+    def _outer(self, nodes: list[fx.Node]) -> fx.Graph | None:
+        """The host's graph with a call for each unit; None if there is no order in which the calls can run."""
+        self.executed = []
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         host = graph.placeholder("host")
@@ -255,9 +280,7 @@ class _Assembly:
                     self._emit(graph, env, host, item)
                 waiting = [w for w in waiting if w not in ready]
                 progress = bool(ready)
-        if waiting:
-            raise CaptureError("interleaves its residual units so that they cannot be separated")
-        return graph
+        return None if waiting else graph
 
     def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | _Cut) -> None:
         if isinstance(item, _Cut):
@@ -302,6 +325,28 @@ def _function(target: Any) -> Callable[..., Tensor]:
 
 def _inputs(item: fx.Node | _Cut) -> list[fx.Node]:
     return [item.fork, *item.extras] if isinstance(item, _Cut) else item.all_input_nodes
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    """All that a node depends on."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        new = [i for i in todo.pop().all_input_nodes if i not in found]
+        found.update(new)
+        todo += new
+    return found
+
+
+def _below(node: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
+    """All that depends on a node by a way that does not lead through ``stop``."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        new = [u for u in todo.pop().users if u not in found and u not in stop]
+        found.update(new)
+        todo += new
+    return found
 
 
 def _between(fork: fx.Node, end: fx.Node) -> set[fx.Node]:

@@ -192,6 +192,44 @@ def test_what_follows_the_sum_may_lie_outside_of_its_module():
     assert_same_step(model, reference, X)
 
 
+class TwoStreams(nn.Module):
+    """Each stream's branch needs an inner value of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.up, self.down = nn.Linear(8, 8), nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.after, self.behind = nn.Linear(8, 8), nn.Linear(6, 6)
+
+    def forward(self, pair):
+        x, y = pair
+        a, b = self.f(x).tanh(), self.g(y).tanh()
+        x = x + (a + self.up(b)).sin()
+        y = y + (b + self.down(a)).sin()
+        return x + self.after(x).tanh(), y + self.behind(y).tanh()
+
+
+class Pathways(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoStreams() for _ in range(3))
+
+    def forward(self, x):
+        pair = x, x[..., :6] * 2
+        for both in self.blocks:
+            pair = both(pair)
+        return pair
+
+
+def test_parallel_units_that_need_each_other_are_rewired_without_what_they_share():
+    torch.manual_seed(0)
+    model, reference = twin(Pathways().double())
+    assert [len(chain.units) for chain in revwire.report(model).chains] == [6, 6]
+    assert_same_step(model, reference, X)
+    revwire.revert(model)
+    revwire.convert(model, X)
+    assert revwire.verify(model, X).bit_exact
+
+
 def test_a_product_between_two_sums_ends_a_chain():
     """The block would be far from the identity, and rewired as x + (block(x) - x) it would not keep its function."""
     torch.manual_seed(0)
