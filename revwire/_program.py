@@ -257,8 +257,18 @@ class _Assembly:
         return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later)
 
     def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
+        """The calls that are views of a stream: between two units of this host, and on the way to a unit of a host inside it."""
         numbers = {n: s.chain for c, s in zip(units, slots, strict=True) for n in (*c.views, *c.lead)}
-        return {node: numbers[event] for node, event in self.host.event_of.items() if event in numbers and node.op == "call_function"}
+        calls = {node: event for node, event in self.host.event_of.items() if node.op == "call_function"}
+        views = {node: numbers[event] for node, event in calls.items() if event in numbers}
+        for cut in self.cuts:
+            node = cut.out
+            while len(node.users) == 1:
+                node = next(iter(node.users))
+                if node not in calls or not self.host.recording.events[calls[node]].view:
+                    break
+                views.setdefault(node, cut.slot.chain)
+        return views
 
     # -- putting together ------------------------------------------------------------------------------------------
 

@@ -192,6 +192,46 @@ def test_what_follows_the_sum_may_lie_outside_of_its_module():
     assert_same_step(model, reference, X)
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return x + self.f(x).tanh()
+
+
+class Outer(nn.Module):
+    """A unit, a view, a module with a unit of its own, and a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.inner, self.h = nn.Linear(8, 8), Inner(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.g(x).tanh()
+        x = self.inner(x.transpose(1, 2)).transpose(1, 2)
+        return x + self.h(x).tanh()
+
+
+@pytest.mark.filterwarnings("error")
+def test_views_on_the_way_to_a_host_inside_of_a_host_keep_the_chain():
+    torch.manual_seed(0)
+    model, reference = twin(nn.Sequential(*(Outer() for _ in range(3))).double())
+    assert [len(chain.units) for chain in revwire.report(model).chains] == [9]
+    assert_same_step(model, reference, X)
+    revwire.revert(model)
+    revwire.convert(model, X, coupling="re2tal")
+    check = revwire.verify(model, X)
+    assert check.bit_exact
+    before = now = X
+    for outer in reference:
+        before, now = now, before + outer.g(now).tanh()
+        before, now = now, before + outer.inner.f(now.transpose(1, 2)).tanh().transpose(1, 2)
+        before, now = now, before + outer.h(now).tanh()
+    torch.testing.assert_close(model(X), (before + now) / 2, rtol=1e-6, atol=1e-6)
+
+
 class TwoStreams(nn.Module):
     """Each stream's branch needs an inner value of the other's."""
 

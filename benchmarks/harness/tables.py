@@ -75,6 +75,13 @@ def language_model(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def conversion(rows: list[Row]) -> list[list[str]]:
+    """Seconds and bytes of a conversion by model."""
+    head = ["model", "seconds", "units", "peak MiB above rest", "MiB of weights"]
+    figures = ((r["model"], f"{r['seconds']:.1f}", str(r["units"]), r["peak_bytes"], r["weight_bytes"]) for r in rows)
+    return [head, *([*texts, f"{peak / _MIB:.1f}", f"{weights / _MIB:.1f}"] for *texts, peak, weights in figures)]
+
+
 def _share(value: float | None) -> str:
     return "diverges" if value is None else f"{value:.1%}"
 
@@ -95,6 +102,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "imagenet_sample": imagenet_sample,
     "cifar_conversion": cifar_conversion,
     "sentences": sentences,
+    "conversion": conversion,
     "language_model": language_model,
     **dict.fromkeys(ZOOS, coverage.models),
 }
