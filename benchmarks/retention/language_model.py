@@ -3,7 +3,7 @@
 python -m benchmarks.retention.language_model
 
 A character model of 10 layers (20 units) on the files of the standard library, in nats per character. Training takes some minutes on
-two cores.
+two cores; the trained weights are kept in ``--scratch``. `language_model_finetuning` goes on from them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness.record import Row, run
+from benchmarks.retention.resume import add_option
 from benchmarks.retention.wirings import COUPLINGS, kept, or_reason, wirings
 
 VOCABULARY = 128  # ASCII; other characters become the last one
@@ -78,10 +79,20 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def trained(options: argparse.Namespace, codes: Tensor) -> nn.Module:
-    """The model after its training."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    """The model after its training, in evaluation mode: read from the scratch folder, or trained and kept there."""
     model = CharacterModel(options.depth, options.width, options.heads, options.length)
+    path = options.scratch / "trained.pt"
+    kept = torch.load(path) if path.exists() else {"config": None}
+    if kept["config"] != config(options):
+        kept = {"config": config(options), "weights": _train(model, options, codes)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(kept, path)
+    model.load_state_dict(kept["weights"])
+    return model.eval()
+
+
+def _train(model: nn.Module, options: argparse.Namespace, codes: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, options.steps)
     for _ in track(range(options.steps), "training"):
@@ -89,7 +100,7 @@ def trained(options: argparse.Namespace, codes: Tensor) -> nn.Module:
         loss(model, windows(codes, options.batch, options.length, generator)).backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    return model.state_dict()
 
 
 @torch.no_grad()
@@ -98,12 +109,16 @@ def validation_loss(model: nn.Module, batches: list[Tensor]) -> float:
     return float(torch.stack([loss(model, batch) for batch in batches]).mean())
 
 
+def validation(options: argparse.Namespace, codes: Tensor) -> list[Tensor]:
+    """The fixed windows of the validation files."""
+    return list(windows(codes, options.windows, options.length, torch.Generator().manual_seed(1)).split(32))
+
+
 def measured(options: argparse.Namespace) -> list[Row]:
     """One row for each wiring."""
-    training, validation = text()
+    training, held_out = text()
     model = trained(options, training)
-    generator = torch.Generator().manual_seed(1)
-    batches = list(windows(validation, options.windows, options.length, generator).split(32))
+    batches = validation(options, held_out)
     rows: list[Row] = []
     for wiring, network in track(wirings(lambda: copy.deepcopy(model), batches[0][:, :-1]), "wirings", total=len(COUPLINGS) + 2):
         units, held = kept(network)
@@ -112,14 +127,26 @@ def measured(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Measure, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the model and its training."""
     for name, value in {"depth": 10, "width": 128, "heads": 4, "length": 128, "batch": 16, "steps": 1500, "windows": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=2e-3)
+    add_option(parser, "language_model")
+
+
+def config(options: argparse.Namespace) -> Row:
+    """What was chosen, without where it is kept."""
+    return {name: value for name, value in vars(options).items() if name != "scratch"}
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     options = parser.parse_args()
-    record = run("language_model", vars(options), lambda: measured(options))
+    torch.manual_seed(0)
+    record = run("language_model", config(options), lambda: measured(options))
     print(record.write(), record.status, record.reason or "")
 
 
