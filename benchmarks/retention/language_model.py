@@ -23,6 +23,7 @@ from benchmarks.retention.resume import add_option
 from benchmarks.retention.wirings import COUPLINGS, kept, or_reason, wirings
 
 VOCABULARY = 128  # ASCII; other characters become the last one
+DEFAULTS = {"depth": 10, "width": 128, "heads": 4, "length": 128, "batch": 16, "steps": 1500, "windows": 512}
 
 
 class Block(nn.Module):
@@ -80,6 +81,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 def trained(options: argparse.Namespace, codes: Tensor) -> nn.Module:
     """The model after its training, in evaluation mode: read from the scratch folder, or trained and kept there."""
+    torch.manual_seed(0)
     model = CharacterModel(options.depth, options.width, options.heads, options.length)
     path = options.scratch / "trained.pt"
     kept = torch.load(path) if path.exists() else {"config": None}
@@ -129,7 +131,7 @@ def measured(options: argparse.Namespace) -> list[Row]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the model and its training."""
-    for name, value in {"depth": 10, "width": 128, "heads": 4, "length": 128, "batch": 16, "steps": 1500, "windows": 512}.items():
+    for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=2e-3)
     add_option(parser, "language_model")
@@ -137,7 +139,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def config(options: argparse.Namespace) -> Row:
     """What was chosen, without where it is kept."""
-    return {name: value for name, value in vars(options).items() if name != "scratch"}
+    return {name: getattr(options, name) for name in (*DEFAULTS, "rate")}
 
 
 def main() -> None:
@@ -145,7 +147,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()
-    torch.manual_seed(0)
     record = run("language_model", config(options), lambda: measured(options))
     print(record.write(), record.status, record.reason or "")
 
