@@ -68,6 +68,18 @@ class Unit:
         return next((i for i in (self.index, *self.later) if i >= position), None)
 
 
+Mode = Literal["stored", "checkpointed", "reversible"]
+"""How a unit's activations come back: kept by autograd, recomputed from a kept input, or recomputed from a rebuilt one."""
+
+
+class Meter(Protocol):
+    """Sees where a unit begins and ends."""
+
+    def enter(self, chain: Chain, unit: Unit) -> None: ...
+
+    def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None: ...
+
+
 class Monitor(Protocol):
     """Sees every state that a tape drops, and every state that it rebuilds."""
 
@@ -122,6 +134,10 @@ class Chain:
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known.
         keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `_tape`).
+
+    Attributes:
+        modes: how each unit comes by its activations in backward, where a memory budget has chosen.
+        meter: sees where each unit begins and ends, while a step is measured.
     """
 
     def __init__(
@@ -142,6 +158,8 @@ class Chain:
         self.keeps_last = keeps_last
         self.set_anchors(None)
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
+        self.modes: tuple[Mode, ...] | None = None
+        self.meter: Meter | None = None
         self.stored = False
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
@@ -156,7 +174,13 @@ class Chain:
 
     def anchored(self, place: int) -> bool:
         """Whether the true state before the unit at this place is kept. (Before the first it need not be.)"""
+        if self.modes is not None and self.modes[place] == "checkpointed":
+            return place > 0
         return self.spacing is not None and place > 0 and place % self.spacing == 0
+
+    def stores(self, place: int) -> bool:
+        """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""
+        return self.modes is not None and self.modes[place] == "stored"
 
     def drifted(self, error: float) -> None:
         """Hear of the relative error of a rebuilt state."""
@@ -178,6 +202,8 @@ class Chain:
             ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
         """
         _refuse_transforms(self.name)
+        if self.meter:
+            self.meter.enter(self, unit)
         link = self._link_of(unit, x)
         if link is None:
             x, link = self._begin(unit, host, x)
@@ -191,6 +217,8 @@ class Chain:
                 out = self._step(link, unit, previous, current, f, dtype)
         else:
             out = self._step(link, unit, previous, current, f, dtype)
+        if self.meter:
+            self.meter.leave(self, unit, link.tape, out)
         return out, sides
 
     @_eager

@@ -134,6 +134,8 @@ class Rewind:
         record = records[position]
         if isinstance(record, ViewRecord):
             self.previous, self.current = record.undo(self.previous), record.undo(self.current)
+        elif isinstance(record, Anchor):  # past a run of stored units
+            self.previous, self.current = self._anchored(record)
         else:
             record = self._unit(position)
             if record.anchor is not None:

@@ -19,6 +19,10 @@ Note [The last unit]
     clips of a long video) keep two streams only. So do those inside of other saved-tensor hooks, whose owners (activation
     checkpointing) expect the same tensors in every run.
 
+Note [Stored units]
+    Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward pass goes past a run
+    of such units by the true states before it, which stand among the records; where the chain ends in one, the tape ends before it.
+
 Note [What the checks see]
     In exact mode: any change of the rebuilt state, and of samples of the branch's result and of what its last layers
     saved. In float mode: changes beyond the tolerances of `FloatStreams`; a branch whose result is zero in forward and
@@ -82,7 +86,7 @@ class Tape:
         self.rewinds = keep and not chain.stored and not plain
         self.couplings = chain.couplings  # those of this forward, whatever is set later
         self.now = PLAIN["residual"]  # the rule of the unit that runs now
-        self.records: list[UnitRecord | ViewRecord | None] = []
+        self.records: list[UnitRecord | ViewRecord | Anchor | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Rewind] = {}
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
@@ -131,8 +135,11 @@ class Tape:
         return f, sides
 
     def _keeps(self, place: int) -> bool:
-        """Whether autograd keeps what the unit at this place saves; see Note [The last unit]."""
+        """Whether autograd keeps what the unit at this place saves; see Note [The last unit] and Note [Stored units]."""
         chain = self.chain
+        if chain.stores(place):
+            self.kept = Kept()
+            return True
         if not chain.keeps_last or place != chain.length - 1 or chain.monitor or _hooked():
             return False
         if chain.waiting is not None and chain.waiting() is not None:
@@ -195,17 +202,30 @@ class Tape:
             self._give_up_integers(unit)
             return self.step(x, f, unit)
         self._note_range(unit, out)
-        if self.chain.monitor:
+        if self.chain.monitor and self.kept is None:
             self.chain.monitor.forward(self, len(self.records), previous)
         if self.kept is not None:
             self.kept = None
-            self.progress += 1
+            self._pass_over((current, following), ends=place == self.chain.length - 1)
         else:
             if self.rewinds:
                 self._keep_record(bits, previous is current, anchored)
             self._advance((current, following))
         self.position = place + 1
         return out
+
+    def _pass_over(self, state: tuple[Tensor, Tensor], *, ends: bool) -> None:
+        """Go on past a unit that is never rebuilt; see Note [Stored units]."""
+        if self.start is not None and not self._passing:
+            self.records.append(Anchor(self.intact_state(), self.versions))
+        self._advance(state)
+        if ends and self._passing:
+            self.state, self.versions = self.records.pop()  # type: ignore[misc]
+
+    @property
+    def _passing(self) -> bool:
+        """Whether the newest record stands for a run of units that are never rebuilt."""
+        return bool(self.records) and isinstance(self.records[-1], Anchor)
 
     def _keep_record(self, bits: Tensor | None, begins: bool, anchored: bool) -> None:
         record, self._open = self._open, None
@@ -223,7 +243,7 @@ class Tape:
         moved = view(previous), view(current)
         if not (_is_whole_view(moved[0], previous) and _is_whole_view(moved[1], current)):
             return False
-        if self.rewinds:
+        if self.rewinds and not self._passing:
             self.records.append(ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None)
         self._advance(moved)
         return True
