@@ -15,6 +15,7 @@ Note [Grad mode]
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -244,7 +245,7 @@ class Chain:
         return _linked(out.to(dtype), tape, current, out)
 
     def _link_of(self, unit: Unit | None, x: Tensor) -> Link | None:
-        link = getattr(x, _LINK, None)
+        link = getattr(_unwrapped(x), _LINK, None)
         if not isinstance(link, Link) or link.tape.chain is not self:
             return None
         newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
@@ -314,6 +315,24 @@ def _linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tenso
     link = Link(tape, tape.progress, version_of(outward), previous, None if outward is current else current)
     setattr(outward, _LINK, link)
     return outward
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor that ``x`` stands for.
+
+    FSDP2 hands a module its inputs through an identity function, whose backward pass tells it that the gradients of the
+    module's weights are there. The chain goes on behind it, and gradients go through ``x``, as FSDP2 expects.
+    """
+    base = x._base
+    if base is None or not isinstance(x.grad_fn, _identity_of_fsdp()):
+        return x
+    return base if (base.shape, base.stride(), base.storage_offset()) == (x.shape, x.stride(), x.storage_offset()) else x
+
+
+def _identity_of_fsdp() -> Any:
+    """The graph node of that function, or nothing where FSDP2 was never imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", ())
 
 
 def _refuse_transforms(name: str) -> None:

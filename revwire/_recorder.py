@@ -84,7 +84,7 @@ class Recorder(TorchFunctionMode):
             for key, t in held.items():
                 if t is not None:
                     self.names[id(t)] = (*self.names.get(id(t), ()), f"{name}.{key}" if name else key)
-                    if t.layout == torch.strided and not t.is_nested:
+                    if address_of(t) is not None:  # else it has no memory of its own that can be named: sharded, meta, sparse
                         self.owned.add(t.untyped_storage().data_ptr())
 
     # -- values ----------------------------------------------------------------------------------------------------
@@ -318,7 +318,9 @@ class Recorder(TorchFunctionMode):
             self._measure_saved(t)
 
     def _measure_saved(self, t: Tensor) -> None:
-        if t.layout != torch.strided or t.is_nested or not self.recording.events or t.untyped_storage().data_ptr() in self.owned:
+        if t.layout != torch.strided or t.is_nested or not self.recording.events:
+            return
+        if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
             return
         sharing = self.memory.sharing.get(address_of(t) or 0)
         if sharing is not None and any(r() is not None for r in sharing[1]):  # else the memory was another tensor's before
