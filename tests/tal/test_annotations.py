@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.tal import annotations
@@ -148,6 +148,7 @@ def test_many_faults_are_counted(tmp_path):
 times = st.floats(-5, 30, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), times, times), max_size=6), st.floats(1, 20))
 def test_what_is_read_leniently_lies_in_its_video(tmp_path_factory, items, duration):
     path = write(tmp_path_factory.mktemp("a"), {"x": video(duration=duration, annotations=[action(*item) for item in items])})

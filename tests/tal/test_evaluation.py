@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.tal.annotations import AnnotationError, Annotations, Segment, Video
@@ -72,6 +72,7 @@ segments = st.lists(st.tuples(labels, places, lengths), max_size=8)
 detections = st.lists(st.tuples(st.sampled_from(["v0", "v1", "elsewhere"]), labels, places, lengths), max_size=25)
 
 
+@settings(deadline=None)
 @given(segments, segments, detections, st.randoms(use_true_random=False))
 def test_it_is_the_plain_loop(first, second, rows, random):
     annotations = truth(*((f"v{i}", [(c, s, s + n) for c, s, n in items]) for i, items in enumerate((first, second))))
@@ -97,6 +98,7 @@ def _tied(annotations, results):
     return False
 
 
+@settings(deadline=None)
 @given(segments, st.floats(0.1, 1))
 def test_the_truth_itself_scores_one(items, score):
     annotations = truth(("v0", [(c, s, s + n) for c, s, n in items]))
@@ -105,6 +107,7 @@ def test_the_truth_itself_scores_one(items, score):
     assert result.average == (1.0 if items else 0.0)
 
 
+@settings(deadline=None)
 @given(segments, detections)
 def test_scores_count_by_their_order_alone(items, rows):
     annotations = truth(("v0", [(c, s, s + n) for c, s, n in items]))
@@ -113,6 +116,7 @@ def test_scores_count_by_their_order_alone(items, rows):
     assert (evaluate(annotations, one).ap == evaluate(annotations, two).ap).all()
 
 
+@settings(deadline=None)
 @given(segments, detections)
 def test_a_false_detection_below_all_changes_nothing(items, rows):
     annotations = truth(("v0", [(c, s, s + n) for c, s, n in items]))
