@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from revwire._adds import Candidate
 from revwire._chains import Search, find_chains
@@ -24,6 +25,7 @@ from revwire._recording import Recording
 from revwire._rewrite import install, rewired_of, uninstall
 from revwire._trace import record
 from revwire._units import UnitKey, find_units, unit_keys
+from revwire._unready import refuse_unready
 
 M = TypeVar("M", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -139,6 +141,7 @@ def convert(
     return model
 
 
+@_disable_dynamo
 def _rewire(model: nn.Module, example_inputs: Any, options: _Options) -> None:
     found, chains, hosts = _prepare(model, example_inputs, options)
     if options.strict:
@@ -202,6 +205,7 @@ class FirstCall:
         self.options = options
         self.original = original
 
+    @_disable_dynamo  # a compiled model that is still to be converted breaks its graph here, and runs on real values
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         try:
@@ -248,6 +252,7 @@ def _refuse_converted(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
+    refuse_unready(model)
     taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), FirstCall)]
     if taken:
         raise ConversionError(

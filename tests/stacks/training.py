@@ -1,0 +1,121 @@
+"""A few training steps of a converted model, and of its twin that stores its activations: what every stack is measured against.
+
+In exact mode both must agree to the bit, in every loss and every weight; a test that cannot ask for that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import revwire
+
+STEPS = 3
+
+
+@dataclass
+class Run:
+    """What training leaves behind.
+
+    Attributes:
+        losses: of each step.
+        state: parameters and buffers afterwards, whole (not sharded), by name.
+        evaluations: how often a watched branch was evaluated: twice a step if it is recomputed, once if not.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    evaluations: int = 0
+
+    def finish(self, model: nn.Module) -> Run:
+        """Take the weights of ``model``."""
+        self.state = {name: whole(t).clone() for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+        return self
+
+    def assert_like(self, stored: Run, *, tolerance: float = 0.0, recomputes: bool = True) -> None:
+        """As the run with stored activations, to the bit or within ``tolerance`` (absolute); and this one did recompute."""
+        assert self.losses, "nothing was trained"
+        assert self.state.keys() == stored.state.keys()
+        torch.testing.assert_close(torch.tensor(self.losses), torch.tensor(stored.losses), rtol=0, atol=tolerance)
+        for name, value in self.state.items():
+            torch.testing.assert_close(value, stored.state[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        if recomputes:
+            assert self.evaluations > stored.evaluations > 0, (self.evaluations, stored.evaluations)
+
+    def assert_learnt(self, model: nn.Module) -> None:
+        """The weights did move."""
+        assert any(not torch.equal(t, self.state[n]) for n, t in model.state_dict().items())
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor itself, of which this may be a shard."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t.detach()
+
+
+def batches(model: type[nn.Module], steps: int = STEPS, *, size: int = 4, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and labels of each step."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = model.example(size).shape  # type: ignore[operator]
+    return [(torch.randn(shape, generator=generator), torch.randint(0, 5, (size,), generator=generator)) for _ in range(steps)]
+
+
+def converted(make: Callable[[], nn.Module], *, seed: int = 0, **options: object) -> nn.Module:
+    """A freshly made and converted model, in train mode; the same one each time."""
+    torch.manual_seed(seed)
+    model = make().train()
+    revwire.convert(model, type(model).example(), **options)  # type: ignore[operator]
+    assert len(revwire.report(model).units) >= 4
+    return model
+
+
+@contextmanager
+def watched(model: nn.Module, run: Run) -> Iterator[None]:
+    """Count the evaluations of the first block's last layer, which belongs to a branch."""
+
+    def count(*_: object) -> None:
+        run.evaluations += 1
+
+    block = model.blocks[0]  # type: ignore[index]
+    handle = (block.mlp.down if hasattr(block, "mlp") else block.convolution).register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def train(
+    model: nn.Module,
+    data: list[tuple[Tensor, Tensor]],
+    *,
+    call: Callable[[Tensor], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    before_step: Callable[[], object] = lambda: None,
+    seed: int = 0,
+) -> Run:
+    """Plain training of ``model``, called through ``call`` (a wrapper of it)."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = Run()
+    torch.manual_seed(seed)
+    with watched(model, run):
+        for x, labels in data:
+            loss = nn.functional.cross_entropy((call or model)(x).float(), labels)
+            loss.backward()
+            before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.losses.append(float(loss.detach()))
+    return run.finish(model)
+
+
+def assert_trains_as_stored(make: Callable[[], nn.Module], run: Callable[[nn.Module], Run], **how: object) -> Run:
+    """``run`` trains a converted model as it trains the same model with stored activations; returns the former."""
+    model, twin = converted(make), converted(make)
+    reversible = run(model)
+    with revwire.stored_activations(twin):
+        reversible.assert_like(run(twin), **how)  # type: ignore[arg-type]
+    reversible.assert_learnt(converted(make))
+    return reversible
