@@ -27,7 +27,7 @@ def refuse_unready(model: nn.Module) -> None:
         wrapper = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
         if wrapper is not None:
             raise ConversionError(
-                f"{type(model).__name__}: got a model that is wrapped in {wrapper} already ({name or "at its root"}); expected the plain "
+                f"{type(model).__name__}: got a model that is wrapped in {wrapper} already (at {name or 'its root'}); expected the plain "
                 "one; convert it first, with an example, and wrap it then"
             )
 
