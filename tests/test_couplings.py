@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cases import CASES, each_case
-from revwire import Bdia, Coupling, CouplingError, Momentum
+from cases import CASES, Case, each_case
+from revwire import Bdia, Coupling, CouplingError, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
 from revwire._choice import Choice
 from revwire._couplings import Coefficients, coupling_from
 from revwire.testing import check_consistent, check_error_growth, check_invertible, check_kept_bits
+from toys import inputs_of, toy
 
 COUPLINGS = sorted({case.coupling for case in CASES}, key=lambda c: c.name)
 each_coupling = pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda c: c.name)
@@ -41,6 +42,32 @@ def test_unstep_inverts_step(case):
     check_invertible(case.coupling, exact=case.exact, units=12, dtype=case.dtype, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("gamma", [1 / 2, 1 / 4])
+def test_random_signs_are_undone_with_the_signs_that_were_drawn(gamma):
+    check_invertible(RandomBdia(gamma), exact=True, units=12)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "neighbour"),
+    [
+        (Dr2Net(1, 0.3), Dr2Net(1, 1 / 4)),
+        (Dr2Net(1 / 2, 0.9), Dr2Net(1 / 2, 1)),
+        (Dr2Net(1, 1e-9), Dr2Net(1, 1 / 128)),
+        (Momentum(0.9), Momentum(1 / 2)),
+        (Momentum(0.1), Momentum(1 / 8)),
+        (Midpoint(0.7, 2), Midpoint(1 / 2, 2)),
+        (Bdia(1 / 8), Bdia(1 / 8)),
+        (Re2TAL(), Re2TAL()),
+    ],
+    ids=str,
+)
+def test_the_nearest_exact_neighbour(coupling, neighbour):
+    assert coupling.exact_neighbour() == neighbour
+    assert neighbour.has_exact_form
+    assert coupling.has_exact_form == (coupling == neighbour)
+    check_invertible(neighbour, exact=True, units=12)
+
+
 @each_coupling
 def test_step_and_unstep_are_inverse_in_real_numbers(coupling):
     previous, current, f = torch.randn(3, 100, dtype=torch.float64)
@@ -69,8 +96,43 @@ def test_float_error_grows_as_declared(coupling):
 
 
 @pytest.mark.parametrize("gamma", [1 / 2, 1 / 4, 1 / 8, 1 / 16])
-def test_bdia_is_consistent(gamma):
-    check_consistent(Bdia(gamma))
+@pytest.mark.parametrize("scheme", [Bdia, Momentum, Midpoint])
+def test_consistent_schemes(scheme, gamma):
+    check_consistent(scheme(gamma))
+
+
+@pytest.mark.parametrize("gamma", [1 / 2, 1 / 4])
+def test_random_signs_are_consistent_whichever_they_are(gamma):
+    coupling, x = RandomBdia(gamma), torch.zeros(100, 3)
+    rule = coupling.rule("residual", x)
+    assert set(rule.back.flatten().tolist()) == {gamma, -gamma}
+    torch.testing.assert_close(rule.a + rule.back, torch.ones(100, 1), rtol=0, atol=0)
+    torch.testing.assert_close(rule.c - rule.back, torch.ones(100, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("coupling", [Re2TAL(), Dr2Net(1, 1 / 8), Midpoint(1 / 2, 1)], ids=lambda c: c.name)
+def test_schemes_that_are_not_consistent(coupling):
+    with pytest.raises(AssertionError, match="expected 1"):
+        check_consistent(coupling)
+
+
+@pytest.mark.parametrize("scheme", [Bdia, Momentum, Midpoint])
+@pytest.mark.parametrize("kind", ["residual", "block"])
+def test_a_consistent_scheme_comes_to_the_pretrained_function_as_gamma_falls(scheme, kind):
+    """At least linearly: half of γ leaves about half of the difference."""
+    case = Case(scheme(1 / 2), False, torch.float64, 0, 0, "")
+    model = toy(case, kind=kind, depth=6)
+    x = inputs_of(model, case, requires_grad=False)
+    model.chain.original = True
+    plain = model(x)
+    model.chain.original = False
+    differences = []
+    for m in range(3, 8):
+        model.chain.couplings = (scheme(2.0**-m),) * 6
+        with torch.no_grad():
+            differences.append(float((model(x) - plain).norm() / plain.norm()))
+    assert differences[0] < 0.1
+    assert all(0.4 < small / large < 0.6 for large, small in pairwise(differences))
 
 
 @each_coupling
