@@ -1,5 +1,7 @@
 """Laws of the couplings, each measured on the whole table."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
