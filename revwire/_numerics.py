@@ -23,6 +23,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revwire import _kernels
 from revwire._bits import pack_bits, unpack_bits
 from revwire._couplings import Rule
 from revwire._couplings.base import Factor
@@ -82,11 +83,12 @@ class Fingerprint(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """The state of x_{k+1}, its float value, and the bits that are kept to come back."""
+    """The state of x_{k+1}, its float value, the bits that are kept to come back; and whether it is known to be in range."""
 
     state: Tensor
     value: Tensor
     bits: Tensor | None
+    in_range: bool = False
 
 
 class Streams(ABC):
@@ -198,10 +200,12 @@ class FixedStreams(Streams):
     Args:
         scale: K, the number of fractional bits.
         integer: ``torch.int32`` or ``torch.int64``.
+        compiled: in one pass over memory where that is possible (`_kernels`); the same for step and unstep.
     """
 
     scale: int
     integer: torch.dtype
+    compiled: bool = False
     witnesses: ClassVar[int] = 2
 
     @classmethod
@@ -217,7 +221,7 @@ class FixedStreams(Streams):
         top = 57 if integer == torch.int64 else 30
         exponent = floor(log2(largest)) + 1 if largest > 0 else 0
         scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
-        return cls(scale, integer)
+        return cls(scale, integer, compiled=integer == torch.int32 and _kernels.available())
 
     @property
     def bound(self) -> float:
@@ -228,10 +232,17 @@ class FixedStreams(Streams):
         return _rounded(torch.mul(x.detach(), 2.0**self.scale)).to(self.integer)
 
     def read(self, state: Tensor) -> Tensor:
+        if self.compiled and _kernels.suits(state):
+            return _kernels.read(state, self.scale)
         wide = torch.float64 if self.integer == torch.int64 else torch.float32
         return state.to(wide).mul_(2.0**-self.scale)
 
     def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
+        numbers = self._numbers(previous, x, rule)
+        if numbers is not None:
+            done = _kernels.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
+            if done.in_range:
+                return Stepped(*done)
         wide = self._increment(x, f, rule)
         m, bits = _bits(rule), None
         out = wide.to(self.integer)
@@ -246,6 +257,9 @@ class FixedStreams(Streams):
         return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
+        numbers = self._numbers(following, x, rule)
+        if numbers is not None:
+            return _kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if rule.signs is not None:
@@ -254,6 +268,12 @@ class FixedStreams(Streams):
             return out
         m = _bits(rule)
         return out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m))
+
+    def _numbers(self, state: Tensor, x: Tensor, rule: Rule) -> tuple[float, float, int] | None:
+        """(a, c, m) where the compiled form serves: for numbers, not for one number per sample."""
+        if self.compiled and rule.bits is not None and isinstance(rule.a, float) and isinstance(rule.c, float) and rule.signs is None:
+            return (rule.a, rule.c, rule.bits) if _kernels.suits(state, x) else None
+        return None
 
     def _increment(self, x: Tensor, f: Tensor, rule: Rule) -> Tensor:
         """R = round(2^K·(a·x + c·f)), a float tensor in the layout of ``x``."""

@@ -195,8 +195,8 @@ class Tape:
         assert place is not None
         anchored = self.chain.anchored(place)
         undone = self.rewinds and self.kept is None and previous is not current and not anchored
-        following, out, bits = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not self._in_range(out):
+        following, out, bits, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
+        if not (in_range or self._in_range(out)):
             if self.keep:
                 raise self._out_of_range(unit)
             self._give_up_integers(unit)

@@ -66,7 +66,7 @@ def check_invertible(
     kept = []
     for f in branches:
         rule = coupling.rule("residual", current)
-        following, _, bits = streams.step(previous, streams.read(current), f.to(dtype), rule)
+        following, _, bits, _ = streams.step(previous, streams.read(current), f.to(dtype), rule)
         kept.append((rule, bits))
         previous, current = current, following
     for f, (rule, bits) in zip(reversed(branches), reversed(kept), strict=True):

@@ -383,7 +383,7 @@ def test_a_model_without_a_chain_is_returned_unchanged() -> None:
     assert "forward" not in {n for m in model.modules() for n in vars(m)}
     torch.testing.assert_close(step(model, X), before, rtol=0, atol=0)
     assert set(vars(revwire.revert(model))) == attributes
-    with pytest.raises(revwire.ConversionError, match="strict=True.*no chain of residual units was found"):
+    with pytest.raises(revwire.ConversionError, match=r"strict=True.*no chain of residual units was found"):
         revwire.convert(model, X, strict=True)
 
 

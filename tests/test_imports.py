@@ -1,4 +1,4 @@
-"""Who may import whom: two columns that do not know each other, benchmarks that use public names, a light `import revwire`. And no names of models."""
+"""Who may import whom: two columns that do not know each other, benchmarks that use public names; and no names of models."""
 
 import ast
 import importlib.util
