@@ -61,6 +61,7 @@ def record(
         stack.enter_context(preserved_random_state(devices))
         stack.enter_context(_watch.python_random_kept())
         stack.enter_context(_watch.attributes_kept(module))
+        stack.enter_context(_watch.shards_kept(module))
         stack.enter_context(buffers_kept([module]))
         stack.enter_context(_watch.counters_kept(module))
         recorder.name_all()

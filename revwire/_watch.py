@@ -87,6 +87,18 @@ def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
             v.update(contents)
 
 
+@contextmanager
+def shards_kept(root: nn.Module) -> Iterator[None]:
+    """Let FSDP2 take away again what a run has gathered: it counts which weights are whole, and attributes alone do not tell it."""
+    kept = [(m, list(m.parameters())) for m in root.modules() if hasattr(m, "unshard") and callable(getattr(m, "reshard", None))]
+    try:
+        yield
+    finally:
+        for module, weights in kept:
+            if any(now is not before for now, before in zip(module.parameters(), weights, strict=True)):
+                module.reshard()  # type: ignore[operator]
+
+
 # -- buffers ----------------------------------------------------------------------------------------------------------
 
 
