@@ -1,0 +1,9 @@
+"""Localizers: features of a video -> scored segments."""
+
+from benchmarks.tal.localizers.actionformer import ActionFormer as ActionFormer
+from benchmarks.tal.localizers.detections import Detections as Detections
+from benchmarks.tal.localizers.published import load_published as load_published
+from benchmarks.tal.localizers.published import localizer_of as localizer_of
+
+LOCALIZERS = {"actionformer": ActionFormer}
+"""By the name that a configuration uses."""

@@ -1,0 +1,285 @@
+"""ActionFormer: a pyramid of transformer blocks with local windows, and one head that classifies and regresses every point of it.
+
+Source: Zhang, Wu, Li, "ActionFormer: Localizing Moments of Actions with Transformers" (arXiv 2202.07925). Parameters are named as in
+OpenTAD, so that its weights load by key; its conventions (in which step a point lies, what padding does) are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+from benchmarks.tal.localizers.detections import Detections, Selection
+from benchmarks.tal.localizers.overlap import diou_loss, moved, over_processes, processes
+from benchmarks.tal.localizers.points import Points
+from benchmarks.tal.localizers.transformer import Block, ChannelNorm, ConvUnit
+
+PRIOR = 0.01
+"""Probability of each class at a point of a new model; Lin et al., "Focal Loss" (arXiv 1708.02002), section 3.3."""
+
+
+@dataclass(frozen=True)
+class PointOutputs:
+    """Of each level of the pyramid.
+
+    Attributes:
+        logits: (batch, classes, points)
+        offsets: (batch, 2, points), distances to start and end in strides, not negative.
+        masks: (batch, points), True where a point is valid.
+    """
+
+    logits: list[Tensor]
+    offsets: list[Tensor]
+    masks: list[Tensor]
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels one after the other, at least in float32: logits (batch, points, classes), offsets (batch, points, 2), mask."""
+        logits, offsets = (torch.cat(parts, 2).transpose(1, 2) for parts in (self.logits, self.offsets))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(dtype), offsets.to(dtype), torch.cat(self.masks, 1)
+
+
+class ActionFormer(nn.Module):
+    """Features (batch, channels, steps) and mask (batch, steps) -> classes and extents of the points of a pyramid.
+
+    Args:
+        in_channels: of the features.
+        num_classes: 1 for class-agnostic detection.
+        channels: inside.
+        embed_layers, stem_layers, levels, head_layers: convolutions before the transformer, its blocks before the pyramid, levels of
+            the pyramid (each has half the points of the one before), and convolutions before each prediction.
+        heads: of the attention.
+        window: steps that a step attends to, on all levels or one number per level; 1 or less for all.
+        positions: whether a sinusoid is added to the embedded features.
+        max_steps: shorter inputs are padded to it.
+        ranges: for each level, the distances from a point to the farther end of its segment, in steps; by default the first is
+            (0, 4), and each begins where the one before ends and ends at twice of it.
+        center_radius: points within so many strides of a segment's centre are trained on it; None for all points inside.
+        label_smoothing: share of a class target that goes to all classes alike.
+        regression_weight: of that loss.
+        loss_normalizer, momentum: losses are divided by a moving average of the number of positive points; its first value.
+        drop_path, dropout: rates.
+        min_score, most: which points become detections, see `Selection`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int = 512,
+        embed_layers: int = 2,
+        stem_layers: int = 2,
+        levels: int = 6,
+        head_layers: int = 2,
+        heads: int = 4,
+        window: int | Sequence[int] = 19,
+        positions: bool = False,
+        max_steps: int = 2304,
+        ranges: Sequence[Sequence[float]] | None = None,
+        center_radius: float | None = 1.5,
+        label_smoothing: float = 0.0,
+        regression_weight: float = 1.0,
+        loss_normalizer: float = 100.0,
+        momentum: float = 0.9,
+        drop_path: float = 0.1,
+        dropout: float = 0.0,
+        min_score: float = 0.001,
+        most: int = 2000,
+    ) -> None:
+        super().__init__()
+        windows = [window] * levels if isinstance(window, int) else list(window)
+        self.ranges = _ranges(levels) if ranges is None else [(low, high) for low, high in ranges]
+        if not levels == len(windows) == len(self.ranges):
+            raise ValueError(
+                f"ActionFormer: got {len(windows)} windows and {len(self.ranges)} ranges; expected one for each of {levels} levels"
+            )
+        self.num_classes = num_classes
+        self.max_steps = max_steps
+        self.multiple = max(2**level * max(2 * (w // 2), 1) for level, w in enumerate(windows))
+        self.center_radius = center_radius
+        self.label_smoothing = label_smoothing
+        self.regression_weight = regression_weight
+        self.momentum = momentum
+        self.selection = Selection(min_score, most)
+        self.projection = Pyramid(
+            in_channels, channels, embed_layers, stem_layers, windows, heads, positions, max_steps, drop_path, dropout
+        )
+        self.neck = Norms(channels, levels)
+        self.rpn_head = Head(channels, num_classes, levels, head_layers, loss_normalizer)
+
+    def forward(self, features: Tensor, mask: Tensor) -> PointOutputs:
+        features, mask = self._padded(features, mask)
+        pyramid, masks = self.projection(features, mask)
+        logits, offsets = self.rpn_head(self.neck(pyramid), masks)
+        return PointOutputs(logits, offsets, masks)
+
+    def losses(self, features: Tensor, mask: Tensor, segments: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
+        """Focal loss of all valid points, and DIoU loss of the positive ones.
+
+        Args:
+            segments: of each video (n, 2), in steps.
+            labels: of each video (n,), int64.
+        """
+        outputs = self(features, mask)
+        logits, offsets, valid = outputs.joined()
+        points = self.points(outputs, logits)
+        targets = [points.targets(s, c, self.num_classes, self.center_radius) for s, c in zip(segments, labels, strict=True)]
+        classes, extents = (torch.stack(parts) for parts in zip(*targets, strict=True))
+        positive = (classes.sum(-1) > 0) & valid
+        count = self._normalizer(positive.sum())
+        smooth = classes[valid] * (1 - self.label_smoothing) + self.label_smoothing / (self.num_classes + 1)
+        classification = sigmoid_focal_loss(logits[valid], smooth, alpha=0.25, gamma=2, reduction="sum")
+        regression = diou_loss(points.segments(offsets)[positive], points.segments(extents)[positive]).sum()
+        return {"classification": classification / count, "regression": self.regression_weight * regression / count}
+
+    @torch.no_grad()
+    def decode(self, features: Tensor, mask: Tensor) -> list[Detections]:
+        """The detections of each video, in steps, before suppression."""
+        return [self.selection(segments, scores) for segments, scores in self.propose(features, mask)]
+
+    def propose(self, features: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Segments (points, 2) in steps and scores (points, classes) of each video's valid points."""
+        outputs = self(features, mask)
+        logits, offsets, valid = outputs.joined()
+        segments = self.points(outputs, logits).segments(offsets)
+        return [(s[v], p[v]) for s, p, v in zip(segments, logits.sigmoid(), valid, strict=True)]
+
+    def points(self, outputs: PointOutputs, like: Tensor) -> Points:
+        """The points of a forward pass."""
+        return Points.of([level.shape[1] for level in outputs.masks], self.ranges, like)
+
+    def _normalizer(self, positives: Tensor) -> Tensor:
+        """What a loss of this process is divided by; in training, after the moving average has moved."""
+        if not self.training:
+            return over_processes(positives).clamp(min=1 / processes())
+        head = self.rpn_head
+        head.loss_normalizer = moved(head.loss_normalizer, positives, self.momentum)
+        return head.loss_normalizer / processes()
+
+    def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        steps = features.shape[2]
+        wanted = max(self.max_steps, steps)
+        if steps > self.max_steps:
+            wanted += -steps % self.multiple
+        return F.pad(features, (0, wanted - steps)), F.pad(mask, (0, wanted - steps))
+
+
+class Pyramid(nn.Module):
+    """Features -> one sequence per level, each with half the steps of the one before."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        embed_layers: int,
+        stem_layers: int,
+        windows: Sequence[int],
+        heads: int,
+        positions: bool,
+        max_steps: int,
+        drop_path: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.ModuleList(ConvUnit(channels if i else in_channels, channels) for i in range(embed_layers))
+        self.stem = nn.ModuleList(Block(channels, heads, windows[0], 1, drop_path, dropout) for _ in range(stem_layers))
+        self.branch = nn.ModuleList(Block(channels, heads, window, 2, drop_path, dropout) for window in windows[1:])
+        self.register_buffer("positions", sinusoid(max_steps, channels) if positions else None, persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        for unit in self.embed:
+            x = unit(x, mask)
+        if self.positions is not None:
+            x = x + self._positions(x.shape[2]).to(x.dtype) * mask.unsqueeze(1).to(x.dtype)
+        for block in self.stem:
+            x, mask = block(x, mask)
+        levels, masks = [x], [mask]
+        for block in self.branch:
+            x, mask = block(x, mask)
+            levels.append(x)
+            masks.append(mask)
+        return levels, masks
+
+    def _positions(self, steps: int) -> Tensor:
+        """(1, channels, steps); a longer input than in training has the same positions, stretched."""
+        known = self.positions.shape[2]
+        if steps <= known:
+            return self.positions[:, :, :steps]
+        if self.training:
+            raise ValueError(f"ActionFormer: got {steps} steps in training; expected at most max_steps, {known}, as positions are encoded")
+        return F.interpolate(self.positions, steps, mode="linear", align_corners=False)
+
+
+class Norms(nn.Module):
+    """A norm for each level."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.fpn_norms = nn.ModuleList(ChannelNorm(channels, eps=1e-6) for _ in range(levels))
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [norm(x) for norm, x in zip(self.fpn_norms, levels, strict=True)]
+
+
+class Scale(nn.Module):
+    """A learned factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class Head(nn.Module):
+    """Class logits and offsets of every point; all levels share it, but for a scale of the offsets."""
+
+    def __init__(self, channels: int, num_classes: int, levels: int, layers: int, loss_normalizer: float) -> None:
+        super().__init__()
+        self.cls_convs = nn.ModuleList(ConvUnit(channels, channels) for _ in range(layers))
+        self.reg_convs = nn.ModuleList(ConvUnit(channels, channels) for _ in range(layers))
+        self.cls_head = nn.Conv1d(channels, num_classes, 3, padding=1)
+        self.reg_head = nn.Conv1d(channels, 2, 3, padding=1)
+        self.scale = nn.ModuleList(Scale() for _ in range(levels))
+        self.register_buffer("loss_normalizer", torch.tensor(float(loss_normalizer)))
+        nn.init.constant_(self.cls_head.bias, math.log(PRIOR / (1 - PRIOR)))
+
+    def forward(self, levels: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, offsets = [], []
+        for x, mask, scale in zip(levels, masks, self.scale, strict=True):
+            logits.append(self.cls_head(_through(self.cls_convs, x, mask)))
+            offsets.append(F.relu(scale(self.reg_head(_through(self.reg_convs, x, mask)))))
+        return logits, offsets
+
+
+def _through(units: nn.ModuleList, x: Tensor, mask: Tensor) -> Tensor:
+    for unit in units:
+        x = unit(x, mask)
+    return x
+
+
+def _ranges(levels: int) -> list[tuple[float, float]]:
+    """(0, 4), (4, 8), (8, 16) .., the last without an end."""
+    ends = [0.0, *(4.0 * 2**level for level in range(levels - 1)), 10000.0]
+    return list(pairwise(ends))
+
+
+def sinusoid(steps: int, channels: int) -> Tensor:
+    """Positions (1, channels, steps): Vaswani et al. (arXiv 1706.03762), section 3.5, sine and cosine in turn, divided by √channels."""
+    channel = torch.arange(channels, dtype=torch.float64)
+    rate = 10000 ** (-2 * (channel // 2) / channels)
+    angle = torch.arange(steps, dtype=torch.float64) * rate[:, None]
+    wave = torch.where((channel % 2 == 0)[:, None], angle.sin(), angle.cos())
+    return wave.float().unsqueeze(0) / channels**0.5
