@@ -10,14 +10,17 @@ WIDTH, TOKENS, CLASSES = 16, 6, 5
 
 
 class Attention(nn.Module):
-    """One head of attention, with its projections apart, as tensor parallelism and adapters want them."""
+    """Attention with its projections apart, as tensor parallelism and adapters want them; as many heads as the projections are wide."""
+
+    head = 8
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)))
+        q, k, v = (f(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

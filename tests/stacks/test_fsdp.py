@@ -1,0 +1,180 @@
+"""FSDP2 (`fully_shard`) and tensor parallelism (`parallelize_module`) on two gloo processes."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import checkpoint as sharded_checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import revwire
+from networks import ConvolutionNet, Transformer
+from processes import WORLD, needs_gloo, outcomes, passed
+from table import refused, works
+from training import Run, assert_trains_as_stored, batches, converted, train, watched
+
+STACK = "FSDP2"
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (WORLD,))
+
+
+def sharded(model: nn.Module, by: str, **options: Any) -> nn.Module:
+    """``model`` sharded by the modules of its units, by block, or as a whole; the root in any case."""
+    blocks = list(model.blocks)  # type: ignore[arg-type]
+    parts = {"unit": [part for block in blocks for part in block.children()], "block": blocks, "root": []}[by]
+    for part in (*parts, model):
+        fully_shard(part, mesh=mesh(), **options)
+    return model
+
+
+def trains(rank: int, folder: Path, *, by: str, network: Any = Transformer, **options: Any) -> list[float]:
+    """The losses; warnings of revwire (a chain that begins anew, say) are errors."""
+    warnings.filterwarnings("error", message=r".*\(chain \d+\)")
+
+    def run(model: nn.Module) -> Run:
+        return train(sharded(model, by, **options), batches(network, seed=rank), seed=rank)
+
+    return assert_trains_as_stored(network, run).losses
+
+
+def accumulates(rank: int, folder: Path) -> None:
+    """Accumulation without communication, and clipping by the norm of all shards."""
+
+    def run(model: nn.Module) -> Run:
+        sharded(model, "block")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        run = Run()
+        torch.manual_seed(rank)
+        with watched(model, run):
+            for i, (x, labels) in enumerate(batches(Transformer, 4, seed=rank)):
+                last = i % 2 == 1
+                model.set_requires_gradient_sync(last)  # type: ignore[operator]
+                loss = nn.functional.cross_entropy(model(x), labels)
+                loss.backward()
+                run.losses.append(loss.item())
+                if last:
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return run.finish(model)
+
+    assert_trains_as_stored(Transformer, run)
+
+
+def saves_and_resumes(rank: int, folder: Path) -> None:
+    """Four steps in one go, and two before and two after a sharded checkpoint, which another model loads: the same."""
+
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = sharded(converted(Transformer, seed=seed), "block")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    data = batches(Transformer, 4, seed=rank)
+    model, optimizer = make(seed=0)
+    train(model, data[:2], optimizer=optimizer, seed=rank)
+    names = ("model", "optimizer")
+    sharded_checkpoint.save(dict(zip(names, get_state_dict(model, optimizer), strict=True)), checkpoint_id=str(folder / "checkpoint"))
+    straight = train(model, data[2:], optimizer=optimizer, seed=rank)
+
+    other, optimizer = make(seed=1)
+    state = dict(zip(names, get_state_dict(other, optimizer), strict=True))
+    sharded_checkpoint.load(state, checkpoint_id=str(folder / "checkpoint"))
+    set_state_dict(other, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(other, data[2:], optimizer=optimizer, seed=rank).assert_like(straight, recomputes=False)
+
+
+def tensor_parallel(rank: int, folder: Path) -> None:
+    by_columns = ("attention.query", "attention.key", "attention.value", "mlp.up")
+    plan = {f"blocks.*.{name}": ColwiseParallel() for name in by_columns}
+    plan |= {f"blocks.*.{name}": RowwiseParallel() for name in ("attention.out", "mlp.down")}
+    make = partial(Transformer, dropout=0.0)  # dropout between the split layers would differ by rank
+
+    def run(model: nn.Module, data=batches(Transformer)) -> Run:
+        return train(parallelize_module(model, mesh(), plan), data)
+
+    make.example = Transformer.example  # type: ignore[attr-defined]
+    parallel = assert_trains_as_stored(make, run)
+    alone = train(converted(make), batches(Transformer))
+    parallel.assert_like(alone, tolerance=1e-5, recomputes=False)  # sums over ranks in another order, in float32
+
+
+def convert_a_wrapped_model(rank: int, folder: Path) -> str:
+    model = Transformer()
+    fully_shard(model.blocks[0], mesh=mesh())
+    with pytest.raises(revwire.ConversionError) as caught:
+        revwire.convert(model, Transformer.example())
+    return str(caught.value)
+
+
+CHECKS = {
+    **{f"by_{by}": partial(trains, by=by) for by in ("unit", "block", "root")},
+    **{f"by_{by}_with_statistics": partial(trains, by=by, network=ConvolutionNet) for by in ("unit", "block", "root")},
+    "keeps_whole_weights": partial(trains, by="block", reshard_after_forward=False),
+    "keeps_whole_weights_of_units": partial(trains, by="unit", reshard_after_forward=False),
+    **{f"half_by_{by}": partial(trains, by=by, mp_policy=HALF) for by in ("unit", "block", "root")},
+    **{c.__name__: c for c in (accumulates, saves_and_resumes, tensor_parallel, convert_a_wrapped_model)},
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    return outcomes(CHECKS)
+
+
+@needs_gloo
+@pytest.mark.parametrize("by", ["unit", "block", "root"])
+@works(STACK, "per unit, per block, on the root alone; batch statistics")
+def test_training(found: dict[str, str], by: str) -> None:
+    losses = passed(found, f"by_{by}")
+    passed(found, f"by_{by}_with_statistics")
+    assert losses == passed(found, "by_root"), "the chain is another function when it is sharded otherwise"
+
+
+@needs_gloo
+@works(STACK, "`reshard_after_forward`, on and off")
+def test_resharding(found: dict[str, str]) -> None:
+    assert passed(found, "keeps_whole_weights") == passed(found, "by_block")
+    assert passed(found, "keeps_whole_weights_of_units") == passed(found, "by_block")
+
+
+@needs_gloo
+@pytest.mark.parametrize("by", ["unit", "block", "root"])
+@works(STACK, "`MixedPrecisionPolicy`", "the streams stay in float32 or fixed point, whatever the weights are cast to")
+def test_mixed_precision(found: dict[str, str], by: str) -> None:
+    assert passed(found, f"half_by_{by}") == passed(found, "half_by_block")
+
+
+@needs_gloo
+@works(STACK, "gradient accumulation, clipping")
+def test_accumulation(found: dict[str, str]) -> None:
+    passed(found, "accumulates")
+
+
+@needs_gloo
+@works(STACK, "sharded save and load (`torch.distributed.checkpoint`)")
+def test_sharded_checkpoints(found: dict[str, str]) -> None:
+    passed(found, "saves_and_resumes")
+
+
+@needs_gloo
+@works("Tensor parallelism", "`parallelize_module` on the layers of branches", "convert first; dropout between split layers differs by rank")
+def test_tensor_parallelism(found: dict[str, str]) -> None:
+    passed(found, "tensor_parallel")
+
+
+@needs_gloo
+@refused("Conversion itself", "a model of which a part is sharded by FSDP", "convert first, then shard")
+def test_a_wrapped_model(found: dict[str, str]) -> None:
+    assert re.search(r"FSDPModule already \(at blocks\.0\).*convert it first", passed(found, "convert_a_wrapped_model"))
