@@ -262,7 +262,7 @@ def _size(values: Sequence[int]) -> Size:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normal weights and no bias, as published (arXiv 2103.14030, appendix)."""
+    """Truncated normal weights and no bias, as published."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -4,6 +4,7 @@ from benchmarks.tal.localizers.actionformer import ActionFormer as ActionFormer
 from benchmarks.tal.localizers.detections import Detections as Detections
 from benchmarks.tal.localizers.published import load_published as load_published
 from benchmarks.tal.localizers.published import localizer_of as localizer_of
+from benchmarks.tal.localizers.vsgn import VSGN as VSGN
 
-LOCALIZERS = {"actionformer": ActionFormer}
+LOCALIZERS = {"actionformer": ActionFormer, "vsgn": VSGN}
 """By the name that a configuration uses."""

@@ -1,6 +1,6 @@
 """Points of a feature pyramid, and what each is trained to predict.
 
-Level l has stride 2^l: its points lie at 0, 2^l, 2·2^l .. steps. Source: ActionFormer (arXiv 2202.07925), sections 3.3 and 3.4, after FCOS
+Level l has stride 2^l: its points lie at 0, 2^l, 2·2^l .. steps. Source: ActionFormer (arXiv 2202.07925), after FCOS
 (Tian et al., arXiv 1904.01355).
 """
 

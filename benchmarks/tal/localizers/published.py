@@ -7,10 +7,11 @@ from typing import Any
 
 from benchmarks.tal.backbones.published import Checkpoint, load_all, subtree
 from benchmarks.tal.localizers.actionformer import ActionFormer
+from benchmarks.tal.localizers.vsgn import VSGN
 
-Localizer = ActionFormer
+Localizer = ActionFormer | VSGN
 
-_ANCHORS = {ActionFormer: "projection.embed.0.conv.weight"}
+_ANCHORS = {ActionFormer: "projection.embed.0.conv.weight", VSGN: "projection.stem_convs.conv.weight"}
 _PARTS = ("projection.", "neck.", "rpn_head.", "roi_head.")
 
 
@@ -21,12 +22,14 @@ def load_published(localizer: Localizer, checkpoint: Checkpoint) -> None:
         KeyError: the localizer's parameters are not there, or others than these.
     """
     state = subtree(checkpoint, _ANCHORS[type(localizer)])
-    load_all(localizer, {name: value for name, value in state.items() if name.startswith(_PARTS)})
+    averages = {name: value for name, value in localizer.named_buffers() if name.startswith("loss_normalizer_")}  # VSGN's are not published
+    load_all(localizer, averages | {name: value for name, value in state.items() if name.startswith(_PARTS)})
 
 
 def localizer_of(reference: Mapping[str, Any]) -> Localizer:
     """The localizer of a reference file: an object with ``config`` and ``state_dict``, as OpenTAD's configurations spell them."""
-    localizer = _actionformer(reference["config"])
+    config = reference["config"]
+    localizer = _vsgn(config) if "pyramid_levels" in config else _actionformer(config)
     load_published(localizer, reference)
     return localizer
 
@@ -52,4 +55,27 @@ def _actionformer(config: Mapping[str, Any]) -> ActionFormer:
         regression_weight=config["loss_weight"],
         loss_normalizer=config["loss_normalizer"],
         drop_path=config["path_pdrop"],
+    )
+
+
+def _vsgn(config: Mapping[str, Any]) -> VSGN:
+    graph, loss, columns = config["gcn_kwargs"], config["loss_cls"], config["num_classes"]
+    known = {"nfeat_mode": "feat_ctr", "agg_type": "max", "edge_weight": "false"}
+    if config["use_gcn"] and {key: graph[key] for key in known} != known:
+        raise ValueError(f"VSGN: got a graph of {graph}; expected {known}")
+    if loss["type"] != ("FocalLoss" if columns == 1 else "BalancedCELoss"):
+        raise ValueError(f"VSGN: got {loss['type']} for {columns} columns; expected FocalLoss for one, and BalancedCELoss for more")
+    return VSGN(
+        config["in_channels"],
+        max(columns - 1, 1),
+        channels=config["channels"],
+        strides=config["pyramid_levels"],
+        max_steps=config["tscale"],
+        scales=config["anchor_scale"],
+        layers=config["num_layers"],
+        neighbours=graph["num_neigh"] if config["use_gcn"] else None,
+        match_iou=config["rpn_iou_thr"],
+        refine_iou=config["roi_iou_thr"],
+        focal_alpha=loss.get("alpha", 0.25),
+        focal_gamma=loss.get("gamma", 2.0),
     )

@@ -1,6 +1,6 @@
 """Transformer blocks over a sequence of steps with a mask, which may halve its length.
 
-Source: Zhang, Wu, Li, "ActionFormer" (arXiv 2202.07925), section 3.2. All tensors are (batch, channels, steps), masks (batch, steps), True
+Source: Zhang, Wu, Li, "ActionFormer" (arXiv 2202.07925). All tensors are (batch, channels, steps), masks (batch, steps), True
 where a step is valid.
 """
 
@@ -47,7 +47,7 @@ class Depthwise(nn.Module):
 
 
 class ScaledPath(nn.Module):
-    """A residual branch with a learned scale per channel, dropped at random per sample; Touvron et al., CaiT (arXiv 2103.17239), eq. 10."""
+    """A residual branch with a learned scale per channel, dropped at random per sample; Touvron et al., CaiT (arXiv 2103.17239)."""
 
     def __init__(self, channels: int, rate: float) -> None:
         super().__init__()
