@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import coverage
+from benchmarks.harness import coverage, retention
 from benchmarks.harness.record import RESULTS, Record, Row, read
 
 ROOT = RESULTS.parents[1]
@@ -105,6 +105,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "conversion": conversion,
     "language_model": language_model,
     **dict.fromkeys(ZOOS, coverage.models),
+    **retention.TABLES,
 }
 
 
@@ -113,9 +114,11 @@ def _quartiles(q: Row) -> str:
 
 
 def render(name: str) -> str:
-    """The tables of an experiment, one per device, each with its conditions below it; ``zoo`` is the summary of all zoos."""
+    """The tables of an experiment, one per device, each with its conditions below it; ``zoo`` and ``retention`` are summaries."""
     if name == "zoo":
         return _summary()
+    if name == "retention":
+        return "\n".join([*_lines(retention.claims()), ""])
     records = read(name)
     return "\n".join(_render(record) for record in records) if records else "not measured yet\n"
 
