@@ -14,7 +14,7 @@ COUPLINGS = (
     "re2tal",
     *("bdia", "bdia:1/2", "bdia:1/4", "bdia:1/8", "bdia:1/16", "bdia:1/32", "bdia:1/64", "bdia:1/128"),
     *("bdia-random:1/2", "bdia-random:1/4"),
-    *("momentum:1/2", "momentum:1/4", "momentum:1/8", "momentum:1/16"),
+    *("momentum:1/2", "momentum:1/4", "momentum:1/8", "momentum:1/16", "momentum:1/32", "momentum:1/64"),
     *("dr2net:1,1/8", "midpoint:1,2"),
 )
 
