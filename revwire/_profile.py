@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from revwire._convert import as_call, report, revert, stored_activations
-from revwire._replay import accelerators_of, preserved_random_state
+from revwire._step import Loss, device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
-
-Loss = Callable[[Any], Tensor]
 
 REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
 _MIB = 2**20
@@ -110,32 +105,20 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     criterion = loss or mean_square
     original = _checkpointed_twin(model)
     call = as_call(example_inputs)
-    leaves = _own_leaves((call.args, call.kwargs))
+    leaves = own_leaves((call.args, call.kwargs))
     forwards: dict[str, Callable[[], Tensor]] = {
-        REVWIRE: lambda: criterion(_call(model, leaves)),
-        STORED: lambda: _stored(model, lambda: criterion(_call(model, leaves))),
-        CHECKPOINT: lambda: criterion(_call(original, leaves)),
+        REVWIRE: lambda: criterion(run_model(model, leaves)),
+        STORED: lambda: _stored(model, lambda: criterion(run_model(model, leaves))),
+        CHECKPOINT: lambda: criterion(run_model(original, leaves)),
     }
     steps = {name: partial(_step, forward) for name, forward in forwards.items()}
-    device = _device(model, leaves)
-    with _left_as_found(model):
+    device = device_of(model, leaves)
+    with left_as_found(model):
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
         saved = {name: saved_bytes(forward, device) for name, forward in forwards.items()}
         timings = paired_seconds(steps, repeats, device)
     costs = {n: Cost(saved[n], peaks[n], timings.seconds(n), timings.ratio(n, STORED)) for n in steps}
     return Profile(costs, str(device), repeats)
-
-
-def mean_square(output: Any) -> Tensor:
-    """The mean square over all floating-point tensors of a model's output, of any nesting."""
-    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch.stack([t.float().square().mean() for t in leaves]).mean()
-
-
-def _call(model: nn.Module, leaves: tuple[Any, Any]) -> Any:
-    """Call on containers made anew: some models write to the list that they are given."""
-    args, kwargs = tree_map(lambda leaf: leaf, leaves)
-    return model(*args, **kwargs)
 
 
 def _step(forward: Callable[[], Tensor]) -> None:
@@ -145,16 +128,6 @@ def _step(forward: Callable[[], Tensor]) -> None:
 def _stored(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
     with stored_activations(model):
         return forward()
-
-
-def _own_leaves(inputs: Any) -> Any:
-    """The inputs on the same storage, with a ``.grad`` of their own: the caller's stays as it is."""
-    return tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, inputs)
-
-
-def _device(model: nn.Module, inputs: Any) -> torch.device:
-    tensors = [*model.parameters(), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
-    return next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))
 
 
 def _checkpointed_twin(model: nn.Module) -> nn.Module:
@@ -170,21 +143,3 @@ def _checkpointed_twin(model: nn.Module) -> nn.Module:
             host = twin.get_submodule(path)
             host.forward = partial(checkpoint, host.forward, use_reentrant=False)
     return twin
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, buffers and random state at the end; inside, each ``.grad`` is allocated and zero."""
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with preserved_random_state(accelerators_of(model.parameters())):
-        try:
-            for p, _ in grads:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
-            yield
-        finally:
-            with torch.no_grad():
-                for p, grad in grads:
-                    p.grad = grad
-                for buffer, value in buffers:
-                    buffer.copy_(value)

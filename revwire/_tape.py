@@ -221,6 +221,8 @@ class Tape:
         self._advance(state)
         if ends and self._passing:
             self.state, self.versions = self.records.pop()  # type: ignore[misc]
+        elif ends:  # the whole chain is stored: a spent link must not keep its last states alive
+            self.state = None
 
     @property
     def _passing(self) -> bool:

@@ -1,0 +1,176 @@
+"""What a step costs when some units are stored or checkpointed, from one measured step in which all are reversible.
+
+Note [Bytes by prefix]
+    Backward passes visit units in the reverse order of forward, so at any moment the units whose memory waits are the first p
+    of them. A stretch of the step then holds what was measured, plus what those p units keep beyond their reversible form. In its own
+    backward a unit has its activations in any mode: kept, or just recomputed.
+
+Note [Forms]
+    What a mode keeps depends on the neighbours, since states are shared:
+
+    ===  ============  =============================================================================
+    r    reversible    the kept bits: what was measured
+    c    checkpointed  one state, and one more where the unit before is not checkpointed
+    s    stored        its activations; where the run of such units begins, the two states before it
+    z    stored        likewise, in a run that ends the chain: its two states replace those of the end
+    a    stored        likewise, in a chain that is stored as a whole: no states at all
+    ===  ============  =============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from revwire._meter import Measured
+from revwire._module import Mode
+
+Form = Literal["r", "c", "s", "z", "a"]
+MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "s": "stored", "z": "stored", "a": "stored"}
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """One run of a unit.
+
+    Attributes:
+        chain, unit: which one.
+        saved: bytes that autograd keeps for it.
+        kept: bytes that are kept for it when it is reversible.
+        state: bytes of one of its chain's states.
+        gain: seconds by which a step is shorter when it is stored.
+        relief: seconds by which a step is shorter when it is checkpointed.
+        ends: whether it is the last of its chain.
+        fixed: it stays reversible: nothing is rebuilt for it, or it runs several times.
+    """
+
+    chain: int
+    unit: int
+    saved: int
+    kept: int
+    state: int
+    gain: float
+    relief: float
+    ends: bool
+    fixed: bool
+
+    def forms(self, before: Form | None) -> tuple[Form, ...]:
+        """The forms that it may have after a unit of form ``before`` (None: it is the first of its chain)."""
+        if before in ("z", "a"):
+            return () if self.fixed else (before,)
+        if self.fixed:
+            return ("r",)
+        if before is None:
+            return ("r", "a") if self.ends else ("r", "s", "a")
+        if before == "s":
+            return ("r", "c") if self.ends else ("r", "c", "s")
+        return ("r", "c", "z") if self.ends else ("r", "c", "s", "z")
+
+    def extra(self, form: Form, before: Form | None) -> int:
+        """Bytes kept beyond those of its reversible form, from its forward to its backward."""
+        if form == "r":
+            return 0
+        if form == "c":
+            return (1 if before == "c" else 2) * self.state - self.kept
+        states = 0
+        if form == "s" and before in ("r", "c"):
+            states = 2 if before == "r" else 1
+        if form == "a" and self.ends:
+            states = -2
+        return self.saved - self.kept + states * self.state
+
+    def seconds(self, form: Form) -> float:
+        """Seconds by which a step is shorter than with the reversible form."""
+        return {"r": 0.0, "c": self.relief}.get(form, self.gain)
+
+
+@dataclass
+class _Levels:
+    """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward."""
+
+    start: int = 0
+    forward: int = 0
+    grown: int = 0
+    rebuild: int = 0
+    backward: int = 0
+
+
+class Costs:
+    """Bytes and seconds of a step by the forms of its units.
+
+    Args:
+        measured: one step with every unit reversible.
+        kept, state: bytes by chain and place, as in `UnitCost`.
+    """
+
+    def __init__(self, measured: Measured, kept: Sequence[Sequence[int]], state: Sequence[int]) -> None:
+        self.measured = measured
+        self.seconds = sum(s.seconds for s in measured.stretches)
+        self.levels = [_Levels() for _ in measured.places]
+        self.waiting = [0] * (len(measured.places) + 1)  # the peak of stretches in which the first p units wait
+        self._read()
+        rebuilt = {s.mark.run: before.seconds for before, s in zip(measured.stretches, measured.stretches[1:], strict=False)
+                   if s.mark.kind == "rebuilt"}  # fmt: skip
+        self.units = [
+            UnitCost(
+                chain=c,
+                unit=u,
+                saved=measured.saved[run],
+                kept=kept[c][u],
+                state=state[c],
+                gain=rebuilt.get(run, 0.0) + arithmetic.keep,
+                relief=arithmetic.keep + arithmetic.undo,
+                ends=u == len(kept[c]) - 1,
+                fixed=run not in rebuilt or measured.places.count((c, u)) > 1,
+            )
+            for run, ((c, u), arithmetic) in enumerate(zip(measured.places, measured.arithmetic, strict=True))
+        ]
+
+    def _read(self) -> None:
+        """Sort the stretches of the step; see Note [Bytes by prefix]."""
+        alive: set[int] = set()
+        for stretch in self.measured.stretches:
+            kind, run = stretch.mark
+            if kind == "enter":
+                self.levels[run].start, self.levels[run].forward = stretch.level, stretch.peak
+                continue
+            if kind == "leave":
+                alive.add(run)
+                self.levels[run].grown = stretch.level - self.levels[run].start
+            elif kind == "grad":
+                alive.discard(run)
+                self.levels[run].rebuild = max(self.levels[run].rebuild, stretch.peak)
+                continue
+            elif kind == "rebuilt":
+                self.levels[run].backward = max(self.levels[run].backward, stretch.peak)
+                continue
+            p = max(alive, default=-1) + 1
+            self.waiting[p] = max(self.waiting[p], stretch.peak)
+
+    def own(self, run: int, form: Form) -> int:
+        """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
+        unit, at = self.units[run], self.levels[run]
+        if MODES[form] != "stored":
+            return max(at.forward, at.rebuild, at.backward)
+        stored = at.start + unit.saved + max(0, at.grown - unit.kept)
+        return max(at.forward, stored, at.backward - (2 * unit.state if form == "a" else 0))
+
+    def forecast(self, forms: Sequence[Form]) -> tuple[int, float]:
+        """(peak bytes of a step above rest, seconds of a step) with these forms of the runs, in forward order."""
+        before: dict[int, Form] = {}
+        kept, peak, seconds = 0, self.waiting[0], self.seconds
+        for run, (unit, form) in enumerate(zip(self.units, forms, strict=True)):
+            peak = max(peak, kept + self.own(run, form))
+            kept += unit.extra(form, before.get(unit.chain) if unit.unit else None)
+            peak = max(peak, kept + self.waiting[run + 1])
+            seconds -= unit.seconds(form)
+            before[unit.chain] = form
+        return peak, seconds
+
+    def uniform(self, mode: Mode) -> list[Form]:
+        """The forms in which every unit has this mode, as far as it may."""
+        broken = {u.chain for u in self.units if u.fixed}
+        if mode == "stored":
+            return ["r" if u.chain in broken else "a" for u in self.units]
+        return ["r" if mode == "reversible" or u.fixed or not u.unit else "c" for u in self.units]

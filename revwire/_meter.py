@@ -1,0 +1,275 @@
+"""Measure a training step piece by piece: what is alive, and how long it takes, from one mark in the chains to the next.
+
+Note [Marks]
+    A chain tells its meter where each unit begins and ends in the forward pass, and its monitor when a state has been
+    rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the CPU
+    the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching allocator
+    is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+from revwire._couplings import Coupling
+from revwire._module import Chain, Unit
+from revwire._numerics import Streams, stream_dtype
+from revwire._records import UnitRecord
+from revwire._rewind import running_pass
+from revwire._tape import Tape
+from revwire.measure import _standard_error_closed
+
+_NAME = "revwire mark "
+
+
+class Mark(NamedTuple):
+    """A moment of a step: a unit begins, has ended, gets its gradient, or has its input rebuilt. ``run`` counts runs of units."""
+
+    kind: Literal["begin", "enter", "leave", "grad", "rebuilt"]
+    run: int
+
+
+class Place(NamedTuple):
+    """Which unit ran: the number of its chain, and its place in it."""
+
+    chain: int
+    unit: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A piece of a step.
+
+    Attributes:
+        mark: what began it.
+        level: bytes alive at its beginning, above rest.
+        peak: the most bytes alive during it, above rest.
+        seconds: its wall-clock time.
+    """
+
+    mark: Mark
+    level: int
+    peak: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Seconds of what a chain does to its streams for one unit: keeping the bits, and going back."""
+
+    keep: float
+    undo: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step with every unit reversible.
+
+    Attributes:
+        places: the unit of each run, in the order of the forward pass.
+        stretches: the pieces of the step, in order.
+        saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
+        arithmetic: of each run.
+    """
+
+    places: tuple[Place, ...]
+    stretches: tuple[Stretch, ...]
+    saved: tuple[int, ...]
+    arithmetic: tuple[Arithmetic, ...]
+
+
+def _saved(tape: Tape, position: int) -> int:
+    """Bytes that a recompute has just saved, but for what was there anyway: weights and extra inputs."""
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    there = {t.untyped_storage().data_ptr() for t, _ in (*record.owned.weights, *record.inputs)}
+    cache = tape.passes[running_pass()].cache.values()
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in cache if t.layout is torch.strided}
+    return sum(size for address, size in found.items() if address not in there)
+
+
+class _Sample(NamedTuple):
+    """What the arithmetic of a unit works on."""
+
+    streams: Streams
+    shape: torch.Size
+    dtype: torch.dtype
+    coupling: Coupling
+
+
+class _Marker:
+    """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark."""
+
+    def __init__(self, chains: Sequence[Chain], note: Callable[[], None]) -> None:
+        self.numbers = {id(chain): i for i, chain in enumerate(chains)}
+        self.note = note
+        self.marks: list[Mark] = []
+        self.places: list[Place] = []
+        self.samples: dict[Place, _Sample] = {}
+        self.saved: dict[int, int] = {}
+        self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
+
+    def mark(self, kind: Literal["begin", "enter", "leave", "grad", "rebuilt"], run: int = -1) -> None:
+        self.marks.append(Mark(kind, run))
+        self.note()
+
+    def enter(self, chain: Chain, unit: Unit) -> None:
+        self.places.append(Place(self.numbers[id(chain)], unit.index))
+        self.mark("enter", len(self.places) - 1)
+
+    def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
+        run = len(self.places) - 1
+        place = self.places[run] = Place(self.numbers[id(chain)], tape.position - 1)
+        self.samples[place] = _Sample(tape.streams, out.shape, stream_dtype(out.dtype), tape.couplings[place.unit])
+        if out.requires_grad:
+            out.register_hook(lambda _: self.mark("grad", run))  # type: ignore[no-untyped-call]
+        self.mark("leave", run)
+
+    def forward(self, tape: Tape, position: int, state: Tensor) -> None:
+        self.runs[id(tape), position] = len(self.places) - 1
+
+    def backward(self, tape: Tape, position: int, state: Tensor) -> None:
+        run = self.runs[id(tape), position]
+        self.saved[run] = _saved(tape, position)
+        self.mark("rebuilt", run)
+
+
+def measured(chains: Sequence[Chain], step: Callable[[], None], device: torch.device, rounds: int = 2) -> Measured:
+    """Run ``step`` (forward and backward) a few times with every unit reversible, and measure its stretches.
+
+    ``step`` leaves nothing behind that was not there after it had run once.
+    """
+    modes = [chain.modes for chain in chains]
+    try:
+        for chain in chains:
+            chain.modes = None
+        step()
+        levels, marker = (_cuda_levels if device.type == "cuda" else _cpu_levels)(chains, step)
+        seconds = _seconds(chains, step, device, rounds)
+        timed = _arithmetic(marker.samples.values(), device)
+    finally:
+        for chain, before in zip(chains, modes, strict=True):
+            chain.modes = before
+    stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
+    saved = tuple(marker.saved.get(run, 0) for run in range(len(marker.places)))
+    return Measured(tuple(marker.places), stretches, saved, tuple(timed[marker.samples[p]] for p in marker.places))
+
+
+@contextmanager
+def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
+    try:
+        for chain in chains:
+            chain.meter = chain.monitor = marker
+        marker.mark("begin")
+        yield
+    finally:
+        for chain in chains:
+            chain.meter = chain.monitor = None
+
+
+def _cpu_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:
+    def note() -> None:
+        with profiler.record_function(f"{_NAME}{len(marker.marks)}"):
+            pass
+
+    marker = _Marker(chains, note)
+    gc.collect()
+    trace: Any = profiler.profile(profile_memory=True)
+    with _standard_error_closed():
+        trace.__enter__()
+    try:
+        with _marked(chains, marker):
+            step()
+    finally:
+        with _standard_error_closed():
+            trace.__exit__(None, None, None)
+    levels: list[tuple[int, int]] = []
+    alive = 0
+    for event in trace.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            if levels:
+                levels[-1] = levels[-1][0], max(levels[-1][1], alive)
+        elif event.name().startswith(_NAME):
+            levels.append((alive, alive))
+    return levels, marker
+
+
+def _cuda_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:
+    levels: list[tuple[int, int]] = []
+
+    def close() -> None:
+        if levels:
+            levels[-1] = levels[-1][0], torch.cuda.max_memory_allocated() - rest
+
+    def note() -> None:
+        close()
+        levels.append((torch.cuda.memory_allocated() - rest, 0))
+        torch.cuda.reset_peak_memory_stats()
+
+    marker = _Marker(chains, note)
+    gc.collect()
+    torch.cuda.synchronize()
+    rest = torch.cuda.memory_allocated()
+    with _marked(chains, marker):
+        step()
+    close()
+    return levels, marker
+
+
+def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
+    """Of each stretch, the least of a few rounds: what disturbs a machine only ever adds."""
+    times: list[float] = []
+
+    def note() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(perf_counter())
+
+    best: list[float] = []
+    for _ in range(rounds):
+        times = []
+        with _marked(chains, _Marker(chains, note)):
+            step()
+        note()
+        lasted = [b - a for a, b in pairwise(times)]
+        best = lasted if not best else [min(a, b) for a, b in zip(best, lasted, strict=True)]
+    return best
+
+
+def _arithmetic(samples: Iterable[_Sample], device: torch.device) -> dict[_Sample, Arithmetic]:
+    """Time the steps of units, forwards and backwards, on states of the same shape."""
+    return {sample: _timed(sample, device) for sample in set(samples)}
+
+
+def _timed(sample: _Sample, device: torch.device) -> Arithmetic:
+    streams = sample.streams
+    x = torch.zeros(sample.shape, dtype=sample.dtype, device=device)
+    state, rule = streams.enter(x), sample.coupling.rule("residual", x)
+    if rule.bits is None and streams.bound is not None:
+        return Arithmetic(0.0, 0.0)  # a chain that runs as the original network
+    kept = _best(lambda: streams.step(state, x, x, rule, undone=True), device)
+    dropped = _best(lambda: streams.step(state, x, x, rule, undone=False), device)
+    stepped = streams.step(state, x, x, rule, undone=True)
+    return Arithmetic(max(0.0, kept - dropped), _best(lambda: streams.unstep(stepped.state, x, x, rule, stepped.bits), device))
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(3):
+        start = perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, perf_counter() - start)
+    return best
