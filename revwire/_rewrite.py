@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from revwire._errors import CaptureError, RevwireError
 from revwire._fresh import fresh_arguments
@@ -59,6 +60,7 @@ class RewiredForward:
         self.__dict__.update(state)
         self.guarded = {id(self.host): self.host}
 
+    @_disable_dynamo  # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
