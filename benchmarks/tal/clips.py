@@ -322,14 +322,14 @@ Transform = Callable[[Tensor], Tensor]
 def augmentation(size: int, *, scale: tuple[float, float] | None = (0.08, 1.0), flip: bool = True, jitter: float = 0.0) -> Transform:
     """For training: a random part of the picture (``scale``: its share of the area; None: a random square) scaled to ``size`` pixels.
 
-    ``flip`` mirrors half of the clips, ``jitter`` changes brightness, contrast, saturation by up to this factor, and hue by a third of it.
+    ``flip`` mirrors half of the clips, ``jitter`` changes brightness, contrast and saturation by up to this share.
     """
     cut: v2.Transform = v2.RandomCrop(size) if scale is None else v2.RandomResizedCrop(size, scale=scale, antialias=True)
     steps: list[v2.Transform] = [cut]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if jitter:
-        steps.append(v2.ColorJitter(jitter, jitter, jitter, min(jitter / 3, 0.5)))
+        steps.append(v2.ColorJitter(jitter, jitter, jitter))
     return v2.Compose(steps)
 
 

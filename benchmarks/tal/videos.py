@@ -34,6 +34,9 @@ EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", 
 SLACK = 1.0
 """Seconds by which a file may be shorter than it says, or than its annotations say, before that is reported."""
 
+DAMAGES = 100
+"""Damaged places of a file that are passed over in one go, where that is wanted."""
+
 
 class VideoError(RuntimeError):
     """A file that cannot be read as a video, or a frame of it."""
@@ -210,21 +213,21 @@ def read(
         path: a video file.
         numbers: places in the order in which frames are shown, from 0; in any order, repeated or not.
         short_side: pixels of the shorter side, to which frames are scaled as they are decoded; without it, their own size.
-        lenient: frames that cannot be decoded are replaced by the nearest ones that can, with a :class:`VideoWarning`.
+        lenient: frames that are not there or cannot be decoded are replaced by the nearest ones that can, with a :class:`VideoWarning`.
         threads: of the decoder.
 
     Raises:
         VideoError: the file cannot be read, or, unless ``lenient``, one of the frames.
-        IndexError: a number below 0 or past the last frame.
+        IndexError: a number below 0, or, unless ``lenient``, past the last frame.
     """
     where = index(path)
     wanted, places = np.unique(np.asarray(numbers, dtype=np.int64), return_inverse=True)
-    if len(wanted) and (wanted[0] < 0 or wanted[-1] >= where.frames):
+    if len(wanted) and (wanted[0] < 0 or (wanted[-1] >= where.frames and not lenient)):
         raise IndexError(f"{path}: frames {wanted[0]} to {wanted[-1]} were asked for; it has frames 0 to {where.frames - 1}")
     scaler = _Scaler(short_side)
     found: dict[int, NDArray[np.uint8]] = {}
     try:
-        for number, frame in _frames(path, where, wanted.tolist(), threads):
+        for number, frame in _frames(path, where, wanted.tolist(), threads, lenient):
             found[number] = scaler(frame)
     except FFmpegError as error:
         if not lenient:
@@ -262,14 +265,14 @@ class _Scaler:
         return frame.reformat(*self.size, format="rgb24", interpolation="BILINEAR").to_ndarray()
 
 
-def _frames(path: Path | str, where: Index, wanted: Sequence[int], threads: int) -> Iterator[tuple[int, VideoFrame]]:
+def _frames(path: Path | str, where: Index, wanted: Sequence[int], threads: int, lenient: bool) -> Iterator[tuple[int, VideoFrame]]:
     """(number, frame) of the ``wanted`` ones, ascending; those that the decoder does not give are left out."""
     if not len(where.stamps):
         yield from _counted(path, set(wanted), threads)
         return
     with _open(path) as container:
-        reader = _Reader(container, where, threads)
-        for number in wanted:
+        reader = _Reader(container, where, threads, lenient)
+        for number in (n for n in wanted if n < where.frames):
             if (frame := reader.frame(int(where.stamps[number]))) is not None:
                 yield number, frame
 
@@ -289,8 +292,9 @@ def _counted(path: Path | str, wanted: Collection[int], threads: int) -> Iterato
 class _Reader:
     """A file open for decoding, at some place. Frames come by ascending time stamp."""
 
-    def __init__(self, container: InputContainer, where: Index, threads: int) -> None:
+    def __init__(self, container: InputContainer, where: Index, threads: int, lenient: bool) -> None:
         self.container, self.starts = container, where.starts
+        self.patience = DAMAGES if lenient else 0
         self.stream = container.streams.video[0]
         self.stream.codec_context.thread_count = threads
         self.decoder = container.decode(self.stream)
@@ -318,10 +322,20 @@ class _Reader:
     def _forward(self, stamp: int) -> VideoFrame | None:
         """Decode up to the first frame at ``stamp`` or after it; None at the end."""
         while self.last is None or self.last.pts is None or self.last.pts < stamp:
-            self.last = next(self.decoder, None)
+            self.last = self._next()
             if self.last is None:
                 return None
         return self.last
+
+    def _next(self) -> VideoFrame | None:
+        while True:
+            try:
+                return next(self.decoder, None)
+            except FFmpegError:
+                if not self.patience:
+                    raise
+                self.patience -= 1
+                self.decoder = self.container.decode(self.stream)  # goes on with the packet after the damaged one
 
 
 # -- auditing ----------------------------------------------------------------------------------------------------------
