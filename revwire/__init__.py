@@ -12,6 +12,7 @@ from revwire._couplings import Midpoint as Midpoint
 from revwire._couplings import Momentum as Momentum
 from revwire._couplings import RandomBdia as RandomBdia
 from revwire._couplings import Re2TAL as Re2TAL
+from revwire._errors import BudgetError as BudgetError
 from revwire._errors import CaptureError as CaptureError
 from revwire._errors import ConversionError as ConversionError
 from revwire._errors import CouplingError as CouplingError
@@ -19,6 +20,7 @@ from revwire._errors import RangeError as RangeError
 from revwire._errors import ReconstructionError as ReconstructionError
 from revwire._errors import RevwireError as RevwireError
 from revwire._errors import UnsupportedTransformError as UnsupportedTransformError
+from revwire._plan import Forecast as Forecast
 from revwire._plan import Plan as Plan
 from revwire._profile import Profile as Profile
 from revwire._profile import profile as profile

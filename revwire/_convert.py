@@ -8,21 +8,24 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revwire._adds import Candidate
+from revwire._budget import Budget, fit, parse_budget
 from revwire._chains import Search, find_chains
 from revwire._choice import Anchors, Choice, Couplings
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
-from revwire._errors import CaptureError, ConversionError, RevwireError
+from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
 from revwire._graph import build_graph
 from revwire._module import Chain
 from revwire._plan import Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._program import Program, Slot, pattern_of
 from revwire._recording import Recording
 from revwire._rewrite import install, rewired_of, uninstall
+from revwire._step import device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire._trace import record
 from revwire._units import UnitKey, find_units, unit_keys
 from revwire._unready import refuse_unready
@@ -38,6 +41,7 @@ class _Options:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     strict: bool = False
+    budget: Budget = None
 
 
 @dataclass
@@ -69,6 +73,7 @@ def plan(
     exclude: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
+    memory_budget: Budget = None,
 ) -> Plan:
     """What `convert` would do, without doing it.
 
@@ -84,6 +89,10 @@ def plan(
         anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
             the measured drift of float streams needs to stay within ``tolerance``.
         tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
+        memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
+            inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
+            the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed or reversible,
+            so that the step is fastest within the budget. ``plan.forecast`` has the prediction. None: every unit is reversible.
 
     Returns:
         The plan: chains, units, and each residual add that stays, with its reason.
@@ -91,6 +100,7 @@ def plan(
     Raises:
         ConversionError: the model is converted already, or fails on the example.
         CouplingError: no such coupling, or no such arithmetic for it.
+        BudgetError: no mix fits the memory budget; names the smallest that one does.
 
     Example:
         >>> import torch, revwire
@@ -98,7 +108,14 @@ def plan(
         >>> [unit.path for unit in revwire.plan(net, torch.randn(1, 4, 16)).chains[0].units][:2]
         ['layers.0.self_attn', 'layers.0.linear1']
     """
-    return _prepare(model, example_inputs, _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude))[0]
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, budget=memory_budget)
+    if memory_budget is None:
+        return _prepare(model, example_inputs, options)[0]
+    _refuse_converted(model)
+    _rewire(model, example_inputs, options)
+    found = report(model)
+    revert(model)
+    return found
 
 
 def convert(
@@ -112,6 +129,7 @@ def convert(
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
     strict: bool = False,
+    memory_budget: Budget = None,
 ) -> M:
     """Rewire the residual chains of ``model`` into reversible ones, in place, and return it.
 
@@ -119,8 +137,8 @@ def convert(
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
-        model, example_inputs, coupling, exact, include, exclude, anchors, tolerance: as for `plan`. Without ``example_inputs``, the first
-            call of the model is the example.
+        model, example_inputs, coupling, exact, include, exclude, anchors, tolerance, memory_budget: as for `plan`. Without
+            ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
     Raises:
@@ -132,7 +150,7 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, strict)
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, strict, memory_budget)
     _refuse_converted(model)
     if example_inputs is None:
         vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"))
@@ -149,6 +167,28 @@ def _rewire(model: nn.Module, example_inputs: Any, options: _Options) -> None:
     for path, slots in hosts.items():
         install(model.get_submodule(path), path, slots)
     vars(model)[_STATE] = Converted(found, chains)
+    if options.budget is not None and chains:
+        _fit(model, as_call(example_inputs), options.budget)
+
+
+def _fit(model: nn.Module, call: _Call, budget: Budget) -> None:
+    """Give each unit of a converted model the mode that the planner picks; if there is no such mix, the model is reverted."""
+    state = converted(model)
+    leaves = own_leaves((call.args, call.kwargs))
+
+    def step() -> None:
+        loss = mean_square(run_model(model, leaves))
+        if not loss.requires_grad:
+            raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    try:
+        with left_as_found(model), torch.enable_grad():
+            found = fit(state.plan, state.chains, step, device_of(model, leaves), budget)
+    except BaseException:
+        revert(model)
+        raise
+    state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)))
 
 
 def report(model: nn.Module) -> Plan:
@@ -241,11 +281,14 @@ def as_call(example_inputs: Any) -> _Call:
     return _Call((example_inputs,), {})
 
 
-def _options(choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False) -> _Options:
+def _options(choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False, budget: Budget = None) -> _Options:
+    if budget is not None:
+        parse_budget(budget)
+
     def listed(patterns: Patterns) -> tuple[str, ...]:
         return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
 
-    return _Options(choice, listed(include), listed(exclude), strict)
+    return _Options(choice, listed(include), listed(exclude), strict, budget)
 
 
 def _refuse_converted(model: nn.Module) -> None:
@@ -463,11 +506,14 @@ class _Planner:
 def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
     """The plan of a chain with the coupling and the arithmetic that it has now, and what they keep."""
     bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
-    units = tuple(
-        replace(u, kept_bytes=planned.stream_bytes if chain.anchored(i) else _elements(u.shape) * bits[i] // 8)
-        for i, u in enumerate(planned.units)
-    )
+    units = tuple(replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i])) for i, u in enumerate(planned.units))
     return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
+
+
+def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits: int) -> int:
+    if chain.stores(place):
+        return u.saved_bytes
+    return planned.stream_bytes if chain.anchored(place) else _elements(u.shape) * bits // 8
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -32,3 +32,7 @@ class RangeError(RevwireError, OverflowError):
 
 class UnsupportedTransformError(RevwireError, NotImplementedError):
     """Double backward, forward-mode AD or a `torch.func` transform through a reversible chain."""
+
+
+class BudgetError(RevwireError, ValueError):
+    """A memory budget that is none, or that no mix of stored, checkpointed and reversible units fits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 
@@ -18,7 +19,8 @@ class PlannedUnit:
             its shape: post-normalised, scaled or parallel branches), rewired as F = block(x) − x.
         shape: shape of the stream in the example.
         saved_bytes: bytes that autograd would keep for this unit in the example.
-        kept_bytes: bytes that the coupling keeps for it instead.
+        kept_bytes: bytes that are kept for it instead.
+        mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose, ``"checkpointed"`` or ``"stored"``.
     """
 
     path: str
@@ -27,6 +29,7 @@ class PlannedUnit:
     shape: tuple[int, ...]
     saved_bytes: int
     kept_bytes: int
+    mode: str = "reversible"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,54 @@ class PlannedChain:
 
 
 @dataclass(frozen=True)
+class Point:
+    """What a step is predicted to cost: bytes at its peak above rest (``.grad`` allocated), and seconds."""
+
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the planner predicts of a step on the example, as measured when the plan was made.
+
+    Attributes:
+        budget: bytes that were allowed, or None for the least.
+        planned: the chosen mix.
+        stored, reversible: every unit stored; every unit reversible.
+        advice: chains that reversible units gain nothing for, and why.
+    """
+
+    budget: int | None
+    planned: Point
+    stored: Point
+    reversible: Point
+    advice: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of a step above rest."""
+        return self.planned.peak_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of a step."""
+        return self.planned.seconds
+
+    def __str__(self) -> str:
+        budget = "least memory" if self.budget is None else f"budget {_bytes(self.budget)}"
+        lines = [f"{budget}: predicted peak of a step {_point(self.planned)}"]
+        lines += [f"  every unit stored: {_point(self.stored)}; every unit reversible: {_point(self.reversible)}", *self.advice]
+        if self.planned == self.stored:
+            lines.append("every activation fits: nothing is rebuilt, and the network as it was would do as well")
+        return "\n".join(lines)
+
+
+def _point(p: Point) -> str:
+    return f"{_bytes(p.peak_bytes)} in {p.seconds:.3g} s"
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A residual add that stays as it is, and why."""
 
@@ -82,6 +133,7 @@ class Plan:
     model: str
     chains: tuple[PlannedChain, ...]
     skipped: tuple[Skipped, ...]
+    forecast: Forecast | None = None
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -107,13 +159,28 @@ class Plan:
         if not self.chains:
             return "\n".join([f"{self.model}: no chain of residual units found; nothing to rewire", *self._skipped_lines()])
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
-        rows += [_row(c) for c in self.chains]
+        rows = [(*rows[0], "modes")] if self.forecast else rows
+        rows += [(*_row(c), _modes(c)) if self.forecast else _row(c) for c in self.chains]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         total = sum(c.bytes_saved for c in self.chains)
         head = f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, saves {_bytes(total)}"
-        return "\n".join([head, *lines, *self._skipped_lines()])
+        forecast = [str(self.forecast)] if self.forecast else self._advice()
+        return "\n".join([head, *lines, *forecast, *self._skipped_lines()])
+
+    def _advice(self) -> list[str]:
+        """One line per chain whose streams and bits cost most of what they spare: too shallow to be worth a recompute."""
+        lines = []
+        for chain in self.chains:
+            stored = sum(u.saved_bytes for u in chain.units)
+            if chain.bytes_saved < stored / 4:
+                hosts = [*dict.fromkeys(u.host for u in chain.units)]
+                lines.append(
+                    f"{chain.name}: {len(chain.units)} units save {_bytes(chain.bytes_saved)} of {_bytes(stored)}: little for the "
+                    f"price of a recompute; consider exclude={hosts!r}, or a memory_budget"
+                )
+        return lines
 
     def _skipped_lines(self) -> list[str]:
         """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only counted."""
@@ -122,6 +189,11 @@ class Plan:
         lines = [f"stays: {sum(stays.values())} residual adds"] if stays else []
         lines += [f"  {path}{f' ({count} times)' if count > 1 else ''}: {reason}" for (path, reason), count in stays.items()]
         return lines + ([f"{inside} more lie inside the branches of rewired units"] if inside else [])
+
+
+def _modes(c: PlannedChain) -> str:
+    """Runs of units of one mode, in order: ``2 stored, 10 reversible``."""
+    return ", ".join(f"{len(list(run))} {mode}" for mode, run in groupby(u.mode for u in c.units))
 
 
 def _row(c: PlannedChain) -> tuple[str, ...]:

@@ -1,0 +1,200 @@
+"""The planner: pick, unit by unit, stored, checkpointed or reversible, so that a step fits a memory budget in the least time.
+
+Note [The search]
+    Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes by prefix]
+    in `_costs`), so partial choices that keep about as many bytes, and leave the open chains in the same forms, compare by their seconds
+    alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the budget wide; bytes themselves are never rounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from revwire._costs import MODES, Costs, Form
+from revwire._errors import BudgetError
+from revwire._meter import measured
+from revwire._module import Chain, Mode
+from revwire._plan import Forecast, Plan, PlannedChain, Point
+
+Budget = int | str | None
+LEAST = "least"
+
+_CLASSES = 256
+_MOST = 3000  # partial choices that go on; only chains that run side by side make so many
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_budget(budget: Budget) -> int | None:
+    """A budget in bytes; None for ``"least"``.
+
+    Raises:
+        BudgetError: it is no number of bytes.
+    """
+    if budget == LEAST:
+        return None
+    size = budget if type(budget) is int else _parsed(budget) if isinstance(budget, str) else 0
+    if size <= 0:
+        raise BudgetError(
+            f"memory_budget: got {budget!r}; expected bytes: a positive int, or a string such as '6GiB' or '512MB', or 'least'"
+        )
+    return size
+
+
+def _parsed(text: str) -> int:
+    match = re.fullmatch(r"(\d+\.?\d*)\s*(\w*)", text.strip())
+    return int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+
+
+class _Choice(NamedTuple):
+    """A choice of forms for the first units."""
+
+    kept: int
+    gain: float
+    forms: _Linked
+
+
+_Linked = Any  # None, or (the newest form, those before it in the same way)
+_Open = tuple[tuple[int, Form], ...]
+
+
+def search(costs: Costs, budget: int) -> list[Form] | None:
+    """The fastest forms whose predicted peak is at most ``budget``; None if there are none."""
+    width = max(1, budget // _CLASSES)
+    states: dict[_Open, list[_Choice]] = {(): [_Choice(0, 0.0, None)]}
+    if costs.waiting[0] > budget:
+        return None
+    for run, unit in enumerate(costs.units):
+        own = {form: costs.own(run, form) for form in MODES}
+        best: dict[tuple[_Open, int], _Choice] = {}
+        for open_, choices in states.items():
+            others = tuple((c, f) for c, f in open_ if c != unit.chain)
+            before = dict(open_).get(unit.chain) if unit.unit else None
+            for form in unit.forms(before):
+                extra, gain = unit.extra(form, before), unit.seconds(form)
+                then: _Open = others if unit.ends else tuple(sorted((*others, (unit.chain, form))))
+                for choice in choices:
+                    kept = choice.kept + extra
+                    if choice.kept + own[form] > budget or kept + costs.waiting[run + 1] > budget:
+                        continue
+                    new = _Choice(kept, choice.gain + gain, (form, choice.forms))
+                    for key in ((then, kept // width), (then, -(10**12))):  # the second: that which keeps least
+                        old = best.get(key)
+                        if old is None or _better(new, old, least=key[1] == -(10**12)):
+                            best[key] = new
+        states = _grouped(best)
+        if not states:
+            return None
+    last = max((c for choices in states.values() for c in choices), key=lambda c: c.gain)
+    return _unrolled(last.forms)
+
+
+def _better(new: _Choice, old: _Choice, *, least: bool) -> bool:
+    if least:
+        return (new.kept, -new.gain) < (old.kept, -old.gain)
+    return (-new.gain, new.kept) < (-old.gain, old.kept)
+
+
+def _grouped(best: dict[tuple[_Open, int], _Choice]) -> dict[_Open, list[_Choice]]:
+    out: dict[_Open, list[_Choice]] = {}
+    items = list(best.items())
+    if len(items) > _MOST:
+        items = sorted(items, key=lambda item: (item[0][1] >= 0, -item[1].gain))[:_MOST]
+    for (open_, _), choice in items:
+        out.setdefault(open_, []).append(choice)
+    return out
+
+
+def _unrolled(forms: _Linked) -> list[Form]:
+    out: list[Form] = []
+    while forms is not None:
+        form, forms = forms
+        out.append(form)
+    return out[::-1]
+
+
+def least(costs: Costs) -> int:
+    """The smallest budget, within a thousandth, that some forms fit."""
+    high = min(costs.forecast(costs.uniform(mode))[0] for mode in ("reversible", "stored"))
+    low = 0
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        forms = search(costs, middle)
+        if forms is None:
+            low = middle
+        else:
+            high = min(middle, costs.forecast(forms)[0])
+    return high
+
+
+def fit(plan: Plan, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, budget: Budget) -> Plan:
+    """Measure a step, give each unit of ``chains`` its mode, and return the plan with the modes and the forecast.
+
+    Args:
+        plan, chains: of a converted model.
+        step: forward and backward on the example.
+        device: where it runs.
+        budget: bytes of a step above rest, or "least".
+
+    Raises:
+        BudgetError: no mix fits; names the smallest budget that one does.
+    """
+    size = parse_budget(budget)
+    kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
+    costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains])
+    forms = search(costs, size) if size is not None else None
+    if forms is None:
+        smallest = least(costs)
+        if size is not None:
+            raise BudgetError(
+                f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {smallest} "
+                f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
+                f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none)"
+            )
+        forms = search(costs, smallest)
+        assert forms is not None
+    return _applied(plan, chains, costs, forms, size)
+
+
+def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None) -> Plan:
+    modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
+    for unit, form in zip(costs.units, forms, strict=True):
+        modes[unit.chain][unit.unit] = MODES[form]
+    for chain, mine in zip(chains, modes, strict=True):
+        chain.modes, chain.keeps_last = tuple(mine), False
+    planned = tuple(_with_modes(c, mine) for c, mine in zip(plan.chains, modes, strict=True))
+    uniform = {mode: Point(*costs.forecast(costs.uniform(mode))) for mode in ("stored", "reversible")}
+    forecast = Forecast(size, Point(*costs.forecast(forms)), uniform["stored"], uniform["reversible"], _idle(plan, costs))
+    return replace(plan, chains=planned, forecast=forecast)
+
+
+def _with_modes(planned: PlannedChain, modes: Sequence[Mode]) -> PlannedChain:
+    return replace(planned, units=tuple(replace(u, mode=mode) for u, mode in zip(planned.units, modes, strict=True)))
+
+
+def _idle(plan: Plan, costs: Costs) -> tuple[str, ...]:
+    """Chains that may as well be stored: where all others are reversible, the peak stays within 2 % of the least."""
+    forms = costs.uniform("reversible")
+    peak, seconds = costs.forecast(forms)
+    out = []
+    for number, chain in enumerate(plan.chains):
+        stored = [s if u.chain == number else r for u, r, s in zip(costs.units, forms, costs.uniform("stored"), strict=True)]
+        if stored == forms:
+            continue
+        other, faster = costs.forecast(stored)
+        if other <= peak * 1.02:
+            out.append(
+                f"{chain.name}: reversible gains nothing here: stored, the peak of a step is {other / 1e6:.1f} MB instead of "
+                f"{peak / 1e6:.1f} MB, in {faster / seconds:.0%} of the time"
+            )
+    return tuple(out)
+
+
+def _rounded_up(size: int) -> str:
+    mebibyte = 2**20
+    return f"{-(-size * 10 // mebibyte) / 10} MiB"
