@@ -62,6 +62,7 @@ def record(
         stack.enter_context(_watch.python_random_kept())
         stack.enter_context(_watch.attributes_kept(module))
         stack.enter_context(_watch.shards_kept(module))
+        stack.enter_context(_watch.nothing_compiled())
         stack.enter_context(buffers_kept([module]))
         stack.enter_context(_watch.counters_kept(module))
         recorder.name_all()

@@ -88,6 +88,16 @@ def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
 
 
 @contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Let code that is compiled by `torch.compile` run as it was written: compilers refuse to trace what is being observed."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def shards_kept(root: nn.Module) -> Iterator[None]:
     """Let FSDP2 take away again what a run has gathered: it counts which weights are whole, and attributes alone do not tell it."""
     kept = [(m, list(m.parameters())) for m in root.modules() if hasattr(m, "unshard") and callable(getattr(m, "reshard", None))]
