@@ -1,1 +1,1 @@
-"""The flagship: temporal action localization on ActivityNet-1.3 and THUMOS-14, the backbone trained through the localizer on long videos."""
+"""The flagship: temporal action localization on ActivityNet-1.3 and THUMOS-14, trained end to end, from videos to segments."""

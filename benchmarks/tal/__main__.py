@@ -1,0 +1,139 @@
+"""``python -m benchmarks.tal train|evaluate|predict|check|synthesize|compare|memory|plot``; each says what it takes with ``--help``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.tal.config import Config, ConfigError, load
+
+app = typer.Typer(help="End-to-end temporal action localization, on revwire.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or the name of one in benchmarks/tal/configs.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences, as in training.steps=100.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Default: the latest of this run.")]
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train, test, and write the record of the run. Under torchrun, or with training.devices, on several processes."""
+    from benchmarks.tal import runs
+
+    loaded = _loaded(config, overrides)
+    record = runs.train(loaded, runs.latest(loaded) if resume else None, progress=not quiet)
+    print(json.dumps(record.results, indent=1))
+    print(f"logs, checkpoints, predictions and record: {loaded.folder}")
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    predictions: Annotated[Path | None, typer.Option(help="Score this file of detections instead of a network.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Test a checkpoint, or a file of detections in ActivityNet's form."""
+    from benchmarks.tal import runs
+
+    loaded = _loaded(config, overrides)
+    if predictions is not None:
+        from benchmarks.tal import loading
+        from benchmarks.tal.evaluation import evaluate as score
+
+        print(score(loading.truth(loaded).test, predictions, loaded.thresholds))
+        return
+    figures = runs.evaluate(loaded, checkpoint or runs.latest(loaded), progress=not quiet)
+    print("\n".join(f"{name:<10} {100 * value:6.2f}" for name, value in figures.items()))
+
+
+@app.command()
+def predict(
+    config: ConfigOption,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")],
+    overrides: Overrides = None,
+    videos: Annotated[Path | None, typer.Option(help="Folder of any videos; default: those of the test subset.")] = None,
+    checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
+) -> None:
+    """Detect actions in videos: a JSON file in ActivityNet's form, times in seconds."""
+    from benchmarks.tal import runs
+
+    loaded = _loaded(config, overrides)
+    found = runs.predict(loaded, checkpoint or runs.latest(loaded), videos, output, progress=not quiet)
+    print(f"{sum(map(len, found.values()))} detections in {len(found)} videos: {output}")
+
+
+@app.command()
+def check(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Decode every frame.")] = False,
+    workers: Annotated[int, typer.Option(help="Files at a time.")] = 4,
+    quiet: Quiet = False,
+) -> None:
+    """Audit annotations and videos before a long run; exit code 1 if a video is missing, corrupt or truncated."""
+    from benchmarks.tal import loading
+    from benchmarks.tal.videos import audit
+
+    loaded = _loaded(config, overrides)
+    truth, faults = loading.truth(loaded), 0
+    for name, subset in (("training", truth.training), ("test", truth.test)):
+        found = audit(subset, loading.path(loaded, "videos"), thorough=thorough, workers=workers, progress=not quiet)
+        print(f"{name}: {sum(len(v.segments) for v in subset.videos)} actions of {len(truth.classes)} classes; {found}")
+        faults += len(found.missing) + len(found.faulty)
+    raise typer.Exit(int(faults > 0))
+
+
+@app.command()
+def plot(
+    config: ConfigOption,
+    predictions: Annotated[Path, typer.Option(help="A file of detections.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    overrides: Overrides = None,
+    most: Annotated[int, typer.Option(help="Videos to draw.")] = 10,
+) -> None:
+    """Draw true and predicted segments of test videos (PNG and HTML), and mAP against tIoU."""
+    from benchmarks.tal import loading, report
+    from benchmarks.tal.evaluation import evaluate as score
+
+    loaded = _loaded(config, overrides)
+    truth = loading.truth(loaded).test
+    detections = json.loads(predictions.read_text(encoding="utf-8"))["results"]
+    shown = truth.only(detections)
+    for video in shown.videos[:most]:
+        for path in report.timeline(video, detections[video.id], truth.classes, output):
+            print(path)
+    result = score(shown, detections, loaded.thresholds)
+    curve = {f"{t:g}": float(m) for t, m in zip(result.tious, result.map, strict=True)}
+    print(report.map_curve({loaded.name: curve}, output / "map_by_tiou.png"))
+
+
+def _loaded(config: str, overrides: list[str] | None) -> Config:
+    return load(config, overrides or [])
+
+
+def main() -> None:
+    """Run a command; what is wrong with its input is one line, and exit code 2."""
+    from benchmarks.tal.annotations import AnnotationError
+    from benchmarks.tal.evaluation import PredictionError
+    from benchmarks.tal.scores import ScoreError
+
+    try:
+        app(standalone_mode=True)
+    except (ConfigError, AnnotationError, PredictionError, ScoreError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The network of a run: a backbone, a localizer or a classifier, and the one line that says how activations are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import revwire
+from benchmarks.tal import localizers
+from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoSwin, load_published
+from benchmarks.tal.backbones.published import load_all, subtree
+from benchmarks.tal.backbones.zoo import PytorchvideoSlowFast, TorchvisionSwin
+from benchmarks.tal.clips import Batch
+from benchmarks.tal.config import Config, ConfigError, nearest
+from benchmarks.tal.suppression import Suppression
+
+STORED, CHECKPOINT = "stored", "checkpoint"
+"""Values of ``memory`` that are not couplings of `revwire.convert`."""
+
+
+class VideoMAE(nn.Module):
+    """Hugging Face's `VideoMAEModel`: (batch, 3, frames, height, width) -> (batch, channels, time, rows, columns) of its tokens.
+
+    Its positions are those of ``frames`` frames: longer videos go through in clips (``backbone.chunk``).
+
+    Args:
+        frames, side: of a clip.
+        layers, channels, heads: ViT-B by default; L has 24, 1024 and 16, H has 32, 1280 and 16.
+        patch, tubelet: pixels and frames that make a token.
+    """
+
+    def __init__(
+        self, frames: int = 16, side: int = 224, layers: int = 12, channels: int = 768, heads: int = 12, patch: int = 16, tubelet: int = 2
+    ) -> None:
+        super().__init__()
+        from transformers import VideoMAEConfig, VideoMAEModel  # optional, and slow to import
+
+        self.model = VideoMAEModel(
+            VideoMAEConfig(
+                image_size=side,
+                patch_size=patch,
+                num_frames=frames,
+                tubelet_size=tubelet,
+                num_hidden_layers=layers,
+                hidden_size=channels,
+                num_attention_heads=heads,
+                intermediate_size=4 * channels,
+            )
+        )
+        self.channels = channels
+        self.frame_stride = frames
+        self.grid = (frames // tubelet, side // patch, side // patch)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        tokens = self.model(pixel_values=frames.transpose(1, 2)).last_hidden_state
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+VITS: dict[str, Callable[..., nn.Module]] = {
+    "videomae_b": VideoMAE,
+    "videomae_l": partial(VideoMAE, layers=24, channels=1024, heads=16),
+    "videomae_h": partial(VideoMAE, layers=32, channels=1280, heads=16),
+}
+_CLASSES = {
+    "swin3d": TorchvisionSwin,
+    "slowfast_r": PytorchvideoSlowFast,
+    "video_swin": VideoSwin,
+    "slowfast": SlowFast,
+    "videomae": VideoMAE,
+}
+
+
+def constructors(backbone: str | None) -> dict[str, Callable[..., Any]]:
+    """What takes the options of each section of a configuration; of the backbone's, once it is named.
+
+    Raises:
+        ConfigError: no such backbone.
+    """
+    sections: dict[str, Callable[..., Any]] = {"suppression": Suppression, **localizers.LOCALIZERS}
+    if backbone is None:
+        return sections
+    known = NETWORKS | VITS
+    if backbone not in known:
+        raise ConfigError(f"backbone.name: got {backbone!r}; {nearest(backbone, known)}")
+    made = next(cls for prefix, cls in _CLASSES.items() if backbone.startswith(prefix))
+    return {"backbone.options": made, **sections}
+
+
+def build(config: Config, classes: int, root: Path) -> Network | Classifier:
+    """The network of a configuration, its activations stored; `rewire` comes next.
+
+    Args:
+        classes: that it tells apart. root: where weights lie.
+
+    Raises:
+        ConfigError: there is no such file of weights. KeyError: it has other parameters.
+    """
+    backbone = None if config.data.features else _backbone(config, root)
+    if config.task == "classification":
+        assert backbone is not None  # `loading` has refused features
+        return Classifier(backbone, classes)
+    channels = config.data.feature_channels if backbone is None else backbone.channels
+    options = getattr(config, config.localizer)
+    return Network(backbone, localizers.LOCALIZERS[config.localizer](channels, classes, **options))
+
+
+def _backbone(config: Config, root: Path) -> Backbone:
+    options = config.backbone
+    network = (NETWORKS | VITS)[options.name](**options.options)
+    if options.weights is not None:
+        load_weights(network, root / options.weights)
+    steps = config.sampling.steps
+    return Backbone(network, steps=steps, clip_frames=options.chunk, freeze_norms=options.freeze_norms, frozen=options.frozen)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load weights by key: of the published backbone, of the model zoo's model, or of a run here; a classifier in them is left out.
+
+    Raises:
+        ConfigError: no such file. KeyError: it lacks parameters of the network.
+    """
+    if not path.is_file():
+        raise ConfigError(f"backbone.weights: there is no {path}; the README says where to get it, and null means random weights")
+    if isinstance(network, VideoSwin | SlowFast):
+        load_published(network, path)
+        return
+    own = set(network.model.state_dict())
+    state = subtree(path, next(name for name, _ in network.model.named_parameters()))
+    load_all(network.model, {name: value for name, value in state.items() if name in own})
+
+
+class Network(nn.Module):
+    """A batch -> named losses; in eval mode `decode` gives detections.
+
+    Attributes:
+        backbone: frames -> features, or None where the data are features.
+        head: the localizer.
+        blocks: names of the modules that hold the backbone's residual units, in order; empty until `rewire`.
+    """
+
+    def __init__(self, backbone: Backbone | None, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.blocks: tuple[str, ...] = ()
+
+    def features(self, batch: Batch) -> Tensor:
+        """(batch, channels, steps)."""
+        return batch.features if self.backbone is None else self.backbone(batch.frames, batch.mask)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.head.losses(self.features(batch), batch.mask, list(batch.segments), list(batch.labels))
+
+    def decode(self, batch: Batch) -> list[Any]:
+        """Detections of each clip, in steps."""
+        return self.head.decode(self.features(batch), batch.mask)
+
+
+class Classifier(nn.Module):
+    """The paper's first stage: a backbone, and a linear layer over the mean of its features. A batch of clips -> named losses."""
+
+    def __init__(self, backbone: Backbone, classes: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(backbone.channels, classes))
+        self.blocks: tuple[str, ...] = ()
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """(batch, classes)."""
+        return self.head(self.backbone(frames).mean(2))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        frames, labels = batch
+        return {"classification": F.cross_entropy(self.logits(frames), labels)}
+
+
+# -- how activations are kept --------------------------------------------------------------------------------------------
+
+
+def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
+    """Keep the backbone's activations in the way that ``memory`` says; its parameters, their names and their values stay.
+
+    Args:
+        frames: an example of what the backbone sees.
+        memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run again in backward.
+            Else a coupling: those units are rewired by `revwire.convert`.
+    """
+    backbone = network.backbone
+    if backbone is None or backbone.frozen:
+        return
+    if memory in (STORED, CHECKPOINT):
+        plan = revwire.plan(backbone, frames)
+    else:
+        revwire.convert(backbone, frames, coupling=memory)
+        plan = revwire.report(backbone)
+    network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))
+    if memory == CHECKPOINT:
+        for name in network.blocks:
+            block = backbone.get_submodule(name)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def layers(backbone: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """(name, parameter, layer) of all parameters: the layer is the number of blocks, in the order of registration, up to its own."""
+    position, current = {name: i + 1 for i, name in enumerate(_in_order(backbone, blocks))}, 0
+    for name, parameter in backbone.named_parameters():
+        own = next((i for block, i in position.items() if name.startswith(f"{block}.")), None)
+        current = current if own is None else own
+        yield name, parameter, current
+
+
+def _in_order(module: nn.Module, names: tuple[str, ...]) -> list[str]:
+    return [name for name, _ in module.named_modules() if name in names]
