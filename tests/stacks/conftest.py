@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
 from table import DOCUMENT, Row, with_recipes, with_table
 
 _ROWS = pytest.StashKey[dict[tuple[str, str], Row]]()

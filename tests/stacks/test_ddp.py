@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
-from torch.nn.parallel import DistributedDataParallel
-
-import revwire
 from networks import ConvolutionBlock, ConvolutionNet, Transformer
 from processes import needs_gloo, outcomes, passed
 from table import refused, works
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
 from training import Run, assert_trains_as_stored, batches, converted, train, watched
+
+import revwire
 
 STACK = "DistributedDataParallel"
 SMALL_BUCKETS = 0.003  # MB: several for each block, so that their order can be seen

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from networks import ConvolutionNet, Transformer
+from processes import WORLD, needs_gloo, outcomes, passed
+from table import refused, works
 from torch import nn
 from torch.distributed import checkpoint as sharded_checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from training import Run, assert_trains_as_stored, batches, converted, train, watched
 
 import revwire
-from networks import ConvolutionNet, Transformer
-from processes import WORLD, needs_gloo, outcomes, passed
-from table import refused, works
-from training import Run, assert_trains_as_stored, batches, converted, train, watched
 
 STACK = "FSDP2"
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -101,8 +101,8 @@ def tensor_parallel(rank: int, folder: Path) -> None:
     plan |= {f"blocks.*.{name}": RowwiseParallel() for name in ("attention.out", "mlp.down")}
     make = partial(Transformer, dropout=0.0)  # dropout between the split layers would differ by rank
 
-    def run(model: nn.Module, data=batches(Transformer)) -> Run:
-        return train(parallelize_module(model, mesh(), plan), data)
+    def run(model: nn.Module) -> Run:
+        return train(parallelize_module(model, mesh(), plan), batches(Transformer))
 
     make.example = Transformer.example  # type: ignore[attr-defined]
     parallel = assert_trains_as_stored(make, run)
@@ -169,7 +169,9 @@ def test_sharded_checkpoints(found: dict[str, str]) -> None:
 
 
 @needs_gloo
-@works("Tensor parallelism", "`parallelize_module` on the layers of branches", "convert first; dropout between split layers differs by rank")
+@works(
+    "Tensor parallelism", "`parallelize_module` on the layers of branches", "convert first; dropout between split layers differs by rank"
+)
 def test_tensor_parallelism(found: dict[str, str]) -> None:
     passed(found, "tensor_parallel")
 

@@ -97,12 +97,13 @@ def train(
     seed: int = 0,
 ) -> Run:
     """Plain training of ``model``, called through ``call`` (a wrapper of it)."""
+    call = model if call is None else call
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     run = Run()
     torch.manual_seed(seed)
     with watched(model, run):
         for x, labels in data:
-            loss = nn.functional.cross_entropy((call or model)(x).float(), labels)
+            loss = nn.functional.cross_entropy(call(x).float(), labels)
             loss.backward()
             before_step()
             optimizer.step()
