@@ -157,6 +157,9 @@ def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool
         return False
     post, rest = events_of(flow, hops[:count]), events_of(flow, hops[count:])
     host = _host_with(flow, before, post, c if widen else None)
+    between = tuple(e for e in rest if host not in (around := flow.recording.calls_around(e)) and c.host not in around)
+    if between and host is not None and widen:
+        host = _host_with(flow, before, (*post, *between), c)
     if host is None or (before.post and before.post != post):
         return False
     inside = tuple(e for e in rest if host in flow.recording.calls_around(e))

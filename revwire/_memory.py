@@ -56,9 +56,19 @@ def address_of(t: Tensor) -> int | None:
     return int(t.untyped_storage()._cdata)
 
 
-def is_view(args: Any, out: Any) -> bool:
-    """Whether a result re-reads the memory of the first argument, with all its elements."""
+_aten = torch.ops.aten
+_COPIES = frozenset({_aten.clone.default, _aten._unsafe_view.default, _aten.view.default})
+"""The kernels of ``reshape`` and ``contiguous`` where they cannot do without a copy: the order of the elements stays."""
+
+
+def is_view(args: Any, out: Any, kernels: list[Any]) -> bool:
+    """Whether a result re-reads the memory of the first argument, with all its elements; or copies it to another shape or layout."""
     if not isinstance(out, Tensor) or not args or not isinstance(args[0], Tensor) or out is args[0]:
         return False
-    same = address_of(out) is not None and address_of(out) == address_of(args[0])
-    return same and out.numel() == args[0].numel() and out.dtype == args[0].dtype
+    x = args[0]
+    if address_of(out) is None or out.numel() != x.numel() or out.dtype != x.dtype:
+        return False
+    if address_of(out) == address_of(x):
+        return True
+    copied = _aten.clone.default in kernels and _COPIES.issuperset(kernels)
+    return copied and address_of(x) is not None and (out.shape, out.stride()) != (x.shape, x.stride())

@@ -194,7 +194,7 @@ class Recorder(TorchFunctionMode):
             self.note_read(func, args)
             return out
         self.close(event, versions, out)
-        event.view = not event.writes and is_view(args, out)
+        event.view = not event.writes and is_view(args, out, event.kernels)
         if event.is_addition:
             self.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
         return out

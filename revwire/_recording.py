@@ -99,7 +99,8 @@ class Event:
 
     ``parent`` is the module call around it (-1: none). A module call ends before event ``end``. ``writes`` holds
     (value before, value after) for each tensor that was written in place, under each of its names. ``view``: the result
-    is a re-reading of the input's storage with all its elements. ``saved``: bytes that autograd would keep for it.
+    is a re-reading of the input's storage with all its elements, or a copy of them in another shape or layout.
+    ``saved``: bytes that autograd would keep for it.
     ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran under.
     ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
     around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides

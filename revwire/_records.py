@@ -77,16 +77,28 @@ def fault(unit: Unit, chain: Chain, got: str, expected: str) -> ReconstructionEr
 
 @dataclass(slots=True)
 class ViewRecord:
-    """A relayout of the stream between two units (a reshape or a permutation): undone without arithmetic."""
+    """A relayout of the stream between two units (a reshape or a permutation): undone without arithmetic.
+
+    One that must copy (a reshape after a permutation) keeps the order of the elements; see `_memory.is_view`.
+    """
 
     view: Callable[[Tensor], Tensor]
     before: Tensor  # a meta tensor with the layout before the view
 
     def undo(self, state: Tensor) -> Tensor:
         """The state before the view."""
-        out = torch.empty_like(self.before, device=state.device)
-        self.view(out).copy_(state)
+        out = torch.empty_like(self.before, dtype=state.dtype, device=state.device)
+        moved = self.view(out)
+        if is_whole_view(moved, out):
+            moved.copy_(state)
+        else:
+            out.copy_(state.reshape(out.shape))
         return out
+
+
+def is_whole_view(moved: Tensor, x: Tensor) -> bool:
+    """Whether ``moved`` is all of ``x``, in the same memory."""
+    return moved.numel() == x.numel() and moved.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
 def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:

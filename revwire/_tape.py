@@ -240,10 +240,10 @@ class Tape:
             self.records.append(None)
 
     def relayout(self, view: Callable[[Tensor], Tensor]) -> bool:
-        """Apply a view to both streams; False (and nothing done) if it copies, or shows only a part."""
+        """Apply a view, or a copy to another layout, to both streams; False (and nothing done) if it shows only a part."""
         previous, current = self.intact_state()
         moved = view(previous), view(current)
-        if not (_is_whole_view(moved[0], previous) and _is_whole_view(moved[1], current)):
+        if moved[0].numel() != previous.numel() or moved[1].numel() != current.numel():
             return False
         if self.rewinds and not self._passing:
             self.records.append(ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None)
@@ -343,10 +343,6 @@ def _hooked() -> bool:
 def stalls(device: torch.device) -> bool:
     """Whether reading one number from a device waits for all that it has been given to do."""
     return device.type != "cpu"
-
-
-def _is_whole_view(moved: Tensor, state: Tensor) -> bool:
-    return moved.numel() == state.numel() and moved.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()
 
 
 def _versions(state: tuple[Tensor, Tensor]) -> tuple[int, int]:

@@ -286,3 +286,33 @@ def test_a_sum_of_several_that_is_no_unit_takes_none_with_it():
         return self.g(x) + self.f(z)  # a projection of x, around both
 
     assert len(plan(stack(forward, depth=1)).units) == 2
+
+
+class Windows(nn.Module):
+    """Tokens are put in another order between the blocks, by a reshape that must copy, and the layout changes."""
+
+    def __init__(self, opened: bool) -> None:
+        super().__init__()
+        kind = block(pre_norm)
+        self.blocks = nn.ModuleList(nn.Sequential(kind(), kind()) if opened else kind() for _ in range(4))
+
+    def forward(self, x):
+        for b in self.blocks:
+            x = b(x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape))
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return x
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_to_another_order_or_layout_keeps_the_chain(opened, training):
+    torch.manual_seed(0)
+    example = x(3, 6, 8)
+    model, reference = twin(Windows(opened).double().train(training), example)
+    assert [len(chain.units) for chain in revwire.report(model).chains] == [8 if opened else 4]
+    assert_same_step(model, reference, example)
+    assert_same_step(model, reference, x(2, 4, 8))
+    for coupling in ("re2tal", "bdia:1/16"):
+        revwire.convert(revwire.revert(model), example, coupling=coupling)
+        assert revwire.verify(model, example).bit_exact
+        assert revwire.verify(model, x(2, 4, 8)).bit_exact
