@@ -26,7 +26,7 @@ from revwire._replay import accelerators_of, buffers_kept, preserved_random_stat
 from revwire._signature import details, signature
 from revwire._trace import record
 from revwire._units import find_units
-from revwire._watch import counters_kept, python_random_kept
+from revwire._watch import attributes_of, changed, counters_kept, python_random_kept, restore
 
 _MAX_PROGRAMS = 64
 _FORWARD = "forward"
@@ -117,11 +117,25 @@ class RewiredForward:
             ) from error
 
     def settle(self, args: Any, kwargs: Any) -> None:
-        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not assign twice."""
+        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not assign twice.
+
+        What it keeps is kept with its gradient, as in the original, where that comes from weights alone.
+
+        Raises:
+            CaptureError: it comes from the arguments too, of which these are copies.
+        """
         args, kwargs = fresh_arguments((args, kwargs))
-        devices = accelerators_of([*tensors_in((args, kwargs)), *self.host.parameters()])
-        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.host]), counters_kept(self.host), torch.no_grad():
+        given = list(tensors_in((args, kwargs)))
+        devices = accelerators_of([*given, *self.host.parameters()])
+        before = [(m, attributes_of(m)) for m in self.host.modules()]
+        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.host]), counters_kept(self.host):
             self.plain(*args, **kwargs)
+        for module, attributes in before:
+            for name in changed(attributes, module):
+                if any(_comes_from(t, given) for t in tensors_in(vars(module).get(name))):
+                    for m, old in before:
+                        restore(m, old)
+                    raise CaptureError(f"keeps in its attribute {name!r} what it computed from its input, with the gradient")
 
     def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
         """One attempt of `capture`."""
@@ -165,6 +179,21 @@ def rewired_of(module: nn.Module) -> RewiredForward | None:
     """The rewired forward of a module, if it has one."""
     forward = vars(module).get(_FORWARD)
     return forward if isinstance(forward, RewiredForward) else None
+
+
+def _comes_from(t: torch.Tensor, sources: list[torch.Tensor]) -> bool:
+    """Whether a gradient flows from ``t`` to one of these leaves."""
+    wanted, seen = {id(s) for s in sources}, set[Any]()
+    todo = [t.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        todo += [below for below, _ in node.next_functions]
+    return any(t is s for s in sources) and t.requires_grad
 
 
 class _Replicate:

@@ -71,10 +71,11 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
     finally:
         for module, kind, before in kept:
             if type(module) is kind and changed(before, module):
-                _restore(module, before)
+                restore(module, before)
 
 
-def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    """Give a module the attributes back that it had at `attributes_of`."""
     now = vars(module)
     for k in [k for k in now if k not in before]:
         del now[k]

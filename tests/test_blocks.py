@@ -329,13 +329,35 @@ def test_a_cache_that_is_empty_at_conversion_is_a_reason_and_a_full_one_is_not(i
         torch.testing.assert_close(model(X)[0], reference(X)[0], **TOLERANCE)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the cache is filled without gradients, so its weight gets none, unsaid")
 @caches
 def test_a_cache_that_is_filled_with_gradients_gives_its_weight_one(in_dict: bool) -> None:
     model, reference = twin(cached(in_dict))
     with revwire.stored_activations(model):
         got = step(model.eval(), X)
     torch.testing.assert_close(got, step(reference.eval(), X), **TOLERANCE)
+
+
+class Remembers(nn.Module):
+    """Keeps a part of its first input, and uses it ever after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.kept = nn.Linear(8, 8), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.kept is None:
+            self.kept = x[:1] * 2
+        return x + self.f(x if self.kept is None else x + self.kept).tanh()
+
+
+def test_what_is_kept_of_an_input_with_its_gradient_is_refused() -> None:
+    model, reference = twin(loop_of(Remembers))
+    model.eval()
+    with pytest.raises(revwire.CaptureError, match="keeps in its attribute 'kept' what it computed from its input, with the gradient"):
+        model(X.clone().requires_grad_())
+    assert all(b.kept is None for b in model.blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X)[0], reference.eval()(X)[0], **TOLERANCE)
 
 
 class Memory(nn.Module):
