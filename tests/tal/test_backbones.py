@@ -78,6 +78,11 @@ def test_clips_must_fit_the_network():
         Backbone(small_slowfast(), clip_frames=6)
 
 
+def test_clips_are_not_counted_twice():
+    with pytest.raises(ValueError, match="batch norms that train; they would count each clip twice: freeze_norms=True"):
+        Backbone(small_slowfast(), clip_frames=4, checkpoint_clips=True, freeze_norms=False)
+
+
 def test_frozen_norms_stay_in_eval_mode_and_learn_nothing():
     backbone = Backbone(small_slowfast()).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items() if ".bn." in name}

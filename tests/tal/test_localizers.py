@@ -284,6 +284,12 @@ def test_one_window_and_range_per_level():
         actionformer(window=[3, 3])
 
 
+def test_a_weight_that_balances_both_losses():
+    features, mask, segments, labels = batch()
+    losses = actionformer(regression_weight=0).losses(features, mask, segments, labels)
+    torch.testing.assert_close(losses["regression"], losses["classification"])
+
+
 def test_default_ranges_double():
     assert actionformer(levels=4).ranges == [(0, 4), (4, 8), (8, 16), (16, 10000)]
 

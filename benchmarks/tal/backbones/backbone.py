@@ -30,13 +30,13 @@ class Backbone(nn.Module):
             over pathways) and ``frame_stride`` (frames that it needs a multiple of).
         steps: length of the result; by default that of the mask, or of the longest pathway.
         clip_frames: pass the video through the network in clips of so many frames, each on its own, and join their features in time.
-        checkpoint_clips: keep no activations of a clip, and compute it again in backward.
+        checkpoint_clips: keep no activations of a clip, and compute it again in backward. Batch norms must be frozen then.
         freeze_norms: keep all norms of the network in eval mode and their affine parameters as they are, as published recipes do.
         frozen: train nothing of the network.
         mean, std: per channel, in the units of the frames (0 to 255).
 
     Raises:
-        ValueError: ``clip_frames`` is no multiple of the network's ``frame_stride``.
+        ValueError: ``clip_frames`` is no multiple of the network's ``frame_stride``; or clips are checkpointed whose batch norms train.
     """
 
     def __init__(
@@ -54,6 +54,10 @@ class Backbone(nn.Module):
         super().__init__()
         if clip_frames is not None and (clip_frames < 1 or clip_frames % network.frame_stride):
             raise ValueError(f"Backbone: got clips of {clip_frames} frames; expected a multiple of {network.frame_stride}")
+        if checkpoint_clips and not (freeze_norms or frozen) and any(isinstance(m, _BatchNorm) for m in network.modules()):
+            raise ValueError(
+                "Backbone: got checkpoint_clips with batch norms that train; they would count each clip twice: freeze_norms=True"
+            )
         self.network = network
         self.channels: int = network.channels
         self.steps = steps

@@ -183,10 +183,10 @@ class WindowAttention(nn.Module):
         batch, windows, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch * windows, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        bias = self.position_bias(tokens).unsqueeze(0)
-        if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(batch, 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+        bias = self.position_bias(tokens).to(q.dtype)
+        if mask is not None:  # the sum is the largest tensor here: it is made once, and copied only for further samples of a batch
+            bias = (bias + mask.to(q.dtype).unsqueeze(1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(out.transpose(1, 2).reshape(batch, windows, tokens, dim))
 
     def position_bias(self, tokens: int) -> Tensor:

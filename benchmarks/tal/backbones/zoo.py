@@ -6,6 +6,7 @@ Their modules are kept as they are, below ``model``, so that their published wei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 from torchvision.models import video
@@ -71,16 +72,16 @@ def _load_without(model: nn.Module, state: Mapping[str, Tensor] | None, left_out
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:
-    return lambda **options: TorchvisionSwin(name, **options)
+    return partial(TorchvisionSwin, name)
 
 
 def _pytorchvideo(name: str) -> Callable[..., nn.Module]:
-    return lambda **options: PytorchvideoSlowFast(name, **options)
+    return partial(PytorchvideoSlowFast, name)
 
 
 def _video_swin(dim: int, depth: int, heads: int) -> Callable[..., nn.Module]:
     heads_of = tuple(heads * 2**stage for stage in range(4))
-    return lambda **options: VideoSwin(**{"embed_dim": dim, "depths": (2, 2, depth, 2), "num_heads": heads_of} | options)
+    return partial(VideoSwin, embed_dim=dim, depths=(2, 2, depth, 2), num_heads=heads_of)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -92,7 +93,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "video_swin_t": _video_swin(96, 6, 3),
     "video_swin_s": _video_swin(96, 18, 3),
     "video_swin_b": _video_swin(128, 18, 4),
-    "slowfast_50": lambda **options: SlowFast(50, **options),
-    "slowfast_101": lambda **options: SlowFast(101, **options),
+    "slowfast_50": partial(SlowFast, depth=50),
+    "slowfast_101": partial(SlowFast, depth=101),
 }
 """By the name in a configuration: the first five are torchvision's and pytorchvideo's, the others mmaction2's, which Re2TAL rewires."""

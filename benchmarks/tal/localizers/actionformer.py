@@ -24,6 +24,9 @@ from benchmarks.tal.localizers.transformer import Block, ChannelNorm, ConvUnit
 PRIOR = 0.01
 """Probability of each class at a point of a new model; Lin et al., "Focal Loss" (arXiv 1708.02002), section 3.3."""
 
+SMALLEST_LOSS = 0.01
+"""Of regression, where the loss of classification is its measure."""
+
 
 @dataclass(frozen=True)
 class PointOutputs:
@@ -63,7 +66,7 @@ class ActionFormer(nn.Module):
             (0, 4), and each begins where the one before ends and ends at twice of it.
         center_radius: points within so many strides of a segment's centre are trained on it; None for all points inside.
         label_smoothing: share of a class target that goes to all classes alike.
-        regression_weight: of that loss.
+        regression_weight: of that loss; 0 or less to make it as large as the other one.
         loss_normalizer, momentum: losses are divided by a moving average of the number of positive points; its first value.
         drop_path, dropout: rates.
         min_score, most: which points become detections, see `Selection`.
@@ -138,7 +141,7 @@ class ActionFormer(nn.Module):
         smooth = classes[valid] * (1 - self.label_smoothing) + self.label_smoothing / (self.num_classes + 1)
         classification = sigmoid_focal_loss(logits[valid], smooth, alpha=0.25, gamma=2, reduction="sum")
         regression = diou_loss(points.segments(offsets)[positive], points.segments(extents)[positive]).sum()
-        return {"classification": classification / count, "regression": self.regression_weight * regression / count}
+        return {"classification": classification / count, "regression": self._weighted(regression / count, classification / count)}
 
     @torch.no_grad()
     def decode(self, features: Tensor, mask: Tensor) -> list[Detections]:
@@ -163,6 +166,10 @@ class ActionFormer(nn.Module):
         head = self.rpn_head
         head.loss_normalizer = moved(head.loss_normalizer, positives, self.momentum)
         return head.loss_normalizer / processes()
+
+    def _weighted(self, regression: Tensor, classification: Tensor) -> Tensor:
+        weight = self.regression_weight
+        return regression * (weight if weight > 0 else classification.detach() / regression.detach().clamp(min=SMALLEST_LOSS))
 
     def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         steps = features.shape[2]
