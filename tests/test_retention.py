@@ -102,6 +102,16 @@ def test_a_row_of_fine_tuning(source, wiring):
     assert json.loads(json.dumps(row)) == row
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on, where any thread runs; ours compute nothing
+def test_runs_at_a_time_leave_the_rows_of_runs_in_turn(source, tmp_path):
+    cases = [case("stored"), case("stored", seed=1), case("scratch")]
+    alone, together = (resume.Scratch(tmp_path / name, {}) for name in ("alone", "together"))
+    in_turn = list(finetuning.finished(cases, source, alone, jobs=1))
+    assert list(finetuning.finished(cases, source, together, jobs=2)) == in_turn
+    assert [together.kept(c.name) for c in cases] == in_turn
+    assert in_turn == [finetuning.measured(c, source) for c in cases]
+
+
 def test_before_any_step_the_reverted_network_is_the_original(source):
     stored, mine = (finetuning.measured(case(wiring, steps=0), source) for wiring in ("stored", "re2tal"))
     assert mine["reverted_top1_part"] == stored["top1_part"]

@@ -14,9 +14,10 @@ and runs nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -132,6 +133,32 @@ def _top1(model: nn.Module, source: Data, whole: bool) -> Row:
     return {"top1_part": part.mean().item(), "top1": right.mean().item() if whole else None}
 
 
+def finished(cases: list[Case], source: Data, scratch: Scratch, jobs: int) -> Iterator[Row]:
+    """The rows as they come, so many runs at a time, each on one thread; the processes share the images."""
+
+    def row(case: Case) -> Row:
+        return scratch.row(case.name, lambda: measured(case, source))
+
+    if jobs == 1:
+        yield from map(row, cases)
+        return
+    torch.set_num_threads(1)
+    _Forked.row = row
+    with get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_Forked.run, cases)
+
+
+class _Forked:
+    """What the processes of a pool find when they are forked: a function with its images, which would be copied if it were sent."""
+
+    row: Callable[[Case], Row]
+
+    @staticmethod
+    def run(case: Case) -> Row:
+        """One row, in a process of the pool."""
+        return _Forked.row(case)
+
+
 def main() -> None:
     """Measure, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,6 +167,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=list(BATCH))
     parser.add_argument("--wirings", nargs="+", default=list(WIRINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--write", action="store_true", help="write the record of the rows that are measured already")
     options = parser.parse_args()
     chosen = {"data": ARCHIVES, "batch": {str(k): v for k, v in BATCH.items()}, "rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
@@ -149,11 +177,11 @@ def main() -> None:
         for depth, seed, wiring, steps in product(options.depths, options.seeds, options.wirings, BUDGETS)
         if steps or not seed or wiring == "scratch"  # before any step, a seed makes a difference only to random weights
     ]
-    if options.write:
-        rows = [row for case in cases if (row := scratch.kept(case.name))]
-    else:
+    if not options.write:
         source = Data.of(options.data_root)
-        rows = [scratch.row(case.name, lambda case=case: measured(case, source)) for case in track(cases, "runs")]
+        for _ in track(finished(cases, source, scratch, options.jobs), "runs", total=len(cases)):
+            pass
+    rows = [row for case in cases if (row := scratch.kept(case.name))]
     record = run("cifar_finetuning", scratch.config, lambda: rows)
     print(record.write(), record.status, record.reason or "")
 
