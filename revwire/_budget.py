@@ -40,9 +40,7 @@ def parse_budget(budget: Budget) -> int | None:
         return None
     size = budget if type(budget) is int else _parsed(budget) if isinstance(budget, str) else 0
     if size <= 0:
-        raise BudgetError(
-            f"memory_budget: got {budget!r}; expected bytes: a positive int, or a string such as '6GiB' or '512MB', or 'least'"
-        )
+        raise BudgetError(f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MB' or the like, or 'least'")
     return size
 
 

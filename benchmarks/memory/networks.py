@@ -1,0 +1,164 @@
+"""The networks of the sweeps: how they are built, what they are given, and where their blocks stand. Random weights, in train mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet152
+from torchvision.models.video import swin3d_b, swin3d_t
+
+
+@dataclass(frozen=True)
+class Network:
+    """A family of networks.
+
+    Attributes:
+        build: depth → network (those of one depth ignore it).
+        example: (batch, length) → input; the length is that of ``axis``.
+        containers: the names of the modules whose children are the blocks, in order.
+        axis: what the length counts: the side of an image, frames of a clip, tokens.
+    """
+
+    build: Callable[[int], nn.Module]
+    example: Callable[[int, int], Tensor]
+    containers: Callable[[nn.Module], list[str]]
+    axis: str
+
+    def blocks(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """(container, name in it, block) of each block."""
+        for name in self.containers(model):
+            container = model.get_submodule(name)
+            yield from ((container, child, block) for child, block in container.named_children())
+
+
+class Layer(nn.Module):
+    """A pre-norm layer with causal attention: (batch, tokens, width) → the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    """Tokens (batch, tokens) → logits of 256 characters."""
+
+    def __init__(self, depth: int, width: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, width)
+        self.layers = nn.Sequential(*(Layer(width, width // 64) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers(self.embed(tokens))))
+
+
+def inflated_resnet152() -> nn.Module:
+    """ResNet-152 with every kernel inflated to three dimensions (depth 1, and 3 in the first of each bottleneck)."""
+    model = resnet152(weights=None)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                setattr(module, name, _inflated(child, 3 if name == "conv1" and child is not model.conv1 else 1))
+            elif isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.BatchNorm3d(child.num_features))
+    model.maxpool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+    model.avgpool = nn.AdaptiveAvgPool3d(1)
+    return model
+
+
+def _inflated(flat: nn.Conv2d, depth: int) -> nn.Conv3d:
+    sizes = {"stride": (1, *flat.stride), "padding": (depth // 2, *flat.padding), "groups": flat.groups}
+    return nn.Conv3d(flat.in_channels, flat.out_channels, (depth, *flat.kernel_size), bias=flat.bias is not None, **sizes)
+
+
+def slowfast(depth: int) -> nn.Module:
+    """SlowFast-R101 of pytorchvideo, for clips of any length: one clip in, both pathways made from it."""
+    from pytorchvideo.models.hub import slowfast_r101
+
+    return Pathways(slowfast_r101(pretrained=False, head_pool_kernel_sizes=((None, 1, 1), (None, 1, 1))))
+
+
+class Pathways(nn.Module):
+    """A clip (batch, 3, frames, height, width) → the model on every fourth frame and on all of them, pooled over what is left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.blocks = model.blocks[:-2]
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x: Any = [clip[:, :, ::4], clip]
+        for block in self.blocks:
+            x = block(x)
+        return torch.cat([t.mean((2, 3, 4)) for t in x], 1)
+
+
+def _images(batch: int, side: int) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=_generator())
+
+
+def _clips(side: int) -> Callable[[int, int], Tensor]:
+    return lambda batch, frames: torch.randn(batch, 3, frames, side, side, generator=_generator())
+
+
+def _tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(0, 256, (batch, length), generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _vit(name: str) -> Network:
+    def build(depth: int) -> nn.Module:
+        return timm.create_model(name, depth=depth)
+
+    return Network(build, _images, lambda _: ["blocks"], "side")
+
+
+def _containers(*names: str) -> Callable[[nn.Module], list[str]]:
+    return lambda _: list(names)
+
+
+def _pathways(model: nn.Module) -> list[str]:
+    return [n for n, _ in model.named_modules() if n.endswith("res_blocks")]
+
+
+_SWIN = _containers("features.0", "features.2", "features.4", "features.6")
+_STAGES = _containers("layer1", "layer2", "layer3", "layer4")
+_CONVNEXT = _containers(*(f"stages.{i}.blocks" for i in range(4)))
+
+NETWORKS: dict[str, Network] = {
+    "ViT-S/16": _vit("vit_small_patch16_224"),
+    "ViT-B/16": _vit("vit_base_patch16_224"),
+    "ViT-L/16": _vit("vit_large_patch16_224"),
+    "swin3d_t": Network(lambda _: swin3d_t(weights=None), _clips(112), _SWIN, "frames"),
+    "swin3d_t 224": Network(lambda _: swin3d_t(weights=None), _clips(224), _SWIN, "frames"),
+    "swin3d_b": Network(lambda _: swin3d_b(weights=None), _clips(112), _SWIN, "frames"),
+    "slowfast_r101": Network(slowfast, _clips(64), _pathways, "frames"),
+    "convnext_tiny": Network(lambda _: timm.create_model("convnext_tiny"), _images, _CONVNEXT, "side"),
+    "GPT": Network(LanguageModel, _tokens, _containers("layers"), "tokens"),
+    "inflated ResNet-152": Network(lambda _: inflated_resnet152(), _clips(64), _STAGES, "frames"),
+}
+
+
+def network(name: str, depth: int = 12) -> nn.Module:
+    """A network by name, always with the same weights."""
+    torch.manual_seed(0)
+    return NETWORKS[name].build(depth).train()

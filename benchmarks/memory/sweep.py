@@ -1,0 +1,137 @@
+"""Peak bytes of a training step: network × depth × input length × method. One record per sweep, written after every case.
+
+python -m benchmarks.memory.sweep                    # every sweep; or their names
+python -m benchmarks.memory.sweep memory_vit --resume
+
+Bytes are those of PyTorch's allocator above rest, with ``.grad`` allocated: they do not depend on what else the machine does.
+A case that a method cannot take, or that fails, is null and a reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from rich.progress import track
+
+from benchmarks.harness.record import Record, Row, environment, read
+from benchmarks.memory.alternatives import CHECKPOINT, COUPLINGS, METHODS, NOT_RUN, STORED, Unsuited, step
+from benchmarks.memory.networks import NETWORKS, network
+from revwire.measure import peak_bytes
+
+_EVERY = {**COUPLINGS, **METHODS}
+RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
+SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
+LEAST = tuple(m for m in METHODS if m.endswith("planner"))
+MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cases of a sweep: all methods at all depths, batches and lengths, on one network."""
+
+    network: str
+    methods: tuple[str, ...]
+    depths: tuple[int, ...] = (12,)
+    batches: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] = (224,)
+
+    def cases(self) -> Iterator[Row]:
+        """One row per case, not measured yet."""
+        for depth in self.depths:
+            for batch in self.batches:
+                for length in self.lengths:
+                    for method in self.methods:
+                        yield {"network": self.network, "depth": depth, "batch": batch, "length": length, "method": method}
+
+
+SWEEPS: dict[str, tuple[Grid, ...]] = {
+    "memory_vit": (
+        Grid("ViT-S/16", (CHECKPOINT, BDIA, RE2TAL, STORED), depths=(24, 12), batches=(2,)),
+        Grid("ViT-S/16", (CHECKPOINT, BDIA, RE2TAL), depths=(48, 6, 96), batches=(2,)),
+        Grid("ViT-S/16", (SEGMENTS, SELECTIVE, "momentumnet", "memcnn"), depths=(12, 24), batches=(2,)),
+        Grid("ViT-S/16", (COMPILED, *LEAST), depths=(12,), batches=(2,)),
+        Grid("ViT-S/16", (SEGMENTS, STORED), depths=(48, 6), batches=(2,)),
+    ),
+    "memory_couplings": (Grid("ViT-S/16", (STORED, CHECKPOINT, *COUPLINGS), batches=(1,)),),
+    "memory_gpt": (
+        Grid("GPT", (CHECKPOINT, BDIA, RE2TAL, STORED), lengths=(1024, 2048)),
+        Grid("GPT", (SEGMENTS, SELECTIVE, "momentumnet", "memcnn", *LEAST), lengths=(1024,)),
+        Grid("GPT", (CHECKPOINT, BDIA, RE2TAL, STORED), lengths=(4096,)),
+    ),
+    "memory_fit": (
+        Grid("ViT-B/16", MAIN, batches=(1, 2)),
+        Grid("swin3d_b", MAIN, lengths=(8, 16)),
+        Grid("ViT-B/16", MAIN, batches=(3,)),
+        Grid("swin3d_b", MAIN, lengths=(24,)),
+    ),
+    "memory_swin3d": (
+        Grid("swin3d_t", MAIN, lengths=(32, 16)),
+        Grid("swin3d_t", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(16,)),
+        Grid("swin3d_t", MAIN, lengths=(64,)),
+    ),
+    "memory_convnext": (
+        Grid("convnext_tiny", MAIN, lengths=(224, 320)),
+        Grid("convnext_tiny", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(224,)),
+    ),
+    "memory_resnet": (
+        Grid("inflated ResNet-152", MAIN, lengths=(8, 16)),
+        Grid("inflated ResNet-152", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(8,)),
+    ),
+    "memory_slowfast": (
+        Grid("slowfast_r101", MAIN, lengths=(16, 32)),
+        Grid("slowfast_r101", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(16,)),
+    ),
+    "memory_large": (Grid("ViT-L/16", (CHECKPOINT, SEGMENTS, BDIA, RE2TAL), depths=(24,)),),
+}
+"""Ordered so that a run that is cut short has the cases that matter most. `--resume` goes on."""
+
+
+def measured(case: Row) -> Row:
+    """The case with the peak bytes of a step; null, and a reason, where there is none."""
+    example = NETWORKS[case["network"]].example(case["batch"], case["length"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = _EVERY[case["method"]](case["network"], network(case["network"], case["depth"]), example)
+            return {**case, "peak_bytes": peak_bytes(partial(step, model, example)), "reason": None}
+    except (Unsuited, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        return {**case, "peak_bytes": None, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+
+
+def sweep(name: str, resume: bool) -> Record:
+    """Measure what is missing, writing the record after every case."""
+    cases = [case for grid in SWEEPS[name] for case in grid.cases()]
+    rows = [r for record in read(name)[:1] for r in record.results or []] if resume else []
+    done = {tuple(case.values()) for case in ({k: r[k] for k in cases[0]} for r in rows)}
+    config = {
+        "loss": "mean square",
+        "axes": {g.network: NETWORKS[g.network].axis for g in SWEEPS[name]},
+        "cases": len(cases),
+        "not_run": NOT_RUN,
+    }
+    record = Record(name, "ok", None, config, rows, environment("cpu"))
+    for case in track([c for c in cases if tuple(c.values()) not in done], name):
+        record = replace(record, results=[*(record.results or []), measured(case)])
+        record.write()
+        gc.collect()
+    return record
+
+
+def main() -> None:
+    """Measure the sweeps that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", default=list(SWEEPS), help=", ".join(SWEEPS))
+    parser.add_argument("--resume", action="store_true", help="keep what the record of this device has, and measure the rest")
+    options = parser.parse_args()
+    for name in options.sweeps:
+        record = sweep(name, options.resume)
+        print(name, len(record.results or []), "cases")
+
+
+if __name__ == "__main__":
+    main()

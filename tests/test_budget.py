@@ -1,0 +1,267 @@
+"""Memory budgets: what is asked for is met, what is predicted comes, the function and its gradients stay the same."""
+
+import copy
+import json
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+import revwire
+from revwire._budget import least, parse_budget, search
+from revwire._convert import chains_of
+from revwire._costs import MODES, Costs
+from revwire._meter import Arithmetic, Mark, Measured, Place, Stretch
+from revwire.measure import peak_bytes
+
+
+def transformer(depth=6, width=32, head=2):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, head)).train()
+
+
+INPUTS = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
+
+
+def step(model, inputs=INPUTS):
+    return lambda: model(inputs).square().mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("budget", "size"),
+    [
+        (1000, 1000),
+        ("1000", 1000),
+        ("6GiB", 6 * 2**30),
+        ("512MB", 512 * 10**6),
+        (" 1.5 KiB ", 1536),
+        ("2kB", 2000),
+        ("2KB", 2000),
+        ("1TiB", 2**40),
+        ("least", None),
+    ],
+)
+def test_budgets_as_users_write_them(budget, size):
+    assert parse_budget(budget) == size
+
+
+@pytest.mark.parametrize("budget", [0, -5, "", "much", "6 gigs", "GiB", "1.2.3MB", 1.5, True, "-1GB"])
+def test_what_is_no_budget_is_refused(budget):
+    with pytest.raises(revwire.BudgetError, match=r"memory_budget: got .*; expected a positive number of bytes, '6GiB'"):
+        revwire.convert(transformer(2), INPUTS, memory_budget=budget)
+
+
+# -- the search, against all mixes -------------------------------------------------------------------------------------
+
+
+def costs_of(units, seed, chains=1, state=64):
+    """Costs of a step with random figures: two marks per unit forwards, two backwards."""
+    random = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=random))
+
+    each = units // chains
+    places = [Place(i // each, i % each) for i in range(units)]
+    stretches = [Stretch(Mark("begin", -1), 0, number(0, 100), 0.1)]
+    for run in range(units):
+        level = 40 * run
+        stretches += [
+            Stretch(Mark("enter", run), level, level + number(100, 400), 1),
+            Stretch(Mark("leave", run), level + 40, level + 60, 0),
+        ]
+    for run in reversed(range(units)):
+        level = 40 * run
+        stretches += [Stretch(Mark("grad", run), level, level + number(100, 900), number(1, 9))]
+        stretches += [Stretch(Mark("rebuilt", run), level, level + number(300, 1000), 2)]
+    saved = tuple(number(200, 800) for _ in range(units))
+    measured = Measured(tuple(places), tuple(stretches), saved, (Arithmetic(0.25, 0.5),) * units)
+    return Costs(measured, [[8 if i else 0 for i in range(each)]] * chains, [state] * chains)
+
+
+def every_mix(costs):
+    """All forms that the units can have together."""
+
+    def grow(run, forms, before):
+        if run == len(costs.units):
+            yield forms
+            return
+        unit = costs.units[run]
+        for form in unit.forms(before.get(unit.chain) if unit.unit else None):
+            yield from grow(run + 1, [*forms, form], {**before, unit.chain: form})
+
+    return list(grow(0, [], {}))
+
+
+@pytest.mark.parametrize(("seed", "chains"), list(product(range(6), [1, 2])))
+def test_the_search_finds_the_fastest_mix_that_fits(seed, chains):
+    costs = costs_of(6, seed, chains)
+    points = [costs.forecast(forms) for forms in every_mix(costs)]
+    low, high = min(p for p, _ in points), max(p for p, _ in points)
+    for share in (0.0, 0.3, 0.6, 1.0):
+        budget = int(low + share * (high - low))
+        peak, seconds = costs.forecast(search(costs, budget))
+        best = min(s for p, s in points if p <= budget)
+        assert peak <= budget
+        assert seconds <= best + 0.25  # one class of bytes is 1/256 of the budget: a unit's arithmetic may be lost to it
+    assert search(costs, low - 1) is None
+    assert low <= least(costs) <= low * 1.002 + 1
+
+
+def test_every_mix_of_modes_has_a_form():
+    costs = costs_of(4, 0)
+    modes = {tuple(MODES[f] for f in forms) for forms in every_mix(costs)}
+    assert len(modes) == 2 * 3**3  # the first unit is never checkpointed: its input is the chain's
+
+
+def test_a_unit_that_is_never_rebuilt_stays_as_it_is():
+    costs = costs_of(4, 0)
+    frozen = Measured(costs.measured.places, costs.measured.stretches[:-1], costs.measured.saved, costs.measured.arithmetic)
+    assert [u.fixed for u in Costs(frozen, [[0] * 4], [64]).units] == [True, False, False, False]
+
+
+def test_a_unit_that_runs_twice_stays_reversible():
+    layer = transformer(3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = layer
+
+        def forward(self, x):
+            return self.net(x) + self.net(x.flip(1))
+
+    plan = revwire.plan(Twice(), INPUTS, memory_budget="1GiB")
+    assert {u.mode for u in plan.units} == {"reversible"}
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def limits():
+    forecast = revwire.plan(transformer(), INPUTS, memory_budget="least").forecast
+    return forecast.peak_bytes, forecast.stored.peak_bytes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35, 0.7, 1.0])
+@pytest.mark.parametrize("coupling", ["bdia:1/16", "re2tal"])
+def test_a_step_takes_what_was_predicted_and_no_more_than_the_budget(limits, share, coupling):
+    low, high = limits
+    budget = int(low * 1.01 + share * (high - low))
+    model = revwire.convert(transformer(), INPUTS, coupling=coupling, memory_budget=budget)
+    plan = revwire.report(model)
+    peak = peak_bytes(step(model))
+    assert plan.forecast.peak_bytes <= budget
+    assert peak <= budget * 1.02
+    assert abs(plan.forecast.peak_bytes / peak - 1) < 0.05
+    assert revwire.verify(model, INPUTS).bit_exact
+    assert plan.forecast.seconds > 0
+
+
+def gradients(model):
+    torch.manual_seed(5)
+    out = model(INPUTS)
+    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+
+
+def test_function_and_gradients_are_those_of_the_plain_conversion(limits):
+    model = transformer()
+    twin = revwire.convert(copy.deepcopy(model), INPUTS)
+    revwire.convert(model, INPUTS, memory_budget=sum(limits) // 2)
+    assert len({mode for chain in chains_of(model) for mode in chain.modes}) > 1
+    assert all(map(torch.equal, gradients(model), gradients(twin)))
+
+
+def test_a_copied_model_keeps_its_modes(limits):
+    model = revwire.convert(transformer(), INPUTS, memory_budget=sum(limits) // 2)
+    twin = copy.deepcopy(model)
+    assert [c.modes for c in chains_of(twin)] == [c.modes for c in chains_of(model)]
+    assert all(map(torch.equal, gradients(model), gradients(twin)))
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest_that_something_does(limits):
+    model = transformer()
+    with pytest.raises(
+        revwire.BudgetError, match=r"Sequential: got a memory budget of 1000 bytes .* expected at least (\d+) .*pass memory_budget="
+    ) as error:
+        revwire.convert(model, INPUTS, memory_budget="1kB")
+    smallest = int(str(error.value).split("pass memory_budget=")[1].split()[0])
+    assert smallest == pytest.approx(limits[0], rel=0.01)
+    with pytest.raises(revwire.ConversionError, match="not converted"):
+        revwire.report(model)  # as it was
+    revwire.convert(model, INPUTS, memory_budget=smallest)
+
+
+def test_a_budget_that_holds_everything_stores_everything_and_says_so(limits):
+    plan = revwire.plan(transformer(), INPUTS, memory_budget=limits[1] + 1)
+    assert {u.mode for u in plan.units} == {"stored"}
+    assert "every activation fits: nothing is rebuilt" in str(plan)
+    assert "12 stored" in str(plan)
+
+
+def test_a_plan_leaves_the_model_as_it_found_it():
+    model = transformer()
+    model(INPUTS).sum().backward()
+    grads, state, random = [p.grad for p in model.parameters()], copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    plan = revwire.plan(model, INPUTS, memory_budget="least")
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert "forward" not in vars(model[0].layers[0])
+    assert json.loads(json.dumps(plan.to_dict()))["forecast"]["planned"]["peak_bytes"] == plan.forecast.peak_bytes
+
+
+def test_the_first_call_may_be_the_example(limits):
+    model = revwire.convert(transformer(), memory_budget=sum(limits) // 2)
+    with torch.no_grad():
+        model(INPUTS)
+    assert revwire.report(model).forecast.budget == sum(limits) // 2
+    assert peak_bytes(step(model)) <= sum(limits) // 2
+
+
+def test_a_model_without_gradients_has_no_step_to_measure():
+    with pytest.raises(revwire.BudgetError, match="outputs that need no gradient; expected a step to measure; unfreeze"):
+        revwire.convert(transformer(2).requires_grad_(False), INPUTS, memory_budget="least")
+
+
+def test_frozen_units_are_left_alone():
+    model = transformer()
+    model[0].layers[:3].requires_grad_(False)
+    revwire.convert(model, INPUTS, memory_budget="1GiB")
+    assert [u.mode for u in revwire.report(model).units] == ["reversible"] * 6 + ["stored"] * 6
+    assert revwire.verify(model, INPUTS).bit_exact
+
+
+def test_shallow_chains_are_named_where_reversible_gains_nothing():
+    class Stages(nn.Module):
+        """A wide stage whose backward is the peak, and a narrow one that is long over by then."""
+
+        def __init__(self):
+            super().__init__()
+            self.wide, self.down, self.narrow = transformer(4, 32)[0], nn.Linear(32, 8), transformer(2, 8)[0]
+
+        def forward(self, x):
+            return self.narrow(self.down(self.wide(x))[:, ::8])
+
+    model = Stages()
+    plan = revwire.plan(model, INPUTS, memory_budget="least")
+    assert len(plan.forecast.advice) == 1
+    assert "chain 1: reversible gains nothing here" in str(plan)
+    assert {u.mode for u in plan.chains[1].units} == {"stored"}
+
+
+def test_a_plan_without_a_budget_names_chains_that_save_little():
+    class Thin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + self.a(x)
+            return x + self.b(x)
+
+    assert "chain 0: 2 units save" in str(revwire.plan(Thin(), torch.randn(2, 8)))
+    assert "consider exclude=" not in str(revwire.plan(transformer(), INPUTS))
