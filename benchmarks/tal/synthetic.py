@@ -1,14 +1,14 @@
 """Videos that are drawn: real MP4 files with annotations in ActivityNet's form, any number of them, from a seed.
 
-Small figures act before a cluttered, drifting, noisy background. Each kind of action has a twin that looks the same in every frame and
-differs only in the direction of its motion or the order of its colours:
+Patches act before a cluttered, drifting, noisy background. Each kind of action has a twin that looks the same in every frame and differs
+only in the direction of its motion or the order of its colours:
 
-    clockwise   a figure goes round               its twin goes round the other way
-    rise        a figure climbs, again and again  its twin sinks
-    sequence    a figure is red, green, blue, …   its twin is blue, green, red, …
+    rise        stripes move up        its twin's move down
+    advance     stripes move right     its twin's move left
+    sequence    red, green, blue, …    its twin is blue, green, red, …
 
-Twins, and figures that stand or tremble, come more often than actions do and at the same time. So neither what a single frame shows nor
-the amount of motion tells an action from what is none; a backbone has to be trained on it. Mirrored, a clockwise turn is its twin: clips of
+Twins, and patches that stand or tremble, come more often than actions do and at the same time. So neither what a single frame shows nor
+the amount of motion tells an action from what is none; a backbone has to be trained on it. Mirrored, what advances is its twin: clips of
 these videos must not be flipped.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,17 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 FPS = 10
-ACTIONS = ("clockwise", "rise", "sequence")
+ACTIONS = ("advance", "rise", "sequence")
 TEST_EVERY = 3
 """One video of so many is for validation; the others are for training."""
 
 Floats = NDArray[np.float32]
-COLOURS = np.array([[255, 40, 40], [40, 255, 40], [60, 80, 255]], dtype=np.float32)
+THREE = np.array([[230, 50, 50], [50, 230, 50], [60, 80, 240]], dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Act:
-    """Something that a figure does from ``start`` to ``end`` seconds. ``forward``: it is the action ``kind``, otherwise its twin."""
+    """Something that a patch does from ``start`` to ``end`` seconds. ``forward``: it is the action ``kind``, otherwise its twin."""
 
     kind: str
     forward: bool
@@ -90,7 +90,7 @@ def _entry(number: int, frames: int, acts: Sequence[Act]) -> dict[str, Any]:
 
 
 def script(duration: float, rng: np.random.Generator) -> list[Act]:
-    """Two figures' acts, one after the other with breaks: the first one's are actions in half of the cases, the second one's never."""
+    """Two rows of acts, one after the other with breaks: the first row's are actions more often than not, the second one's never."""
     acts = []
     for chance in (0.6, 0.0):
         clock = rng.uniform(0.0, 1.5)
@@ -110,24 +110,21 @@ def script(duration: float, rng: np.random.Generator) -> list[Act]:
 def draw(acts: Sequence[Act], frames: int, size: int, noise: float, rng: np.random.Generator) -> NDArray[np.uint8]:
     """(frames, size, size, 3)"""
     film = _background(frames, size, rng)
-    for act in acts:
+    for act in sorted(acts, key=lambda act: act.forward):  # actions in front, so that nothing hides them
         _perform(film, act, rng)
     film += rng.normal(0, noise, film.shape).astype(np.float32)
     return film.clip(0, 255).astype(np.uint8)
 
 
 def _background(frames: int, size: int, rng: np.random.Generator) -> Floats:
-    """A blurred pattern larger than the picture that drifts, and figures that stand in it."""
+    """A blurred pattern larger than the picture that drifts, and patches that stand in it: (frames, size, size, 3)."""
     margin = size // 4
-    pattern = _blurred(rng.uniform(30, 170, (7, 7, 3)), size + margin)
-    grid = _grid(size + margin)
-    for _ in range(rng.integers(6, 12)):
-        place = rng.uniform(0, size + margin, 2)
-        _paint(pattern[None], _figure(rng, size)(grid, place)[None], rng.uniform(20, 235, 3))
-    turn = rng.uniform(0, 2 * math.pi, 2)
-    speed = rng.uniform(0.5, 1.5, 2) / FPS
-    time = np.arange(frames)[:, None]
-    shift = np.round(margin / 2 * (1 + np.sin(turn + speed * time))).astype(int)
+    pattern = _blurred(rng.uniform(30, 200, (7, 7, 3)), size + margin)
+    for _ in range(rng.integers(3, 7)):
+        patch = Patch.random(rng, size, rng.uniform(0, size + margin, 2), radius=0.1)
+        _paint(pattern[None], patch.cover(size + margin), patch.look(size + margin, str(rng.choice(ACTIONS)), np.zeros(1)))
+    turn, speed = rng.uniform(0, 2 * math.pi, 2), rng.uniform(0.5, 1.5, 2) / FPS
+    shift = np.round(margin / 2 * (1 + np.sin(turn + speed * np.arange(frames)[:, None]))).astype(int)
     return np.stack([pattern[y : y + size, x : x + size] for y, x in shift])
 
 
@@ -141,69 +138,63 @@ def _blurred(coarse: NDArray[np.float64], size: int) -> Floats:
     return (rows[:, low] * (1 - part) + rows[:, low + 1] * part).astype(np.float32)
 
 
-def _grid(size: int) -> Floats:
-    return np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1).astype(np.float32)
+@dataclass(frozen=True)
+class Patch:
+    """A shape at a ``place`` (down, right), stripes of length ``wave`` in two ``colours``, and which of three colours it begins with."""
+
+    shape: str
+    place: NDArray[np.float64]
+    radius: float
+    wave: float
+    colours: Floats
+    first: int
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, size: int, place: NDArray[np.float64], radius: float) -> Patch:
+        """A patch of about so large a ``radius``, as a share of the picture."""
+        dark, light = rng.uniform(0, 90, 3), rng.uniform(165, 255, 3)
+        colours = np.stack([dark, light]).astype(np.float32)
+        shape = str(rng.choice(["disc", "square", "diamond"]))
+        return cls(shape, place, rng.uniform(0.85, 1.15) * radius * size, rng.uniform(0.14, 0.2) * size, colours, int(rng.integers(3)))
+
+    def cover(self, size: int) -> Floats:
+        """How far each pixel is covered, (1, size, size)."""
+        down, right = np.abs(np.indices((size, size), dtype=np.float32) - self.place.astype(np.float32)[:, None, None])
+        distance = {"disc": np.hypot(down, right), "square": np.maximum(down, right) * 1.13, "diamond": (down + right) * 0.8}[self.shape]
+        return (self.radius - distance + 0.5).clip(0, 1)[None]
+
+    def look(self, size: int, kind: str, turns: NDArray[np.float64]) -> Floats:
+        """What it shows after so many ``turns`` (frames,) of its stripes or colours: (frames, size, size, 3) or (frames, 1, 1, 3)."""
+        if kind == "sequence":
+            return THREE[(self.first + np.floor(3 * turns).astype(int)) % 3][:, None, None]
+        down, right = np.indices((size, size), dtype=np.float32)
+        along = -down if kind == "rise" else right
+        light = 0.5 + 0.5 * np.sin(2 * math.pi * (along / self.wave - turns[:, None, None].astype(np.float32)))
+        return self.colours[0] + light[..., None] * (self.colours[1] - self.colours[0])
 
 
-Figure = Callable[[Floats, NDArray[np.float64]], Floats]
-
-
-def _figure(rng: np.random.Generator, size: int) -> Figure:
-    """A random shape: from a grid (h, w, 2) and a place (2,) to how far each pixel is covered (h, w)."""
-    radius = rng.uniform(0.07, 0.1) * size
-    shape = rng.choice(["disc", "square", "cross", "ring"])
-
-    def cover(grid: Floats, place: NDArray[np.float64]) -> Floats:
-        away = np.abs(grid - place.astype(np.float32))
-        if shape == "square":
-            distance = away.max(-1)
-        elif shape == "cross":
-            distance = np.maximum(away.max(-1), away.min(-1) + 0.6 * radius)
-        else:
-            distance = np.hypot(away[..., 0], away[..., 1])
-            distance = np.abs(distance - 0.65 * radius) + 0.65 * radius if shape == "ring" else distance
-        return (radius - distance + 0.5).clip(0, 1)
-
-    return cover
-
-
-def _paint(film: Floats, cover: Floats, colour: NDArray[Any]) -> None:
-    """Lay a colour (3,) or (frames, 3) over the part of each frame that is covered (frames, h, w), in place."""
-    film += cover[..., None] * (np.asarray(colour, dtype=np.float32).reshape(-1, 1, 1, 3) - film)
+def _paint(film: Floats, cover: Floats, look: Floats) -> None:
+    """Lay what a patch shows over what it covers, in place."""
+    film += cover[..., None] * (look - film)
 
 
 def _perform(film: Floats, act: Act, rng: np.random.Generator) -> None:
     """Draw an act into its frames."""
     first, last = round(act.start * FPS), min(round(act.end * FPS), len(film))
     size = film.shape[1]
-    time = np.arange(last - first) / FPS
-    figure, grid = _figure(rng, size), _grid(size)
-    centre = rng.uniform(0.3, 0.7, 2) * size
-    places = centre + size * _path(act, time if act.forward else -time, rng)
-    colours = _colours(act, time, rng)
-    cover = np.stack([figure(grid, place) for place in places])
-    _paint(film[first:last], cover, colours)
+    patch = Patch.random(rng, size, rng.uniform(0.2, 0.8, 2) * size, radius=0.2)
+    kind = act.kind if act.kind in ACTIONS else str(rng.choice(ACTIONS))
+    _paint(film[first:last], patch.cover(size), patch.look(size, kind, _turns(act, kind, last - first, rng)))
 
 
-def _path(act: Act, time: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Places (frames, 2), down and right, as shares of the picture, around 0. A twin's time runs backwards."""
-    phase, period = rng.random(), rng.uniform(1.0, 1.6)
-    turn = time / period + phase
-    if act.kind == "clockwise":
-        return 0.17 * np.stack([np.sin(2 * math.pi * turn), np.cos(2 * math.pi * turn)], -1)
-    if act.kind == "rise":
-        return np.stack([0.44 * (0.5 - turn % 1), np.zeros(len(time))], -1)
+def _turns(act: Act, kind: str, frames: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """How far stripes or colours have gone at each frame. A twin's time runs backwards."""
+    begin, speed = rng.random(), rng.uniform(0.8, 1.3) if kind == "sequence" else rng.uniform(1.5, 2.5)
+    if act.kind == "stand":
+        return np.full(frames, begin)
     if act.kind == "tremble":
-        return rng.normal(0, 0.03, (len(time), 2))
-    return np.zeros((len(time), 2))
-
-
-def _colours(act: Act, time: NDArray[np.float64], rng: np.random.Generator) -> Floats:
-    """(frames, 3): one for the whole act, or one of three after the other."""
-    phase, each = rng.integers(3), rng.uniform(0.25, 0.45)
-    order = (phase + (1 if act.forward else -1) * (time / each).astype(int)) % 3
-    chosen = COLOURS[order] if act.kind == "sequence" else np.tile(COLOURS[phase], (len(time), 1))
-    return chosen * np.float32(rng.uniform(0.7, 1.0))
+        return begin + rng.uniform(-0.3, 0.3, frames)
+    return begin + (1 if act.forward else -1) * speed * np.arange(frames) / FPS
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -211,10 +202,14 @@ def _colours(act: Act, time: NDArray[np.float64], rng: np.random.Generator) -> F
 
 def encode(frames: NDArray[np.uint8], path: Path | str) -> None:
     """Write frames (frames, height, width, 3) as H.264 in MP4, with a frame every second at which decoding can start."""
+    # x264's lookahead runs beside the encoder, and what it has seen by then changes what is written; without it, files repeat.
+    options = {"crf": "18", "preset": "veryfast", "g": str(FPS), "x264-params": "sync-lookahead=0:rc-lookahead=0:mbtree=0"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "g": str(FPS), "threads": "1"})
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
         for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
