@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import coverage, retention
+from benchmarks.harness import coverage, memory_tables, retention
 from benchmarks.harness.record import RESULTS, Record, Row, read
 
 ROOT = RESULTS.parents[1]
-DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/coverage.md", "docs/choosing-a-coupling.md")
+DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/coverage.md", "docs/choosing-a-coupling.md", "docs/performance.md")
 ZOOS = ("zoo_timm_models", "zoo_torchvision_models", "zoo_pytorchvideo_models", "zoo_huggingface", "zoo_third_party")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _MIB = 2**20
@@ -106,6 +106,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "language_model": language_model,
     **dict.fromkeys(ZOOS, coverage.models),
     **retention.TABLES,
+    **memory_tables.TABLES,
 }
 
 

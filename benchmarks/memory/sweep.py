@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from rich.progress import track
 
-from benchmarks.harness.record import Record, Row, environment, read
+from benchmarks.harness.record import RESULTS, Record, Row, environment, read
 from benchmarks.memory.alternatives import CHECKPOINT, COUPLINGS, METHODS, NOT_RUN, STORED, Unsuited, step
 from benchmarks.memory.networks import NETWORKS, network
 from revwire.measure import peak_bytes
@@ -103,10 +104,10 @@ def measured(case: Row) -> Row:
         return {**case, "peak_bytes": None, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
-def sweep(name: str, resume: bool) -> Record:
+def sweep(name: str, resume: bool, folder: Path) -> Record:
     """Measure what is missing, writing the record after every case."""
     cases = [case for grid in SWEEPS[name] for case in grid.cases()]
-    rows = [r for record in read(name)[:1] for r in record.results or []] if resume else []
+    rows = [r for record in read(name, folder)[:1] for r in record.results or []] if resume else []
     done = {tuple(case.values()) for case in ({k: r[k] for k in cases[0]} for r in rows)}
     config = {
         "loss": "mean square",
@@ -117,7 +118,7 @@ def sweep(name: str, resume: bool) -> Record:
     record = Record(name, "ok", None, config, rows, environment("cpu"))
     for case in track([c for c in cases if tuple(c.values()) not in done], name):
         record = replace(record, results=[*(record.results or []), measured(case)])
-        record.write()
+        record.write(folder)
         gc.collect()
     return record
 
@@ -127,9 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", default=list(SWEEPS), help=", ".join(SWEEPS))
     parser.add_argument("--resume", action="store_true", help="keep what the record of this device has, and measure the rest")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where records go while they grow, if not to their place")
     options = parser.parse_args()
     for name in options.sweeps:
-        record = sweep(name, options.resume)
+        record = sweep(name, options.resume, options.folder)
         print(name, len(record.results or []), "cases")
 
 

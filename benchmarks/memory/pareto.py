@@ -1,0 +1,85 @@
+"""Seconds of a step against its peak bytes, all methods taking turns. On a machine that does nothing else.
+
+python -m benchmarks.memory.pareto                          # ViT-S/16, depth 12
+python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+import revwire
+from benchmarks.harness.record import Row, run
+from benchmarks.memory.alternatives import CHECKPOINT, METHODS, STORED, Method, Unsuited, reversible, step
+from benchmarks.memory.networks import NETWORKS, network
+from revwire.measure import paired_seconds, peak_bytes
+
+SHARES = (0.25, 0.5, 0.75)
+
+
+def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: tuple[str, ...] = ()) -> list[Row]:
+    """One row per method: peak bytes, seconds, and the ratios to stored activations and to checkpointing within each round."""
+    example = NETWORKS[name].example(batch, length)
+    models: dict[str, nn.Module] = {}
+    rows: dict[str, Row] = {}
+    methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example)
+    for method, make in methods.items():
+        try:
+            models[method] = make(name, network(name, depth), example)
+            rows[method] = {
+                "network": name,
+                "method": method,
+                "peak_bytes": peak_bytes(partial(step, models[method], example)),
+                "reason": None,
+            }
+        except (Unsuited, RuntimeError, ValueError, TypeError) as error:
+            models.pop(method, None)
+            rows[method] = {"network": name, "method": method, "peak_bytes": None, "reason": f"{type(error).__name__}: {error}"[:200]}
+    with Progress() as progress:
+        bar = progress.add_task("steps", total=(rounds + 1) * len(models))
+
+        def counted(method: str) -> None:
+            step(models[method], example)
+            progress.advance(bar)
+
+        timings = paired_seconds({method: partial(counted, method) for method in models}, rounds)
+    for method in models:
+        ratios = {"to_stored": timings.ratio(method, STORED), "to_checkpoint": timings.ratio(method, CHECKPOINT)}
+        rows[method] |= {"seconds": asdict(timings.seconds(method)), **{k: asdict(v) for k, v in ratios.items()}}
+    return list(rows.values())
+
+
+def _budgets(name: str, depth: int, example: torch.Tensor) -> dict[str, Method]:
+    """The planner at budgets between the least and that of stored activations."""
+    forecast = revwire.plan(network(name, depth), example, memory_budget="least").forecast
+    assert forecast is not None
+    low, high = forecast.peak_bytes, forecast.stored.peak_bytes
+    return {f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low))) for share in SHARES}
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="ViT-S/16", choices=list(NETWORKS))
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--skip", nargs="*", default=[], help="methods to leave out")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    name = "memory_pareto_" + "".join(c if c.isalnum() else "_" for c in options.network.lower())
+    sizes = (options.network, options.depth, options.batch, options.length, options.rounds, tuple(options.skip))
+    record = run(name, {"loss": "mean square", **vars(options)}, lambda: measured(*sizes))
+    print(record.write(), record.status, record.reason or "")
+
+
+if __name__ == "__main__":
+    main()
