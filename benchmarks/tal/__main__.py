@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +97,69 @@ def check(
 
 
 @app.command()
+def synthesize(
+    output: Annotated[Path, typer.Option(help="Folder to write to: videos, and annotations.json.")],
+    videos: Annotated[int, typer.Option(help="How many; every third is for validation.")] = 90,
+    seed: int = 0,
+    size: Annotated[int, typer.Option(help="Pixels of either side.")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """Draw videos with actions that differ from distractors only in motion or order, as real MP4 files with annotations."""
+    from benchmarks.tal.synthetic import synthesize as draw
+
+    print(draw(output, videos=videos, seed=seed, size=size, progress=not quiet))
+
+
+@app.command()
+def compare(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the variants' steps are timed; 0: not at all.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="Folder of the record; default: benchmarks/results.")] = None,
+) -> None:
+    """Stored activations, checkpointing, re2tal, bdia and a frozen backbone: figures, peak memory and seconds, as one record."""
+    from benchmarks.tal import comparison
+
+    record = comparison.compare(config, overrides or [], seeds, jobs, rounds)
+    print(record.write(output) if output else record.write(), record.status, record.reason or "")
+    raise typer.Exit(int(record.status != "ok"))
+
+
+@app.command()
+def memory(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    frames: Annotated[str, typer.Option(help="Frames of a clip, by commas.")] = "64,128,256",
+    batch: Annotated[str, typer.Option(help="Clips of a step, by commas.")] = "1",
+    memories: Annotated[str, typer.Option("--memory", help="Ways to keep activations, by commas.")] = "stored,checkpoint,re2tal,bdia",
+    rounds: Annotated[int, typer.Option(help="Rounds in which steps are timed; 0: not at all.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder of the record and the picture; default: benchmarks/results.")] = None,
+) -> None:
+    """Peak memory (and seconds) of a training step against the number of frames, on clips of noise: a record, and a picture of it."""
+    from benchmarks.harness.record import RESULTS, run
+    from benchmarks.tal import costs, report
+
+    loaded = _loaded(config, overrides)
+    counts, batches = ([int(n) for n in text.split(",")] for text in (frames, batch))
+    chosen = {"config": dataclasses.asdict(loaded), "frames": counts, "batch": batches, "rounds": rounds}
+    device = costs.device(loaded)
+    record = run(
+        f"tal_memory_{loaded.name}",
+        chosen,
+        lambda: costs.by_frames(loaded, memories.split(","), counts, batches, classes=20, rounds=rounds),
+        device.type,
+    )
+    folder = output or RESULTS
+    print(record.write(folder), record.status, record.reason or "")
+    if record.results:
+        mine = [row for row in record.results if row["batch"] == batches[0]]
+        print(report.memory_curve(mine, folder / f"{record.name}.png"))
+    raise typer.Exit(int(record.status != "ok"))
+
+
+@app.command()
 def plot(
     config: ConfigOption,
     predictions: Annotated[Path, typer.Option(help="A file of detections.")],
@@ -128,6 +193,7 @@ def main() -> None:
     from benchmarks.tal.evaluation import PredictionError
     from benchmarks.tal.scores import ScoreError
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
     try:
         app(standalone_mode=True)
     except (ConfigError, AnnotationError, PredictionError, ScoreError) as error:

@@ -29,13 +29,31 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class Features:
+    """Extracted features as input.
+
+    Attributes:
+        path: folder or HDF5 file, relative to ``data.root``; null: there are none, and the backbone makes them from videos.
+        channels: of a row. fps: of the videos, or null: from the number of rows and the duration.
+        stride, offset: frames from row to row, and to the moment that the first one stands for.
+    """
+
+    path: str | None
+    channels: int
+    fps: float | None
+    stride: float
+    offset: float
+
+
+@dataclass(frozen=True)
 class Data:
     """Where videos and annotations lie. Paths are relative to ``root`` (null: the environment variable REVWIRE_DATA).
 
     Attributes:
         annotations: JSON in ActivityNet's form; for classification, null.
         videos: folder of videos, by id; for classification, with one folder per class in it.
-        features: folder or HDF5 file of extracted features, which then stand for the videos; or null. ``feature_channels``: of them.
+        features: extracted features, where they stand for the videos.
+        drawn: options of `synthetic.synthesize`, by which data are made where there are none, in the annotations' folder; or {}.
         training_subset, test_subset: names in the annotations.
         lenient: count faulty annotations instead of refusing them.
         exclude: JSON list of ids that are left out, or null.
@@ -46,8 +64,8 @@ class Data:
     root: str | None
     annotations: str | None
     videos: str | None
-    features: str | None
-    feature_channels: int
+    features: Features
+    drawn: Tree
     training_subset: str
     test_subset: str
     lenient: bool
@@ -282,7 +300,7 @@ def _keys(schema: type, prefix: str) -> Iterable[tuple[str, Any]]:
             yield from _keys(typing.cast(type, kind), f"{prefix}{name}.")
 
 
-GIVEN = ("name", "state", "in_channels", "num_classes")
+GIVEN = ("name", "state", "in_channels", "num_classes", "folder", "progress")
 """Arguments of constructors that follow from other keys."""
 
 

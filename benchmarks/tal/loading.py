@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from benchmarks.tal import annotations, clips, folders, videos
-from benchmarks.tal.annotations import Annotations
+from benchmarks.tal import annotations, clips, features, folders, videos
+from benchmarks.tal.annotations import Annotations, Video
 from benchmarks.tal.config import Config, ConfigError
+from benchmarks.tal.synthetic import synthesize
 
 Key = tuple[int, int]
 """(pass over the data, index of the clip): what an item's random choices are made from."""
@@ -97,16 +101,29 @@ def root(config: Config) -> Path:
 
 
 def path(config: Config, key: str) -> Path:
-    """``data.KEY`` as a path.
+    """``data.KEY`` as a path; for ``features``, that of its section.
 
     Raises:
         ConfigError: it is not set, or nothing is there.
     """
-    value = getattr(config.data, key)
+    value = config.data.features.path if key == "features" else getattr(config.data, key)
     found = root(config) / str(value)
     if value is None or not found.exists():
         raise ConfigError(f"data.{key}: got {value!r}, and there is no {found}; set it, or data.root (or REVWIRE_DATA)")
     return found
+
+
+def draw(config: Config) -> None:
+    """Make the videos that a configuration says are to be drawn, if they are not there; several processes may try at once."""
+    folder = (root(config) / str(config.data.annotations)).parent
+    if not config.data.drawn or folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = tempfile.mkdtemp(dir=folder.parent)
+    synthesize(made, progress=True, **config.data.drawn)
+    with suppress(OSError):  # another process was first
+        os.rename(made, folder)
+    shutil.rmtree(made, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,7 @@ def truth(config: Config) -> Truth:
     Raises:
         AnnotationError: they have faults. ConfigError: no such file.
     """
+    draw(config)
     read = annotations.read(path(config, "annotations"), lenient=config.data.lenient)
     if config.data.exclude is None:
         return Truth(read.subset(config.data.training_subset), read.subset(config.data.test_subset), 0)
@@ -156,17 +174,30 @@ def transform(config: Config, training: bool) -> clips.Transform:
     return clips.augmentation(s.crop, scale=None if s.scale is None else (s.scale[0], s.scale[1]), flip=s.flip, jitter=s.jitter)
 
 
-def dataset(config: Config, of: Annotations, training: bool) -> clips.Clips:
-    """The clips of annotated videos, or their features.
+def unannotated(folder: Path, classes: Sequence[str]) -> Annotations:
+    """The videos of a folder, without segments.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = videos.find(folder)
+    if not files:
+        raise ValueError(f"{folder}: there is no video in it")
+    found = (Video(name, "testing", videos.header(path).duration, ()) for name, path in files.items())
+    return Annotations(tuple(found), tuple(classes))
+
+
+def dataset(config: Config, of: Annotations, training: bool, folder: Path | None = None) -> clips.Clips | features.Features:
+    """The clips of annotated videos, or their features; videos lie in ``folder``, by default ``data.videos``.
 
     Raises:
         ConfigError: no such folder. ValueError: no clip is left.
     """
     wanted = of.class_agnostic() if config.class_agnostic else of
     ids = [video.id for video in wanted.videos]
-    if config.data.features is not None:
-        raise NotImplementedError
-    files = videos.find(path(config, "videos"), ids)
+    if config.data.features.path is not None:
+        return _features(config, wanted, training)
+    files = videos.find(folder or path(config, "videos"), ids)
     side = config.sampling.short_side if training else config.sampling.crop
     return clips.Clips(
         wanted,
@@ -178,6 +209,13 @@ def dataset(config: Config, of: Annotations, training: bool) -> clips.Clips:
         normalize=None,  # the backbone does that, on its own device
         seed=config.seed,
     )
+
+
+def _features(config: Config, of: Annotations, training: bool) -> features.Features:
+    f = config.data.features
+    source = features.find(path(config, "features"))
+    how = sampling(config, training)
+    return features.Features(of, source, how, fps=f.fps, stride=f.stride, offset=f.offset, training=training, seed=config.seed)
 
 
 class Data(L.LightningDataModule):
@@ -220,7 +258,7 @@ def labelled(config: Config, training: bool) -> folders.LabelledClips:
     Raises:
         ConfigError: no such folder, or features. ValueError: no clip in it.
     """
-    if config.data.features is not None or config.sampling.method != "window":
+    if config.data.features.path is not None or config.sampling.method != "window":
         raise ConfigError("task: got 'classification'; expected videos, not features, and sampling.method 'window'")
     parent = path(config, "videos")
     names = folders.classes(parent / config.data.training_subset)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,9 +20,16 @@ from benchmarks.tal.backbones.zoo import PytorchvideoSlowFast, TorchvisionSwin
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.config import Config, ConfigError, nearest
 from benchmarks.tal.suppression import Suppression
+from benchmarks.tal.synthetic import synthesize
 
 STORED, CHECKPOINT = "stored", "checkpoint"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
+
+EXAMPLE = 8
+"""Frames on which a backbone is observed when it is rewired, in units of those that it needs a multiple of."""
+
+NOWHERE = Path()
+"""Where the weights of a network lie that has none."""
 
 
 class VideoMAE(nn.Module):
@@ -82,7 +90,7 @@ def constructors(backbone: str | None) -> dict[str, Callable[..., Any]]:
     Raises:
         ConfigError: no such backbone.
     """
-    sections: dict[str, Callable[..., Any]] = {"suppression": Suppression, **localizers.LOCALIZERS}
+    sections: dict[str, Callable[..., Any]] = {"suppression": Suppression, "data.drawn": synthesize, **localizers.LOCALIZERS}
     if backbone is None:
         return sections
     known = NETWORKS | VITS
@@ -101,11 +109,11 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
     Raises:
         ConfigError: there is no such file of weights. KeyError: it has other parameters.
     """
-    backbone = None if config.data.features else _backbone(config, root)
+    backbone = None if config.data.features.path else _backbone(config, root)
     if config.task == "classification":
         assert backbone is not None  # `loading` has refused features
         return Classifier(backbone, classes)
-    channels = config.data.feature_channels if backbone is None else backbone.channels
+    channels = config.data.features.channels if backbone is None else backbone.channels
     options = getattr(config, config.localizer)
     return Network(backbone, localizers.LOCALIZERS[config.localizer](channels, classes, **options))
 
@@ -204,6 +212,15 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         for name in network.blocks:
             block = backbone.get_submodule(name)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def observe(network: Network | Classifier, config: Config) -> None:
+    """`rewire` by a configuration, on a few frames of noise: a clip of another shape is observed when it comes."""
+    if network.backbone is None:
+        return
+    frames = config.backbone.chunk or min(config.sampling.frames, EXAMPLE * network.backbone.network.frame_stride)
+    pixels = torch.randint(0, 256, (1, 3, frames, config.sampling.crop, config.sampling.crop), dtype=torch.uint8)
+    rewire(network, pixels.to(next(network.parameters()).device), config.memory)
 
 
 def layers(backbone: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, int]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,7 +21,6 @@ from benchmarks.tal.annotations import Annotations
 from benchmarks.tal.callbacks import Average, Cost
 from benchmarks.tal.config import Config, ConfigError
 from benchmarks.tal.loading import Data
-from benchmarks.tal.networks import Classifier, Network
 from benchmarks.tal.prediction import Fused, Scorer
 from benchmarks.tal.scores import VideoScores
 from benchmarks.tal.scores import read as read_scores
@@ -25,12 +28,18 @@ from benchmarks.tal.suppression import Suppression
 from benchmarks.tal.training import Classification, Localization, Run
 from revwire.measure import peak_bytes
 
-EXAMPLE = 8
-"""Frames on which a backbone is observed when it is rewired, in units of those that it needs a multiple of."""
+INTENDED = (
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),  # Lightning 2.6 asks torch 2.14 so
+    (r"Checkpoint directory .* exists and is not empty", UserWarning),  # where a run is resumed
+    (r"The '(train|val)_dataloader' does not have many workers", UserWarning),  # data.workers says how many
+)
+"""What Lightning warns of though it is as it should be."""
 
 
 def trainer(config: Config, callbacks: list[Callback], progress: bool) -> L.Trainer:
     """Lightning's trainer for a configuration; see Note [One pass] in `training`."""
+    for message, category in INTENDED:
+        warnings.filterwarnings("ignore", message, category)
     options = config.training
     batches = options.steps * options.accumulate
     return L.Trainer(
@@ -99,7 +108,7 @@ def _localization(config: Config) -> tuple[Run, Data]:
     truth = loading.truth(config)
     data = Data(config, loading.dataset(config, truth.training, True), loading.dataset(config, truth.test, False), clips.collate)
     network = networks.build(config, 1 if config.class_agnostic else len(truth.classes), loading.root(config))
-    _rewire(network, config)
+    networks.observe(network, config)
     tested = truth.test.only({video.id for video, _ in data.test.items})
     scorer = Scorer(tested, truth.classes, Suppression(**config.suppression), fused(config, tested), config.thresholds, predictions(config))
     return Localization(network, config.training, config.seed, scorer), data
@@ -108,17 +117,8 @@ def _localization(config: Config) -> tuple[Run, Data]:
 def _classification(config: Config) -> tuple[Run, Data]:
     training, test = (loading.labelled(config, subset) for subset in (True, False))
     network = networks.build(config, len(training.classes), loading.root(config))
-    _rewire(network, config)
+    networks.observe(network, config)
     return Classification(network, config.training, config.seed), Data(config, training, test, folders.collate)
-
-
-def _rewire(network: Network | Classifier, config: Config) -> None:
-    """On a few frames of noise: the plan does not depend on their number, and a clip of another shape is observed when it comes."""
-    if network.backbone is None:
-        return
-    frames = config.backbone.chunk or min(config.sampling.frames, EXAMPLE * network.backbone.network.frame_stride)
-    pixels = torch.randint(0, 256, (1, 3, frames, config.sampling.crop, config.sampling.crop), dtype=torch.uint8)
-    networks.rewire(network, pixels, config.memory)
 
 
 def predictions(config: Config) -> Path:
@@ -153,12 +153,16 @@ def _has(scores: VideoScores, video: str) -> bool:
 # -- what a run does ----------------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, resume: Path | None = None, progress: bool = True) -> Record:
-    """Train, test, and write the run's record beside its logs and checkpoints; see `Config.folder`."""
+def train(config: Config, resume: Path | None = None, progress: bool = True, further: Sequence[Callback] = ()) -> Record:
+    """Train, test, and write the run's record beside its logs and checkpoints; see `Config.folder`.
+
+    Args:
+        resume: a checkpoint to go on from. further: callbacks.
+    """
     module, data = prepared(config)
     cost = Cost()
     averages = [] if config.training.ema is None else [Average(config.training.ema)]
-    runner = trainer(config, [cost, *averages, checkpoints(config)], progress)
+    runner = trainer(config, [cost, *averages, checkpoints(config), *further], progress)
     if runner.is_global_zero:
         config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -177,6 +181,25 @@ def evaluate(config: Config, checkpoint: Path, progress: bool = True) -> dict[st
     averages = [] if config.training.ema is None else [Average(config.training.ema)]
     trainer(config, [Cost(), *averages], progress).validate(module, data, ckpt_path=checkpoint, verbose=False)
     return figures(module.trainer)
+
+
+def predict(config: Config, checkpoint: Path, folder: Path | None, output: Path, progress: bool = True) -> dict[str, list[Any]]:
+    """Write what a checkpoint detects in the videos of a folder (None: those of the test subset) to ``output``, and return it.
+
+    Raises:
+        ConfigError, ValueError: there is no video, or no class for one of them.
+    """
+    module, data = prepared(config)
+    assert isinstance(module, Localization)
+    scorer = module.scorer
+    scorer.path, scorer.truth = output, None
+    if folder is not None:
+        found = loading.unannotated(folder, scorer.classes)
+        data.test = loading.dataset(config, found, False, folder)
+        scorer.fused = fused(config, found)
+    averages = [] if config.training.ema is None else [Average(config.training.ema)]
+    trainer(config, averages, progress).validate(module, data, ckpt_path=checkpoint, verbose=False)
+    return json.loads(output.read_text(encoding="utf-8"))["results"]
 
 
 def figures(runner: L.Trainer) -> dict[str, float]:
