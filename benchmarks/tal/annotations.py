@@ -133,9 +133,9 @@ def read(
         subsets: the names a video's subset may have, in any case; None for any name.
         classes: the names of the classes, in the order of their labels; without them, all labels of the file in alphabetical order.
         ignore: labels that mark no action (THUMOS-14 marks doubtful moments so); their segments are left out.
-        lenient: pass over faults with one counted :class:`AnnotationWarning`. A segment that reaches over its video's bounds is then cut
-            to them; one without length or wholly outside, or of an unknown label, is left out; of two videos with one id the first is
-            kept; a video with other faults is left out.
+        lenient: pass over faults with one counted :class:`AnnotationWarning`. A segment outside its video's bounds then stays as it is, for
+            results are scored against the file's times, and published durations are sometimes wrong; clips cut it. One without length or
+            of an unknown label is left out; of two videos with one id the first is kept; a video with other faults is left out.
 
     Raises:
         AnnotationError: the file is no such JSON, or, unless ``lenient``, it has a fault: an unknown subset or label, a segment outside
@@ -284,15 +284,9 @@ class _Reader:
             return self._fault("segment", where, f"its segment is {item['segment']!r}; expected [start, end] in seconds")
         if not ends[0] < ends[1]:
             return self._fault("end before start", where, f"it starts at {ends[0]:g} s and ends at {ends[1]:g} s; expected an end after it")
-        return self._within(where, Segment(*ends, self.labels[label]), duration)
-
-    def _within(self, where: str, segment: Segment, duration: float) -> Segment | None:
-        if not self.durations:
-            return segment
-        cut = Segment(max(segment.start, 0.0), min(segment.end, duration), segment.label)
-        if segment.start < 0 or segment.end > duration + ROUNDING:
-            self._fault("outside", where, f"[{segment.start:g}, {segment.end:g}] s lies outside its video of {duration:g} s")
-        return cut if cut.start < cut.end else None
+        if self.durations and (ends[0] < 0 or ends[1] > duration + ROUNDING):
+            self._fault("outside", where, f"[{ends[0]:g}, {ends[1]:g}] s lies outside its video of {duration:g} s")
+        return Segment(*ends, self.labels[label])
 
     def _fault(self, kind: str, where: str, what: str) -> None:
         self.faults.append(Fault(kind, where, what))

@@ -183,10 +183,10 @@ class Resize:
         numbers = np.round((np.arange(self.frames) + 0.5) * share - 0.5).astype(np.int64).clip(0, length - 1)
         duration = video.duration if math.isfinite(video.duration) else length / fps
         spans, labels = _actions(video)
+        spans = spans.clip(0, duration)
         kept = (spans[:, 1] - spans[:, 0]) > self.shortest * duration
         timing = Timing(length / duration, length / self.steps, 0.0, duration)
-        segments = timing.to_steps(spans[kept]).clip(0, self.steps) if kept.any() else spans[kept]
-        return Plan(numbers, self.steps, segments, labels[kept], timing)
+        return Plan(numbers, self.steps, spans[kept] / duration * self.steps, labels[kept], timing)
 
 
 @dataclass(frozen=True)
@@ -292,11 +292,12 @@ class _Grid:
         valid = max(1, len(numbers) // self.per_step)
         stop = start + len(numbers)
         numbers = np.pad(numbers, (0, self.frames - len(numbers)), mode="edge")
-        duration = video.duration if math.isfinite(video.duration) else length / fps
+        # An annotated duration may be wrong; what is found up to the file's end counts.
+        duration = max(video.duration, length / fps) if math.isfinite(video.duration) else length / fps
         timing = Timing(fps, float(self.stride * self.per_step), float(start * self.stride), duration)
         spans, labels = _actions(video)
         kept = _left(spans * fps / self.stride, start, stop) >= keep
-        segments = timing.to_steps(spans[kept]) if kept.any() else spans[kept]
+        segments = (spans[kept] * fps - timing.offset) / timing.stride
         return Plan(numbers, valid, segments.clip(0, (stop - start) / self.per_step), labels[kept], timing)
 
 

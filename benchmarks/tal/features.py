@@ -189,7 +189,7 @@ class Features(Dataset[Clip]):
             fps=fps,
             stride=plan.timing.stride * self.stride,
             offset=plan.timing.offset * self.stride + self.offset,
-            duration=video.duration if math.isfinite(video.duration) else rows * self.stride / fps,
+            duration=plan.timing.duration,
         )
         return replace(plan, timing=timing)
 

@@ -69,6 +69,8 @@ def test_steps_of_a_resized_video_are_shares_of_its_duration():
     assert made.segments.tolist() == [[4, 8], [0, 16]]
     assert made.labels.tolist() == [1, 0]  # a segment of 1/200 of the video is too short for the grid
     assert made.timing.to_seconds(torch.tensor([4.0, 8, 16])).tolist() == [5, 10, 20]
+    # what reaches over the video is cut to it
+    assert plan(Resize(64, 16), video(duration=20.0, segments=[(15, 24, 1), (21, 24, 0)]), 480, fps=24).segments.tolist() == [[12, 16]]
     # where the file's length and the annotation's differ, shares of the video are what counts
     assert plan(Resize(64, 16), video(duration=20.0, segments=[(5, 10, 1)]), 500, fps=24).segments.tolist() == [[4, 8]]
 
@@ -110,6 +112,12 @@ def test_a_window_knows_its_actions():
     assert made.timing.to_seconds(torch.from_numpy(made.segments)).tolist() == [[5.0, 9.0]]
     assert made.labels.tolist() == [1]
     assert plan(Windows(64, 32, 1, keep=0.4), video(segments=actions), 600, part=1).labels.tolist() == [0, 1]
+
+
+def test_a_duration_that_is_too_short_cuts_nothing():
+    """As of THUMOS's video_test_0000270."""
+    made = plan(Windows(64, 32, 1), video(duration=5.0, segments=[(4.0, 6.0, 0)]), 80)
+    assert made.timing.to_seconds(torch.from_numpy(made.segments)).tolist() == [[4, 6]]
 
 
 def test_what_does_not_fit_is_refused():
