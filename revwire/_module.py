@@ -32,7 +32,7 @@ from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
-from revwire._replay import version_of
+from revwire._replay import exporting, version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
 
@@ -212,7 +212,7 @@ class Chain:
             link = self._in_grad_mode(unit.path, link, x)
         previous, current = link.carriers(x)
         f, sides = link.tape.branch(unit, host, x, extras)
-        dtype = f.dtype if unit.kind == "block" else torch.promote_types(x.dtype, f.dtype)
+        dtype = f.dtype if unit.kind == "block" or f.dtype == x.dtype else torch.promote_types(x.dtype, f.dtype)
         if torch.is_inference_mode_enabled():  # inference tensors have no version: a link could not tell a write to them
             with torch.inference_mode(False), torch.no_grad():
                 out = self._step(link, unit, previous, current, f, dtype)
@@ -268,9 +268,10 @@ class Chain:
                 "between blocks in a model that was converted in eval mode (convert it in train mode)",
                 stacklevel=2,
             )
-        wide = canonical(x.to(stream_dtype(x.dtype)))
+        exported = exporting()  # then there are no values to scale the streams for
+        wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
         plain = self.original or (not host.training and any(c.plain_in_eval for c in self.couplings))
-        streams = FloatStreams(self.tolerance) if plain or not self.exact else self._fixed_if_finite(unit, wide)
+        streams = FloatStreams(self.tolerance) if plain or exported or not self.exact else self._fixed_if_finite(unit, wide)
         state = streams.enter(wide)
         tape = Tape(self, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled(), plain=plain)
         carrier = wide if isinstance(streams, FloatStreams) else _engine.enter(wide, streams, state)

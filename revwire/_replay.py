@@ -53,6 +53,11 @@ def autocast_state(device_type: str) -> AutocastState:
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
+def exporting() -> bool:
+    """Whether an exporter writes this call down: it may have no values, and nothing will be rebuilt."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 @dataclass(slots=True)
 class Surroundings:
     """The state around one evaluation of a branch.

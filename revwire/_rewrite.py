@@ -22,7 +22,7 @@ from revwire._graph import build_graph, input_leaves
 from revwire._intercept import is_recording
 from revwire._program import Program, Slot
 from revwire._recording import ASSIGNS, tensors_in
-from revwire._replay import accelerators_of, buffers_kept, preserved_random_state
+from revwire._replay import accelerators_of, buffers_kept, exporting, preserved_random_state
 from revwire._signature import details, signature
 from revwire._trace import record
 from revwire._units import find_units
@@ -67,10 +67,20 @@ class RewiredForward:
         self.refuse_backward_hooks()
         leaves = input_leaves((args, kwargs))
         program = self.programs.get(self.key(args, kwargs, leaves))
+        if exporting() and (program is None or torch.is_grad_enabled()):
+            raise self.cannot_export()
         if program is None:
             program = self.capture(args, kwargs)
             self.keep(program, args, kwargs, leaves)
         return program(self.host, leaves)
+
+    def cannot_export(self) -> CaptureError:
+        """The error that says that an exporter, which has no values to observe, can only write down a call that was met before."""
+        return CaptureError(
+            f"{self.path or type(self.host).__name__}: got a call by an exporter that was not met before, or one with gradients; expected "
+            "a call that was; call the model on the example first, as it is to be exported: model.eval(), then both inside of "
+            "`with torch.no_grad():`; or export revwire.revert(model)"
+        )
 
     def refuse_backward_hooks(self) -> None:
         """Such hooks put a tensor of their own between two units, which would cut the streams in two, and be another function."""

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from revwire._recording import CONSTANTS, IDENTITIES, has_hooks, is_constant, is_mapping, is_sequence, plain
 
+_STAND_INS = (FakeTensor, FunctionalTensor)  # what torch.export runs on
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", "_replicate_for_data_parallel"})
 
 
@@ -58,7 +61,8 @@ def _is_plain(t: Any) -> bool:
 def _kind(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return _Same(leaf) if isinstance(leaf, IDENTITIES) else type(leaf)
-    return type(leaf), leaf.dtype, leaf.device, leaf.dim(), leaf.requires_grad, leaf.layout, leaf.is_nested
+    kind = Tensor if isinstance(leaf, _STAND_INS) else type(leaf)
+    return kind, leaf.dtype, leaf.device, leaf.dim(), leaf.requires_grad, leaf.layout, leaf.is_nested
 
 
 def _skeleton(structure: Any) -> Any:
