@@ -210,7 +210,8 @@ def test_decoded_suppressed_and_in_seconds(file):
             expected = post["results"][meta["video_name"]]
             assert len(scores) == len(expected["scores"])
             assert_near(scores.sort().values, expected["scores"].sort().values, 1e-4)
-            if len(case["masks"]) < 3 or "vsgn" not in file:  # the third video of that set has ties
+            alike = 1 - len(detections.scores.unique()) / len(detections.scores)
+            if alike < 0.05:  # else suppression has a choice: to VSGN, one place of the padding is like another
                 assert_near(segments.sort(0).values, expected["segments"].sort(0).values, 0.011)  # stored with two decimals
 
 

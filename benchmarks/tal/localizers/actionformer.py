@@ -163,9 +163,9 @@ class ActionFormer(nn.Module):
         """What a loss of this process is divided by; in training, after the moving average has moved."""
         if not self.training:
             return over_processes(positives).clamp(min=1 / processes())
-        head = self.rpn_head
-        head.loss_normalizer = moved(head.loss_normalizer, positives, self.momentum)
-        return head.loss_normalizer / processes()
+        average = self.rpn_head.loss_normalizer
+        average.copy_(moved(average, positives, self.momentum))  # in place, as DDP keeps hold of buffers
+        return average / processes()
 
     def _weighted(self, regression: Tensor, classification: Tensor) -> Tensor:
         weight = self.regression_weight

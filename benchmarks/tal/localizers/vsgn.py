@@ -173,10 +173,11 @@ class VSGN(nn.Module):
 
     def _normalizer(self, name: str, positives: Tensor) -> Tensor:
         """What a loss of this process is divided by. The average moves before it is used; in eval mode, where it counts, it stays."""
-        average = moved(getattr(self, f"loss_normalizer_{name}"), positives, self.momentum)
+        average = self.get_buffer(f"loss_normalizer_{name}")
+        after = moved(average, positives, self.momentum)
         if self.training:
-            setattr(self, f"loss_normalizer_{name}", average)
-        return average / processes()
+            average.copy_(after)  # in place, as DDP keeps hold of buffers
+        return after / processes()
 
     def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         missing = self.max_steps - features.shape[2]
