@@ -1,0 +1,136 @@
+"""The memory benchmarks: every method computes what it should, a failure is null and a reason, and tables say what records say."""
+
+import importlib
+
+import pytest
+import torch
+
+from benchmarks.harness import memory_tables, record
+from benchmarks.memory import planner, sweep
+from benchmarks.memory.alternatives import CHECKPOINT, METHODS, STORED, Unsuited
+from benchmarks.memory.alternatives import step as run_step
+from benchmarks.memory.networks import NETWORKS, LanguageModel, Layer, Network
+
+TOKENS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
+SAME = (STORED, CHECKPOINT, sweep.SEGMENTS, sweep.SELECTIVE)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A small stand-in for the GPT of the sweeps."""
+    gpt = NETWORKS["GPT"]
+    monkeypatch.setitem(NETWORKS, "GPT", Network(lambda depth: LanguageModel(depth, 64), gpt.example, gpt.containers, gpt.axis))
+
+    def build(method, depth=3):
+        torch.manual_seed(0)
+        return METHODS[method]("GPT", NETWORKS["GPT"].build(depth).train(), TOKENS)
+
+    return build
+
+
+def gradients(model):
+    run_step(model, TOKENS)
+    return {n.replace("layers.", ""): p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", SAME[1:])
+def test_checkpointing_of_any_kind_gives_the_gradients_of_stored_activations(toy, method):
+    for (_, got), (_, true) in zip(gradients(toy(method)).items(), gradients(toy(STORED)).items(), strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.startswith("revwire")])
+def test_revwire_trains_the_same_parameters(toy, method):
+    model, plain = toy(method), toy(STORED)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients(model).values())
+
+
+@pytest.mark.parametrize("package", ["momentumnet", "memcnn"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:TypedStorage is deprecated")
+def test_other_packages_train_every_layer(toy, package):
+    pytest.importorskip(package)
+    model = toy(package)
+    grads = gradients(model)
+    assert len(grads) >= 3 * len(list(Layer(64, 1).parameters()))
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+
+
+def test_segments_hold_about_the_root_of_the_blocks(toy):
+    model = toy(sweep.SEGMENTS, depth=9)
+    assert [len(segment) for segment in model.layers] == [3, 3, 3]
+
+
+def test_a_network_that_a_method_cannot_take_is_null_and_a_reason(toy, monkeypatch):
+    def unsuited(*_):
+        raise Unsuited("it has no branches")
+
+    monkeypatch.setitem(sweep._EVERY, "memcnn", unsuited)
+    case = {"network": "GPT", "depth": 1, "batch": 1, "length": 8, "method": "memcnn"}
+    assert sweep.measured(case) == {**case, "peak_bytes": None, "reason": "Unsuited: it has no branches"}
+
+
+def test_a_sweep_goes_on_where_it_was_cut_short(toy, monkeypatch, tmp_path):
+    grid = sweep.Grid("GPT", (STORED, CHECKPOINT), depths=(2, 3), lengths=(16,))
+    monkeypatch.setitem(sweep.SWEEPS, "memory_gpt", (grid,))
+    whole = sweep.sweep("memory_gpt", False, tmp_path).results
+    assert [(r["depth"], r["method"]) for r in whole] == [(d, m) for d in (2, 3) for m in (STORED, CHECKPOINT)]
+    assert whole[0]["peak_bytes"] > whole[1]["peak_bytes"] > 0
+    measured = []
+    monkeypatch.setattr(sweep, "measured", lambda case: measured.append(case) or {**case, "peak_bytes": 1, "reason": None})
+    (kept,) = record.read("memory_gpt", tmp_path)
+    record.Record(**{**vars(kept), "results": whole[:3]}).write(tmp_path)
+    assert sweep.sweep("memory_gpt", True, tmp_path).results[:3] == whole[:3]
+    assert [c["method"] for c in measured] == [CHECKPOINT]
+
+
+def test_every_sweep_has_a_table_and_known_methods():
+    assert set(sweep.SWEEPS) <= set(memory_tables.TABLES)
+    methods = {m for grids in sweep.SWEEPS.values() for grid in grids for m in grid.methods}
+    assert methods <= set(sweep._EVERY)
+    assert set(planner.CASES) <= set(NETWORKS)
+
+
+def row(method, peak, depth=1, batch=1, length=8, network="GPT"):
+    return {"network": network, "depth": depth, "batch": batch, "length": length, "method": method, "peak_bytes": peak, "reason": None}
+
+
+def test_peaks_are_set_beside_checkpointing():
+    rows = [row(CHECKPOINT, 2**20), row("a", 2**19), row("a", None, depth=2)]
+    head, *body = memory_tables.peaks(rows)
+    assert head == ["peak MiB of a step (× checkpointing)", "depth 1", "depth 2"]
+    assert body == [[CHECKPOINT, "1.0 (1.00×)", ""], ["a", "0.5 (0.50×)", "–"]]
+
+
+def test_the_largest_input_follows_from_a_line():
+    lines = {STORED: (0, 8), CHECKPOINT: (0, 2), "a": (8, 1)}
+    rows = [row(m, (base + slope * n) * 2**26, batch=n) for m, (base, slope) in lines.items() for n in (1, 2, 4)]
+    table = {cells[1]: cells for cells in memory_tables.fit(rows)[1:]}
+    assert table["a"][2:5] == ["64.0", "0.0%", "24 (1.5×, 6.0×)"]  # 2 GiB: (32 - 8) / 1, 32 / 2, 32 / 8
+    rows[-2]["peak_bytes"] *= 1.1
+    assert {cells[1]: cells[3] for cells in memory_tables.fit(rows)[1:]}["a"] == "9.1%"
+
+
+def test_predictions_are_set_beside_what_came():
+    rows = [{"network": "n", "share": s, "predicted_bytes": p * 2**20, "measured_bytes": 100 * 2**20} for s, p in ((0.0, 90), (1.0, 105))]
+    assert memory_tables.planner(rows)[1] == ["n", "90.0 (-10.0%)", "105.0 (+5.0%)", "10.0%"]
+
+
+def test_the_planner_predicts_within_its_claim(toy, monkeypatch):
+    monkeypatch.setitem(planner.CASES, "GPT", (3, 2, 40))
+    rows = planner.measured("GPT", rounds=0)
+    assert all(abs(r["predicted_bytes"] / r["measured_bytes"] - 1) < 0.15 for r in rows)
+    assert all(r["measured_bytes"] <= r["budget"] * 1.02 for r in rows)
+    assert rows[-1]["stored"] == 6
+
+
+def test_plots_are_drawn_from_records(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = importlib.import_module("benchmarks.memory.plots")
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    made = record.run("memory_vit", {}, lambda: [row(m, p * d, depth=d) for m, p in (("a", 100), ("b", 50)) for d in (1, 2)])
+    path = plots.by_axis(made)
+    first = path.read_text()
+    assert path == tmp_path / "memory_vit.svg"
+    assert "<svg" in first
+    assert plots.by_axis(made).read_text() == first
