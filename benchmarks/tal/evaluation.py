@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.tal import annotations
-from benchmarks.tal.annotations import AnnotationError, Annotations, Fault, listed, number, span
+from benchmarks.tal.annotations import AnnotationError, Annotations, Fault, Segment, listed, number, parse, span
 
 ACTIVITYNET = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 """ActivityNet's thresholds: 0.5 to 0.95 by 0.05."""
@@ -154,7 +153,7 @@ def evaluate(
 
 
 def _truth(path: Path | str) -> Annotations:
-    found, faults = annotations.parse(path, subsets=None, ignore=(), durations=False)
+    found, faults = parse(path, subsets=None, ignore=(), durations=False)
     # Published files have a few segments without length; by the protocol they do not count, so they are no reason to stop.
     if serious := [fault for fault in faults if fault.kind != "end before start"]:
         raise AnnotationError(path, serious)
@@ -178,8 +177,8 @@ class _Places:
         self.groups = [{video: np.array(spans) for video, spans in groups.items()} for groups in lists]
 
 
-def _distinct(segments: Sequence[annotations.Segment]) -> Iterator[annotations.Segment]:
-    kept: list[annotations.Segment] = []
+def _distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+    kept: list[Segment] = []
     for new in segments:
         same = (abs(new.start - k.start) <= REPEATED and abs(new.end - k.end) <= REPEATED and new.label == k.label for k in kept)
         if new.start < new.end and not any(same):
