@@ -25,6 +25,9 @@ from torchvision.ops import StochasticDepth
 Size = tuple[int, int, int]
 """Extents along time, height and width."""
 
+APART = -100.0
+"""Added to the logit of two tokens that should not see each other."""
+
 
 class VideoSwin(nn.Module):
     """(batch, 3, frames, height, width) -> (batch, 2^(stages-1)·embed_dim, frames / 2, height / 32, width / 32).
@@ -167,25 +170,25 @@ class WindowAttention(nn.Module):
         x = F.pad(x, (0, 0, 0, padded[2] - size[2], 0, padded[1] - size[1], 0, padded[0] - size[0]))
         if any(shift):
             x = torch.roll(x, [-s for s in shift], (1, 2, 3))
-        mask = region_mask(padded, window, shift, x) if any(shift) else None
-        x = join_windows(self.attend(split_windows(x, window), mask), padded, window)
+        apart = strangers(padded, window, shift, x.device) if any(shift) else None
+        x = join_windows(self.attend(split_windows(x, window), apart), padded, window)
         if any(shift):
             x = torch.roll(x, shift, (1, 2, 3))
         return x[:, : size[0], : size[1], : size[2]]
 
-    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, apart: Tensor | None) -> Tensor:
         """Attention among the tokens of each window.
 
         Args:
             x: (batch, windows, tokens, channels)
-            mask: (windows, tokens, tokens), added to the logits.
+            apart: (windows, tokens, tokens), True for pairs that should not see each other.
         """
         batch, windows, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch * windows, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         bias = self.position_bias(tokens).to(q.dtype)
-        if mask is not None:  # the sum is the largest tensor here: it is made once, and copied only for further samples of a batch
-            bias = (bias + mask.to(q.dtype).unsqueeze(1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        if apart is not None:  # the sum is the largest tensor here: it is made once, and copied only for further samples of a batch
+            bias = (bias + APART * apart.to(q.dtype).unsqueeze(1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
         out = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(out.transpose(1, 2).reshape(batch, windows, tokens, dim))
 
@@ -231,15 +234,15 @@ def join_windows(x: Tensor, size: Size, window: Size) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
-def region_mask(size: Size, window: Size, shift: Size, like: Tensor) -> Tensor:
-    """−100 for pairs of tokens that only the cyclic shift brought together, (windows, tokens, tokens); arXiv 2103.14030, figure 4."""
-    regions = torch.zeros((1, *size, 1), device=like.device)
+def strangers(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """Pairs of tokens that only the cyclic shift brought into one window, bool (windows, tokens, tokens); arXiv 2103.14030, figure 4."""
+    regions = torch.zeros((1, *size, 1), dtype=torch.int64, device=device)
     for axis, (length, extent, step) in enumerate(zip(size, window, shift, strict=True)):
-        position = torch.arange(length, device=like.device)
+        position = torch.arange(length, device=device)
         number = (position >= length - extent).to(regions.dtype) + (position >= length - step).to(regions.dtype)
         regions = 3 * regions + number.view([-1 if a == axis else 1 for a in range(3)] + [1])
     of_token = split_windows(regions, window)[0, :, :, 0]
-    return (of_token.unsqueeze(1) != of_token.unsqueeze(2)).to(like.dtype) * -100.0
+    return of_token.unsqueeze(1) != of_token.unsqueeze(2)
 
 
 def relative_positions(window: Size) -> Tensor:
