@@ -11,11 +11,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import coverage, memory_tables, retention
+from benchmarks.harness import coverage, memory_tables, retention, tal_tables
 from benchmarks.harness.record import RESULTS, Record, Row, read
 
 ROOT = RESULTS.parents[1]
-DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/coverage.md", "docs/choosing-a-coupling.md", "docs/performance.md")
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/README.md",
+    "docs/coverage.md",
+    "docs/choosing-a-coupling.md",
+    "docs/performance.md",
+    "benchmarks/tal/README.md",
+)
 ZOOS = ("zoo_timm_models", "zoo_torchvision_models", "zoo_pytorchvideo_models", "zoo_huggingface", "zoo_third_party")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _MIB = 2**20
@@ -107,6 +114,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     **dict.fromkeys(ZOOS, coverage.models),
     **retention.TABLES,
     **memory_tables.TABLES,
+    **tal_tables.TABLES,
 }
 
 
@@ -118,6 +126,8 @@ def render(name: str) -> str:
     """The tables of an experiment, one per device, each with its conditions below it; ``zoo`` and ``retention`` are summaries."""
     if name == "zoo":
         return _summary()
+    if name == "tal_recipes":
+        return "\n".join([*_lines(tal_tables.recipes()), ""])
     if name == "retention":
         return "\n".join([*_lines(retention.claims()), ""])
     records = read(name)

@@ -25,6 +25,7 @@ def train(
     config: ConfigOption,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Copy the record to benchmarks/results.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train, test, and write the record of the run. Under torchrun, or with training.devices, on several processes."""
@@ -32,6 +33,8 @@ def train(
 
     loaded = _loaded(config, overrides)
     record = runs.train(loaded, runs.latest(loaded) if resume else None, progress=not quiet)
+    if publish:
+        print(dataclasses.replace(record, name=f"tal_run_{loaded.name}").write())
     print(json.dumps(record.results, indent=1))
     print(f"logs, checkpoints, predictions and record: {loaded.folder}")
 

@@ -54,7 +54,7 @@ class Data:
         videos: folder of videos, by id; for classification, with one folder per class in it.
         features: extracted features, where they stand for the videos.
         drawn: options of `synthetic.synthesize`, by which data are made where there are none, in the annotations' folder; or {}.
-        training_subset, test_subset: names in the annotations.
+        training_subset, test_subset: names in the annotations; several by commas.
         lenient: count faulty annotations instead of refusing them.
         exclude: JSON list of ids that are left out, or null.
         class_scores: file of video-level scores that are fused with detections, or null; of its best ``class_scores_top`` classes.

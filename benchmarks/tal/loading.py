@@ -149,11 +149,15 @@ def truth(config: Config) -> Truth:
     draw(config)
     read = annotations.read(path(config, "annotations"), lenient=config.data.lenient)
     if config.data.exclude is None:
-        return Truth(read.subset(config.data.training_subset), read.subset(config.data.test_subset), 0)
+        return Truth(_subsets(read, config.data.training_subset), _subsets(read, config.data.test_subset), 0)
     excluded = {name.removeprefix("v_") for name in json.loads(path(config, "exclude").read_text(encoding="utf-8"))}
     kept = read.only({video.id for video in read.videos if video.id.removeprefix("v_") not in excluded})
     lost = len(read.videos) - len(kept.videos)
-    return Truth(kept.subset(config.data.training_subset), kept.subset(config.data.test_subset), lost)
+    return Truth(_subsets(kept, config.data.training_subset), _subsets(kept, config.data.test_subset), lost)
+
+
+def _subsets(of: Annotations, names: str) -> Annotations:
+    return of.only({video.id for name in names.split(",") for video in of.subset(name.strip()).videos})
 
 
 def sampling(config: Config, training: bool) -> clips.Sampling:

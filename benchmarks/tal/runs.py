@@ -31,6 +31,7 @@ from revwire.measure import peak_bytes
 INTENDED = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),  # Lightning 2.6 asks torch 2.14 so
     (r"Checkpoint directory .* exists and is not empty", UserWarning),  # where a run is resumed
+    (r"Found \d+ module\(s\) in eval mode at the start of training", UserWarning),  # norms and backbones that are frozen
     (r"The '(train|val)_dataloader' does not have many workers", UserWarning),  # data.workers says how many
 )
 """What Lightning warns of though it is as it should be."""

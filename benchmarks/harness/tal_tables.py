@@ -1,0 +1,87 @@
+"""The tables of temporal action localization: published recipes beside what was run here, comparisons, memory by frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import fmean
+
+from benchmarks.harness.record import Row, read
+
+_MIB = 2**20
+
+OPENTAD = "OpenTAD, configs/re2tal"
+PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
+    "activitynet_re2swin_t_actionformer": ("ActivityNet-1.3", "Re2Swin-T", "ActionFormer", 36.47, OPENTAD),
+    "activitynet_re2slowfast_101_actionformer": ("ActivityNet-1.3", "Re2SlowFast-101", "ActionFormer", 37.55, OPENTAD),
+    "activitynet_re2swin_t_vsgn": ("ActivityNet-1.3", "Re2Swin-T", "VSGN", None, ""),
+    "activitynet_re2slowfast_101_vsgn": ("ActivityNet-1.3", "Re2SlowFast-101", "VSGN", None, ""),
+    "thumos14_re2swin_t_actionformer": ("THUMOS-14", "Re2Swin-T", "ActionFormer", 66.89, OPENTAD),
+    "thumos14_re2slowfast_101_actionformer": ("THUMOS-14", "Re2SlowFast-101", "ActionFormer", 70.19, OPENTAD),
+    "thumos14_re2swin_t_vsgn": ("THUMOS-14", "Re2Swin-T", "VSGN", None, ""),
+    "thumos14_re2slowfast_101_vsgn": ("THUMOS-14", "Re2SlowFast-101", "VSGN", None, ""),
+    "activitynet_bdia_swin3d_t_actionformer": ("ActivityNet-1.3", "Swin3D-T, bdia, no first stage", "ActionFormer", None, ""),
+    "thumos14_bdia_swin3d_t_actionformer": ("THUMOS-14", "Swin3D-T, bdia, no first stage", "ActionFormer", None, ""),
+    "thumos14_bdia_swin3d_b_actionformer": ("THUMOS-14", "Swin3D-B, bdia, no first stage", "ActionFormer", None, ""),
+    "thumos14_bdia_videomae_l_actionformer": ("THUMOS-14", "VideoMAE-L, bdia, no first stage", "ActionFormer", None, ""),
+}
+"""Configuration -> data set, backbone, localizer, published average mAP in per cent (None: none is known to us), and who published it."""
+
+
+def recipes() -> list[list[str]]:
+    """One line per configuration: published, and what runs here gave; empty where nothing was run."""
+    head = ["configuration", "data", "backbone", "localizer", "average mAP, published", "average mAP, here"]
+    table = [[*head, "peak GiB", "seconds per step", "trained steps"]]
+    for name, (data, backbone, localizer, figure, source) in PUBLISHED.items():
+        mine = [row for record in read(f"tal_run_{name}") for row in record.results or []]
+        published = "" if figure is None else f"{figure:.2f} ({source})"
+        table.append([f"`{name}`", data, backbone, localizer, published, *(_run(mine[0]) if mine else ("", "", "", ""))])
+    return table
+
+
+def _run(row: Row) -> tuple[str, str, str, str]:
+    figures, peak, seconds = row["figures"], row["peak_bytes"], row["seconds_per_step"]
+    return f"{100 * figures['mAP']:.2f}", "" if peak is None else f"{peak / 2**30:.2f}", f"{seconds:.3f}", str(row["steps"])
+
+
+def comparison(rows: list[Row]) -> list[list[str]]:
+    """One line per way to keep activations: figures over seeds, and what a step costs."""
+    seeds = sorted({row["seed"] for row in rows})
+    head = ["activations", "test mAP@0.5, mean", *(f"seed {seed}" for seed in seeds), "average mAP, mean"]
+    table = [[*head, "peak MiB of a step", "seconds per step (× stored)", "trained steps"]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = {row["seed"]: row for row in rows if row["variant"] == variant}
+        half, average = ([row["figures"][key] for row in mine.values()] for key in ("mAP@0.50", "mAP"))
+        single = [f"{100 * mine[seed]['figures']['mAP@0.50']:.1f}" if seed in mine else "" for seed in seeds]
+        first = next(iter(mine.values()))
+        cost = first["cost"]
+        peak = "" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / _MIB:.1f}"
+        figures = [f"{100 * fmean(half):.1f}", *single, f"{100 * fmean(average):.1f}"]
+        table.append([variant, *figures, peak, _seconds(cost), str(first["steps"])])
+    return table
+
+
+def _seconds(cost: Row) -> str:
+    if cost["seconds"] is None:
+        return ""
+    ratio = "" if cost["to_stored"] is None else f" ({cost['to_stored']['median']:.2f}×)"
+    return f"{cost['seconds']['median']:.3f}{ratio}"
+
+
+def memory(rows: list[Row]) -> list[list[str]]:
+    """Peak memory by way to keep activations (rows) and frames (columns); what did not fit is said."""
+    cases = sorted({(row["batch"], row["frames"]) for row in rows})
+    found: Mapping[tuple[str, int, int], Row] = {(row["memory"], row["batch"], row["frames"]): row for row in rows}
+    table = [["peak MiB of a step", *(f"{frames} frames" + (f", batch {batch}" if batch > 1 else "") for batch, frames in cases)]]
+    for way in dict.fromkeys(row["memory"] for row in rows):
+        peaks = [found[way, batch, frames]["peak_bytes"] for batch, frames in cases]
+        table.append([way, *("does not fit" if peak is None else f"{peak / _MIB:.0f}" for peak in peaks)])
+    return table
+
+
+TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+    "tal_synthetic": comparison,
+    "tal_badminton": comparison,
+    "tal_memory_swin_t_64px": memory,
+    "tal_memory_thumos14": memory,
+    "tal_memory_activitynet": memory,
+}
