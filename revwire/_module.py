@@ -202,7 +202,7 @@ class Chain:
             RangeError: a value left the range of the fixed-point streams.
             ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
         """
-        _refuse_transforms(self.name)
+        refuse_transforms(self.name)
         if self.meter:
             self.meter.enter(self, unit)
         link = self._link_of(unit, x)
@@ -336,7 +336,8 @@ def _identity_of_fsdp() -> Any:
     return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", ())
 
 
-def _refuse_transforms(name: str) -> None:
+def refuse_transforms(name: str) -> None:
+    """Raise inside of `torch.func` transforms, whose tensors are not what they seem."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedTransformError(
             f"{name}: got a torch.func transform (grad, vmap, jvp ...); expected plain autograd; transform the original "

@@ -20,6 +20,7 @@ from revwire._errors import CaptureError, RevwireError
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph, input_leaves
 from revwire._intercept import is_recording
+from revwire._module import refuse_transforms
 from revwire._program import Program, Slot
 from revwire._recording import ASSIGNS, tensors_in
 from revwire._replay import accelerators_of, buffers_kept, exporting, preserved_random_state
@@ -64,6 +65,7 @@ class RewiredForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
+        refuse_transforms(self.path or type(self.host).__name__)
         self.refuse_backward_hooks()
         leaves = input_leaves((args, kwargs))
         program = self.programs.get(self.key(args, kwargs, leaves))
@@ -87,7 +89,8 @@ class RewiredForward:
         if (self.host._backward_hooks or self.host._backward_pre_hooks) and torch.is_grad_enabled():
             raise CaptureError(
                 f"{self.path or type(self.host).__name__}: got a module with backward hooks; expected none on a rewired module, since "
-                "they come between its units; hook its submodules, or the tensors, or register them before convert()"
+                "they come between its units; hook its submodules, or the tensors, or exclude it: convert(..., "
+                f"exclude=[{self.path + '*'!r}])"
             )
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
