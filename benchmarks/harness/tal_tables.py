@@ -78,10 +78,18 @@ def memory(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def largest(rows: list[Row]) -> list[list[str]]:
+    """The most frames that fit, by way to keep activations."""
+    head = ["activations", "clips of a step", "most frames that fit", "to within", ""]
+    return [head, *([r["memory"], str(r["batch"]), str(r["largest_frames"]), str(r["within"]), r["reason"] or ""] for r in rows)]
+
+
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "tal_synthetic": comparison,
     "tal_badminton": comparison,
     "tal_memory_swin_t_64px": memory,
     "tal_memory_thumos14": memory,
+    "tal_largest_thumos14": largest,
+    "tal_largest_activitynet": largest,
     "tal_memory_activitynet": memory,
 }

@@ -163,6 +163,32 @@ def memory(
 
 
 @app.command()
+def largest(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    batch: Annotated[str, typer.Option(help="Clips of a step, by commas.")] = "1",
+    start: Annotated[int, typer.Option(help="Frames to begin with, and to which the answer is exact.")] = 256,
+    memories: Annotated[str, typer.Option("--memory", help="Ways to keep activations, by commas.")] = "stored,checkpoint,re2tal,bdia",
+    output: Annotated[Path | None, typer.Option(help="Folder of the record; default: benchmarks/results.")] = None,
+) -> None:
+    """The largest number of frames of which a training step fits into the GPU's memory: a record."""
+    from benchmarks.harness.record import run
+    from benchmarks.tal import costs
+
+    loaded = _loaded(config, overrides)
+    chosen = {"config": dataclasses.asdict(loaded), "start": start}
+    cases = [(memory, int(b)) for b in batch.split(",") for memory in memories.split(",")]
+    record = run(
+        f"tal_largest_{loaded.name}",
+        chosen,
+        lambda: [costs.largest(loaded, memory, b, start, classes=20) for memory, b in cases],
+        costs.device(loaded).type,
+    )
+    print(record.write(output) if output else record.write(), record.status, record.reason or "")
+    raise typer.Exit(int(record.status != "ok"))
+
+
+@app.command()
 def plot(
     config: ConfigOption,
     predictions: Annotated[Path, typer.Option(help="A file of detections.")],

@@ -20,6 +20,7 @@ from benchmarks.tal.config import Config
 from revwire.measure import paired_seconds, peak_bytes
 
 STORED = "stored"
+_MOST = 2**16
 
 
 def device(config: Config) -> torch.device:
@@ -92,6 +93,26 @@ def by_frames(
             variants = {memory: replace(longer(config, count), memory=memory) for memory in memories}
             rows += measured(variants, classes=classes, batch=batch, rounds=rounds, device=device(config))
     return rows
+
+
+def largest(config: Config, memory: str, batch: int, start: int, *, classes: int) -> Row:
+    """The most frames of which a training step fits, to within ``start``: doubled until one does not, then halved in between.
+
+    Where every number fits (on a CPU, say), it ends at 2^16 frames, and the reason says so.
+    """
+
+    def fits(frames: int) -> bool:
+        variant = {memory: replace(longer(config, frames), memory=memory)}
+        return measured(variant, classes=classes, batch=batch, rounds=0, device=device(config))[0]["peak_bytes"] is not None
+
+    low, high = 0, start
+    while high <= _MOST and fits(high):
+        low, high = high, 2 * high
+    reason = f"no limit was met up to {low} frames" if high > _MOST else None
+    while high <= _MOST and high - low > start:
+        middle = (low + high) // (2 * start) * start
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return {"memory": memory, "batch": batch, "largest_frames": low, "within": start, "reason": reason}
 
 
 def longer(config: Config, frames: int) -> Config:

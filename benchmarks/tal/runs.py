@@ -57,7 +57,7 @@ def trainer(config: Config, callbacks: list[Callback], progress: bool) -> L.Trai
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # `loading` shares the batches out
-        log_every_n_steps=options.log_every,
+        log_every_n_steps=min(options.log_every, batches),
         logger=[CSVLogger(config.folder, name="csv"), TensorBoardLogger(config.folder, name="tensorboard")],
         callbacks=callbacks,
         enable_progress_bar=progress,
@@ -68,7 +68,8 @@ def trainer(config: Config, callbacks: list[Callback], progress: bool) -> L.Trai
 
 def _strategy(config: Config) -> str | Strategy:
     if config.training.strategy == "fsdp":
-        return ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False)
+        world = config.training.devices * config.training.nodes
+        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
     return config.training.strategy
 
 
@@ -101,6 +102,8 @@ def prepared(config: Config) -> tuple[Run, Data]:
     Raises:
         ConfigError, ValueError, OSError: something of it is not there, or does not fit.
     """
+    if config.training.strategy == "fsdp" and config.training.ema is not None:
+        raise ConfigError("training.ema: got an average of weights that are sharded; expected null with training.strategy=fsdp")
     L.seed_everything(config.seed, verbose=False)
     return _classification(config) if config.task == "classification" else _localization(config)
 
@@ -179,9 +182,16 @@ def train(config: Config, resume: Path | None = None, progress: bool = True, fur
 def evaluate(config: Config, checkpoint: Path, progress: bool = True) -> dict[str, float]:
     """Test the weights of a checkpoint (the averaged ones, where they were averaged): figures by name."""
     module, data = prepared(config)
-    averages = [] if config.training.ema is None else [Average(config.training.ema)]
-    trainer(config, [Cost(), *averages], progress).validate(module, data, ckpt_path=checkpoint, verbose=False)
+    restore(module, checkpoint)
+    trainer(config, [], progress).validate(module, data, verbose=False)
     return figures(module.trainer)
+
+
+def restore(module: Run, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint; the averaged ones, where they were averaged. No code of the file is run."""
+    held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    averaged = held.get("callbacks", {}).get(Average.__name__, {}).get("average", {})
+    module.load_state_dict(held["state_dict"] | averaged)
 
 
 def predict(config: Config, checkpoint: Path, folder: Path | None, output: Path, progress: bool = True) -> dict[str, list[Any]]:
@@ -198,8 +208,8 @@ def predict(config: Config, checkpoint: Path, folder: Path | None, output: Path,
         found = loading.unannotated(folder, scorer.classes)
         data.test = loading.dataset(config, found, False, folder)
         scorer.fused = fused(config, found)
-    averages = [] if config.training.ema is None else [Average(config.training.ema)]
-    trainer(config, averages, progress).validate(module, data, ckpt_path=checkpoint, verbose=False)
+    restore(module, checkpoint)
+    trainer(config, [], progress).validate(module, data, verbose=False)
     return json.loads(output.read_text(encoding="utf-8"))["results"]
 
 

@@ -64,11 +64,20 @@ class Run(L.LightningModule):
         """Under FSDP: shard each block of the backbone, then the rest of the network."""
         if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self._sharded:
             return
+        _without_scalars(self.network)
         mesh = self.device_mesh["data_parallel"]
         for name in self.network.blocks:
             fully_shard(self.network.backbone.get_submodule(name), mesh=mesh)
         fully_shard(self.network, mesh=mesh)
         self._sharded = True
+
+
+def _without_scalars(network: nn.Module) -> None:
+    """Scalar parameters as vectors of one number, for `fully_shard` takes no others; a checkpoint of either loads into either."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 0:
+                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
 
 
 class Localization(Run):

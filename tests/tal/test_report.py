@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.harness import tal_tables
-from benchmarks.tal import report
+from benchmarks.tal import costs, report
 from benchmarks.tal.annotations import Segment, Video
-from benchmarks.tal.config import CONFIGS
+from benchmarks.tal.config import CONFIGS, load
 
 VIDEO = Video("v<1>", "test", 20.0, (Segment(2.0, 6.0, 1),))
 FOUND = [
@@ -76,3 +76,20 @@ def test_every_recipe_has_a_line_and_nothing_stands_where_nothing_was_run(monkey
     assert {line[0].strip("`") for line in lines} == recipes
     published = {line[0].strip("`"): line[4] for line in lines if line[4]}
     assert set(published) == {name for name in recipes if re.fullmatch(r"\w+_re2\w+_actionformer", name)}
+
+
+def test_the_most_frames_that_fit_are_found_between_what_fits_and_what_does_not(monkeypatch):
+    tried = []
+
+    def measured(variants, **options):
+        frames = variants["bdia"].sampling.frames
+        assert variants["bdia"].actionformer["max_steps"] == variants["bdia"].sampling.steps == frames // 2
+        tried.append(frames)
+        return [{"peak_bytes": None if frames > 1300 else 1}]
+
+    monkeypatch.setattr(costs, "measured", measured)
+    found = costs.largest(load("thumos14"), "bdia", 1, 256, classes=20)
+    assert (found["largest_frames"], found["reason"]) == (1280, None)
+    assert tried == [256, 512, 1024, 2048, 1536, 1280]
+    monkeypatch.setattr(costs, "measured", lambda *_, **__: [{"peak_bytes": 1}])
+    assert costs.largest(load("thumos14"), "bdia", 1, 2**14, classes=20)["reason"] == "no limit was met up to 65536 frames"

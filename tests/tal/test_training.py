@@ -1,32 +1,32 @@
-"""Training: a resumed run is the run that was not stopped, two processes are one, and how activations are kept changes no more than rounding."""
+"""Training: a resumed run is the run that was not stopped, two processes are one, and all ways to keep activations give one result."""
 
 import csv
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed import is_gloo_available
 
 pytest.importorskip("lightning")
 pytest.importorskip("av")
 
 from lightning.pytorch.callbacks import Callback
+from tiny import PLAIN, TINY
 
-from benchmarks.tal import runs
+import revwire
+from benchmarks.tal import clips, loading, networks, runs, training
+from benchmarks.tal.callbacks import Average
 from benchmarks.tal.config import ConfigError, load
+from benchmarks.tal.loading import Batches, TrainingLoader, shared
 from benchmarks.tal.synthetic import synthesize
 
 ROOT = Path(__file__).parents[2]
-
-TINY = (
-    *("data.drawn={}", "data.annotations=annotations.json", "data.videos=videos", "measure=false"),
-    *("sampling.frames=16", "sampling.steps=8", "sampling.short_side=18", "sampling.crop=16", "sampling.stride=4"),
-    "backbone.options={embed_dim: 8, depths: [2], num_heads: [2], window_size: [2, 2, 2], drop_path_rate: 0.2}",
-    "actionformer={channels: 16, levels: 2, window: 3, max_steps: 8, loss_normalizer: 4, head_layers: 1, drop_path: 0.1}",
-    *("training.batch=4", "training.steps=6", "training.warmup=2", "training.save_every=3"),
-)
-"""A run of seconds, in which all that is random is there: drop-path, augmentation, order."""
-
-PLAIN = ("backbone.options.drop_path_rate=0.0", "actionformer.drop_path=0.0")
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,214 @@ def test_a_resumed_run_ends_with_the_same_losses(tiny, changes):
 def test_a_run_without_checkpoint_cannot_be_resumed(tiny):
     with pytest.raises(ConfigError, match="there is no checkpoint to go on from; train without --resume"):
         runs.latest(tiny())
+
+
+# -- processes -------------------------------------------------------------------------------------------------------------
+
+
+IDLE = ("attn.key.bias", "attn.key_norm.bias")
+"""Their gradients are 0 but for rounding, as attention does not see what it adds to all keys; AdamW blows the rounding up to steps."""
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def together(data, tmp_path, *changes):
+    """Train in two processes, as torchrun would start them."""
+    arguments = [f"data.root={data}", f"output={tmp_path}", *TINY, *PLAIN, "training.devices=2", *changes]
+    command = [sys.executable, "-m", "benchmarks.tal", "train", "--quiet", "--config", "synthetic", *arguments]
+    shared_environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port(),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+    }
+    environments = [shared_environment | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"} for rank in "01"]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in environments
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "".join(outputs)
+    return load("synthetic", arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_the_same_global_batch(data, tiny, tmp_path, strategy):
+    alone = tiny("name=alone", *PLAIN, "memory=bdia")
+    figures = runs.train(alone, progress=False).results[0]["figures"]
+    both = together(data, tmp_path, "name=both", "memory=bdia", f"training.strategy={strategy}")
+    one, two = weights(alone), weights(both)
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith(IDLE):
+            continue
+        torch.testing.assert_close(
+            two[name].reshape(one[name].shape), one[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    record = next(both.folder.glob("result.*.json")).read_text()
+    assert f'"mAP": {figures["mAP"]:.4f}'[:-1] in record
+
+
+# -- order -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_has_every_clip_once_and_each_pass_its_own_order():
+    keys = [key for batch in Batches(7, 2, 21, seed=3) for key in batch]
+    passes = [[index for turn, index in keys if turn == t] for t in range(6)]
+    assert all(sorted(p) == list(range(7)) for p in passes)
+    assert len({tuple(p) for p in passes}) == 6
+    assert keys != [key for batch in Batches(7, 2, 21, seed=4) for key in batch]
+
+
+def test_processes_share_out_what_one_would_have():
+    one = list(Batches(7, 6, 5, seed=0))
+    parts = [list(Batches(7, 6, 5, 0, rank, 3)) for rank in range(3)]
+    assert [[key for part in batch for key in part] for batch in zip(*parts, strict=True)] == one
+    with pytest.raises(ConfigError, match=r"training.batch: got 6 clips for 4 processes; expected a multiple"):
+        Batches(7, 6, 5, 0, 0, 4)
+
+
+def test_test_clips_are_shared_out_evenly_and_none_is_left_out():
+    for items in (1, 2, 5, 6):
+        parts = [shared(items, rank, 3) for rank in range(3)]
+        assert len({len(part) for part in parts}) == 1
+        assert {i for part in parts for i in part} == set(range(items))
+
+
+class Keys(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        return torch.tensor(key)
+
+
+def test_a_loader_goes_on_where_it_stopped():
+    whole = [b.tolist() for b in TrainingLoader(Keys(), Batches(5, 2, 6, 0))]
+    loader = TrainingLoader(Keys(), Batches(5, 2, 6, 0))
+    first = [b.tolist() for b, _ in zip(loader, range(2), strict=False)]
+    again = TrainingLoader(Keys(), Batches(5, 2, 6, 0))
+    again.load_state_dict({"handed": 2})
+    assert len(loader) == 6
+    assert first + [b.tolist() for b in again] == whole
+
+
+# -- how activations are kept --------------------------------------------------------------------------------------------
+
+
+def gradients(config):
+    module, data = runs.prepared(config)
+    torch.manual_seed(1)  # of drop-path
+    batch = clips.collate([data.training[0, i] for i in range(2)])
+    torch.stack(list(module.network(batch).values())).sum().backward()
+    return {name: p.grad for name, p in module.network.named_parameters()}
+
+
+def test_checkpointing_has_the_gradients_of_stored_activations(tiny):
+    stored, checkpointed = (gradients(tiny(f"memory={m}")) for m in ("stored", "checkpoint"))
+    assert [name for name, g in stored.items() if g is None] == []
+    torch.testing.assert_close(checkpointed, stored, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("memory", ["re2tal", "bdia"])
+def test_reversible_variants_are_revwires(tiny, memory):
+    module, data = runs.prepared(tiny(f"memory={memory}", *PLAIN))
+    backbone = module.network.backbone
+    assert revwire.report(backbone).chains[0].coupling.startswith(memory)
+    batch = clips.collate([data.training[0, i] for i in range(2)])
+    found = {}
+    for stored in (False, True):
+        module.zero_grad()
+        with revwire.stored_activations(backbone) if stored else nullcontext():
+            torch.stack(list(module.network(batch).values())).sum().backward()
+        found[stored] = {name: p.grad.clone() for name, p in backbone.named_parameters()}
+    torch.testing.assert_close(found[False], found[True], rtol=1e-4, atol=1e-6)  # float streams, rebuilt
+
+
+def test_a_frozen_backbone_learns_nothing(tiny):
+    found = gradients(tiny("backbone.frozen=true"))
+    assert all((g is None) == name.startswith("backbone.") for name, g in found.items())
+
+
+def test_an_unknown_way_is_an_error(tiny):
+    with pytest.raises(revwire.CouplingError, match="got 'chekpoint'"):
+        runs.prepared(tiny("memory=chekpoint"))
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_fall_towards_the_input(tiny):
+    config = tiny("training.layer_decay=0.5", "training.backbone_lr=1.0", "training.lr=3.0")
+    module, _ = runs.prepared(config)
+    names = {id(p): name for name, p in module.network.named_parameters()}
+    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in training.groups(module.network, config.training) for p in g["params"]}
+    backbone = {name.removeprefix("backbone.network."): rate for name, rate in rates.items() if name.startswith("backbone")}
+    assert len(module.network.blocks) == 2
+    assert backbone["patch_embed.proj.weight"] == (0.25, 0.05)
+    assert backbone["layers.0.blocks.0.attn.qkv.weight"] == (0.5, 0.05)
+    assert backbone["layers.0.blocks.1.attn.qkv.weight"] == (1.0, 0.05)
+    assert backbone["layers.0.blocks.1.attn.qkv.bias"] == (1.0, 0.0)
+    assert {rate for name, (rate, _) in rates.items() if name.startswith("head")} == {3.0}
+    assert len(rates) == sum(1 for _ in module.network.parameters())
+
+
+def test_the_schedule_warms_up_and_anneals(tiny):
+    factor = training.annealed(tiny("training.warmup=4", "training.steps=104", "training.final=0.1").training)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(54) == pytest.approx(0.55)
+    assert factor(104) == factor(200) == pytest.approx(0.1)
+    longer = training.annealed(tiny("training.warmup=0", "training.schedule=1000000").training)
+    assert longer(100) == pytest.approx(1, abs=1e-6)
+
+
+class Trainer:
+    global_step = 0
+
+
+def test_the_average_stands_in_while_testing_and_forgets_its_first_weights():
+    model, average, trainer = nn.Linear(1, 1, bias=False), Average(0.9), Trainer()
+    for step in range(1, 4):
+        nn.init.constant_(model.weight, float(step))
+        trainer.global_step = step
+        average.on_train_batch_end(trainer, model, None, None, 0)
+        average.on_train_batch_end(trainer, model, None, None, 1)  # an accumulated part is no step
+    expected = 1.0
+    for step, decay in ((2, 2 / 11), (3, 3 / 12)):
+        expected = decay * expected + (1 - decay) * step
+    average.on_validation_start(trainer, model)
+    assert model.weight.item() == pytest.approx(expected)
+    average.on_validation_end(trainer, model)
+    assert model.weight.item() == 3.0
+    again = Average(0.9)
+    again.load_state_dict(average.state_dict())
+    again.on_validation_start(trainer, model)
+    assert model.weight.item() == pytest.approx(expected)
+
+
+def test_weights_load_by_key_whatever_stands_before_them(tiny, tmp_path):
+    config = tiny("backbone.weights=mine.pt")
+    with pytest.raises(ConfigError, match=r"backbone.weights: there is no .*mine.pt"):
+        runs.prepared(config)
+    module, _ = runs.prepared(tiny("seed=5"))
+    state = {f"network.{name}": value for name, value in module.network.state_dict().items()}
+    torch.save({"state_dict": state}, loading.root(config) / "mine.pt")
+    loaded = runs.prepared(config)[0].network.backbone.state_dict()
+    torch.testing.assert_close(loaded, module.network.backbone.state_dict(), rtol=0, atol=0)
+
+
+def test_videomae_goes_through_in_clips():
+    pytest.importorskip("transformers")
+    backbone = networks.Backbone(networks.VideoMAE(4, 32, 2, 16, 2, 8), clip_frames=4, freeze_norms=False)
+    network = networks.Network(backbone, nn.Identity())
+    frames = torch.randint(0, 256, (1, 3, 8, 32, 32), dtype=torch.uint8)
+    networks.rewire(network, frames, "bdia")
+    assert len(network.blocks) == 2
+    features = backbone(frames)
+    assert features.shape == (1, 16, 4)
+    features.sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
