@@ -1,5 +1,6 @@
 """The retention benchmarks: rows that outlast a run, batches that depend on the seed only, and verdicts that can fail."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from benchmarks.retention import cifar, resume
 pytest.importorskip("torchvision", reason="needs torchvision: pip install 'revwire[video]'")
 
 from benchmarks.retention import cifar_finetuning as finetuning
+from benchmarks.retention import language_model as character
+from benchmarks.retention import language_model_finetuning as character_finetuning
 
 # -- resuming -----------------------------------------------------------------------------------------------------------------
 
@@ -123,6 +126,44 @@ def test_fine_tuning_moves_the_weights_and_the_network_stays_converted(source):
     assert len(revwire.report(model).units) == 2
     before = finetuning.network(case("stored"), source)
     assert not torch.equal(model.linear.weight, before.linear.weight)
+
+
+# -- the character model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setattr(character_finetuning, "BUDGETS", (0, 1))
+    shape = {"depth": 2, "width": 8, "heads": 2, "length": 8, "batch": 2, "steps": 3, "windows": 8}
+    return argparse.Namespace(**shape, rate=1e-3, scratch=tmp_path, seeds=[0, 1], wirings=["stored", "bdia"])
+
+
+def test_the_character_model_is_trained_once(small):
+    codes, _ = character.text()
+    first = character.trained(small, codes)
+    small.windows = 16  # which is no part of its training
+    for a, b in zip(first.parameters(), character.trained(small, codes[:0]).parameters(), strict=True):
+        assert torch.equal(a, b)
+    small.steps = 2
+    with pytest.raises(RuntimeError):  # of no codes, nothing can be drawn
+        character.trained(small, codes[:0])
+
+
+def test_the_text_holds_nothing_out_that_it_trains_on():
+    training, held_out = character.text()
+    assert 0.05 < len(held_out) / len(training) < 0.3
+    assert max(training.max(), held_out.max()) < character.VOCABULARY
+
+
+def test_rows_of_the_character_model(small):
+    found = character_finetuning.measured(small, resume.Scratch(small.scratch, {}))
+    assert [(row["seed"], row["wiring"], row["steps"]) for row in found] == [
+        *((0, wiring, steps) for wiring in ("stored", "bdia") for steps in (0, 1)),
+        *((1, wiring, 1) for wiring in ("stored", "bdia")),
+    ]
+    assert all(row["reason"] is None and 4 < row["loss"] < 6 for row in found)
+    assert found[0]["loss"] == found[2]["reverted_loss"]
+    assert found[1]["loss"] != found[0]["loss"]
 
 
 # -- verdicts -----------------------------------------------------------------------------------------------------------------
