@@ -17,33 +17,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = {}
-
-
-def _row(item: pytest.Item) -> Row | None:
-    marker = item.get_closest_marker("stack")
-    if marker is None:
-        return None
-    key = (marker.kwargs["stack"], marker.kwargs["what"])
-    new = Row(**marker.kwargs, on_gpu=item.get_closest_marker("gpu") is not None)
-    return item.config.stash[_ROWS].setdefault(key, new)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        _row(item)  # rows stand in the order of the tests
+    config.pluginmanager.register(_Collector(config), "stacks-collector")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+    """Tell with each report which row it fills: tests may run in other processes than the one that writes the table."""
     outcome: Any = yield
-    report = outcome.get_result()
-    row = _row(item)
-    if row is None or (report.when != "call" and report.passed):
-        return
-    row.outcomes.append(report.outcome)
-    row.figures += [str(value) for name, value in item.user_properties if name == "figure"]
-    if report.skipped and isinstance(report.longrepr, tuple):
-        row.reasons.append(report.longrepr[2].removeprefix("Skipped: "))
+    marker = item.get_closest_marker("stack")
+    if marker is not None:
+        where = (item.location[0], item.location[1] or 0)
+        on_gpu = item.get_closest_marker("gpu") is not None
+        outcome.get_result().user_properties.append(("stack", {**marker.kwargs, "where": where, "on_gpu": on_gpu}))
 
 
 @pytest.fixture
@@ -52,14 +37,34 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
     return lambda text: record_property("figure", text)
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    mode = session.config.getoption("--stacks-table", None)
-    if mode is None or exitstatus:
-        return
-    before = DOCUMENT.read_text()
-    now = with_table(with_recipes(before), list(session.config.stash[_ROWS].values()))
-    if mode == "write":
-        DOCUMENT.write_text(now)
-    elif before != now:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        raise pytest.UsageError(f"{DOCUMENT.name} is out of date: run `pytest tests/stacks --stacks-table=write`")
+class _Collector:
+    """Turns reports into rows."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = dict(report.user_properties).get("stack")
+        if not isinstance(told, dict) or (report.when != "call" and report.passed):
+            return
+        told = {**told, "where": tuple(told["where"])}
+        row = self.config.stash[_ROWS].setdefault((told["stack"], told["what"]), Row(**told))
+        row.where = min(row.where, told["where"])
+        row.outcomes.append(report.outcome)
+        row.figures += [str(value) for name, value in report.user_properties if name == "figure"]
+        if report.skipped and isinstance(report.longrepr, tuple):
+            row.reasons.append(report.longrepr[2].removeprefix("Skipped: "))
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        mode = self.config.getoption("--stacks-table", None)
+        if mode is None or exitstatus or hasattr(self.config, "workerinput"):
+            return
+        before = DOCUMENT.read_text()
+        now = with_table(with_recipes(before), list(self.config.stash[_ROWS].values()))
+        if mode == "write":
+            DOCUMENT.write_text(now)
+        elif before != now:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            self.config.get_terminal_writer().line(
+                f"{DOCUMENT.name} is out of date: run pytest tests/stacks --stacks-table=write", red=True
+            )

@@ -45,7 +45,7 @@ def outcomes(checks: dict[str, Check]) -> dict[str, str]:
 def _worker(rank: int, checks: dict[str, Check], port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     for name, check in checks.items():
         try:
             text = str(check(rank, folder))

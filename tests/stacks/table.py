@@ -61,6 +61,7 @@ class Row:
     kind: Kind
     note: str
     on_gpu: bool
+    where: tuple[str, int]
     outcomes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
@@ -80,11 +81,12 @@ class Row:
     def remark(self) -> str:
         """The last cell: figures that the test measured, then the note, or why it was not run."""
         reasons = [] if "passed" in self.outcomes or self.on_gpu else sorted(set(self.reasons))
-        return "; ".join(dict.fromkeys([*self.figures, *([self.note] if self.note else []), *reasons]))
+        return "; ".join(dict.fromkeys([*sorted(set(self.figures)), *([self.note] if self.note else []), *reasons]))
 
 
 def table(rows: list[Row]) -> str:
     """The Markdown table. Rows that need a GPU depend on the machine, and stand below it."""
+    rows = sorted(rows, key=lambda row: row.where)
     lines = ["", "| stack | what | | |", "| --- | --- | --- | --- |"]
     for stack in STACKS:
         mine = [r for r in rows if r.stack == stack and not r.on_gpu]

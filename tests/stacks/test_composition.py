@@ -1,0 +1,216 @@
+"""What happens inside and around branches: offloading, checkpoints, hooks, and what a profiler shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import Block, ConvolutionNet, Mlp, Transformer
+from table import refused, works
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from training import Run, assert_trains_as_stored, batches, converted, train
+
+import revwire
+
+SAVED, HOOKS = "Offloading and checkpointing", "Hooks and profiler"
+
+
+class Offloaded(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        with save_on_cpu():
+            return super().forward(x)
+
+
+class Checkpointed(Mlp):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+def with_branches(kind: type[Mlp]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = Transformer()
+        for block in model.blocks:
+            block.mlp.__class__ = kind  # the same weights
+        return model
+
+    make.example = Transformer.example  # type: ignore[attr-defined]
+    return make
+
+
+def assert_trains(make: Callable[[], nn.Module], call: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda m: m) -> None:
+    model, twin = converted(make), converted(make)
+    reversible = train(model, batches(Transformer), call=call(model))
+    with revwire.stored_activations(twin):
+        reversible.assert_like(train(twin, batches(Transformer), call=call(twin)))
+    plain = train(converted(Transformer), batches(Transformer))
+    reversible.assert_like(plain, recomputes=False)
+
+
+@works(SAVED, "`save_on_cpu` inside a branch")
+def test_offloading_inside() -> None:
+    assert_trains(with_branches(Offloaded))
+
+
+@works(SAVED, "`save_on_cpu` around the model")
+def test_offloading_around() -> None:
+    def call(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with save_on_cpu():
+                return model(x)
+
+        return run
+
+    assert_trains(Transformer, call)
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, Reentrant])
+@works(SAVED, "`checkpoint` inside a branch, reentrant or not")
+def test_a_checkpoint_inside(kind: type[Mlp]) -> None:
+    assert_trains(with_branches(kind))
+
+
+@works(SAVED, "what autograd is given of a chain: its ends, not its activations")
+def test_what_is_saved(figure: Callable[[str], None]) -> None:
+    def saved(depth: int, stored: bool) -> int:
+        model = converted(lambda: Transformer(depth, dropout=0.0))
+        total = 0
+
+        def pack(t: Tensor) -> Tensor:
+            nonlocal total
+            total += t.nbytes
+            return t
+
+        model(Transformer.example())
+        with revwire.stored_activations(model) if stored else saved_tensors_hooks(pack, lambda t: t):
+            if stored:
+                with saved_tensors_hooks(pack, lambda t: t):
+                    model(Transformer.example())
+            else:
+                model(Transformer.example())
+        return total
+
+    assert saved(12, stored=False) == saved(4, stored=False)
+    assert saved(12, stored=True) > 2 * saved(4, stored=True)
+    figure("as many bytes for 12 blocks as for 4")
+
+
+class Counted:
+    """Hooks on every submodule of the blocks, and how often each fires in a step."""
+
+    def __init__(self, model: nn.Module, *, also_blocks: bool) -> None:
+        self.forward: dict[str, int] = {}
+        self.backward: dict[str, int] = {}
+        for name, module in model.named_modules():
+            if not name.startswith("blocks.") or (isinstance(module, Block) and not also_blocks):
+                continue
+            module.register_forward_hook(self.counter(self.forward, name))
+            module.register_full_backward_hook(self.counter(self.backward, name))
+
+    @staticmethod
+    def counter(counts: dict[str, int], name: str) -> Callable[..., None]:
+        def count(*_: object) -> None:
+            counts[name] = counts.get(name, 0) + 1
+
+        return count
+
+    def step(self, model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+        model(Transformer.example())  # a new kind of call is observed first, which runs hooks too
+        self.forward.clear()
+        self.backward.clear()
+        model(Transformer.example()).sum().backward()
+        return dict(self.forward), dict(self.backward)
+
+
+@works(HOOKS, "forward hooks on submodules of branches", "twice in a training step: a recompute is a call (last unit: once)")
+def test_forward_hooks_on_submodules() -> None:
+    model = converted(Transformer)
+    forward, _ = Counted(model, also_blocks=False).step(model)
+    last = {n for n in forward if re.match(r"blocks\.2\.(mlp|norm2)", n)}
+    assert last
+    assert {forward[n] for n in last} == {1}
+    assert {forward[n] for n in forward.keys() - last} == {2}
+    plain = Transformer()
+    once, _ = Counted(plain, also_blocks=False).step(plain)
+    assert once.keys() == forward.keys()
+    assert set(once.values()) == {1}
+
+
+@works(HOOKS, "full backward hooks on submodules of branches fire once; gradients as in a plain step")
+def test_backward_hooks_on_submodules() -> None:
+    model = converted(Transformer)
+    _, backward = Counted(model, also_blocks=False).step(model)
+    assert set(backward.values()) == {1}
+    assert len(backward) == 3 * len(list(Block().named_modules())[1:])
+
+    def hooked(model: nn.Module) -> Run:
+        seen: list[float] = []
+        model.blocks[1].mlp.register_full_backward_hook(lambda m, inputs, outputs: seen.append(inputs[0].sum().item()))
+        run = train(model, batches(Transformer))
+        run.losses += seen
+        return run
+
+    assert_trains_as_stored(Transformer, hooked)
+
+
+@works(HOOKS, "forward hooks on blocks, once; hooks on parameters and on tensors")
+def test_hooks_on_blocks_and_tensors() -> None:
+    model = converted(Transformer)
+    seen: list[str] = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: seen.append(f"forward {i}"))
+        block.mlp.up.weight.register_hook(lambda g, i=i: seen.append(f"weight {i}"))
+        block.mlp.up.weight.register_post_accumulate_grad_hook(lambda p, i=i: seen.append(f"gradient {i}"))
+    out = model(Transformer.example())
+    out.register_hook(lambda g: seen.append("output"))
+    out.sum().backward()
+    backward = [f"{what} {i}" for i in (2, 1, 0) for what in ("weight", "gradient")]
+    assert seen == ["forward 0", "forward 1", "forward 2", "output", *backward]
+
+
+@refused(HOOKS, "`register_full_backward_hook` on a rewired block", "hook its submodules or tensors, or exclude the block")
+def test_backward_hooks_on_blocks() -> None:
+    model = converted(Transformer)
+    model.blocks[1].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(revwire.CaptureError, match=r"blocks\.1: got a module with backward hooks; .*hook its submodules, .*exclude"):
+        model(Transformer.example())
+
+
+@works(HOOKS, "`register_full_backward_hook` on a block that is excluded")
+def test_backward_hooks_on_blocks_that_are_excluded() -> None:
+    def made() -> tuple[nn.Module, list[Tensor]]:
+        torch.manual_seed(0)
+        model, seen = Transformer(5).train(), []
+        revwire.convert(model, Transformer.example(), exclude="blocks.2*")
+        model.blocks[2].register_full_backward_hook(lambda m, inputs, outputs: seen.append(outputs[0].clone()))
+        return model, seen
+
+    (model, seen), (twin, seen_by_twin) = made(), made()
+    reversible = train(model, batches(Transformer))
+    with revwire.stored_activations(twin):
+        reversible.assert_like(train(twin, batches(Transformer)))
+    assert len(seen) == len(reversible.losses)
+    assert all(map(torch.equal, seen, seen_by_twin))
+
+
+@works(HOOKS, "`torch.profiler` shows the units' modules, the steps and the recompute")
+def test_profiler(figure: Callable[[str], None]) -> None:
+    model = converted(ConvolutionNet)
+    x = ConvolutionNet.example()
+    model(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=False) as profile:
+        model(x).sum().backward()
+    names = {event.key: event.count for event in profile.key_averages()}
+    assert names["_Step"] == 4
+    assert names["_StepBackward"] == 4
+    assert names["aten::conv2d"] == 1 + 4 + 3  # the stem, four branches, and all but the last again
+    figure("`_Step` and `_StepBackward`, one for each unit")
