@@ -45,7 +45,8 @@ def planner(rows: list[Row]) -> Table:
     for network in dict.fromkeys(row["network"] for row in rows):
         mine = {row["share"]: row for row in rows if row["network"] == network}
         worst = max(abs(_error(row)) for row in mine.values())
-        table.append([network, *(f"{mine[s]['predicted_bytes'] / _MIB:.1f} ({_error(mine[s]):+.1%})" for s in shares), f"{worst:.1%}"])
+        cells = (f"{mine[s]['predicted_bytes'] / _MIB:.1f} ({_error(mine[s]):+.1%})" if s in mine else "" for s in shares)
+        table.append([network, *cells, f"{worst:.1%}"])
     return table
 
 
@@ -55,6 +56,12 @@ def pareto(rows: list[Row]) -> Table:
     done = sorted((r for r in rows if r["peak_bytes"] is not None), key=lambda r: r["peak_bytes"])
     cells = [[r["method"], f"{r['peak_bytes'] / _MIB:.1f}", *(_quartiles(r[k]) for k in ("to_stored", "to_checkpoint"))] for r in done]
     return [head, *cells]
+
+
+def hollow(rows: list[Row]) -> Table:
+    """Peak bytes with matrix products and without."""
+    head = ["network", "method", "peak bytes", "without products"]
+    return [head, *([r["network"], r["method"], str(r["peak_bytes"]), str(r["without_products"])] for r in rows)]
 
 
 def _case(row: Row) -> tuple[str, int, int, int]:
@@ -114,6 +121,7 @@ _SWEEPS = ("vit", "couplings", "gpt", "swin3d", "convnext", "resnet", "slowfast"
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     **{f"memory_{name}": peaks for name in _SWEEPS},
     "memory_fit": fit,
+    "memory_hollow": hollow,
     "planner": planner,
     **{f"memory_pareto_{name}": pareto for name in ("vit_s_16", "gpt", "swin3d_t")},
 }

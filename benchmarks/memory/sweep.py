@@ -4,7 +4,7 @@ python -m benchmarks.memory.sweep                    # every sweep; or their nam
 python -m benchmarks.memory.sweep memory_vit --resume
 
 Bytes are those of PyTorch's allocator above rest, with ``.grad`` allocated: they do not depend on what else the machine does, nor
-on values, so matrix products are left out (`benchmarks.memory.hollow`); what that changes in a small case is in the record.
+on values, so matrix products are left out; `python -m benchmarks.memory.hollow` measures on small cases what that changes.
 A case that a method cannot take, or that fails, is null and a reason.
 """
 
@@ -22,7 +22,7 @@ from rich.progress import track
 
 from benchmarks.harness.record import RESULTS, Record, Row, environment, read
 from benchmarks.memory.alternatives import CHECKPOINT, COUPLINGS, METHODS, NOT_RUN, STORED, Unsuited, step
-from benchmarks.memory.hollow import difference, products_left_out
+from benchmarks.memory.hollow import products_left_out
 from benchmarks.memory.networks import NETWORKS, network
 from revwire.measure import peak_bytes
 
@@ -104,13 +104,6 @@ def measured(case: Row) -> Row:
             return {**case, "peak_bytes": peak_bytes(partial(step, model, example)), "reason": None}
     except (Unsuited, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         return {**case, "peak_bytes": None, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-
-
-def _hollow_difference(name: str, length: int) -> int:
-    """What leaving products out changes in the peak of the smallest network, checkpointed: it should be 0."""
-    example = NETWORKS[name].example(1, length)
-    model = METHODS[CHECKPOINT](name, network(name, 2), example)
-    return difference(partial(step, model, example))
 
 
 def sweep(name: str, resume: bool, folder: Path) -> Record:
