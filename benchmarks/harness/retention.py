@@ -191,16 +191,13 @@ def _as_good(network: str, rows: list[Row], key: str, better: int) -> list[list[
             continue
         difference, error = mine.minus(stored)
         asked = f"after {last} steps as good as stored activations, within two standard errors"
-        several = min(len(stored.values), len(mine.values)) > 1
-        verdict = _holds(better * difference >= -2 * error) if several else "one seed"
-        table.append([network, deployed, asked, _difference(key, difference, error), verdict])
+        fewest = min(len(stored.values), len(mine.values))
+        shown = f"{difference:+.4f} ± {error:.4f} nats" if key == "loss" else f"{100 * difference:+.2f} ± {100 * error:.2f} points"
+        if fewest > 1:
+            table.append([network, deployed, asked, f"{shown} ({fewest} seeds)", _holds(better * difference >= -2 * error)])
+        else:
+            table.append([network, deployed, asked, f"{shown.split(' ± ')[0]} (one seed)", "not known from one seed"])
     return table
-
-
-def _difference(key: str, difference: float, error: float) -> str:
-    if key == "loss":
-        return f"{difference:+.4f} ± {error:.4f} nats"
-    return f"{100 * difference:+.2f} ± {100 * error:.2f} points"
 
 
 def _sooner(network: str, rows: list[Row], key: str, better: int) -> list[list[str]]:

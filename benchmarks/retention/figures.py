@@ -145,12 +145,9 @@ def main() -> None:
     panels = []
     for network in dict.fromkeys(row["network"] for row in cifar):
         mine = [row for row in cifar if row["network"] == network]
-        wirings = ("scratch", "re2tal", "stored", "bdia")
-        panels.append(
-            (f"{network}: top-1, a fifth of the test set", lambda axes, m=mine, w=wirings: against_steps(axes, m, "top1_part", w))
-        )
+        panels.append((f"{network}: top-1, a fifth of the test set", lambda axes, m=mine: against_steps(axes, m, "top1_part")))
     if texts:
-        panels.append(("character model: validation loss", lambda axes: against_steps(axes, texts, "loss", ("re2tal", "stored", "bdia"))))
+        panels.append(("character model: validation loss", lambda axes: against_steps(axes, texts, "loss")))
     if panels:
         drawn(panels, FOLDER / "accuracy_against_steps.png", "While fine-tuning: rewired (solid) and reverted (dashed), mean ± deviation")
 
