@@ -24,6 +24,7 @@ from revwire._recording import Recording
 Hops = list[list[int]]
 """Steps from a sum to the next fork: of each, the values that it makes, the last first."""
 
+PART_OF_WHOLE = "a part of a block whose code cannot be taken apart, and which is rewired as a whole"
 CALLER = "excluded"
 """How the reasons begin that are the caller's own wish."""
 
@@ -64,7 +65,7 @@ def find_chains(recording: Recording, refuse: Callable[[Candidate], str | None] 
             continue
         outer = next((u for chain in chains for u in chain if c.add in u.region), None)
         if outer is not None:
-            c.reason, c.inside = "inside the branch of another unit, which is the larger saving", True
+            c.reason, c.inside = PART_OF_WHOLE if outer.whole else "inside the branch of another unit, which is the larger saving", True
         elif c.reason is None:
             c.reason = "stands alone: a chain needs at least two units whose streams follow each other unchanged"
         search.rejected.append(c)

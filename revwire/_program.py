@@ -242,8 +242,8 @@ class _Assembly:
         for node in cut.nodes:
             for weight in (i for i in node.all_input_nodes if i.op == "get_attr" and i not in env):
                 env[weight] = graph.node_copy(weight)
-            if cut.dropped and cut.branch in env and cut.branch is not None:
-                env.setdefault(cut.add, env[cut.branch])
+            if cut.dropped and cut.branch in env and cut.branch is not None and cut.add not in env:
+                env[cut.add] = self._instead_of_sum(graph, cut, env[cut.branch])
             env[node] = graph.node_copy(node, lambda n: env[n])
         value = env[cut.out] if cut.kind == "block" or cut.candidate.post else env[cut.branch or cut.out]
         graph.output((value, tuple(env[s] for s in cut.sides)))
@@ -255,6 +255,12 @@ class _Assembly:
 
         kind: Literal["residual", "block"] = "residual" if cut.kind == "residual" else "block"
         return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later)
+
+    def _instead_of_sum(self, graph: fx.Graph, cut: _Cut, branch: fx.Node) -> fx.Node:
+        """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what it may write to."""
+        storage = self.host.storage_of.get(cut.add)
+        written = any(storage in self.host.writes.get(n, ()) for n in cut.nodes)
+        return graph.call_function(writable, (branch,)) if written else branch
 
     def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
         """The calls that are views of a stream: between two units of this host, and on the way to a unit of a host inside it."""
@@ -315,6 +321,12 @@ class _Assembly:
             sides = graph.call_function(operator.getitem, (both, 1))
             for i, side in enumerate(cut.sides):
                 env[side] = graph.call_function(operator.getitem, (sides, i))
+
+
+def writable(x: Tensor) -> Tensor:
+    """``x``, or a copy of it if what computed it may need its value for a gradient (a ReLU does, a norm does not)."""
+    safe = not x.requires_grad or (x.grad_fn is not None and x._base is None and not hasattr(type(x.grad_fn), "_saved_result"))
+    return x if safe else x.clone()
 
 
 def _owners(nodes: list[fx.Node]) -> list[str]:

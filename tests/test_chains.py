@@ -316,3 +316,26 @@ def test_a_copy_to_another_order_or_layout_keeps_the_chain(opened, training):
         revwire.convert(revwire.revert(model), example, coupling=coupling)
         assert revwire.verify(model, example).bit_exact
         assert revwire.verify(model, x(2, 4, 8)).bit_exact
+
+
+class EndsInPlace(nn.Module):
+    def __init__(self, viewed: bool) -> None:
+        super().__init__()
+        self.f, self.viewed = nn.Linear(8, 8), viewed
+
+    def forward(self, x):
+        h = torch.sigmoid(self.f(x))
+        return nn.functional.relu(x + (h.view(-1, 8).view(x.shape) if self.viewed else h), inplace=True)
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_an_activation_in_place_leaves_what_the_branch_needs(viewed):
+    """Under re2tal it moves into the branch, whose last layer may need its own result for its gradient."""
+    torch.manual_seed(0)
+    model = revwire.convert(nn.Sequential(*(EndsInPlace(viewed) for _ in range(3))).double(), X, coupling="re2tal")
+    assert [u.pattern for u in revwire.report(model).units] == ["post-activation"] * 3
+    assert revwire.verify(model, X).bit_exact
+    x1 = x2 = X
+    for b in model:
+        x1, x2 = x2, x1 + torch.relu(torch.sigmoid(b.f(x2)))
+    torch.testing.assert_close(model(X), (x1 + x2) / 2, rtol=1e-9, atol=1e-9)

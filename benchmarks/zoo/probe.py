@@ -5,12 +5,10 @@ A stage that fails leaves its reason in ``row["failures"]``, and the figures tha
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -111,7 +109,9 @@ class _Probe:
     def plan(self) -> None:
         plan = revwire.report(self.model)
         self.row["units"] = len(plan.units)
-        self.row["missing"] = max(0, self.row["missing"] - len(plan.units))
+        parts = [s.path for s in plan.skipped if s.reason.startswith("a part of a block")]
+        wholes = sum(any(f"{path}.".startswith(f"{u.path}.") for path in parts) for u in plan.units)
+        self.row["missing"] = max(0, self.row["missing"] - len(plan.units) - max(0, len(parts) - wholes))
         self.row["chains"] = len(plan.chains)
         self.row["patterns"] = dict(Counter(u.pattern for u in plan.units))
         self.row["inside"] = sum(s.inside_unit for s in plan.skipped)
@@ -159,24 +159,25 @@ class _Probe:
     def bytes(self) -> None:
         """Saved bytes of a forward pass, and peak bytes of a step."""
         self._reverted()
-        self._measure("stored", self.model)
-        revwire.convert(self.model, self._fresh())
-        hosts = revwire.report(self.model).hosts
-        if hosts:
-            self._measure("revwire", self.model)
-            revwire.revert(self.model)
-            with _stage(self.row, "bytes with checkpointing"):
-                self._measure("checkpoint", _checkpointed(self.model, hosts))
+        with _without_cache(self.model):
+            self._measure("stored")
+            revwire.convert(self.model, self._fresh())
+            hosts = revwire.report(self.model).hosts
+            if hosts:
+                self._measure("revwire")
+                revwire.revert(self.model)
+                with _stage(self.row, "bytes with checkpointing"), _checkpointed(self.model, hosts):
+                    self._measure("checkpoint")
 
-    def _measure(self, method: str, model: nn.Module) -> None:
+    def _measure(self, method: str) -> None:
         def forward() -> Tensor:
-            return _loss(_apply(model, self._fresh()))
+            return _loss(_apply(self.model, self._fresh()))
 
-        for p in model.parameters():
+        for p in self.model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         self.row[f"{method}_peak_bytes"] = peak_bytes(lambda: forward().backward())  # type: ignore[no-untyped-call]
         self.row[f"{method}_saved_bytes"] = saved_bytes(forward)
-        for p in model.parameters():
+        for p in self.model.parameters():
             p.grad = None
 
     def _run(self) -> Any:
@@ -246,12 +247,31 @@ def _loss(out: Any) -> Tensor:
     return torch.stack([t.float().square().mean() for t in leaves]).mean()
 
 
-def _checkpointed(model: nn.Module, hosts: tuple[str, ...]) -> nn.Module:
-    """A copy of the original wiring on the same weights, each innermost host checkpointed."""
-    tensors: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, tensors)
-    for path in hosts:
-        if not any(other != path and other.startswith(f"{path}." if path else "") for other in hosts):
-            host = twin.get_submodule(path)
-            host.forward = partial(checkpoint, host.forward, use_reentrant=False)
-    return twin
+@contextmanager
+def _checkpointed(model: nn.Module, hosts: tuple[str, ...]) -> Iterator[None]:
+    """Each innermost host checkpointed."""
+    innermost = [p for p in hosts if not any(other != p and other.startswith(f"{p}." if p else "") for other in hosts)]
+    kept = [(host, vars(host).get("forward")) for host in map(model.get_submodule, innermost)]
+    for host, _ in kept:
+        host.forward = partial(checkpoint, host.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for host, own in kept:
+            del host.forward
+            if own is not None:
+                host.forward = own
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache, which a training step does not need, and which a recompute under checkpointing would fill twice."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    kept = [(c, c.use_cache) for c in configs.values()]
+    for config, _ in kept:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in kept:
+            config.use_cache = value
