@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from table import DOCUMENT, Row, with_recipes, with_table
+from table import DOCUMENT, Row, noted, read_outcomes, with_new, with_recipes, with_table, write_outcomes
 
 _ROWS = pytest.StashKey[dict[tuple[str, str], Row]]()
 
@@ -57,14 +57,15 @@ class _Collector:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         mode = self.config.getoption("--stacks-table", None)
-        if mode is None or exitstatus or hasattr(self.config, "workerinput"):
+        if mode is None or hasattr(self.config, "workerinput"):
             return
+        rows = with_new(read_outcomes(), noted(list(self.config.stash[_ROWS].values())))
         before = DOCUMENT.read_text()
-        now = with_table(with_recipes(before), list(self.config.stash[_ROWS].values()))
+        now = with_table(with_recipes(before), rows)
         if mode == "write":
+            write_outcomes(rows)
             DOCUMENT.write_text(now)
-        elif before != now:
+        elif (read_outcomes(), before) != (rows, now):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            self.config.get_terminal_writer().line(
-                f"{DOCUMENT.name} is out of date: run pytest tests/stacks --stacks-table=write", red=True
-            )
+            message = f"{DOCUMENT.name} is out of date: run pytest tests/stacks --stacks-table=write"
+            self.config.get_terminal_writer().line(message, red=True)

@@ -1,21 +1,25 @@
 """The table of docs/training-stacks.md: one row for what is asked of a stack, filled with what its tests came to.
 
-``pytest tests/stacks --stacks-table=write`` runs the tests and renews the table and the recipes' listings; ``=check`` runs them and fails
-if the document says something else. What was not run here keeps its row, and says why it was not run.
+``pytest tests/stacks --stacks-table=write`` runs the tests, notes in ``outcomes.json`` what they came to, and renews the table
+and the listings of the recipes; of some files only, it renews their rows. ``=check`` runs the tests and fails if any of it says something else. What was not run
+here keeps its row, and says why.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "training-stacks.md"
 RECIPES = ROOT / "docs" / "recipes"
+OUTCOMES = Path(__file__).parent / "outcomes.json"
+Noted = dict[str, Any]  # a row as it stands in the file
 STACKS = (
     "DistributedDataParallel",
     "DataParallel",
@@ -84,14 +88,38 @@ class Row:
         return "; ".join(dict.fromkeys([*sorted(set(self.figures)), *([self.note] if self.note else []), *reasons]))
 
 
-def table(rows: list[Row]) -> str:
+def noted(rows: list[Row]) -> list[Noted]:
+    """Rows as they stand in the file, in the order of the tests."""
+    out = []
+    for row in sorted(rows, key=lambda row: row.where):
+        what = {"file": row.where[0].rpartition("/")[2], "stack": row.stack, "what": row.what, "on_gpu": row.on_gpu}
+        out.append({**what, "result": "" if row.on_gpu else row.result, "remark": row.note if row.on_gpu else row.remark})
+    return out
+
+
+def with_new(before: list[Noted], now: list[Noted]) -> list[Noted]:
+    """What was noted before, with the rows of the files that ran now exchanged."""
+    ran = {row["file"] for row in now}
+    return sorted([*(row for row in before if row["file"] not in ran), *now], key=lambda row: row["file"])
+
+
+def read_outcomes() -> list[Noted]:
+    """What was noted."""
+    return json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else []
+
+
+def write_outcomes(rows: list[Noted]) -> None:
+    """Note it."""
+    OUTCOMES.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def table(rows: list[Noted]) -> str:
     """The Markdown table. Rows that need a GPU depend on the machine, and stand below it."""
-    rows = sorted(rows, key=lambda row: row.where)
     lines = ["", "| stack | what | | |", "| --- | --- | --- | --- |"]
     for stack in STACKS:
-        mine = [r for r in rows if r.stack == stack and not r.on_gpu]
-        lines += [f"| {stack if i == 0 else ''} | {r.what} | {r.result} | {r.remark} |" for i, r in enumerate(mine)]
-    on_gpu = [f"- {r.stack}: {r.what}" + (f" ({r.note})" if r.note else "") for r in rows if r.on_gpu]
+        mine = [r for r in rows if r["stack"] == stack and not r["on_gpu"]]
+        lines += [f"| {stack if i == 0 else ''} | {r['what']} | {r['result']} | {r['remark']} |" for i, r in enumerate(mine)]
+    on_gpu = [f"- {r['stack']}: {r['what']}" + (f" ({r['remark']})" if r["remark"] else "") for r in rows if r["on_gpu"]]
     return "\n".join([*lines, "", "Written for a GPU, and skipped where there is none (`pytest -m gpu`):", "", *on_gpu, "", ""])
 
 
@@ -105,6 +133,6 @@ def with_recipes(text: str) -> str:
     return _RECIPE.sub(lambda m: m[1] + recipe(m[2]) + m[4], text)
 
 
-def with_table(text: str, rows: list[Row]) -> str:
-    """The document with the table as the tests came out."""
+def with_table(text: str, rows: list[Noted]) -> str:
+    """The document with the table of these rows."""
     return _TABLE.sub(lambda m: m[1] + table(rows) + m[3], text)
