@@ -1,8 +1,8 @@
 """The table of docs/training-stacks.md: one row for what is asked of a stack, filled with what its tests came to.
 
 ``pytest tests/stacks --stacks-table=write`` runs the tests, notes in ``outcomes.json`` what they came to, and renews the table
-and the listings of the recipes; of some files only, it renews their rows. ``=check`` runs the tests and fails if any of it says something else. What was not run
-here keeps its row, and says why.
+and the listings of the recipes; of some files only, it renews their rows. ``=check`` runs the tests and fails if any of it says
+something else. What was not run here keeps its row, and says why.
 """
 
 from __future__ import annotations
