@@ -147,11 +147,12 @@ def memory(
     loaded = _loaded(config, overrides)
     counts, batches = ([int(n) for n in text.split(",")] for text in (frames, batch))
     chosen = {"config": dataclasses.asdict(loaded), "frames": counts, "batch": batches, "rounds": rounds}
+    classes = 1 if loaded.class_agnostic else 20
     device = costs.device(loaded)
     record = run(
         f"tal_memory_{loaded.name}",
         chosen,
-        lambda: costs.by_frames(loaded, memories.split(","), counts, batches, classes=20, rounds=rounds),
+        lambda: costs.by_frames(loaded, memories.split(","), counts, batches, classes=classes, rounds=rounds),
         device.type,
     )
     folder = output or RESULTS
@@ -177,11 +178,12 @@ def largest(
 
     loaded = _loaded(config, overrides)
     chosen = {"config": dataclasses.asdict(loaded), "start": start}
+    classes = 1 if loaded.class_agnostic else 20
     cases = [(memory, int(b)) for b in batch.split(",") for memory in memories.split(",")]
     record = run(
         f"tal_largest_{loaded.name}",
         chosen,
-        lambda: [costs.largest(loaded, memory, b, start, classes=20) for memory, b in cases],
+        lambda: [costs.largest(loaded, memory, b, start, classes=classes) for memory, b in cases],
         costs.device(loaded).type,
     )
     print(record.write(output) if output else record.write(), record.status, record.reason or "")

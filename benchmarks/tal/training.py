@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from benchmarks.tal.config import Training
 from benchmarks.tal.networks import Classifier, Network, layers
@@ -69,6 +69,9 @@ class Run(L.LightningModule):
         for name in self.network.blocks:
             fully_shard(self.network.backbone.get_submodule(name), mesh=mesh)
         fully_shard(self.network, mesh=mesh)
+        for method in ("decode", "logits"):  # called in testing, where weights must be gathered as they are for forward
+            if hasattr(self.network, method):
+                register_fsdp_forward_method(self.network, method)
         self._sharded = True
 
 
@@ -120,7 +123,7 @@ def groups(network: Network | Classifier, options: Training) -> list[dict[str, A
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, rate in _rates(network, options):
         if parameter.requires_grad:
-            decay = 0.0 if parameter.squeeze().ndim <= 1 else options.weight_decay
+            decay = 0.0 if sum(extent > 1 for extent in parameter.shape) <= 1 else options.weight_decay
             found.setdefault((rate, decay), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in sorted(found.items(), key=lambda g: g[0])]
 

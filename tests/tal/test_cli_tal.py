@@ -168,6 +168,15 @@ def test_both_stages_from_clips_in_folders_to_a_localizer(folder, tmp_path):
     assert '"mAP"' in run("train", "--config", "synthetic", "--quiet", *second)
 
 
+def test_features_take_the_place_of_videos(folder, tmp_path):
+    (tmp_path / "features").mkdir()
+    for video in json.loads((folder / "annotations.json").read_text())["database"]:
+        np.save(tmp_path / "features" / f"{video}.npy", np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32))
+    features = f"data.features={{path: {tmp_path / 'features'}, channels: 5}}"
+    said = run("train", "--config", "synthetic", "--quiet", *changes(folder), features, "sampling.frames=8", f"output={tmp_path}")
+    assert '"steps": 2' in said
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------------
 
 

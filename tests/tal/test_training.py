@@ -73,6 +73,7 @@ def test_a_resumed_run_ends_with_the_same_losses(tiny, changes):
     assert losses(whole) == losses(stopped) | losses(stopped, 1)
     assert len(set(losses(whole).values())) == 6
     assert resumed.results[0]["figures"] == expected
+    assert runs.evaluate(stopped, runs.latest(stopped), progress=False) == expected
     torch.testing.assert_close(weights(stopped), weights(whole), rtol=0, atol=0)
 
 
@@ -165,13 +166,17 @@ class Keys(torch.utils.data.Dataset):
         return torch.tensor(key)
 
 
-def test_a_loader_goes_on_where_it_stopped():
-    whole = [b.tolist() for b in TrainingLoader(Keys(), Batches(5, 2, 6, 0))]
-    loader = TrainingLoader(Keys(), Batches(5, 2, 6, 0))
-    first = [b.tolist() for b, _ in zip(loader, range(2), strict=False)]
-    again = TrainingLoader(Keys(), Batches(5, 2, 6, 0))
-    again.load_state_dict({"handed": 2})
-    assert len(loader) == 6
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_goes_on_where_it_stopped(workers):
+    def loader():
+        return TrainingLoader(Keys(), Batches(5, 2, 6, 0), num_workers=workers)  # workers read ahead of what is handed over
+
+    whole = [b.tolist() for b in loader()]
+    stopped, again = loader(), loader()
+    reader = iter(stopped)
+    first = [next(reader).tolist() for _ in range(2)]
+    again.load_state_dict(stopped.state_dict())
+    assert len(again) == 6
     assert first + [b.tolist() for b in again] == whole
 
 
