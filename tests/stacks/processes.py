@@ -27,13 +27,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def outcomes(checks: dict[str, Check]) -> dict[str, str]:
+def outcomes(checks: dict[str, Check], backend: str = "gloo") -> dict[str, str]:
     """Run every check in the same two processes; by name: what rank 0 returned, as text, or the traceback of the rank that failed.
 
     After a failure the processes are no longer in step, so what stands behind it is not run, and says so.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_worker, (checks, free_port(), Path(folder)), nprocs=WORLD, start_method="spawn")
+        mp.start_processes(_worker, (checks, free_port(), Path(folder), backend), nprocs=WORLD, start_method="spawn")
         found = {}
         for name in checks:
             told = [Path(folder, f"{name}.{rank}") for rank in range(WORLD)]
@@ -42,10 +42,12 @@ def outcomes(checks: dict[str, Check]) -> dict[str, str]:
         return found
 
 
-def _worker(rank: int, checks: dict[str, Check], port: int, folder: Path) -> None:
+def _worker(rank: int, checks: dict[str, Check], port: int, folder: Path, backend: str = "gloo") -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     for name, check in checks.items():
         try:
             text = str(check(rank, folder))
