@@ -55,6 +55,7 @@ class Unit:
         branch: ``branch(host, x, *extras) -> (F(x) or B(x), side outputs)``.
         modules: ``modules(host)`` gives the modules whose parameters and buffers the branch uses.
         later: its further places in the chain, ascending, where the chain runs through the same unit again (shared weights).
+        assigned: (module, attribute) of what the branch assigns to, by the module's name in the host.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Unit:
     branch: Branch
     modules: Callable[[nn.Module], Iterable[nn.Module]]
     later: tuple[int, ...] = ()
+    assigned: tuple[tuple[str, str], ...] = ()
 
     def place(self, position: int) -> int | None:
         """The first of its places in the chain that a tape at ``position`` can still go to."""

@@ -254,7 +254,15 @@ class _Assembly:
             return [host.get_submodule(p) for p in paths]
 
         kind: Literal["residual", "block"] = "residual" if cut.kind == "residual" else "block"
-        return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later)
+        return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later, self._assigned(cut))
+
+    def _assigned(self, cut: _Cut) -> tuple[tuple[str, str], ...]:
+        """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward did."""
+        recording = self.host.recording
+        calls = [recording.events[self.host.event_of[n]] for n in cut.nodes if n in self.host.event_of]
+        inner = [e for call in calls if call.is_module for e in recording.events[call.number : call.end] if e.is_module]
+        named = [(recording.module_names.get(id(m), ()), name) for e in inner for m, name in e.assigned]
+        return tuple(dict.fromkeys((paths[0], name) for paths, name in named if paths))
 
     def _instead_of_sum(self, graph: fx.Graph, cut: _Cut, branch: fx.Node) -> fx.Node:
         """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what it may write to."""

@@ -221,7 +221,8 @@ class Recorder(TorchFunctionMode):
         self.stack.pop()
         with self.bookkeeping():
             self.close(event, versions, out)
-            event.changes = self.changes(event, family, containers)
+            event.assigned = self.assigned(event, family)
+            event.changes = self.changes(event, containers)
         return out
 
     def hooked_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -296,10 +297,12 @@ class Recorder(TorchFunctionMode):
             if not self.watch.add(leaf):
                 self.recording.reads.append(Read("object", type(leaf).__name__, event.number))
 
-    def changes(self, event: Event, family: list[tuple[nn.Module, Any]], containers: list[tuple[Any, Any]]) -> tuple[str, ...]:
+    def assigned(self, event: Event, family: list[tuple[nn.Module, Any]]) -> tuple[tuple[nn.Module, str], ...]:
         called = {id(e.target) for e in self.recording.events[event.number + 1 :] if e.is_module}
-        changed = [n for m, before in family if id(m) not in called for n in _watch.changed(before, m)]
-        names = [f"{ASSIGNS} {n!r}" for n in changed]
+        return tuple((m, n) for m, before in family if id(m) not in called for n in _watch.changed(before, m))
+
+    def changes(self, event: Event, containers: list[tuple[Any, Any]]) -> tuple[str, ...]:
+        names = [f"{ASSIGNS} {n!r}" for _, n in event.assigned]
         if _watch.refilled(containers):
             names.append("changes a list, dict or set that it is given")
         return tuple(names)

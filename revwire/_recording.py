@@ -104,7 +104,7 @@ class Event:
     ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran under.
     ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
     around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides
-    tensors: attributes, containers.
+    tensors: attributes, containers; ``assigned`` holds the attributes.
     """
 
     number: int
@@ -124,6 +124,7 @@ class Event:
     opaque: bool = False
     hooked: bool = False
     changes: tuple[str, ...] = ()
+    assigned: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def is_addition(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
 Versions = list[tuple[Tensor, int]]
+MISSING = object()
+"""Stands for an attribute that is not there."""
 
 
 class Placeholder(NamedTuple):
@@ -52,6 +55,7 @@ class UnitRecord:
     inputs: Versions
     owned: Inventory
     surroundings: Surroundings
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # that the branch assigns to, as it found them
     saved: list[TensorMeta] = field(default_factory=list)
     witnesses: list[int] = field(default_factory=list)
     fingerprint: Fingerprint | None = None
@@ -120,6 +124,31 @@ def detached(value: Any, found: Versions) -> Any:
     if type(value) is dict:
         return {k: detached(v, found) for k, v in value.items()}
     return _copied(value)
+
+
+def held(value: Any, found: Versions) -> Any:
+    """As `detached`, for an attribute of a module: objects of other kinds are kept as they are."""
+    return detached(value, found) if isinstance(value, (Tensor, list, tuple, dict)) else value
+
+
+@contextmanager
+def attributes_as_found(attributes: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no trace."""
+    now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
+    try:
+        for m, name, value in attributes:
+            _set(m, name, recalled(value) if isinstance(value, (Tensor, list, tuple, dict)) else value)
+        yield
+    finally:
+        for m, name, value in now:
+            _set(m, name, value)
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    if value is MISSING:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value
 
 
 def recalled(value: Any) -> Any:

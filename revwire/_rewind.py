@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint
-from revwire._records import Anchor, Placeholder, UnitRecord, ViewRecord, evaluate, recalled
+from revwire._records import Anchor, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
 from revwire._replay import buffers_exchanged, version_of
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class Rewind:
             torch.enable_grad(),
             record.surroundings.restored(),
             buffers_exchanged(record.owned.writers) if record.owned.writers else nullcontext(),
+            attributes_as_found(record.attributes) if record.attributes else nullcontext(),
             saved_tensors_hooks(pack, _never),
         ):
             f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)))

@@ -45,7 +45,7 @@ from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import FloatStreams, Streams, can_be_sampled
-from revwire._records import Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault
+from revwire._records import MISSING, Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
 from revwire._replay import Inventory, Surroundings, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
@@ -152,6 +152,7 @@ class Tape:
         inputs: Versions = []
         kept = tuple(detached(e, inputs) for e in extras)
         owned = Inventory.of(unit.modules(host))
+        modules = ((host.get_submodule(path), name) for path, name in unit.assigned)
         return UnitRecord(
             unit=unit,
             host=host,
@@ -161,6 +162,7 @@ class Tape:
             extras=kept,
             inputs=inputs,
             owned=owned,
+            attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
             surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
         )
 

@@ -442,6 +442,47 @@ def test_hidden_states_are_exact_too(training: bool) -> None:
     assert revwire.verify(model, {"x": X, "hidden": True}).bit_exact
 
 
+class Recurrent(nn.Module):
+    """Keeps a state from call to call, as recurrent layers do for generation; the first call finds none."""
+
+    def __init__(self, assigned_before: bool) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+        if assigned_before:
+            self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = getattr(self, "state", None)
+        h = self.f(x) if state is None else self.f(x + state)
+        self.state = h.mean(1, keepdim=True).detach()
+        return h.tanh()
+
+
+class Stateful(nn.Module):
+    def __init__(self, assigned_before: bool) -> None:
+        super().__init__()
+        self.inner = Recurrent(assigned_before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.inner(x)
+        return y
+
+
+@pytest.mark.parametrize("assigned_before", [True, False])
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+def test_a_state_that_a_branch_keeps_is_found_again_and_moves_on_once(assigned_before: bool, coupling: str) -> None:
+    model = revwire.convert(loop_of(lambda: Stateful(assigned_before)), X, coupling=coupling)
+    assert len(revwire.report(model).units) == 3
+    reference = copy.deepcopy(model)
+    for seed in range(3):
+        got = step(model, x(2, 5, 8, seed=seed))
+        with revwire.stored_activations(reference):
+            want = step(reference, x(2, 5, 8, seed=seed))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        states = [b.inner.state for b in model.blocks], [b.inner.state for b in reference.blocks]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 class Heavy(nn.Module):
     """Weights of a megabyte, activations of a few hundred bytes."""
 
