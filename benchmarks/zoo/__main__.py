@@ -30,6 +30,7 @@ def main() -> None:
 
 def _sweep(zoo: str, cases: list[Case], options: argparse.Namespace) -> None:
     config = {"zoo": zoo, "all": options.all, "only": options.only, "limit_seconds": options.limit, "threads_per_model": 1}
+    config["resumed"] = options.resume is not None  # then rows may be of commits before the record's
     scratch = options.resume or Path(tempfile.gettempdir(), "revwire-zoo", _commit())
     record = run(f"zoo_{zoo}{'_all' if options.all else ''}", config, lambda: _measured(zoo, cases, scratch, options))
     if record.results is None:
