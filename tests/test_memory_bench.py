@@ -121,9 +121,10 @@ def test_the_largest_input_follows_from_a_line():
     lines = {STORED: (0, 8), CHECKPOINT: (0, 2), "a": (8, 1)}
     rows = [row(m, (base + slope * n) * 2**26, batch=n) for m, (base, slope) in lines.items() for n in (1, 2, 4)]
     table = {cells[1]: cells for cells in memory_tables.fit(rows)[1:]}
-    assert table["a"][2:5] == ["64.0", "0.0%", "24 (1.5×, 6.0×)"]  # 2 GiB: (32 - 8) / 1, 32 / 2, 32 / 8
+    assert table["a"][2:6] == ["768.0 (4)", "64.0", "0.0%", "24 (1.5×, 6.0×)"]  # 2 GiB: (32 - 8) / 1, 32 / 2, 32 / 8
     rows[-2]["peak_bytes"] *= 1.1
-    assert {cells[1]: cells[3] for cells in memory_tables.fit(rows)[1:]}["a"] == "9.1%"
+    assert {cells[1]: cells[4] for cells in memory_tables.fit(rows)[1:]}["a"] == "9.1%"
+    assert memory_tables.fit(rows[:1])[1][2:] == ["512.0 (8)", "", "", "", "", ""]
 
 
 def test_predictions_are_set_beside_what_came():

@@ -28,14 +28,24 @@ def peaks(rows: list[Row]) -> Table:
 
 def fit(rows: list[Row]) -> Table:
     """Bytes per image or frame, from the smallest and the largest input measured, and the largest input within budgets that follows."""
-    head = ["network", "method", "MiB per image or frame", "off the line between", *(f"largest in {b} GiB" for b in BUDGETS_GIB)]
-    table = [head]
+    columns = ("network", "method", "peak MiB (at)", "MiB per image or frame", "off the line between")
+    table = [[*columns, *(f"largest in {b} GiB" for b in BUDGETS_GIB)]]
     for network in dict.fromkeys(row["network"] for row in rows):
-        lines = {m: line for m in dict.fromkeys(r["method"] for r in rows) if (line := _line(rows, network, m))}
-        for method, (base, slope, off) in lines.items():
-            cells = [_largest(b * _GIB, line, lines.get(CHECKPOINT), lines.get(STORED)) for b in BUDGETS_GIB for line in [(base, slope)]]
-            table.append([network, method, f"{slope / _MIB:.1f}", "–" if off is None else f"{off:.1%}", *cells])
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["network"] == network))
+        lines = {m: line for m in methods if (line := _line(rows, network, m))}
+        for method in methods:
+            size, peak = _points(rows, network, method)[-1]
+            table.append([network, method, f"{peak / _MIB:.1f} ({size})", *_fitted(method, lines)])
     return table
+
+
+def _fitted(method: str, lines: dict[str, tuple[float, float, float | None]]) -> list[str]:
+    """What follows from the line of a method; empty where too few inputs were measured to have one."""
+    if method not in lines:
+        return [""] * (2 + len(BUDGETS_GIB))
+    base, slope, off = lines[method]
+    cells = [_largest(b * _GIB, (base, slope), lines.get(CHECKPOINT), lines.get(STORED)) for b in BUDGETS_GIB]
+    return [f"{slope / _MIB:.1f}", "–" if off is None else f"{off:.1%}", *cells]
 
 
 def planner(rows: list[Row]) -> Table:
@@ -82,10 +92,15 @@ def _peak(row: Row | None, base: Row | None) -> str:
     return f"{row['peak_bytes'] / _MIB:.1f}{ratio}"
 
 
+def _points(rows: list[Row], network: str, method: str) -> list[tuple[int, int]]:
+    """(size, peak bytes) of what was measured, smallest first; the size is what varies, the batch or the length."""
+    axis = "batch" if len({r["batch"] for r in rows if r["network"] == network}) > 1 else "length"
+    return sorted((r[axis], r["peak_bytes"]) for r in rows if (r["network"], r["method"]) == (network, method) and r["peak_bytes"])
+
+
 def _line(rows: list[Row], network: str, method: str) -> tuple[float, float, float | None] | None:
     """(bytes at size 0, bytes per unit of size, how far the sizes between lie off that line) through the smallest and the largest."""
-    axis = "batch" if len({r["batch"] for r in rows if r["network"] == network}) > 1 else "length"
-    points = sorted((r[axis], r["peak_bytes"]) for r in rows if (r["network"], r["method"]) == (network, method) and r["peak_bytes"])
+    points = _points(rows, network, method)
     if len(points) < 2:
         return None
     (x0, y0), (x1, y1) = points[0], points[-1]

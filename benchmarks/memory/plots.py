@@ -51,7 +51,9 @@ def pareto(record: Record) -> Path:
 def largest(record: Record) -> Path:
     """The largest input within each budget."""
     figure, axes = _figure()
-    for network, method, _, _, *cells in fit(record.results or [])[1:]:
+    for network, method, _, slope, _, *cells in fit(record.results or [])[1:]:
+        if not slope:
+            continue
         axes.plot(BUDGETS_GIB, [int(cell.split()[0]) for cell in cells], marker="o", label=f"{network}: {method}")
     axes.set(xlabel="budget, GiB", ylabel="images (ViT-B) or frames (Swin3D-B)", xscale="log", yscale="log")
     axes.set_xticks(BUDGETS_GIB, [str(b) for b in BUDGETS_GIB])
