@@ -76,8 +76,9 @@ def measured(name: str, method: str) -> Row:
 
 def main() -> None:
     """Measure, and write the record."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    cases = [(name, method) for name in CASES for method in (CHECKPOINT, "revwire bdia 1/16")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(CASES), help=", ".join(CASES))
+    cases = [(name, method) for name in parser.parse_args().networks for method in (CHECKPOINT, "revwire bdia 1/16")]
     record = run("memory_hollow", {"depth and length": CASES, "batch": 1}, lambda: [measured(*case) for case in track(cases, "cases")])
     print(record.write(), record.status, record.reason or "")
 
