@@ -113,7 +113,7 @@ def against_steps(axes: Axes, rows: list[Row], key: str) -> None:
 
 def drawn(panels: Sequence[tuple[str, Callable[[Axes], None]]], path: Path, title: str) -> None:
     """A figure with its panels in a row, and one legend."""
-    figure, grid = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8), squeeze=False)
+    figure, grid = plt.subplots(1, len(panels), figsize=(max(7.2, 3.6 * len(panels)), 4.0), squeeze=False)
     for axes, (name, draw) in zip(grid[0], panels, strict=True):
         draw(axes)
         axes.set_title(name, fontsize=9)
@@ -122,8 +122,8 @@ def drawn(panels: Sequence[tuple[str, Callable[[Axes], None]]], path: Path, titl
     for axes in grid[0]:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
     figure.suptitle(title, fontsize=10)
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncol=6, fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncol=3 if len(panels) < 3 else 6, fontsize=8)
+    figure.tight_layout(rect=(0, 0.14 if len(panels) < 3 else 0.08, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
