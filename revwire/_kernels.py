@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_LEAST_PER_THREAD = 1 << 20
+_LEAST_PER_THREAD = 1 << 17
 """Elements below which another thread costs more than it saves."""
 
 _LIMIT = 1 << 30
