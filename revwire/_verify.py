@@ -17,7 +17,7 @@ from revwire._recording import tensors_in
 from revwire._replay import accelerators_of, buffers_kept, preserved_random_state
 from revwire._watch import counters_kept, python_random_kept
 
-_REPEATS = 3
+_REPEATS = 8
 """Runs with stored activations that tell a gradient that varies by itself from one that was rebuilt wrongly."""
 
 
@@ -138,11 +138,18 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
 
 
 def _unstable(model: nn.Module, example_inputs: Any, grads: dict[str, Tensor], true: dict[str, Tensor]) -> tuple[str, ...]:
-    """Where gradients differ: the names of those that also differ between runs with stored activations."""
-    if all(torch.equal(grads[name], g) for name, g in true.items()):
-        return ()
-    again = [_step(model, example_inputs)[1] for _ in range(_REPEATS)]
-    return tuple(name for name, g in true.items() if not all(torch.equal(other[name], g) for other in again))
+    """Where gradients differ: the names of those that also differ between runs with stored activations.
+
+    Some kernels rarely differ from themselves, so runs are repeated until each difference is explained, or `_REPEATS` times.
+    """
+    left = {name for name, g in true.items() if not torch.equal(grads[name], g)}
+    found = set[str]()
+    for _ in range(_REPEATS):
+        if not left - found:
+            break
+        again = _step(model, example_inputs)[1]
+        found |= {name for name, g in true.items() if not torch.equal(again[name], g)}
+    return tuple(name for name in true if name in found)
 
 
 def relative_error(got: Tensor, true: Tensor) -> float:
