@@ -1,4 +1,4 @@
-"""Seconds of a training step, all methods taking turns. Claim: at most 1.4 × stored activations, about what checkpointing costs.
+"""Seconds of a training step, all methods taking turns. Claim: at most 1.4 × stored activations.
 
 python -m benchmarks.memory.step_time
 """
