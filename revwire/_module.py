@@ -11,6 +11,13 @@ Note [Grad mode]
     streams go on, in a tape that keeps records or does not. What must not happen is that a part of a chain runs under
     ``no_grad`` and gets its gradient from elsewhere, which is what `torch.utils.checkpoint` does with a part of it: the
     gradient of the second stream would be lost, and a recompute would begin new streams in the middle. Both are refused.
+
+Note [Identities]
+    FSDP2, and PyTorch where a module has backward hooks, hand a module its inputs (and PyTorch its caller the outputs) through an
+    identity function, in whose backward pass they act. That makes another tensor, behind which the chain goes on. A backward hook
+    sees, and may exchange, the whole gradient of a state, so no path may lead past its tensor: where the streams are wider than
+    the tensor, and have carriers of their own, they are entered anew through it. (There the gradient has the tensor's dtype for
+    a moment, as it has everywhere in the original network.) FSDP2 is content to hear that the gradient is there.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from weakref import ReferenceType
@@ -26,6 +33,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire import _engine
 from revwire._couplings import Coupling
@@ -37,6 +45,8 @@ from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
 
 _LINK = "_revwire_link"
+_VIEW = "_revwire_link_of_view"
+_HOOKED: Any = BackwardHookFunction._backward_cls
 _HEADROOM_UNCALIBRATED = 2.0**6
 
 Branch = Callable[..., tuple[Tensor, tuple[Any, ...]]]
@@ -104,6 +114,8 @@ class Link:
     version: int
     previous: Tensor | None
     current: Tensor | None
+    seen_as: tuple[Any, Any] | None = None  # where the linked tensor is a view: the place in the graph and the layout that tell which
+    behind: Link | None = None  # the link of the tensor that the linked one stands for; see Note [Identities]
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copied or pickled tensor is like any other tensor (an empty dict is what every unpickler accepts)."""
@@ -125,6 +137,8 @@ class Link:
     def spend(self) -> None:
         """The tape went on: what only this link holds can go."""
         self.previous = self.current = None
+        if self.behind is not None:
+            self.behind.spend()
 
 
 class Chain:
@@ -235,7 +249,12 @@ class Chain:
             return y
         previous, current = (None if t is None else view(t) for t in (link.previous, link.current))
         link.spend()
-        return _linked(y, link.tape, previous, y if current is None else current)
+        moved = _linked(y, link.tape, previous, y if current is None else current)
+        if moved._base is not None:  # what stands for a view knows the tensor below the view only
+            following: Link = getattr(moved, _LINK)
+            following.seen_as = _edge_of(moved), _layout_of(moved)
+            setattr(moved._base, _VIEW, following)
+        return moved
 
     def _step(self, link: Link, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
         tape = link.tape
@@ -247,11 +266,15 @@ class Chain:
         return _linked(out.to(dtype), tape, current, out)
 
     def _link_of(self, unit: Unit | None, x: Tensor) -> Link | None:
-        link = getattr(_unwrapped(x), _LINK, None)
+        link, stands_for = getattr(x, _LINK, None), False
+        if link is None and x._base is not None:
+            link, stands_for = _link_behind(x), True
         if not isinstance(link, Link) or link.tape.chain is not self:
             return None
         newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
-        return link if newest and (unit is None or unit.place(link.tape.position) is not None) else None
+        if not newest or (unit is not None and unit.place(link.tape.position) is None):
+            return None
+        return _through(x, link) if stands_for else link
 
     def _begin(self, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
         if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
@@ -320,22 +343,55 @@ def _linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tenso
     return outward
 
 
-def _unwrapped(x: Tensor) -> Tensor:
-    """The tensor that ``x`` stands for.
-
-    FSDP2 hands a module its inputs through an identity function, whose backward pass tells it that the gradients of the
-    module's weights are there. The chain goes on behind it, and gradients go through ``x``, as FSDP2 expects.
-    """
+def _link_behind(x: Tensor) -> Any:
+    """The link of the tensor that ``x``, which has a base and no link, stands for; see Note [Identities]."""
     base = x._base
-    if base is None or not isinstance(x.grad_fn, _identity_of_fsdp()):
-        return x
-    return base if (base.shape, base.stride(), base.storage_offset()) == (x.shape, x.stride(), x.storage_offset()) else x
+    if base is None or (x.grad_fn is None and not torch.is_grad_enabled()):
+        return None
+    found = _edge_behind(x), _layout_of(x)
+    view = getattr(base, _VIEW, None)
+    if view is not None and view.seen_as == found:
+        return view
+    return getattr(base, _LINK, None) if (_edge_of(base), _layout_of(base)) == found else None
+
+
+def _through(x: Tensor, link: Link) -> Link:
+    """The link behind ``x`` as that of ``x``: see Note [Identities]."""
+    current = link.current
+    if current is not None and any(isinstance(node, _HOOKED) for node, _ in _identities(x)):
+        current = _engine.enter(x.to(current.dtype), link.tape.streams, link.tape.intact_state()[1])
+    return Link(link.tape, link.position, link.version, link.previous, current, behind=link)
+
+
+def _edge_behind(x: Tensor) -> tuple[Any, int]:
+    """The place in the graph of the tensor that went through identities and came out as ``x``."""
+    edge = _edge_of(x)
+    for node, number in _identities(x):
+        edge = node.next_functions[number]
+    return (None, 0) if edge[0] is None or hasattr(edge[0], "variable") else edge  # a node that only accumulates stands for a leaf
+
+
+def _identities(x: Tensor) -> Iterator[tuple[Any, int]]:
+    """The identity functions that ``x`` came through, latest first: (graph node, number of its output)."""
+    node, number = _edge_of(x)
+    while isinstance(node, (_HOOKED, _identity_of_fsdp())):
+        yield node, number
+        node, number = node.next_functions[number]
+
+
+def _edge_of(x: Tensor) -> tuple[Any, int]:
+    """The place of ``x`` in the graph: (node, number of its output); a leaf has none."""
+    return x.grad_fn, x.output_nr
+
+
+def _layout_of(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.storage_offset()
 
 
 def _identity_of_fsdp() -> Any:
-    """The graph node of that function, or nothing where FSDP2 was never imported."""
+    """The graph node of FSDP2's identity function, if it was ever imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", ())
+    return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", _HOOKED)
 
 
 def refuse_transforms(name: str) -> None:

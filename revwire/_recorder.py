@@ -226,7 +226,10 @@ class Recorder(TorchFunctionMode):
         return out
 
     def hooked_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces."""
+        """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces.
+
+        There is no backward pass here, so backward hooks are left out; in a step, chains go on through what they put between modules.
+        """
         forward, own = module.forward, vars(module).get("forward", None)
 
         def body(*args: Any, **kwargs: Any) -> Any:
@@ -241,7 +244,8 @@ class Recorder(TorchFunctionMode):
 
         vars(module)["forward"] = body
         try:
-            return original(module, *args, **kwargs)
+            with _watch.backward_hooks_left_out(module):
+                return original(module, *args, **kwargs)
         finally:
             back()
 

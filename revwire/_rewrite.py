@@ -66,7 +66,7 @@ class RewiredForward:
         if is_recording():
             return self.plain(*args, **kwargs)
         refuse_transforms(self.path or type(self.host).__name__)
-        self.refuse_backward_hooks()
+        self.refuse_old_backward_hooks()
         leaves = input_leaves((args, kwargs))
         program = self.programs.get(self.key(args, kwargs, leaves))
         if exporting() and (program is None or torch.is_grad_enabled()):
@@ -84,13 +84,15 @@ class RewiredForward:
             "`with torch.no_grad():`; or export revwire.revert(model)"
         )
 
-    def refuse_backward_hooks(self) -> None:
-        """Such hooks put a tensor of their own between two units, which would cut the streams in two, and be another function."""
-        if (self.host._backward_hooks or self.host._backward_pre_hooks) and torch.is_grad_enabled():
+    def refuse_old_backward_hooks(self) -> None:
+        """`register_backward_hook` shows the gradients of the last operation in a module, which is another one in a rewired module."""
+        registry = nn.modules.module
+        own = self.host._backward_hooks and not self.host._is_full_backward_hook
+        if (own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook)) and torch.is_grad_enabled():
             raise CaptureError(
-                f"{self.path or type(self.host).__name__}: got a module with backward hooks; expected none on a rewired module, since "
-                "they come between its units; hook its submodules, or the tensors, or exclude it: convert(..., "
-                f"exclude=[{self.path + '*'!r}])"
+                f"{self.path or type(self.host).__name__}: got a hook of register_backward_hook, which is called with the gradients of the "
+                "module's last operation; expected full backward hooks on a rewired module; use register_full_backward_hook, or exclude "
+                f"it: convert(..., exclude=[{self.path + '*'!r}])"
             )
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,18 @@ def nothing_compiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def backward_hooks_left_out(module: nn.Module) -> Iterator[None]:
+    """Let a module (not those below it) forget its full backward hooks."""
+    names = ("_backward_hooks", "_backward_pre_hooks") if module._is_full_backward_hook is not False else ("_backward_pre_hooks",)
+    kept = {name: vars(module)[name] for name in names}
+    vars(module).update({name: OrderedDict() for name in names})
+    try:
+        yield
+    finally:
+        vars(module).update(kept)
 
 
 @contextmanager
