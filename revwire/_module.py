@@ -287,8 +287,8 @@ class Chain:
         if unit.index and not self.warned and _engine.comes_from(x, self):
             self.warned = True
             warnings.warn(
-                f"{unit.path} ({self.name}): got a tensor that something between two units made ({x.grad_fn.name()}); expected the "  # type: ignore[union-attr]
-                "output of the unit before, as at conversion. The chain begins anew here: gradients are right, but it keeps two more "
+                f"{unit.path} ({self.name}): got a tensor that something between two units made ({_edge_behind(x)[0].name()}); expected "
+                "the output of the unit before, as at conversion. The chain begins anew here: gradients are right, but it keeps two more "
                 "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, or dropout "
                 "between blocks in a model that was converted in eval mode (convert it in train mode)",
                 stacklevel=2,

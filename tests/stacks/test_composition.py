@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from table import refused, works
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from training import Run, assert_trains_as_stored, batches, converted, train
+from training import Run, assert_trains_as_stored, batches, converted, train, with_backward_hooks
 
 import revwire
 
@@ -177,29 +178,44 @@ def test_hooks_on_blocks_and_tensors() -> None:
     assert seen == ["forward 0", "forward 1", "forward 2", "output", *backward]
 
 
-@refused(HOOKS, "`register_full_backward_hook` on a rewired block", "hook its submodules or tensors, or exclude the block")
-def test_backward_hooks_on_blocks() -> None:
-    model = converted(Transformer)
-    model.blocks[1].register_full_backward_hook(lambda *_: None)
-    with pytest.raises(revwire.CaptureError, match=r"blocks\.1: got a module with backward hooks; .*hook its submodules, .*exclude"):
-        model(Transformer.example())
+BACKWARD_HOOKS = "the gradient of the state at each end; it has the dtype of what blocks hand on, as in the original"
 
 
-@works(HOOKS, "`register_full_backward_hook` on a block that is excluded")
-def test_backward_hooks_on_blocks_that_are_excluded() -> None:
-    def made() -> tuple[nn.Module, list[Tensor]]:
+@pytest.mark.parametrize("exchanging", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@works(HOOKS, "`register_full_backward_hook` and `_pre_hook` on a rewired block, once; what they return is used", BACKWARD_HOOKS)
+def test_backward_hooks_on_blocks(when: str, exchanging: bool, dtype: torch.dtype) -> None:
+    """Before and after conversion."""
+    example = Transformer.example().to(dtype)
+    data = [(x.to(dtype), labels) for x, labels in batches(Transformer)]
+
+    def made() -> tuple[nn.Module, list[tuple[str, Tensor]]]:
         torch.manual_seed(0)
-        model, seen = Transformer(5).train(), []
-        revwire.convert(model, Transformer.example(), exclude="blocks.2*")
-        model.blocks[2].register_full_backward_hook(lambda m, inputs, outputs: seen.append(outputs[0].clone()))
-        return model, seen
+        model, seen = Transformer().train().to(dtype), []
+        hooked = partial(with_backward_hooks, model, seen, exchanging)
+        model = hooked() if when == "before" else model
+        revwire.convert(model, example)
+        assert len(revwire.report(model).units) == 6
+        return (model if when == "before" else hooked()), seen
 
     (model, seen), (twin, seen_by_twin) = made(), made()
-    reversible = train(model, batches(Transformer))
+    reversible = train(model, data)
     with revwire.stored_activations(twin):
-        reversible.assert_like(train(twin, batches(Transformer)))
-    assert len(seen) == len(reversible.losses)
-    assert all(map(torch.equal, seen, seen_by_twin))
+        reversible.assert_like(train(twin, data))
+    one_step = ["2", "2", "2", "1", "1", "1", "0", "0", "0"]  # of the pre-hook one gradient, of the hook two
+    assert [name for name, _ in seen] == one_step * len(data) == [name for name, _ in seen_by_twin]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, seen_by_twin, strict=True))
+    plain = train(revwire.convert(Transformer().train().to(dtype), example), data)
+    assert plain.losses != reversible.losses or not exchanging
+
+
+@refused(HOOKS, "`register_backward_hook` (the old kind) on a rewired block", "use `register_full_backward_hook`")
+def test_old_backward_hooks_on_blocks() -> None:
+    model = converted(Transformer)
+    model.blocks[1].register_backward_hook(lambda *_: None)
+    with pytest.raises(revwire.CaptureError, match=r"blocks\.1: got a hook .*use register_full_backward_hook, or exclude"):
+        model(Transformer.example())
 
 
 @works(HOOKS, "`torch.profiler` shows the units' modules, the steps and the recompute")

@@ -14,7 +14,7 @@ from table import refused, works
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
-from training import Run, assert_trains_as_stored, batches, converted, train, watched
+from training import Run, assert_trains_as_stored, batches, converted, train, watched, with_backward_hooks
 
 import revwire
 
@@ -30,6 +30,21 @@ def trains(rank: int, folder: Path) -> None:
             return train(model, data, call=DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS), seed=rank)
 
         assert_trains_as_stored(network, run)
+
+
+def hooked(rank: int, folder: Path) -> None:
+    """Backward hooks on blocks, which exchange gradients."""
+    seen: list[list[tuple[str, Tensor]]] = []
+
+    def run(model: nn.Module) -> Run:
+        seen.append([])
+        ddp = DistributedDataParallel(with_backward_hooks(model, seen[-1], True), bucket_cap_mb=SMALL_BUCKETS)
+        return train(model, batches(Transformer, seed=rank), call=ddp, seed=rank)
+
+    assert_trains_as_stored(Transformer, run)
+    reversible, stored = seen
+    assert [name for name, _ in reversible] == [name for name, _ in stored]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(reversible, stored, strict=True))
 
 
 def accumulates(rank: int, folder: Path) -> None:
@@ -116,7 +131,7 @@ def convert_a_wrapped_model(rank: int, folder: Path) -> str:
     return str(caught.value)
 
 
-CHECKS = {c.__name__: c for c in (trains, accumulates, unused, communicates_early, collective_in_a_branch, convert_a_wrapped_model)}
+CHECKS = {c.__name__: c for c in (trains, hooked, accumulates, unused, communicates_early, collective_in_a_branch, convert_a_wrapped_model)}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +143,12 @@ def found() -> dict[str, str]:
 @works(STACK, "training; batch statistics")
 def test_training(found: dict[str, str]) -> None:
     passed(found, "trains")
+
+
+@needs_gloo
+@works(STACK, "full backward hooks on blocks")
+def test_backward_hooks(found: dict[str, str]) -> None:
+    passed(found, "hooked")
 
 
 @needs_gloo

@@ -13,13 +13,13 @@ import torch
 from networks import ConvolutionNet, Transformer
 from processes import WORLD, needs_gloo, outcomes, passed
 from table import refused, works
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import checkpoint as sharded_checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from training import Run, assert_trains_as_stored, batches, converted, train, watched
+from training import Run, assert_trains_as_stored, batches, converted, train, watched, with_backward_hooks
 
 import revwire
 
@@ -48,6 +48,25 @@ def trains(rank: int, folder: Path, *, by: str, network: Any = Transformer, **op
         return train(sharded(model, by, **options), batches(network, seed=rank), seed=rank)
 
     return assert_trains_as_stored(network, run).losses
+
+
+def hooked(rank: int, folder: Path, *, by: str, exchanging: bool, **options: Any) -> None:
+    """Backward hooks on blocks, registered before they are sharded or after: they see the same in both runs."""
+    warnings.filterwarnings("error", message=r".*\(chain \d+\)")
+    for first in (True, False):
+        seen: list[list[tuple[str, Tensor]]] = []
+
+        def run(model: nn.Module, first: bool = first, seen: Any = seen) -> Run:
+            seen.append([])
+            model = with_backward_hooks(model, seen[-1], exchanging) if first else model
+            model = sharded(model, by, **options)
+            model = model if first else with_backward_hooks(model, seen[-1], exchanging)
+            return train(model, batches(Transformer, seed=rank), seed=rank)
+
+        assert_trains_as_stored(Transformer, run)
+        reversible, stored = seen
+        assert [name for name, _ in reversible] == ["2", "2", "2", "1", "1", "1", "0", "0", "0"] * 3 == [name for name, _ in stored]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(reversible, stored, strict=True))
 
 
 def accumulates(rank: int, folder: Path) -> None:
@@ -124,6 +143,8 @@ CHECKS = {
     "keeps_whole_weights": partial(trains, by="block", reshard_after_forward=False),
     "keeps_whole_weights_of_units": partial(trains, by="unit", reshard_after_forward=False),
     **{f"half_by_{by}": partial(trains, by=by, mp_policy=HALF) for by in ("unit", "block", "root")},
+    **{f"hooked_by_{by}": partial(hooked, by=by, exchanging=by == "root") for by in ("unit", "block", "root")},
+    "hooked_half": partial(hooked, by="block", exchanging=True, mp_policy=HALF),
     **{c.__name__: c for c in (accumulates, saves_and_resumes, tensor_parallel, convert_a_wrapped_model)},
 }
 
@@ -154,6 +175,13 @@ def test_resharding(found: dict[str, str]) -> None:
 @works(STACK, "`MixedPrecisionPolicy`", "the streams stay in float32 or fixed point, whatever the weights are cast to")
 def test_mixed_precision(found: dict[str, str], by: str) -> None:
     assert passed(found, f"half_by_{by}") == passed(found, "half_by_block")
+
+
+@needs_gloo
+@works(STACK, "full backward hooks on blocks, registered before or after sharding")
+def test_backward_hooks(found: dict[str, str]) -> None:
+    for name in ("hooked_by_unit", "hooked_by_block", "hooked_by_root", "hooked_half"):
+        passed(found, name)
 
 
 @needs_gloo

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,19 @@ def watched(model: nn.Module, run: Run) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def with_backward_hooks(model: nn.Module, seen: list[tuple[str, Tensor]], exchanging: bool) -> nn.Module:
+    """Full backward hooks and pre-hooks on every block, which scale the gradients that they see, or only look at them."""
+
+    def hook(module: nn.Module, *gradients: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...] | None:
+        seen.extend((name, g.clone()) for gs in gradients for g in gs)
+        return tuple(1.5 * g for g in gradients[0]) if exchanging else None
+
+    for name, block in model.blocks.named_children():  # type: ignore[union-attr]
+        block.register_full_backward_pre_hook(partial(hook, name=name))
+        block.register_full_backward_hook(partial(hook, name=name))
+    return model
 
 
 def train(
