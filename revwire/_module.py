@@ -40,7 +40,7 @@ from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
-from revwire._replay import exporting, version_of
+from revwire._replay import Homes, exporting, version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
 
@@ -177,6 +177,7 @@ class Chain:
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.modes: tuple[Mode, ...] | None = None
         self.meter: Meter | None = None
+        self.homes = Homes()
         self.stored = False
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from revwire._couplings import Rule
 from revwire._errors import ReconstructionError
 from revwire._numerics import Fingerprint
-from revwire._replay import Inventory, Surroundings, version_of
+from revwire._replay import Copies, Inventory, Surroundings, version_of
 from revwire._snapshot import snapshot
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class UnitRecord:
     owned: Inventory
     surroundings: Surroundings
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # that the branch assigns to, as it found them
+    buffers: Copies | None = None  # that the branch reads and writes, as it found them
     saved: list[TensorMeta] = field(default_factory=list)
     witnesses: list[int] = field(default_factory=list)
     fingerprint: Fingerprint | None = None

@@ -1,4 +1,17 @@
-"""All that a recompute must reproduce: random state, autocast, buffers. It leaves no trace in global state."""
+"""All that a recompute must reproduce: random state, autocast, weights, buffers. It leaves no trace in global state.
+
+Note [Weights that are exchanged]
+    `torch.func.functional_call` lends a module other weights for the time of a forward. A recompute finds the module's own again,
+    and takes those that the forward used: the gradients are theirs. A weight that somebody replaced for good looks much the same;
+    that is a mistake, and is left for the checks to find. What was lent is no `Parameter`, or one that went while a tensor came back
+    that the module had at conversion. Shards and other kinds of tensors are left to those who manage them.
+
+Note [Buffers that are read and written]
+    The power iteration of a spectral norm begins where the forward before ended, so its recompute needs the buffers as the forward
+    found them. Which they are is seen from version counters, module by module: where a forward moved that of a floating-point
+    buffer, copies of what it wrote are kept; else none, and from the next forward on none are made. (Batch normalisation moves no such
+    counter; its counter of batches is no floating-point number.)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +19,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +122,15 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64)) if words else torch.equal(a, b)
 
 
+class Place(NamedTuple):
+    """Where a module holds a tensor: in its table of parameters (``is_weight``) or of buffers."""
+
+    table: dict[str, Any]
+    name: str
+    tensor: Tensor
+    is_weight: bool
+
+
 @dataclass(slots=True)
 class Inventory:
     """What the modules of a branch own.
@@ -115,26 +138,31 @@ class Inventory:
     Attributes:
         weights: their parameters, each with its version counter at the time.
         writers: those that a forward may write buffers of.
+        places: where their parameters and buffers stand.
     """
 
     weights: list[tuple[Tensor, int]]
     writers: list[nn.Module]
+    places: list[Place]
 
     @classmethod
     def of(cls, roots: Iterable[nn.Module]) -> Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
-        out, seen = cls([], []), set[int]()
+        out, seen = cls([], [], []), set[int]()
         todo: list[nn.Module | None] = list(roots)
         while todo:
             module = todo.pop()
             if module is None or id(module) in seen:
                 continue
             seen.add(id(module))
-            for weight in module._parameters.values():
+            for name, weight in module._parameters.items():
                 if weight is not None:
                     out.weights.append((weight, version_of(weight)))
-            if module._buffers and any(_is_written(b) for b in module._buffers.values()):
-                out.writers.append(module)
+                    out.places.append(Place(module._parameters, name, weight, True))
+            if module._buffers:
+                if any(_is_written(b) for b in module._buffers.values()):
+                    out.writers.append(module)
+                out.places += [Place(module._buffers, name, b, False) for name, b in module._buffers.items() if b is not None]
             if module._modules:
                 todo.extend(module._modules.values())
         return out
@@ -148,6 +176,90 @@ def version_of(x: Tensor) -> int:
 def _is_written(buffer: Tensor | None) -> bool:
     """Whether a forward may write this buffer: statistics are floats, counters have one element."""
     return buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)
+
+
+class Homes(dict[int, ReferenceType[Tensor]]):
+    """The tensors that the modules of a model had at conversion, by identity; see Note [Weights that are exchanged]."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copied model has other tensors."""
+        return Homes, ()
+
+    def note(self, module: nn.Module) -> None:
+        """Learn the tensors of a module and of all below it."""
+        for gone in [i for i, known in self.items() if known() is None]:
+            del self[gone]
+        self.update({id(t): ref(t) for t in (*module.parameters(), *module.buffers())})
+
+    def have(self, t: Tensor) -> bool:
+        """Whether ``t`` is one of them."""
+        known = self.get(id(t))
+        return known is not None and known() is t
+
+
+def lent(places: list[Place], homes: Homes) -> list[Place]:
+    """The places in which a tensor stood that was only lent, and has gone; see Note [Weights that are exchanged]."""
+    return [p for p in places if p.table.get(p.name) is not p.tensor and _was_lent(p, p.table.get(p.name), homes)]
+
+
+def _was_lent(place: Place, now: Any, homes: Homes) -> bool:
+    then = place.tensor
+    if type(now) not in _PLAIN or type(then) not in _PLAIN or (then.numel() and not then.untyped_storage().nbytes()):
+        return False  # FSDP manages it
+    one_is_no_parameter = type(now) is not type(then) or type(now) is Tensor
+    return homes.have(now) or (place.is_weight and one_is_no_parameter)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@contextmanager
+def put_back(places: list[Place]) -> Iterator[None]:
+    """Put tensors back where they stood."""
+    now = [p.table[p.name] for p in places]
+    try:
+        for p in places:
+            p.table[p.name] = p.tensor
+        yield
+    finally:
+        for p, t in zip(places, now, strict=True):
+            p.table[p.name] = t
+
+
+Copies = dict[tuple[int, str], Tensor]
+"""Buffers as a forward found them, by the identity of their module, and name."""
+_QUIET: WeakSet[nn.Module] = WeakSet()  # modules whose last forward moved no version counter of a floating-point buffer
+
+
+class Written:
+    """What a forward of these modules (not of those below them) writes to their buffers; see Note [Buffers that are read and written]."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = [(m, quiet := m in _QUIET, _with_copies(m, not quiet)) for m in modules]
+
+    def copies(self) -> Copies:
+        """After the forward: the old values of those buffers whose new ones must not be read by a recompute."""
+        found: Copies = {}
+        for module, quiet, buffers in self.before:
+            old: dict[str, Tensor | None] = {}
+            for name, buffer, version, copy in buffers:
+                if version_of(buffer) != version:
+                    old[name] = copy
+                elif module._buffers.get(name) is not buffer:  # another tensor took its place: it is a copy itself
+                    old[name] = buffer
+            loud = any(b.is_floating_point() for name, b, _, _ in buffers if name in old)
+            found |= {(id(module), name): value for name, value in old.items() if loud and value is not None}
+            if loud and quiet:
+                _QUIET.discard(module)
+            elif not (loud or quiet):
+                _QUIET.add(module)
+        return found
+
+
+def _with_copies(module: nn.Module, copied: bool) -> list[tuple[str, Tensor, int, Tensor | None]]:
+    """(name, buffer, its version counter, a copy if wanted) of what a forward may write."""
+    buffers = [(name, b) for name, b in module._buffers.items() if b is not None and _is_written(b)]
+    return [(name, b, version_of(b), b.detach().clone() if copied else None) for name, b in buffers]
 
 
 _LOCKS = tuple(RLock() for _ in range(64))
@@ -166,8 +278,13 @@ def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_exchanged(modules: Iterable[nn.Module], *, only_training: bool = True) -> Iterator[None]:
+def buffers_exchanged(modules: Iterable[nn.Module], copies: Copies | None = None, *, only_training: bool = True) -> Iterator[None]:
     """Let these modules (not those below them) write to copies of their buffers, and give them the originals back.
+
+    Args:
+        modules: whose buffers are exchanged.
+        copies: older values for some of them.
+        only_training: not of those in eval mode.
 
     Batch normalisation writes its statistics without touching their version counter, so what was written cannot be
     seen afterwards; and writing values back would race with, and look like, a change by somebody else.
@@ -180,7 +297,7 @@ def buffers_exchanged(modules: Iterable[nn.Module], *, only_training: bool = Tru
                 for name, buffer in module._buffers.items():
                     if buffer is not None and _is_written(buffer):
                         kept.append((module, name, buffer))
-                        module._buffers[name] = buffer.clone()
+                        module._buffers[name] = (copies or {}).get((id(module), name), buffer).clone()
             yield
         finally:
             for module, name, buffer in kept:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint
 from revwire._records import Anchor, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
-from revwire._replay import buffers_exchanged, version_of
+from revwire._replay import buffers_exchanged, lent, put_back, version_of
 
 if TYPE_CHECKING:
     from revwire._tape import Tape
@@ -183,18 +184,29 @@ class Rewind:
                 raise self._fault(record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward")
             cache[index] = (t.detach(), t._version)
 
+        gone = lent(record.owned.places, self.tape.chain.homes)
+        watch = _CheckpointWatch() if gone else None
         with (
             torch.enable_grad(),
             record.surroundings.restored(),
-            buffers_exchanged(record.owned.writers) if record.owned.writers else nullcontext(),
+            put_back(gone) if gone else nullcontext(),
+            buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else nullcontext(),
             attributes_as_found(record.attributes) if record.attributes else nullcontext(),
             saved_tensors_hooks(pack, _never),
+            watch or nullcontext(),
         ):
             f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)))
         if x._version != version:
             raise self._fault(record, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
         if len(cache) != len(record.saved):
             raise self._fault(record, f"its recompute saved {len(cache)} tensors", f"{len(record.saved)} as in forward")
+        if watch is not None and (watch.found or _is_checkpointed(f)):
+            raise self._fault(
+                record,
+                "the weights that torch.func.functional_call lent it were taken back, and a torch.utils.checkpoint inside of it would run "
+                "again without them",
+                "no checkpointing inside of this branch",
+            )
         self.cache = cache
         return _Again(wide, f.detach(), [cache[number][0] for number in record.witnesses])
 
@@ -226,6 +238,31 @@ class Rewind:
 
     def _fault(self, record: UnitRecord, got: str, expected: str) -> ReconstructionError:
         return record.fault(self.tape.chain, got, expected)
+
+
+class _CheckpointWatch(TorchFunctionMode):
+    """Finds out whether a run passes through non-reentrant activation checkpointing."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self.found |= hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_checkpointed(f: Tensor) -> bool:
+    """Whether the graph behind ``f`` has a node that will run modules again: that of reentrant checkpointing, of whichever library."""
+    seen, todo = set[Any](), [f.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "checkpoint" in node.name().lower():
+            return True
+        todo += [below for below, _ in node.next_functions]
+    return False
 
 
 @contextmanager

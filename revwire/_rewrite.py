@@ -52,10 +52,16 @@ class RewiredForward:
         self.programs: dict[Any, Program] = {}
         self.by_shape: set[Any] = set()
         self.guarded: dict[int, nn.Module] = {id(host): host}
+        self.note_homes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs are compiled code for this host: a copy captures its own."""
         return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None}
+
+    def note_homes(self) -> None:
+        """Let the chains know the tensors that the host has of its own."""
+        for chain in {id(slot.chain): slot.chain for slot in self.slots}.values():
+            chain.homes.note(self.host)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -154,6 +160,7 @@ class RewiredForward:
 
     def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
         """One attempt of `capture`."""
+        self.note_homes()
         recording = record(self.host, args, kwargs, forward=self.plain, gradients=gradients)
         followed = {place for place, s in enumerate(self.slots) if max((s.index, *s.later)) + 1 < s.chain.length}
         following = {place for place, s in enumerate(self.slots) if s.index > 0}

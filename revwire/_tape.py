@@ -46,7 +46,7 @@ from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import FloatStreams, Streams, can_be_sampled
 from revwire._records import MISSING, Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import Inventory, Surroundings, undisturbed, version_of
+from revwire._replay import Inventory, Surroundings, Written, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ class Tape:
         writers = [m for m in record.owned.writers if m.training]
         try:
             with saved_tensors_hooks(self._packer(record, x, last), unpack), undisturbed(writers) if writers else nullcontext():
+                written = Written(writers) if writers else None
                 f, sides = evaluate(unit, host, x, extras)
+                record.buffers = written.copies() if written else None
             if version_of(x) != version:
                 raise record.fault(self.chain, *_WROTE_INPUT)
             record.surroundings.settle()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from networks import ConvolutionNet, Transformer
@@ -9,6 +13,7 @@ from table import refused, works
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, stateless
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.checkpoint import checkpoint
 from training import Run, assert_trains_as_stored, batches, converted, train
 
 import revwire
@@ -147,15 +152,86 @@ def test_parametrisations(how: str, when: str) -> None:
         reversible.assert_like(run(twin))
 
 
-@refused(STACK, "spectral norm in training mode, in a branch", "it reads what it writes, so no recompute is the same; exclude the block")
-def test_spectral_norm() -> None:
-    model = converted(Transformer)
-    parametrizations.spectral_norm(model.blocks[1].mlp.up)
-    with pytest.raises(revwire.ReconstructionError, match=r"blocks\.1\.mlp .*exclude=\['blocks\.1\.mlp'\]"):
-        train(model, batches(Transformer))
-    revwire.convert(revwire.revert(model), Transformer.example(), exclude="blocks.1.mlp")
-    run = train(model, batches(Transformer))
-    assert run.evaluations > len(run.losses)
+class Averaged(nn.Module):
+    """Divides by an average of past maxima, which each forward replaces by another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.ones(()))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * weight.detach().abs().amax() + 0.01 * self.calls
+            self.calls += 1
+        return weight / self.average
+
+
+def with_own_buffers(model: nn.Module, how: str) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        if how == "parametrization":
+            parametrizations.spectral_norm(block.mlp.up)
+            parametrizations.spectral_norm(block.attention.out, n_power_iterations=2)
+        elif how == "hook":
+            nn.utils.spectral_norm(block.mlp.up)
+        else:
+            parametrize.register_parametrization(block.mlp.up, "weight", Averaged())
+    return model
+
+
+each_kind_of_own_buffers = pytest.mark.parametrize("how", ["parametrization", "hook", "replaced"])
+SPECTRAL = "spectral norm in training mode (buffers that a branch reads and writes), before and after conversion"
+
+
+def pair(make: Callable[[], nn.Module], after: Callable[[nn.Module], nn.Module] = lambda m: m) -> tuple[nn.Module, nn.Module]:
+    """The same converted model twice."""
+    make.example = Transformer.example  # type: ignore[attr-defined]
+    return after(converted(make)), after(converted(make))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@each_kind_of_own_buffers
+@works(STACK, SPECTRAL, "copies of these buffers (not of batch statistics) are kept with each forward that waits for its backward")
+def test_spectral_norm(how: str, when: str) -> None:
+    hooked = partial(with_own_buffers, how=how)
+    model, twin = pair(lambda: hooked(Transformer())) if when == "before" else pair(lambda: Transformer(), hooked)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    reversible = train(model, batches(Transformer))
+    with revwire.stored_activations(twin):
+        reversible.assert_like(train(twin, batches(Transformer)))
+    assert before
+    assert not any(torch.equal(b, before[n]) for n, b in model.named_buffers())
+
+
+@each_kind_of_own_buffers
+@works(STACK, SPECTRAL, "copies of these buffers (not of batch statistics) are kept with each forward that waits for its backward")
+def test_spectral_norm_of_several_forwards(how: str) -> None:
+    """As a discriminator is trained: two forwards, one backward; then the graph of one is used again, after a forward without gradients."""
+
+    def run(model: nn.Module) -> list[torch.Tensor]:
+        real, fake = (x for x, _ in batches(Transformer, 2))
+        torch.manual_seed(0)
+        (model(real).mean() - model(fake).mean()).backward()
+        waiting = model(real).square().mean()
+        with torch.no_grad():
+            model(fake)
+        waiting.backward(retain_graph=True)
+        model(fake)
+        waiting.backward()
+        return [*(p.grad for p in model.parameters()), *model.buffers()]
+
+    model, twin = pair(lambda: with_own_buffers(Transformer(), how))
+    got = run(model)
+    with revwire.stored_activations(twin):
+        assert all(map(torch.equal, got, run(twin)))
+
+
+def test_a_fault_in_a_branch_with_spectral_norm_is_still_found() -> None:
+    model = with_own_buffers(converted(Transformer), "parametrization")
+    loss = model(Transformer.example()).sum()
+    model.blocks[0].mlp.up.parametrizations.weight.original.data.mul_(1.01)
+    with pytest.raises(revwire.ReconstructionError, match=r"blocks\.0\.mlp .*(rebuilt input differs|computed other values)"):
+        loss.backward()
 
 
 @works(STACK, "`parametrize.cached()` around a step")
@@ -182,27 +258,176 @@ each_functional_call = pytest.mark.parametrize(
 
 @each_functional_call
 @pytest.mark.filterwarnings("ignore:.*functional_call. is deprecated:FutureWarning")
-@works(STACK, "`functional_call` without gradients, or with stored activations")
+@works(STACK, "`functional_call` without gradients")
 def test_functional_calls(call) -> None:
     model = converted(Transformer).eval()
     x = Transformer.example()
-    weights = {n: (p.detach() * 0.9).requires_grad_() for n, p in model.named_parameters()}
+    weights = {n: p.detach() * 0.9 for n, p in model.named_parameters()}
     other = converted(Transformer).eval()
     other.load_state_dict(weights)
     with torch.no_grad():
         assert torch.equal(call(model, weights, (x,)), other(x))
-    with revwire.stored_activations(model):
-        got = torch.autograd.grad(call(model, weights, (x,)).sum(), list(weights.values()))
-    for a, b in zip(got, torch.autograd.grad(other(x).sum(), list(other.parameters())), strict=True):
-        assert torch.equal(a, b)
 
 
+def other_weights(model: nn.Module, kind: str, factor: float = 0.9) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """(leaves, weights and buffers that are made of them): tensors, parameters of another module, or computed from one tensor."""
+    if kind == "computed":  # as by a hypernetwork, or by steps of an inner optimizer
+        scale = torch.tensor(factor, requires_grad=True)
+        return [scale], {n: p.detach() * scale for n, p in model.named_parameters()}
+    weights = {n: (p.detach() * factor).requires_grad_() for n, p in model.named_parameters()}
+    if kind == "parameters":
+        weights = {n: nn.Parameter(w) for n, w in weights.items()}
+    if kind == "some":  # the others stay
+        weights = {n: w for n, w in weights.items() if "attention" in n}
+    leaves = list(weights.values())
+    return leaves, weights | {n: b * factor for n, b in model.named_buffers()}
+
+
+FUNCTIONAL = "`functional_call` with other weights (tensors, parameters of another module, computed ones) and buffers, and its backward"
+each_kind_of_weights = pytest.mark.parametrize("kind", ["tensors", "parameters", "computed", "some"])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("network", [Transformer, ConvolutionNet])
+@each_kind_of_weights
 @each_functional_call
 @pytest.mark.filterwarnings("ignore:.*functional_call. is deprecated:FutureWarning")
-@refused(STACK, "backward behind a `functional_call` with other weights", "the weights have gone by then; use `revwire.stored_activations`")
-def test_backward_behind_a_functional_call(call) -> None:
-    model = converted(Transformer).eval()
-    weights = {n: (p.detach() * 0.9).requires_grad_() for n, p in model.named_parameters()}
-    loss = call(model, weights, (Transformer.example(),)).sum()
-    with pytest.raises(revwire.ReconstructionError, match=r"weights, buffers or inputs changed .*revwire\.stored_activations\(model\)"):
+@works(STACK, FUNCTIONAL)
+def test_backward_behind_a_functional_call(call, kind: str, network: type[nn.Module], mode: str) -> None:
+    def run(model: nn.Module) -> list[torch.Tensor | None]:
+        model.train(mode == "train")
+        leaves, weights = other_weights(model, kind)
+        torch.manual_seed(0)
+        call(model, weights, (network.example(),)).square().sum().backward()
+        return [*(t.grad for t in leaves), *(p.grad for p in model.parameters()), *model.buffers(), *weights.values()]
+
+    model, twin = converted(network), converted(network)
+    before = list(model.parameters())
+    got = run(model)
+    with revwire.stored_activations(twin):
+        want = run(twin)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert got[0] is not None
+    assert got[0].abs().sum() > 0
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    if kind in ("tensors", "parameters"):  # and as a model whose own weights these are
+        assert all(p.grad is None for p in model.parameters())
+        own = converted(network).train(mode == "train")
+        own.load_state_dict({n: t * 0.9 if t.is_floating_point() else t for n, t in own.state_dict().items()})
+        torch.manual_seed(0)
+        own(network.example()).square().sum().backward()
+        assert all(torch.equal(a, p.grad) for a, p in zip(got, own.parameters(), strict=False))
+
+
+@each_kind_of_weights
+@works(STACK, FUNCTIONAL)
+def test_functional_calls_in_any_order(kind: str) -> None:
+    """Calls with several weights and with the model's own wait for their backwards, one of which runs inside of another call."""
+
+    class Outer(nn.Module):
+        def __init__(self, model: nn.Module, waiting: torch.Tensor) -> None:
+            super().__init__()
+            self.model, self.waiting = model, [waiting]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.model(x)
+            self.waiting[0].backward(retain_graph=True)
+            return out
+
+    def run(model: nn.Module) -> list[torch.Tensor | None]:
+        call, x = torch.func.functional_call, Transformer.example()
+        (a, first), (b, second) = other_weights(model, kind), other_weights(model, kind, 1.1)
+        torch.manual_seed(0)
+        one, own, two, again = (f() for f in (
+            lambda: call(model, first, (x,)).square().sum(), lambda: model(x).square().sum(),
+            lambda: call(model, second, (x,)).sum(), lambda: call(model, first, (x,)).sum(),
+        ))  # fmt: skip
+        own.backward(retain_graph=True)
+        (one + two).backward(retain_graph=True)
+        third = other_weights(model, "tensors", 1.2)[1]
+        call(Outer(model, own), {f"model.{n}": w for n, w in third.items()}, (x,)).sum().backward()
+        again.backward()
+        own.backward()
+        return [t.grad for t in (*a, *b, *model.parameters())]
+
+    model, twin = converted(Transformer), converted(Transformer)
+    got = run(model)
+    with revwire.stored_activations(twin):
+        want = run(twin)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert all(t is not None for t in got)
+
+
+@works(STACK, FUNCTIONAL)
+def test_training_of_weights_outside_of_the_model() -> None:
+    """Of a parametrised model, by an optimizer that never sees its own parameters."""
+
+    def run(model: nn.Module) -> Run:
+        parametrised(model, "weight norm")
+        weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW(weights.values(), lr=0.01)
+        run = train(model, batches(Transformer), call=lambda x: torch.func.functional_call(model, weights, (x,)), optimizer=optimizer)
+        run.state = {n: w.detach().clone() for n, w in weights.items()}
+        return run
+
+    model, twin = converted(Transformer), converted(Transformer)
+    reversible = run(model)
+    with revwire.stored_activations(twin):
+        reversible.assert_like(run(twin))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "parameters"])
+@works(STACK, FUNCTIONAL)
+def test_lent_weights_that_change_are_found(kind: str) -> None:
+    model = converted(Transformer)
+    weights = other_weights(model, kind)[1]
+    loss = torch.func.functional_call(model, weights, (Transformer.example(),)).sum()
+    with torch.no_grad():
+        weights["blocks.1.mlp.up.weight"].add_(1e-9)
+    with pytest.raises(revwire.ReconstructionError, match=r"blocks\.1\.mlp .*its weight .* was modified in place"):
+        loss.backward()
+
+
+def test_copies_of_a_model_are_lent_weights_too() -> None:
+    model = copy.deepcopy(converted(Transformer))
+    model(Transformer.example()).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    same = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    torch.manual_seed(0)
+    torch.func.functional_call(model.eval(), same, (Transformer.example(),)).sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    twin(Transformer.example()).sum().backward()
+    assert all(torch.equal(p.grad, w.grad) for p, w in zip(twin.parameters(), same.values(), strict=True))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@refused(
+    STACK,
+    "`functional_call` and its backward, where a branch has a `checkpoint` inside",
+    "leave the checkpoint out: it would run again without these weights",
+)
+def test_a_checkpoint_behind_a_functional_call(reentrant: bool) -> None:
+    def make() -> nn.Module:
+        model = Transformer()
+        for block in model.blocks:
+            block.mlp = Checkpointed(block.mlp, reentrant)
+        return model
+
+    make.example = Transformer.example  # type: ignore[attr-defined]
+    model = converted(make).eval()
+    model(Transformer.example()).sum().backward()
+    _, weights = other_weights(model, "tensors")
+    loss = torch.func.functional_call(model, weights, (Transformer.example(),)).sum()
+    with pytest.raises(revwire.ReconstructionError, match=r"a torch\.utils\.checkpoint inside of it would run again without them"):
         loss.backward()
