@@ -16,9 +16,11 @@ from revwire._adds import Candidate
 from revwire._budget import Budget, fit, parse_budget
 from revwire._chains import Search, find_chains
 from revwire._choice import Anchors, Choice, Couplings
+from revwire._chunks import Chunks, probed, refuse_idle_globs, refuse_no_chunks, wanted
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
+from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph
 from revwire._module import Chain
 from revwire._plan import Plan, PlannedChain, PlannedUnit, Skipped
@@ -41,6 +43,7 @@ class _Options:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     strict: bool = False
+    chunks: Chunks = 1
     budget: Budget = None
 
 
@@ -73,6 +76,7 @@ def plan(
     exclude: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
+    chunks: Chunks = 1,
     memory_budget: Budget = None,
 ) -> Plan:
     """What `convert` would do, without doing it.
@@ -89,6 +93,9 @@ def plan(
         anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
             the measured drift of float streams needs to stay within ``tolerance``.
         tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
+        chunks: run each unit in so many chunks, of the batch, or of the tokens where its branch treats each by itself: a backward pass then
+            holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints. What may
+            be cut is measured on the example; other units run whole. Under a memory budget this is the most; the planner picks.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
             inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
             the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed or reversible,
@@ -108,8 +115,8 @@ def plan(
         >>> [unit.path for unit in revwire.plan(net, torch.randn(1, 4, 16)).chains[0].units][:2]
         ['layers.0.self_attn', 'layers.0.linear1']
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, budget=memory_budget)
-    if memory_budget is None:
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, chunks=chunks, budget=memory_budget)
+    if memory_budget is None and chunks == 1:
         return _prepare(model, example_inputs, options)[0]
     _refuse_converted(model)
     _rewire(model, example_inputs, options)
@@ -128,6 +135,7 @@ def convert(
     exclude: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
+    chunks: Chunks = 1,
     strict: bool = False,
     memory_budget: Budget = None,
 ) -> M:
@@ -137,7 +145,7 @@ def convert(
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
-        model, example_inputs, coupling, exact, include, exclude, anchors, tolerance, memory_budget: as for `plan`. Without
+        model, example_inputs, coupling, exact, include, exclude, anchors, tolerance, chunks, memory_budget: as for `plan`. Without
             ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
@@ -150,7 +158,7 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, strict, memory_budget)
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, strict, chunks, memory_budget)
     _refuse_converted(model)
     if example_inputs is None:
         vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"))
@@ -167,8 +175,25 @@ def _rewire(model: nn.Module, example_inputs: Any, options: _Options) -> None:
     for path, slots in hosts.items():
         install(model.get_submodule(path), path, slots)
     vars(model)[_STATE] = Converted(found, chains)
+    if options.chunks != 1 and chains:
+        _cut(model, as_call(example_inputs), options.chunks)
     if options.budget is not None and chains:
         _fit(model, as_call(example_inputs), options.budget)
+
+
+def _cut(model: nn.Module, call: _Call, chunks: Chunks) -> None:
+    """Find along which dimensions the units of a converted model may be cut, and cut them; if that fails, the model is reverted."""
+    state = converted(model)
+    counts = [[wanted(chunks, (u.path, u.host)) for u in planned.units] for planned in state.plan.chains]
+    try:
+        refuse_idle_globs(chunks, [(u.path, u.host) for u in state.plan.units])
+        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), max(map(max, counts)))
+    except BaseException:
+        revert(model)
+        raise
+    for chain, wished in zip(state.chains, counts, strict=True):
+        chain.cuts = tuple(prober.cut(chain, place, count) for place, count in enumerate(wished))
+    state.plan = replace(state.plan, chains=tuple(map(with_costs, state.plan.chains, state.chains)))
 
 
 def _fit(model: nn.Module, call: _Call, budget: Budget) -> None:
@@ -281,14 +306,17 @@ def as_call(example_inputs: Any) -> _Call:
     return _Call((example_inputs,), {})
 
 
-def _options(choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False, budget: Budget = None) -> _Options:
+def _options(
+    choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False, chunks: Chunks = 1, budget: Budget = None
+) -> _Options:
+    refuse_no_chunks(chunks)
     if budget is not None:
         parse_budget(budget)
 
     def listed(patterns: Patterns) -> tuple[str, ...]:
         return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
 
-    return _Options(choice, listed(include), listed(exclude), strict, budget)
+    return _Options(choice, listed(include), listed(exclude), strict, chunks, budget)
 
 
 def _refuse_converted(model: nn.Module) -> None:
@@ -506,7 +534,9 @@ class _Planner:
 def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
     """The plan of a chain with the coupling and the arithmetic that it has now, and what they keep."""
     bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
-    units = tuple(replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i])) for i, u in enumerate(planned.units))
+    units = tuple(
+        replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=_chunks(u, chain, i)) for i, u in enumerate(planned.units)
+    )
     return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
 
 
@@ -514,6 +544,11 @@ def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits:
     if chain.stores(place):
         return u.saved_bytes
     return planned.stream_bytes if chain.anchored(place) else _elements(u.shape) * bits // 8
+
+
+def _chunks(u: PlannedUnit, chain: Chain, place: int) -> int:
+    cut = None if chain.cuts is None or chain.stores(place) else chain.cuts[place]
+    return 1 if cut is None else max(1, len(cut.chunks_of(u.shape)))
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -36,6 +36,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire import _engine
+from revwire._chunks import Chunk, Cut, Prober, parts_of, views_of
 from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
@@ -155,6 +156,8 @@ class Chain:
     Attributes:
         modes: how each unit comes by its activations in backward, where a memory budget has chosen.
         meter: sees where each unit begins and ends, while a step is measured.
+        cuts: how each unit is cut into chunks, where that was asked for.
+        prober: finds how units may be cut, while it looks.
     """
 
     def __init__(
@@ -178,6 +181,8 @@ class Chain:
         self.modes: tuple[Mode, ...] | None = None
         self.meter: Meter | None = None
         self.homes = Homes()
+        self.cuts: tuple[Cut | None, ...] | None = None
+        self.prober: Prober | None = None
         self.stored = False
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
@@ -199,6 +204,12 @@ class Chain:
     def stores(self, place: int) -> bool:
         """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""
         return self.modes is not None and self.modes[place] == "stored"
+
+    def chunks(self, unit: Unit, tape: Tape, x: Tensor) -> tuple[Chunk, ...]:
+        """The chunks in which the unit that a tape has come to runs on ``x``; none where it runs whole."""
+        place = unit.place(tape.position)
+        cut = None if self.cuts is None or place is None or tape.plain or self.stores(place) else self.cuts[place]
+        return () if cut is None else cut.chunks_of(x.shape)
 
     def drifted(self, error: float) -> None:
         """Hear of the relative error of a rebuilt state."""
@@ -228,13 +239,19 @@ class Chain:
         elif link.tape.keep != torch.is_grad_enabled():
             link = self._in_grad_mode(unit.path, link, x)
         previous, current = link.carriers(x)
-        f, sides = link.tape.branch(unit, host, x, extras)
-        dtype = f.dtype if unit.kind == "block" or f.dtype == x.dtype else torch.promote_types(x.dtype, f.dtype)
-        if torch.is_inference_mode_enabled():  # inference tensors have no version: a link could not tell a write to them
-            with torch.inference_mode(False), torch.no_grad():
-                out = self._step(link, unit, previous, current, f, dtype)
+        if self.prober:
+            self.prober(self, unit, host, x, extras)
+        chunks = self.chunks(unit, link.tape, x)
+        if chunks and link.tape.rewinds:
+            out, sides = self._in_chunks(chunks, link, (previous, current), unit, host, x, extras)
         else:
-            out = self._step(link, unit, previous, current, f, dtype)
+            f, sides = link.tape.branch(unit, host, x, extras, chunks)
+            dtype = _result_dtype(unit, x, f)
+            if torch.is_inference_mode_enabled():  # inference tensors have no version: a link could not tell a write to them
+                with torch.inference_mode(False), torch.no_grad():
+                    out = self._give_out(link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
+            else:
+                out = self._give_out(link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
         if self.meter:
             self.meter.leave(self, unit, link.tape, out)
         return out, sides
@@ -257,9 +274,32 @@ class Chain:
             setattr(moved._base, _VIEW, following)
         return moved
 
-    def _step(self, link: Link, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
+    def _in_chunks(
+        self,
+        chunks: tuple[Chunk, ...],
+        link: Link,
+        carriers: tuple[Tensor, Tensor],
+        unit: Unit,
+        host: nn.Module,
+        x: Tensor,
+        extras: tuple[Any, ...],
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Run a unit chunk by chunk: each has a branch and a step of its own, whose nodes autograd visits one chunk after the other."""
+        tape, (previous, current) = link.tape, carriers
+        parts = parts_of(x, chunks)
+        values = parts_of(current, chunks)  # made after the parts: gradients then add up in the order in which those of a whole unit do
+        before = views_of(previous, chunks)
+        with tape.in_chunks(unit):
+            outs = []
+            for i, chunk in enumerate(chunks):
+                f, sides = tape.branch_on(chunk, unit, host, parts[i], extras)
+                outs.append(_engine.step(tape, unit, before[i], values[i], f))
+            out = torch.cat(outs, chunks[0].dim)
+            tape.join(out, unit)
+        return self._give_out(link, out, current, _result_dtype(unit, x, f)), sides
+
+    def _give_out(self, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype) -> Tensor:
         tape = link.tape
-        out = _engine.step(tape, unit, previous, current, f)
         link.spend()
         if tape.position == self.length:
             tape.settle_range()
@@ -336,6 +376,11 @@ class Chain:
             return FixedStreams.for_range(max(largest, calibrated), x.dtype)
         except RangeError as error:
             raise RangeError(f"{unit.path} ({self.name}): {error}") from None
+
+
+def _result_dtype(unit: Unit, x: Tensor, f: Tensor) -> torch.dtype:
+    """The dtype of what a unit returns."""
+    return f.dtype if unit.kind == "block" or f.dtype == x.dtype else torch.promote_types(x.dtype, f.dtype)
 
 
 def _linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tensor) -> Tensor:

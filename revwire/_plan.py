@@ -21,6 +21,7 @@ class PlannedUnit:
         saved_bytes: bytes that autograd would keep for this unit in the example.
         kept_bytes: bytes that are kept for it instead.
         mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose, ``"checkpointed"`` or ``"stored"``.
+        chunks: into how many chunks it is cut, with the shape of the example.
     """
 
     path: str
@@ -30,6 +31,7 @@ class PlannedUnit:
     saved_bytes: int
     kept_bytes: int
     mode: str = "reversible"
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,10 @@ class Plan:
         if not self.chains:
             return "\n".join([f"{self.model}: no chain of residual units found; nothing to rewire", *self._skipped_lines()])
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
-        rows = [(*rows[0], "modes")] if self.forecast else rows
-        rows += [(*_row(c), _modes(c)) if self.forecast else _row(c) for c in self.chains]
+        more = [("modes", _modes)] if self.forecast else []
+        more += [("chunks", _chunks)] if any(u.chunks > 1 for u in self.units) else []
+        rows = [(*rows[0], *(name for name, _ in more))]
+        rows += [(*_row(c), *(column(c) for _, column in more)) for c in self.chains]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -194,6 +198,12 @@ class Plan:
 def _modes(c: PlannedChain) -> str:
     """Runs of units of one mode, in order: ``2 stored, 10 reversible``."""
     return ", ".join(f"{len(list(run))} {mode}" for mode, run in groupby(u.mode for u in c.units))
+
+
+def _chunks(c: PlannedChain) -> str:
+    """How many units run in how many chunks: ``12 in 4, 12 whole``."""
+    counts = Counter(u.chunks for u in c.units)
+    return ", ".join(f"{n} whole" if chunks == 1 else f"{n} in {chunks}" for chunks, n in sorted(counts.items(), reverse=True))
 
 
 def _row(c: PlannedChain) -> tuple[str, ...]:

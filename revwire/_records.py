@@ -17,6 +17,7 @@ from revwire._replay import Copies, Inventory, Surroundings, version_of
 from revwire._snapshot import snapshot
 
 if TYPE_CHECKING:
+    from revwire._chunks import Chunk
     from revwire._module import Chain, Unit
     from revwire._tape import Tape
 
@@ -63,6 +64,7 @@ class UnitRecord:
     bits: Tensor | None = None
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
     anchor: Anchor | None = None
+    chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from revwire._chunks import joined
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint
 from revwire._records import Anchor, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
@@ -59,6 +60,7 @@ class Rewind:
         self.position = len(tape.records)
         self.cache: dict[int, tuple[Tensor, int]] = {}
         self.pending: list[tuple[UnitRecord, Fingerprint, Tensor]] = []
+        self.parts: list[tuple[Tensor, Tensor]] = []  # (x_{k-1}, x_k) of the chunks so far, from the last to the newest
         if not self.retained:
             tape.state = None
 
@@ -82,7 +84,7 @@ class Rewind:
         """
         self.tape.passes.pop(self.task, None)
         self.cache.clear()
-        if not self.retained:
+        if not self.retained and not self.parts:  # else it failed between two chunks, and nothing is left to go on from
             self.tape.shorten(self.position, (self.previous, self.current))
         if self.pending:
             for (record, after, _), values in zip(self.pending, torch.stack([d for _, _, d in self.pending]).tolist(), strict=True):
@@ -111,8 +113,8 @@ class Rewind:
         if index not in self.cache:  # asked for a second time
             record = self._unit(position)
             with recording_nothing():
-                again = self._recompute(record, self.current)
-                self._compare(record, self.previous, again)
+                previous, current = self._before(record)
+                self._compare(record, previous, self._recompute(record, current))
         tensor, version = self.cache.pop(index)
         if tensor._version != version:
             raise self._unit(position).fault(
@@ -129,6 +131,7 @@ class Rewind:
         self.previous, self.current = self.tape.intact_state()
         self.position = len(self.tape.records)
         self.cache.clear()
+        self.parts.clear()
 
     def _step_back(self) -> None:
         position, records = self.position - 1, self.tape.records
@@ -138,15 +141,7 @@ class Rewind:
         elif isinstance(record, Anchor):  # past a run of stored units
             self.previous, self.current = self._anchored(record)
         else:
-            record = self._unit(position)
-            if record.anchor is not None:
-                self.previous = self._anchored(record.anchor)[1]
-            again = self._recompute(record, self.previous)
-            rebuilt = self.previous if record.begins else record.anchor.states[0] if record.anchor else self._unstep(record, again)
-            if self.tape.chain.monitor:
-                self.tape.chain.monitor.backward(self.tape, position, rebuilt)
-            self._compare(record, rebuilt, again)
-            self.previous, self.current = rebuilt, self.previous
+            self._undo_unit(position, self._unit(position))
         self.position = position
         if not self.retained:
             if isinstance(record, UnitRecord):
@@ -159,8 +154,40 @@ class Rewind:
             raise self.tape.written()
         return anchor.states
 
-    def _unstep(self, record: UnitRecord, again: _Again) -> Tensor:
-        return self.tape.streams.unstep(self.current, again.x, again.f, record.rule, record.bits)
+    def _undo_unit(self, position: int, record: UnitRecord) -> None:
+        """Rebuild x_{k-1}, or a chunk of it; with the first chunk, the states change."""
+        chunk, streams = record.chunk, self.tape.streams
+        current, following = (self.previous, self.current) if chunk is None else (chunk.of(self.previous), chunk.of(self.current))
+        anchor = None if record.anchor is None else self._anchored(record.anchor)
+        if anchor is not None:
+            current = anchor[1]
+        again = self._recompute(record, current)
+        if record.begins:
+            rebuilt = current
+        else:
+            rebuilt = anchor[0] if anchor else streams.unstep(following, again.x, again.f, record.rule, record.bits)
+        if self.tape.chain.monitor:
+            self.tape.chain.monitor.backward(self.tape, position, rebuilt)
+        self._compare(record, rebuilt, again)
+        if chunk is None:
+            self.previous, self.current = rebuilt, current
+            return
+        self.parts.append((rebuilt, current))
+        if chunk.first:
+            self._join(chunk.dim, begins=record.begins, anchored=anchor is not None)
+
+    def _join(self, dim: int, *, begins: bool, anchored: bool) -> None:
+        """All chunks of a unit are rebuilt: stand before it."""
+        parts, whole = self.parts[::-1], self.previous
+        self.parts.clear()
+        current = joined([c for _, c in parts], dim, whole) if anchored else whole
+        self.previous, self.current = current if begins else joined([p for p, _ in parts], dim, whole), current
+
+    def _before(self, record: UnitRecord) -> tuple[Tensor, Tensor]:
+        """The states (x_{k-1}, x_k) that a unit, or its chunk, begins with; the walk stands before it."""
+        if record.chunk is None:
+            return self.previous, self.current
+        return self.parts[-1] if self.parts else (record.chunk.of(self.previous), record.chunk.of(self.current))
 
     def _unit(self, position: int) -> UnitRecord:
         record = self.tape.records[position]

@@ -23,6 +23,12 @@ Note [Stored units]
     Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward pass goes past a run
     of such units by the true states before it, which stand among the records; where the chain ends in one, the tape ends before it.
 
+Note [Chunks]
+    A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a record, a branch
+    and a step of its own, so that a backward pass rebuilds, and holds, the activations of one chunk at a time. The states change for all of
+    them at once: in forward when the last chunk is there (`Tape.join`), in backward when the first one is (`Rewind`). Autograd runs
+    the nodes that were made last first, so it goes through the chunks from the last to the first, and finishes each.
+
 Note [What the checks see]
     In exact mode: any change of the rebuilt state, and of samples of the branch's result and of what its last layers
     saved. In float mode: changes beyond the tolerances of `FloatStreams`; a branch whose result is zero in forward and
@@ -32,8 +38,8 @@ Note [What the checks see]
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -41,6 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revwire._chunks import joined, parts_of
 from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
@@ -50,6 +57,7 @@ from revwire._replay import Inventory, Surroundings, Written, undisturbed, versi
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
+    from revwire._chunks import Chunk, Cut
     from revwire._module import Chain, Unit
 
 
@@ -94,6 +102,9 @@ class Tape:
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self.left_range: RangeError | None = None  # why it went on in float streams
         self._open: UnitRecord | None = None
+        self._chunk: Chunk | None = None  # that runs now; see Note [Chunks]
+        self._parts: list[Tensor] = []  # of the state x_{k+1}, from the chunks so far
+        self._whole = self.now  # the rule of all chunks
 
     def _rule(self, unit: Unit, place: int, x: Tensor) -> Rule:
         """The coefficients by which the unit's own value enters the step."""
@@ -101,20 +112,30 @@ class Tape:
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def branch(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    def branch(
+        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], chunks: tuple[Chunk, ...] = ()
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """Evaluate F_k(x_k); if the tape can be rewound, with placeholders for what autograd saves."""
         previous, current = self.intact_state()
         place = unit.place(self.position)
         assert place is not None  # else the unit had begun a tape of its own
         self.now = self._rule(unit, place, current)
         if not self.rewinds:
-            return evaluate(unit, host, x, extras)
-        self.kept, version = None, version_of(x)
+            return evaluate(unit, host, x, extras) if not chunks else self._evaluate_chunks(chunks, unit, host, x, extras)
+        self.kept = None
         if self._keeps(place):
+            version = version_of(x)
             f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
                 raise fault(unit, self.chain, *_WROTE_INPUT)
             return f, sides
+        return self._recorded(unit, host, x, extras, previous)
+
+    def _recorded(
+        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], previous: Tensor
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Evaluate the branch with placeholders for what autograd saves; ``previous`` is the state of x_{k-1}."""
+        version = version_of(x)
         record = self._record(unit, host, x, extras)
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
         writers = [m for m in record.owned.writers if m.training]
@@ -165,6 +186,7 @@ class Tape:
             inputs=inputs,
             owned=owned,
             attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
+            chunk=self._chunk,
             surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
         )
 
@@ -194,6 +216,8 @@ class Tape:
 
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         """Advance both streams by one unit; returns the float value of x_{k+1}."""
+        if self._chunk is not None:
+            return self._step_chunk(self._chunk, x, f, unit)
         previous, current = self.intact_state()
         place = unit.place(self.position)
         assert place is not None
@@ -213,10 +237,80 @@ class Tape:
             self._pass_over((current, following), ends=place == self.chain.length - 1)
         else:
             if self.rewinds:
-                self._keep_record(bits, previous is current, anchored)
+                self._keep_record(bits, previous is current, (previous, current) if anchored else None)
             self._advance((current, following))
         self.position = place + 1
         return out
+
+    # -- in chunks; see Note [Chunks] ------------------------------------------------------------------------------
+
+    @contextmanager
+    def in_chunks(self, unit: Unit) -> Iterator[None]:
+        """Run one unit chunk by chunk, by `branch_on` and `step` for each, and `join`; if it fails, nothing of it stays."""
+        _, current = self.intact_state()
+        place = unit.place(self.position)
+        assert place is not None
+        records, start = len(self.records), self.start
+        self.kept, self._whole = None, self._rule(unit, place, current)
+        try:
+            yield
+        except BaseException:
+            del self.records[records:]
+            self.start = start
+            raise
+        finally:
+            self._chunk, self._open = None, None
+            self._parts.clear()
+
+    def branch_on(self, chunk: Chunk, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """As `branch`, on one chunk of x_k."""
+        previous, current = self.intact_state()
+        self._chunk, self.now = chunk, chunk.rule(self._whole)
+        return self._recorded(unit, host, x, self._cut(unit).extras(extras, chunk, current.shape[chunk.dim]), chunk.of(previous))
+
+    def _step_chunk(self, chunk: Chunk, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
+        whole = self.intact_state()
+        previous = chunk.of(whole[0])
+        place = unit.place(self.position)
+        assert place is not None
+        anchored, begins = self.chain.anchored(place), whole[0] is whole[1]
+        following, out, bits, in_range = self.streams.step(previous, x, f, self.now, undone=not begins and not anchored)
+        if not (in_range or self._in_range(out)):
+            raise self._out_of_range(unit)
+        self._note_range(unit, out)
+        if self.chain.monitor:
+            self.chain.monitor.forward(self, len(self.records), previous)
+        self._keep_record(bits, begins, (previous, chunk.of(whole[1])) if anchored else None)
+        self._parts.append(following)
+        return out
+
+    def join(self, out: Tensor, unit: Unit) -> None:
+        """All chunks have been stepped, and give ``out``, the float value of x_{k+1}."""
+        _, current = self.intact_state()
+        place = unit.place(self.position)
+        assert place is not None
+        assert self._chunk is not None
+        floats = isinstance(self.streams, FloatStreams)
+        self._advance((current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)))
+        self.position = place + 1
+
+    def _evaluate_chunks(
+        self, chunks: tuple[Chunk, ...], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """F_k(x_k) chunk by chunk, where nothing will be rebuilt."""
+        cut, found = self._cut(unit), []
+        for chunk, part in zip(chunks, parts_of(x, chunks), strict=True):
+            f, sides = evaluate(unit, host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
+            found.append(f)
+        return torch.cat(found, chunks[0].dim), sides
+
+    def _cut(self, unit: Unit) -> Cut:
+        place, cuts = unit.place(self.position), self.chain.cuts
+        assert place is not None
+        assert cuts is not None
+        cut = cuts[place]
+        assert cut is not None
+        return cut
 
     def _pass_over(self, state: tuple[Tensor, Tensor], *, ends: bool) -> None:
         """Go on past a unit that is never rebuilt; see Note [Stored units]."""
@@ -233,12 +327,12 @@ class Tape:
         """Whether the newest record stands for a run of units that are never rebuilt."""
         return bool(self.records) and isinstance(self.records[-1], Anchor)
 
-    def _keep_record(self, bits: Tensor | None, begins: bool, anchored: bool) -> None:
+    def _keep_record(self, bits: Tensor | None, begins: bool, anchor: tuple[Tensor, Tensor] | None) -> None:
         record, self._open = self._open, None
         if self.start is not None and record is not None:
             record.bits, record.begins = bits, begins
-            if anchored and not begins:
-                record.anchor = Anchor(self.intact_state(), self.versions)
+            if anchor is not None and not begins:
+                record.anchor = Anchor(anchor, _versions(anchor))
             self.records.append(record)
         else:
             self.records.append(None)
