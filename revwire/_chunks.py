@@ -144,13 +144,13 @@ def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:
     return next((count for glob, count in chunks.items() if any(fnmatchcase(n, glob) for n in names)), 1)
 
 
-def refuse_idle_globs(chunks: Chunks, names: Sequence[tuple[str, ...]]) -> None:
+def refuse_idle_globs(chunks: Chunks | None, names: Sequence[tuple[str, ...]]) -> None:
     """Raise where a glob matches none of the units, given by their names.
 
     Raises:
         ConversionError: names the glob, and some units.
     """
-    for glob in () if isinstance(chunks, int) else chunks:
+    for glob in chunks if isinstance(chunks, Mapping) else ():
         if not any(fnmatchcase(n, glob) for several in names for n in several):
             some = ", ".join(several[0] for several in names[:3])
             raise ConversionError(f"chunks: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")

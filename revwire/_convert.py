@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revwire._adds import Candidate
-from revwire._budget import Budget, fit, parse_budget
+from revwire._budget import Budget, Cutting, fit, parse_budget
 from revwire._chains import Search, find_chains
 from revwire._choice import Anchors, Choice, Couplings
-from revwire._chunks import Chunks, probed, refuse_idle_globs, refuse_no_chunks, wanted
+from revwire._chunks import Chunks, Prober, probed, refuse_idle_globs, refuse_no_chunks, wanted
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
@@ -43,7 +44,7 @@ class _Options:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     strict: bool = False
-    chunks: Chunks = 1
+    chunks: Chunks | None = None
     budget: Budget = None
 
 
@@ -76,7 +77,7 @@ def plan(
     exclude: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
-    chunks: Chunks = 1,
+    chunks: Chunks | None = None,
     memory_budget: Budget = None,
 ) -> Plan:
     """What `convert` would do, without doing it.
@@ -93,9 +94,10 @@ def plan(
         anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
             the measured drift of float streams needs to stay within ``tolerance``.
         tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
-        chunks: run each unit in so many chunks, of the batch, or of the tokens where its branch treats each by itself: a backward pass then
+        chunks: run each unit in so many chunks of the batch, or of the tokens where its branch treats each by itself: a backward pass then
             holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints. What may
-            be cut is measured on the example; other units run whole. Under a memory budget this is the most; the planner picks.
+            be cut is found on the example, with the model in eval mode and once in train mode; other units run whole. None: whole units, or
+            under a memory budget, as few chunks as fit it.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
             inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
             the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed or reversible,
@@ -116,7 +118,7 @@ def plan(
         ['layers.0.self_attn', 'layers.0.linear1']
     """
     options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, chunks=chunks, budget=memory_budget)
-    if memory_budget is None and chunks == 1:
+    if memory_budget is None and chunks in (None, 1):
         return _prepare(model, example_inputs, options)[0]
     _refuse_converted(model)
     _rewire(model, example_inputs, options)
@@ -135,7 +137,7 @@ def convert(
     exclude: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
-    chunks: Chunks = 1,
+    chunks: Chunks | None = None,
     strict: bool = False,
     memory_budget: Budget = None,
 ) -> M:
@@ -175,30 +177,50 @@ def _rewire(model: nn.Module, example_inputs: Any, options: _Options) -> None:
     for path, slots in hosts.items():
         install(model.get_submodule(path), path, slots)
     vars(model)[_STATE] = Converted(found, chains)
-    if options.chunks != 1 and chains:
-        _cut(model, as_call(example_inputs), options.chunks)
-    if options.budget is not None and chains:
-        _fit(model, as_call(example_inputs), options.budget)
+    if chains and (options.chunks not in (None, 1) or options.budget is not None):
+        try:
+            _spend_less(model, as_call(example_inputs), options)
+        except BaseException:
+            revert(model)
+            raise
 
 
-def _cut(model: nn.Module, call: _Call, chunks: Chunks) -> None:
-    """Find along which dimensions the units of a converted model may be cut, and cut them; if that fails, the model is reverted."""
+def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
+    """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
-    counts = [[wanted(chunks, (u.path, u.host)) for u in planned.units] for planned in state.plan.chains]
+    cuttings = _cuttings(model, state, call, options.chunks)
+    if options.budget is None:
+        cuttings[0]()
+        found = state.plan
+    else:
+        found = _fitted(model, state, call, options.budget, cuttings)
+    state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)))
+
+
+def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None) -> Sequence[Cutting]:
+    """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose."""
+    names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
+    refuse_idle_globs(chunks, [n for several in names for n in several])
+    wishes = [1, 2, 4, 8, 16] if chunks is None else [chunks]
+    counts = [[[wanted(wish, n) for n in several] for several in names] for wish in wishes]
+    most = max(c for wish in counts for several in wish for c in several)
     try:
-        refuse_idle_globs(chunks, [(u.path, u.host) for u in state.plan.units])
-        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), max(map(max, counts)))
-    except BaseException:
-        revert(model)
-        raise
-    for chain, wished in zip(state.chains, counts, strict=True):
-        chain.cuts = tuple(prober.cut(chain, place, count) for place, count in enumerate(wished))
-    state.plan = replace(state.plan, chains=tuple(map(with_costs, state.plan.chains, state.chains)))
+        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), most)
+    except ConversionError:
+        if chunks is not None:
+            raise
+        prober, counts = Prober(1), counts[:1]  # it does not run in eval mode: whole units are what there is
+
+    def cut(wish: list[list[int]]) -> None:
+        for chain, several in zip(state.chains, wish, strict=True):
+            chain.cuts = tuple(prober.cut(chain, place, count) for place, count in enumerate(several))
+
+    ways = [partial(cut, wish) for wish in counts]
+    return ways if prober.found and any(found.dims for found in prober.found.values()) else ways[:1]
 
 
-def _fit(model: nn.Module, call: _Call, budget: Budget) -> None:
-    """Give each unit of a converted model the mode that the planner picks; if there is no such mix, the model is reverted."""
-    state = converted(model)
+def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cuttings: Sequence[Cutting]) -> Plan:
+    """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
 
     def step() -> None:
@@ -207,13 +229,8 @@ def _fit(model: nn.Module, call: _Call, budget: Budget) -> None:
             raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
         loss.backward()  # type: ignore[no-untyped-call]
 
-    try:
-        with left_as_found(model), torch.enable_grad():
-            found = fit(state.plan, state.chains, step, device_of(model, leaves), budget)
-    except BaseException:
-        revert(model)
-        raise
-    state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)))
+    with left_as_found(model), torch.enable_grad():
+        return fit(state.plan, state.chains, step, device_of(model, leaves), budget, cuttings)
 
 
 def report(model: nn.Module) -> Plan:
@@ -307,9 +324,10 @@ def as_call(example_inputs: Any) -> _Call:
 
 
 def _options(
-    choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False, chunks: Chunks = 1, budget: Budget = None
+    choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False, chunks: Chunks | None = None, budget: Budget = None
 ) -> _Options:
-    refuse_no_chunks(chunks)
+    if chunks is not None:
+        refuse_no_chunks(chunks)
     if budget is not None:
         parse_budget(budget)
 
@@ -547,7 +565,7 @@ def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits:
 
 
 def _chunks(u: PlannedUnit, chain: Chain, place: int) -> int:
-    cut = None if chain.cuts is None or chain.stores(place) else chain.cuts[place]
+    cut = None if chain.cuts is None else chain.cuts[place]
     return 1 if cut is None else max(1, len(cut.chunks_of(u.shape)))
 
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from revwire._meter import Measured
+from revwire._meter import Measured, Stretch
 from revwire._module import Mode
 
 Form = Literal["r", "c", "s", "z", "a"]
@@ -37,6 +38,7 @@ class UnitCost:
     Attributes:
         chain, unit: which one.
         saved: bytes that autograd keeps for it.
+        held: those that it holds at once when it is rebuilt: of one of its chunks, or all.
         kept: bytes that are kept for it when it is reversible.
         state: bytes of one of its chain's states.
         gain: seconds by which a step is shorter when it is stored.
@@ -48,6 +50,7 @@ class UnitCost:
     chain: int
     unit: int
     saved: int
+    held: int
     kept: int
     state: int
     gain: float
@@ -96,6 +99,17 @@ class _Levels:
     backward: int = 0
 
 
+def _rebuilding(stretches: Sequence[Stretch]) -> dict[int, float]:
+    """Seconds of rebuilding by run. Only before the first of its chunks does nothing but rebuilding lie between two marks."""
+    first: dict[int, float] = {}
+    chunks: dict[int, int] = {}
+    for before, s in pairwise(stretches):
+        if s.mark.kind == "rebuilt":
+            first.setdefault(s.mark.run, before.seconds)
+            chunks[s.mark.run] = chunks.get(s.mark.run, 0) + 1
+    return {run: seconds * chunks[run] for run, seconds in first.items()}
+
+
 class Costs:
     """Bytes and seconds of a step by the forms of its units.
 
@@ -110,13 +124,14 @@ class Costs:
         self.levels = [_Levels() for _ in measured.places]
         self.waiting = [0] * (len(measured.places) + 1)  # the peak of stretches in which the first p units wait
         self._read()
-        rebuilt = {s.mark.run: before.seconds for before, s in zip(measured.stretches, measured.stretches[1:], strict=False)
-                   if s.mark.kind == "rebuilt"}  # fmt: skip
+        rebuilt = _rebuilding(measured.stretches)
+        held = measured.held or measured.saved
         self.units = [
             UnitCost(
                 chain=c,
                 unit=u,
                 saved=measured.saved[run],
+                held=held[run],
                 kept=kept[c][u],
                 state=state[c],
                 gain=rebuilt.get(run, 0.0) + arithmetic.keep,
@@ -154,7 +169,8 @@ class Costs:
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
         stored = at.start + unit.saved + max(0, at.grown - unit.kept)
-        return max(at.forward, stored, at.backward - (2 * unit.state if form == "a" else 0))
+        backward = at.backward + unit.saved - unit.held  # the chunks that wait for their turn
+        return max(at.forward, stored, backward - (2 * unit.state if form == "a" else 0))
 
     def forecast(self, forms: Sequence[Form]) -> tuple[int, float]:
         """(peak bytes of a step above rest, seconds of a step) with these forms of the runs, in forward order."""

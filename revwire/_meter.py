@@ -79,6 +79,7 @@ class Measured:
         places: the unit of each run, in the order of the forward pass.
         stretches: the pieces of the step, in order.
         saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
+        held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
         arithmetic: of each run.
     """
 
@@ -86,6 +87,7 @@ class Measured:
     stretches: tuple[Stretch, ...]
     saved: tuple[int, ...]
     arithmetic: tuple[Arithmetic, ...]
+    held: tuple[int, ...] = ()
 
 
 def _saved(tape: Tape, position: int) -> int:
@@ -117,6 +119,7 @@ class _Marker:
         self.places: list[Place] = []
         self.samples: dict[Place, _Sample] = {}
         self.saved: dict[int, int] = {}
+        self.held: dict[int, int] = {}  # of the largest of its chunks
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
 
     def mark(self, kind: Literal["begin", "enter", "leave", "grad", "rebuilt"], run: int = -1) -> None:
@@ -140,7 +143,9 @@ class _Marker:
 
     def backward(self, tape: Tape, position: int, state: Tensor) -> None:
         run = self.runs[id(tape), position]
-        self.saved[run] = _saved(tape, position)
+        found = _saved(tape, position)
+        self.saved[run] = self.saved.get(run, 0) + found
+        self.held[run] = max(self.held.get(run, 0), found)
         self.mark("rebuilt", run)
 
 
@@ -161,8 +166,8 @@ def measured(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
         for chain, before in zip(chains, modes, strict=True):
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
-    saved = tuple(marker.saved.get(run, 0) for run in range(len(marker.places)))
-    return Measured(tuple(marker.places), stretches, saved, tuple(timed[marker.samples[p]] for p in marker.places))
+    saved, held = (tuple(found.get(run, 0) for run in range(len(marker.places))) for found in (marker.saved, marker.held))
+    return Measured(tuple(marker.places), stretches, saved, tuple(timed[marker.samples[p]] for p in marker.places), held)
 
 
 @contextmanager

@@ -208,7 +208,7 @@ class Chain:
     def chunks(self, unit: Unit, tape: Tape, x: Tensor) -> tuple[Chunk, ...]:
         """The chunks in which the unit that a tape has come to runs on ``x``; none where it runs whole."""
         place = unit.place(tape.position)
-        cut = None if self.cuts is None or place is None or tape.plain or self.stores(place) else self.cuts[place]
+        cut = None if self.cuts is None or place is None or tape.plain else self.cuts[place]
         return () if cut is None else cut.chunks_of(x.shape)
 
     def drifted(self, error: float) -> None:
@@ -242,7 +242,7 @@ class Chain:
         if self.prober:
             self.prober(self, unit, host, x, extras)
         chunks = self.chunks(unit, link.tape, x)
-        if chunks and link.tape.rewinds:
+        if chunks and link.tape.rewinds and not self.stores(unit.place(link.tape.position) or 0):
             out, sides = self._in_chunks(chunks, link, (previous, current), unit, host, x, extras)
         else:
             f, sides = link.tape.branch(unit, host, x, extras, chunks)

@@ -157,15 +157,16 @@ class Rewind:
     def _undo_unit(self, position: int, record: UnitRecord) -> None:
         """Rebuild x_{k-1}, or a chunk of it; with the first chunk, the states change."""
         chunk, streams = record.chunk, self.tape.streams
-        current, following = (self.previous, self.current) if chunk is None else (chunk.of(self.previous), chunk.of(self.current))
         anchor = None if record.anchor is None else self._anchored(record.anchor)
-        if anchor is not None:
-            current = anchor[1]
+        whole = self.previous if anchor is None else anchor[1]
+        current, following = (whole, self.current) if chunk is None else (chunk.of(whole), chunk.of(self.current))
         again = self._recompute(record, current)
         if record.begins:
             rebuilt = current
+        elif anchor is not None:
+            rebuilt = anchor[0] if chunk is None else chunk.of(anchor[0])
         else:
-            rebuilt = anchor[0] if anchor else streams.unstep(following, again.x, again.f, record.rule, record.bits)
+            rebuilt = streams.unstep(following, again.x, again.f, record.rule, record.bits)
         if self.tape.chain.monitor:
             self.tape.chain.monitor.backward(self.tape, position, rebuilt)
         self._compare(record, rebuilt, again)
@@ -174,14 +175,9 @@ class Rewind:
             return
         self.parts.append((rebuilt, current))
         if chunk.first:
-            self._join(chunk.dim, begins=record.begins, anchored=anchor is not None)
-
-    def _join(self, dim: int, *, begins: bool, anchored: bool) -> None:
-        """All chunks of a unit are rebuilt: stand before it."""
-        parts, whole = self.parts[::-1], self.previous
-        self.parts.clear()
-        current = joined([c for _, c in parts], dim, whole) if anchored else whole
-        self.previous, self.current = current if begins else joined([p for p, _ in parts], dim, whole), current
+            parts = [before for before, _ in reversed(self.parts)]
+            self.parts.clear()
+            self.previous, self.current = anchor or (whole if record.begins else joined(parts, chunk.dim, whole), whole)
 
     def _before(self, record: UnitRecord) -> tuple[Tensor, Tensor]:
         """The states (x_{k-1}, x_k) that a unit, or its chunk, begins with; the walk stands before it."""

@@ -121,11 +121,11 @@ class Tape:
         assert place is not None  # else the unit had begun a tape of its own
         self.now = self._rule(unit, place, current)
         if not self.rewinds:
-            return evaluate(unit, host, x, extras) if not chunks else self._evaluate_chunks(chunks, unit, host, x, extras)
+            return self._evaluate(unit, host, x, extras, chunks)
         self.kept = None
         if self._keeps(place):
             version = version_of(x)
-            f, sides = evaluate(unit, host, x, extras)
+            f, sides = self._evaluate(unit, host, x, extras, chunks)
             if version_of(x) != version:
                 raise fault(unit, self.chain, *_WROTE_INPUT)
             return f, sides
@@ -237,7 +237,7 @@ class Tape:
             self._pass_over((current, following), ends=place == self.chain.length - 1)
         else:
             if self.rewinds:
-                self._keep_record(bits, previous is current, (previous, current) if anchored else None)
+                self._keep_record(bits, previous is current, anchored)
             self._advance((current, following))
         self.position = place + 1
         return out
@@ -280,7 +280,7 @@ class Tape:
         self._note_range(unit, out)
         if self.chain.monitor:
             self.chain.monitor.forward(self, len(self.records), previous)
-        self._keep_record(bits, begins, (previous, chunk.of(whole[1])) if anchored else None)
+        self._keep_record(bits, begins, anchored)
         self._parts.append(following)
         return out
 
@@ -294,10 +294,12 @@ class Tape:
         self._advance((current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)))
         self.position = place + 1
 
-    def _evaluate_chunks(
-        self, chunks: tuple[Chunk, ...], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+    def _evaluate(
+        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], chunks: tuple[Chunk, ...]
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """F_k(x_k) chunk by chunk, where nothing will be rebuilt."""
+        """F_k(x_k), whole or chunk by chunk, where nothing will be rebuilt."""
+        if not chunks:
+            return evaluate(unit, host, x, extras)
         cut, found = self._cut(unit), []
         for chunk, part in zip(chunks, parts_of(x, chunks), strict=True):
             f, sides = evaluate(unit, host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
@@ -327,12 +329,12 @@ class Tape:
         """Whether the newest record stands for a run of units that are never rebuilt."""
         return bool(self.records) and isinstance(self.records[-1], Anchor)
 
-    def _keep_record(self, bits: Tensor | None, begins: bool, anchor: tuple[Tensor, Tensor] | None) -> None:
+    def _keep_record(self, bits: Tensor | None, begins: bool, anchored: bool) -> None:
         record, self._open = self._open, None
         if self.start is not None and record is not None:
             record.bits, record.begins = bits, begins
-            if anchor is not None and not begins:
-                record.anchor = Anchor(anchor, _versions(anchor))
+            if anchored and not begins:
+                record.anchor = Anchor(self.intact_state(), self.versions)
             self.records.append(record)
         else:
             self.records.append(None)
