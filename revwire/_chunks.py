@@ -1,16 +1,18 @@
 """Units that run in chunks: of the batch, or of the tokens where a branch treats each by itself. Each chunk is rebuilt by itself.
 
 Note [What may be cut]
-    Along a dimension, F may be cut where F(x)[i] depends on x[i] alone. That is measured on the example, with the model in eval mode
+    Along a dimension, F may be cut where F(x)[i] depends on x[i] alone. That is found on the example, with the model in eval mode
     (without dropout): a random half of the elements along the dimension is exchanged for others, and the results of the other half must
     stay the same to the bit, and the other way round; and the chunks, computed alone, must give what the whole gives (up to the rounding
-    of matrix products of another size), so that F does not count positions either. Branches that write buffers (batch statistics) are
-    never cut. Branches that draw random numbers are cut along the batch alone: a mask over tokens that a whole sample shares must be one.
+    of matrix products of another size), so that F does not count positions either. Weights are moved a little meanwhile: a part of a
+    branch that begins as zero (an output layer, a gate) hides what it will do once it has been trained. Branches that write buffers
+    (batch statistics) are never cut. Branches that draw random numbers are cut along the batch alone: a mask over tokens that a whole
+    sample shares must be one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -262,12 +264,34 @@ def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], 
         return none
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves(evaluate(unit, host, x, extras)[1])):
         return none  # side outputs would have to be joined
+    with _moved_weights(unit.modules(host)):
+        return _found(unit, host, x, extras, count)
+
+
+def _found(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> _Found:
     for slices in (False, True):
         dims = tuple(d for d in range(x.dim() - 1) if _may_be_cut(unit, host, x, extras, d, count, slices=slices and d == BATCH))
         if BATCH in dims or (dims and slices):
             return _Found(x.dim(), dims, slices and BATCH in dims)
         whole_only = dims
     return _Found(x.dim(), whole_only, False)
+
+
+@contextmanager
+def _moved_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give the modules, and all below them, other weights near their own, none of them zero."""
+    kept = [(m, name, p) for root in modules for m in root.modules() for name, p in m._parameters.items() if p is not None]
+    moved: dict[int, nn.Parameter] = {}
+    try:
+        for module, name, p in kept:
+            if p.is_floating_point() and id(p) not in moved:
+                size = 0.1 * float(p.detach().float().square().mean().sqrt()) + 0.01 if p.numel() else 0.0
+                moved[id(p)] = nn.Parameter(p.detach() + size * torch.randn_like(p), requires_grad=p.requires_grad)
+            module._parameters[name] = moved.get(id(p), p)
+        yield
+    finally:
+        for module, name, p in kept:
+            module._parameters[name] = p
 
 
 def _may_be_cut(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], dim: int, count: int, *, slices: bool) -> bool:
@@ -301,8 +325,8 @@ def _independent(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
     for stay in (chosen[: size // 2], chosen[size // 2 :]):
         mixed = other.index_copy(dim, stay, x.index_select(dim, stay))
         again = evaluate(unit, host, mixed, extras)[0]
-        if not torch.equal(again.index_select(dim, stay), whole.index_select(dim, stay)):
-            return False
+        if not torch.equal(again.index_select(dim, stay), whole.index_select(dim, stay)) or torch.equal(again, whole):
+            return False  # the second: it does not depend on its input at all, so nothing can be learned
     return True
 
 

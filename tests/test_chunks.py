@@ -107,6 +107,37 @@ class BatchNorm(nn.Module):
         return self.norm(self.linear(x))
 
 
+class Gated(nn.Module):
+    """A linear layer, and beside it attention that begins as nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.attention, self.gate = nn.Linear(WIDTH, WIDTH), Attention(), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.linear(x) + self.gate * self.attention(x)
+
+
+class ZeroOut(Attention):
+    """Attention whose output layer begins as zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        return self.out(super().forward(x))
+
+
+class Constant(nn.Module):
+    """Nothing can be learned from a branch that does not look at its input."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
 def linear():
     return nn.Linear(WIDTH, WIDTH)
 
@@ -147,6 +178,9 @@ def step(model, *inputs):
         (Positions, (0,)),
         (convolution, (0,)),
         (DroppedSamples, (0,)),
+        (Gated, (0,)),
+        (ZeroOut, (0,)),
+        (Constant, ()),
         (MeanOverBatch, (1,)),
         (BatchNorm, ()),
     ],

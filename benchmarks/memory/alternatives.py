@@ -164,6 +164,8 @@ METHODS: dict[str, Method] = {
     "memcnn": memcnn,
     "revwire bdia 1/16": reversible(coupling="bdia:1/16"),
     "revwire re2tal": reversible(coupling="re2tal"),
+    "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),
+    "revwire re2tal, 4 chunks": reversible(coupling="re2tal", chunks=4),
     "revwire bdia 1/16, least by the planner": reversible(coupling="bdia:1/16", memory_budget="least"),
     "revwire re2tal, least by the planner": reversible(coupling="re2tal", memory_budget="least"),
 }
