@@ -39,6 +39,10 @@ Exact = Annotated[
 ]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="only these modules; repeatable")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="not these modules; repeatable")]
+ChunkCount = Annotated[int | None, typer.Option("--chunks", help="run units in so many chunks of the batch, or of tokens")]
+MemoryBudget = Annotated[
+    str | None, typer.Option("--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits")
+]
 Train = Annotated[bool, typer.Option("--train/--eval", help="the mode the model is in")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="load the zoo's weights (from its hub)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -53,6 +57,8 @@ def plan_command(
     exact: Exact = None,
     include: Include = None,
     exclude: Exclude = None,
+    chunks: ChunkCount = None,
+    memory_budget: MemoryBudget = None,
     train: Train = True,
     pretrained: Pretrained = False,
     json_: Json = False,
@@ -60,8 +66,11 @@ def plan_command(
     """Show what would be rewired, and what stays and why. Changes nothing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
+        options = _given(
+            coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=_budget(memory_budget)
+        )
         with _working("tracing"):
-            plan = revwire.plan(network, inputs, **_given(coupling=coupling, exact=exact, include=include, exclude=exclude))
+            plan = revwire.plan(network, inputs, **options)
     _show(plan, json_)
 
 
@@ -74,6 +83,8 @@ def verify_command(
     exact: Exact = None,
     include: Include = None,
     exclude: Exclude = None,
+    chunks: ChunkCount = None,
+    memory_budget: MemoryBudget = None,
     train: Train = True,
     pretrained: Pretrained = False,
     json_: Json = False,
@@ -81,7 +92,10 @@ def verify_command(
     """Convert, then check reconstruction and gradients. Exit code 1 where a check fails."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        _convert(network, inputs, _given(coupling=coupling, exact=exact, include=include, exclude=exclude))
+        options = _given(
+            coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=_budget(memory_budget)
+        )
+        _convert(network, inputs, options)
         with _working("checking reconstruction and gradients"):
             check = revwire.verify(network, inputs)
     _show(check, json_)
@@ -97,6 +111,8 @@ def profile_command(
     exact: Exact = None,
     include: Include = None,
     exclude: Exclude = None,
+    chunks: ChunkCount = None,
+    memory_budget: MemoryBudget = None,
     train: Train = True,
     pretrained: Pretrained = False,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds")] = 3,
@@ -105,7 +121,10 @@ def profile_command(
     """Convert, then measure memory and time against stored activations and checkpointing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        _convert(network, inputs, _given(coupling=coupling, exact=exact, include=include, exclude=exclude))
+        options = _given(
+            coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=_budget(memory_budget)
+        )
+        _convert(network, inputs, options)
         with _working(f"measuring three variants, {repeats} rounds"):
             profile = revwire.profile(network, inputs, repeats=repeats)
     _show(profile, json_)
@@ -160,6 +179,11 @@ def _shape(text: str) -> Shape:
     if not shape or min(shape) < 1:
         raise UsageError(f"got the input shape {text!r}; expected positive whole numbers, such as 1,3,224,224")
     return shape
+
+
+def _budget(text: str | None) -> int | str | None:
+    """A plain number on the command line is one of bytes."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _given(**options: Any) -> dict[str, Any]:
