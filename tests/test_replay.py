@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from cases import Case, each_fast_case
 from revwire import Bdia, Re2TAL
-from revwire._replay import Surroundings, buffers_kept, preserved_random_state
+from revwire._replay import Surroundings, Written, buffers_kept, preserved_random_state
 from revwire.testing import Step, check_gradients
 from toys import WIDTH, Convolution, Dropped, Linear, Oracle, PreNorm, Toy, inputs_of, stored, toy
 
@@ -173,3 +173,48 @@ def test_default_dtype_does_not_matter(case):
         Step.of(model, x, loss=lambda out: out.square().sum()).assert_like(true)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# -- buffers that are read and written ---------------------------------------------------------------------------------
+
+
+def copies_of(modules, *calls):
+    """What is kept of the buffers of some modules in each of a few forwards, and whether copies were made for it."""
+    out = []
+    for call in calls:
+        written = Written(modules)
+        call()
+        out.append((written.copies(), [copy is not None for _, _, buffers in written.before for *_, copy in buffers]))
+    return out
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None)], ids=["average", "cumulative"])
+def test_no_copies_of_batch_statistics_are_kept_and_but_once_made(norm):
+    x = torch.randn(2, 3, 4, 4)
+    (first, made), (second, made_again) = copies_of([norm], lambda: norm(x), lambda: norm(x))
+    assert not first
+    assert not second
+    assert all(made)
+    assert not any(made_again)
+
+
+def test_copies_of_buffers_that_a_forward_reads_and_writes_are_kept():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    power = layer.parametrizations.weight[0]
+    before = power._u.clone()
+    (first, _), (second, _), (still, _) = copies_of(
+        [power], *[lambda: layer(torch.randn(2, 3))] * 2, lambda: layer.eval()(torch.randn(2, 3))
+    )
+    assert first.keys() == second.keys() == {(id(power), "_u"), (id(power), "_v")}
+    assert torch.equal(first[id(power), "_u"], before)
+    assert not torch.equal(first[id(power), "_u"], second[id(power), "_u"])
+    assert not still
+
+
+def test_a_buffer_that_is_replaced_needs_no_copy():
+    module = nn.Module()
+    module.register_buffer("average", torch.ones(2))
+    before = module.average
+    _, (kept, made) = copies_of([module], lambda: None, lambda: setattr(module, "average", before * 0.5))
+    assert not any(made)
+    assert kept == {(id(module), "average"): before}
