@@ -125,6 +125,13 @@ def joined(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
     return out
 
 
+def concatenated(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
+    """These parts as one tensor through which gradients flow, in the layout of another (`torch.cat` knows no transposed one)."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    out = torch.cat([part.permute(order) for part in parts], order.index(dim)).permute([order.index(d) for d in range(like.dim())])
+    return out if out.stride() == like.stride() else torch.empty_like(like).copy_(out)
+
+
 # -- how many ----------------------------------------------------------------------------------------------------------
 
 

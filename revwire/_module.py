@@ -36,7 +36,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire import _engine
-from revwire._chunks import Chunk, Cut, Prober, parts_of, views_of
+from revwire._chunks import Chunk, Cut, Prober, concatenated, parts_of, views_of
 from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
@@ -294,7 +294,7 @@ class Chain:
             for i, chunk in enumerate(chunks):
                 f, sides = tape.branch_on(chunk, unit, host, parts[i], extras)
                 outs.append(_engine.step(tape, unit, before[i], values[i], f))
-            out = torch.cat(outs, chunks[0].dim)
+            out = concatenated(outs, chunks[0].dim, current)
             tape.join(out, unit)
         return self._give_out(link, out, current, _result_dtype(unit, x, f)), sides
 

@@ -288,6 +288,46 @@ def test_gradients_and_random_state_are_those_of_stored_activations(case, name, 
         assert torch.equal(a, b) if case.exact else (a - b).abs().amax() <= case.stored * max(1, b.abs().amax())
 
 
+class Patches(nn.Module):
+    """Tokens that lie transposed in memory, as a patch embedding leaves them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.net = nn.Conv2d(3, WIDTH, 4, 4), Net(Attention)
+
+    def forward(self, images):
+        return self.net(self.embed(images).flatten(2).mT)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("exact", [True, False])
+def test_streams_that_lie_transposed_in_memory(batch, exact):
+    images = torch.randn(batch, 3, 16, 16)
+    model = revwire.convert(Patches(), images, coupling="re2tal", exact=exact, chunks=2)
+    check = revwire.verify(model, images)
+    assert check.bit_exact if exact else check.gradient_error < 1e-5
+
+
+def test_images_in_channels_last_layout():
+    images = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
+    branches = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(3)]
+
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList(branches).to(memory_format=torch.channels_last)
+
+        def forward(self, x):
+            for branch in self.branches:
+                x = x + branch(x)
+            return x
+
+    model = revwire.convert(Images(), images, chunks=2)
+    assert [u.chunks for u in revwire.report(model).units] == [2, 2, 2]
+    assert revwire.verify(model, images).bit_exact
+    assert model(images).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("coupling", ["bdia", "bdia-random:1/2", "re2tal", "momentum:1/8"])
 @pytest.mark.parametrize(("chunks", "parts"), [(2, 2), (4, 3), (64, 6)])
 def test_couplings_and_counts(coupling, chunks, parts):
