@@ -166,8 +166,8 @@ METHODS: dict[str, Method] = {
     "revwire re2tal": reversible(coupling="re2tal"),
     "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),
     "revwire re2tal, 4 chunks": reversible(coupling="re2tal", chunks=4),
-    "revwire bdia 1/16, least by the planner": reversible(coupling="bdia:1/16", memory_budget="least"),
-    "revwire re2tal, least by the planner": reversible(coupling="re2tal", memory_budget="least"),
+    "revwire bdia 1/16, planned for least memory": reversible(coupling="bdia:1/16", memory_budget="least"),
+    "revwire re2tal, planned for least memory": reversible(coupling="re2tal", memory_budget="least"),
 }
 
 _BDIA = ("bdia:1/2", "bdia:1/4", "bdia:1/8", "bdia:1/16", "bdia-random:1/2")

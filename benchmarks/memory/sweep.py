@@ -29,7 +29,7 @@ from revwire.measure import peak_bytes
 _EVERY = {**COUPLINGS, **METHODS}
 RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
 SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
-LEAST = tuple(m for m in METHODS if m.endswith("planner"))
+LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
 CHUNKED = tuple(m for m in METHODS if m.endswith("chunks"))
 MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
 
