@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
@@ -122,13 +122,8 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64)) if words else torch.equal(a, b)
 
 
-class Place(NamedTuple):
-    """Where a module holds a tensor: in its table of parameters (``is_weight``) or of buffers."""
-
-    table: dict[str, Any]
-    name: str
-    tensor: Tensor
-    is_weight: bool
+Place = tuple[dict[str, Any], str, Tensor, bool]
+"""Where a module holds a tensor: (its table of parameters or of buffers, the name, the tensor, whether it is a parameter)."""
 
 
 @dataclass(slots=True)
@@ -155,14 +150,15 @@ class Inventory:
             if module is None or id(module) in seen:
                 continue
             seen.add(id(module))
-            for name, weight in module._parameters.items():
+            table = module._parameters
+            for name, weight in table.items():
                 if weight is not None:
                     out.weights.append((weight, version_of(weight)))
-                    out.places.append(Place(module._parameters, name, weight, True))
+                    out.places.append((table, name, weight, True))
             if module._buffers:
                 if any(_is_written(b) for b in module._buffers.values()):
                     out.writers.append(module)
-                out.places += [Place(module._buffers, name, b, False) for name, b in module._buffers.items() if b is not None]
+                out.places += [(module._buffers, name, b, False) for name, b in module._buffers.items() if b is not None]
             if module._modules:
                 todo.extend(module._modules.values())
         return out
@@ -187,8 +183,8 @@ class Homes(dict[int, ReferenceType[Tensor]]):
 
     def note(self, module: nn.Module) -> None:
         """Learn the tensors of a module and of all below it."""
-        for gone in [i for i, known in self.items() if known() is None]:
-            del self[gone]
+        for gone in [i for i, known in list(self.items()) if known() is None]:  # replicas do this in several threads at once
+            self.pop(gone, None)
         self.update({id(t): ref(t) for t in (*module.parameters(), *module.buffers())})
 
     def have(self, t: Tensor) -> bool:
@@ -199,15 +195,16 @@ class Homes(dict[int, ReferenceType[Tensor]]):
 
 def lent(places: list[Place], homes: Homes) -> list[Place]:
     """The places in which a tensor stood that was only lent, and has gone; see Note [Weights that are exchanged]."""
-    return [p for p in places if p.table.get(p.name) is not p.tensor and _was_lent(p, p.table.get(p.name), homes)]
+    return [place for place in places if place[0].get(place[1]) is not place[2] and _was_lent(place, homes)]
 
 
-def _was_lent(place: Place, now: Any, homes: Homes) -> bool:
-    then = place.tensor
+def _was_lent(place: Place, homes: Homes) -> bool:
+    table, name, then, is_weight = place
+    now: Any = table.get(name)
     if type(now) not in _PLAIN or type(then) not in _PLAIN or (then.numel() and not then.untyped_storage().nbytes()):
         return False  # FSDP manages it
     one_is_no_parameter = type(now) is not type(then) or type(now) is Tensor
-    return homes.have(now) or (place.is_weight and one_is_no_parameter)
+    return homes.have(now) or (is_weight and one_is_no_parameter)
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -216,14 +213,14 @@ _PLAIN = (Tensor, nn.Parameter)
 @contextmanager
 def put_back(places: list[Place]) -> Iterator[None]:
     """Put tensors back where they stood."""
-    now = [p.table[p.name] for p in places]
+    now = [table[name] for table, name, _, _ in places]
     try:
-        for p in places:
-            p.table[p.name] = p.tensor
+        for table, name, tensor, _ in places:
+            table[name] = tensor
         yield
     finally:
-        for p, t in zip(places, now, strict=True):
-            p.table[p.name] = t
+        for (table, name, _, _), tensor in zip(places, now, strict=True):
+            table[name] = tensor
 
 
 Copies = dict[tuple[int, str], Tensor]

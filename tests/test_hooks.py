@@ -77,6 +77,22 @@ def test_hooks_on_such_a_module_before_conversion_run_inside_of_one_whole_unit()
     assert_same_step(model, reference, X)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # it takes a tuple, in which PyTorch does not look for gradients
+def test_backward_hooks_on_a_module_that_must_be_opened():
+    """After conversion they could not run; before, the block is one whole unit, and they run inside."""
+    model = revwire.convert(with_inner(), X)
+    model.blocks[0].inner.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(revwire.CaptureError, match=r"blocks\.0: .* must open a Inner on which hooks are registered"):
+        model(X)
+    model, fired = with_inner(), []
+    for b in model.blocks:
+        b.inner.register_full_backward_hook(lambda m, into, out: fired.append(out[0]))
+    revwire.convert(model, X)
+    assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
+    model(X.clone().requires_grad_())[0].sum().backward()
+    assert len(fired) == 3
+
+
 # -- backward hooks on rewired modules ---------------------------------------------------------------------------------
 
 
