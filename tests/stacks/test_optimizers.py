@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -431,3 +432,46 @@ def test_a_checkpoint_behind_a_functional_call(reentrant: bool) -> None:
     loss = torch.func.functional_call(model, weights, (Transformer.example(),)).sum()
     with pytest.raises(revwire.ReconstructionError, match=r"a torch\.utils\.checkpoint inside of it would run again without them"):
         loss.backward()
+
+
+def test_parameters_that_take_the_place_of_ones_from_after_conversion_are_refused() -> None:
+    """They look like a weight that was replaced between forward and backward; plain tensors do not."""
+    model = converted(Transformer)
+    up = model.blocks[1].mlp.up
+    up.weight = nn.Parameter(up.weight.detach().clone())
+    for kind in ("tensors", "parameters"):
+        leaves, weights = other_weights(model, kind)
+        loss = torch.func.functional_call(model, weights, (Transformer.example(),)).sum()
+        with nullcontext() if kind == "tensors" else pytest.raises(revwire.ReconstructionError, match=r"blocks\.1\.mlp .*weights"):
+            loss.backward()
+        assert all(t.grad is not None for t in leaves) == (kind == "tensors")
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_buffer_that_is_written_after_a_while_is_found_and_then_followed() -> None:
+    class Late(Averaged):
+        writes = False
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            if self.writes:
+                self.average.mul_(0.9)
+            return weight / self.average
+
+    model = converted(Transformer)
+    for block in model.blocks:
+        parametrize.register_parametrization(block.mlp.up, "weight", Late())
+    x = Transformer.example()
+    model(x).sum().backward()
+    for block in model.blocks:
+        block.mlp.up.parametrizations.weight[0].writes = True
+    with pytest.raises(revwire.ReconstructionError, match=r"blocks\.\d\.mlp "):
+        model(x).sum().backward()
+    twin = copy.deepcopy(model)
+    model.zero_grad()
+    twin.zero_grad()
+    for m in (model, twin):
+        with revwire.stored_activations(m) if m is twin else nullcontext():
+            torch.manual_seed(0)
+            m(x).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
