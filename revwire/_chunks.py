@@ -126,9 +126,11 @@ def joined(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
 
 
 def concatenated(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
-    """These parts as one tensor through which gradients flow, in the layout of another (`torch.cat` knows no transposed one)."""
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
-    out = torch.cat([part.permute(order) for part in parts], order.index(dim)).permute([order.index(d) for d in range(like.dim())])
+    """These parts as one tensor through which gradients flow, in the layout of another (`torch.cat` knows no transposed one).
+
+    It is never a view: FSDP2, and backward hooks, hand a view of it to the next block, and the chain goes on behind that.
+    """
+    out = torch.cat(list(parts), dim)
     return out if out.stride() == like.stride() else torch.empty_like(like).copy_(out)
 
 
