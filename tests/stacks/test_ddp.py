@@ -22,14 +22,18 @@ STACK = "DistributedDataParallel"
 SMALL_BUCKETS = 0.003  # MB: several for each block, so that their order can be seen
 
 
-def trains(rank: int, folder: Path) -> None:
+def trains(rank: int, folder: Path, chunks: int | None = None) -> None:
     for network in (Transformer, ConvolutionNet):
         data = batches(network, seed=rank)
 
         def run(model: nn.Module, data=data) -> Run:
             return train(model, data, call=DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS), seed=rank)
 
-        assert_trains_as_stored(network, run)
+        assert_trains_as_stored(network, run, chunks=chunks)
+
+
+def trains_in_chunks(rank: int, folder: Path) -> None:
+    trains(rank, folder, chunks=2)
 
 
 def hooked(rank: int, folder: Path) -> None:
@@ -131,7 +135,10 @@ def convert_a_wrapped_model(rank: int, folder: Path) -> str:
     return str(caught.value)
 
 
-CHECKS = {c.__name__: c for c in (trains, hooked, accumulates, unused, communicates_early, collective_in_a_branch, convert_a_wrapped_model)}
+CHECKS = {
+    c.__name__: c
+    for c in (trains, trains_in_chunks, hooked, accumulates, unused, communicates_early, collective_in_a_branch, convert_a_wrapped_model)
+}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,12 @@ def found() -> dict[str, str]:
 @works(STACK, "training; batch statistics")
 def test_training(found: dict[str, str]) -> None:
     passed(found, "trains")
+
+
+@needs_gloo
+@works(STACK, "units in chunks (`chunks=`)")
+def test_chunks(found: dict[str, str]) -> None:
+    passed(found, "trains_in_chunks")
 
 
 @needs_gloo

@@ -40,14 +40,14 @@ def sharded(model: nn.Module, by: str, **options: Any) -> nn.Module:
     return model
 
 
-def trains(rank: int, folder: Path, *, by: str, network: Any = Transformer, **options: Any) -> list[float]:
+def trains(rank: int, folder: Path, *, by: str, network: Any = Transformer, chunks: int | None = None, **options: Any) -> list[float]:
     """The losses; warnings of revwire (a chain that begins anew, say) are errors."""
     warnings.filterwarnings("error", message=r".*\(chain \d+\)")
 
     def run(model: nn.Module) -> Run:
         return train(sharded(model, by, **options), batches(network, seed=rank), seed=rank)
 
-    return assert_trains_as_stored(network, run).losses
+    return assert_trains_as_stored(network, run, chunks=chunks).losses
 
 
 def hooked(rank: int, folder: Path, *, by: str, exchanging: bool, **options: Any) -> None:
@@ -140,6 +140,7 @@ def convert_a_wrapped_model(rank: int, folder: Path) -> str:
 CHECKS = {
     **{f"by_{by}": partial(trains, by=by) for by in ("unit", "block", "root")},
     **{f"by_{by}_with_statistics": partial(trains, by=by, network=ConvolutionNet) for by in ("unit", "block", "root")},
+    **{f"chunks_by_{by}": partial(trains, by=by, chunks=2) for by in ("unit", "block", "root")},
     "keeps_whole_weights": partial(trains, by="block", reshard_after_forward=False),
     "keeps_whole_weights_of_units": partial(trains, by="unit", reshard_after_forward=False),
     **{f"half_by_{by}": partial(trains, by=by, mp_policy=HALF) for by in ("unit", "block", "root")},
@@ -161,6 +162,12 @@ def test_training(found: dict[str, str], by: str) -> None:
     losses = passed(found, f"by_{by}")
     passed(found, f"by_{by}_with_statistics")
     assert losses == passed(found, "by_root"), "the chain is another function when it is sharded otherwise"
+
+
+@needs_gloo
+@works(STACK, "units in chunks (`chunks=`)")
+def test_chunks(found: dict[str, str]) -> None:
+    assert passed(found, "chunks_by_unit") == passed(found, "chunks_by_block") == passed(found, "chunks_by_root")
 
 
 @needs_gloo

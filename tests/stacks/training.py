@@ -126,9 +126,11 @@ def train(
     return run.finish(model)
 
 
-def assert_trains_as_stored(make: Callable[[], nn.Module], run: Callable[[nn.Module], Run], **how: object) -> Run:
+def assert_trains_as_stored(
+    make: Callable[[], nn.Module], run: Callable[[nn.Module], Run], *, chunks: int | None = None, **how: object
+) -> Run:
     """``run`` trains a converted model as it trains the same model with stored activations; returns the former."""
-    model, twin = converted(make), converted(make)
+    model, twin = converted(make, chunks=chunks), converted(make, chunks=chunks)
     reversible = run(model)
     with revwire.stored_activations(twin):
         reversible.assert_like(run(twin), **how)  # type: ignore[arg-type]
