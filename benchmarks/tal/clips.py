@@ -361,6 +361,7 @@ class Clips(Dataset[Clip]):
         normalize: (mean, std) of pixels between 0 and 255; None: frames stay uint8.
         seed: of random choices.
         threads: of each decoder.
+        keep: hold each video in memory, whole and scaled, once it is decoded.
 
     Raises:
         ValueError: no video is left.
@@ -378,7 +379,9 @@ class Clips(Dataset[Clip]):
         normalize: tuple[Sequence[float], Sequence[float]] | None = (MEAN, STD),
         seed: int = 0,
         threads: int = 1,
+        keep: bool = False,
     ) -> None:
+        self.kept: dict[Path, Tensor] | None = {} if keep else None
         self.files, self.sampling, self.transform = files, sampling, transform
         self.short_side, self.training, self.normalize, self.seed, self.threads = short_side, training, normalize, seed, threads
         self.missing = tuple(video.id for video in annotations.videos if video.id not in files)
@@ -423,8 +426,20 @@ class Clips(Dataset[Clip]):
         # A truncated file keeps its grid: the frames that it lacks are replaced, and actions stay where they are.
         length = max(where.frames, said) if where.frames < said - videos.SLACK * where.fps else where.frames
         plan = self.sampling.plan(video, length, where.fps, part, np.random.default_rng(seeds))
-        pixels = videos.read(path, plan.numbers, short_side=self.short_side, lenient=True, threads=self.threads)
+        pixels = self._pixels(path, plan.numbers, length)
         return self._made(video, plan, self._transformed(pixels, seeds))
+
+    def _pixels(self, path: Path, numbers: NDArray[np.int64], length: int) -> Tensor:
+        """Frames (n, 3, height, width) of these numbers, of a file that should have ``length``."""
+
+        def read(wanted: NDArray[np.int64]) -> Tensor:
+            return videos.read(path, wanted, short_side=self.short_side, lenient=True, threads=self.threads)
+
+        if self.kept is None:
+            return read(numbers)
+        if path not in self.kept:
+            self.kept[path] = read(np.arange(length))
+        return self.kept[path][torch.from_numpy(numbers)]
 
     def _transformed(self, pixels: Tensor, seeds: np.random.SeedSequence) -> Tensor:
         with torch.random.fork_rng(devices=[]):

@@ -59,6 +59,7 @@ class Data:
         exclude: JSON list of ids that are left out, or null.
         class_scores: file of video-level scores that are fused with detections, or null; of its best ``class_scores_top`` classes.
         workers: processes that decode videos, per training process.
+        keep: whether videos stay in memory, whole, once they are decoded: for small data that is gone through many times.
     """
 
     root: str | None
@@ -73,6 +74,7 @@ class Data:
     class_scores: str | None
     class_scores_top: int
     workers: int
+    keep: bool
 
 
 @dataclass(frozen=True)

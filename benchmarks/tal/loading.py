@@ -212,6 +212,7 @@ def dataset(config: Config, of: Annotations, training: bool, folder: Path | None
         training=training,
         normalize=None,  # the backbone does that, on its own device
         seed=config.seed,
+        keep=config.data.keep,
     )
 
 

@@ -31,6 +31,9 @@ ACTIONS = ("advance", "rise", "sequence")
 TEST_EVERY = 3
 """One video of so many is for validation; the others are for training."""
 
+RADIUS = 0.23
+"""Of a patch that acts, as a share of the picture."""
+
 Floats = NDArray[np.float32]
 THREE = np.array([[230, 50, 50], [50, 230, 50], [60, 80, 240]], dtype=np.float32)
 
@@ -90,9 +93,9 @@ def _entry(number: int, frames: int, acts: Sequence[Act]) -> dict[str, Any]:
 
 
 def script(duration: float, rng: np.random.Generator) -> list[Act]:
-    """Two rows of acts, one after the other with breaks: the first row's are actions more often than not, the second one's never."""
+    """Three rows of acts, one after the other with breaks: the first row's are actions more often than not, the others' never."""
     acts = []
-    for chance in (0.6, 0.0):
+    for chance in (0.6, 0.0, 0.0):
         clock = rng.uniform(0.0, 1.5)
         while (length := rng.uniform(1.0, 1.0 + 3.5 * rng.random())) and clock + length <= duration:
             kind = str(rng.choice(ACTIONS))
@@ -182,7 +185,7 @@ def _perform(film: Floats, act: Act, rng: np.random.Generator) -> None:
     """Draw an act into its frames."""
     first, last = round(act.start * FPS), min(round(act.end * FPS), len(film))
     size = film.shape[1]
-    patch = Patch.random(rng, size, rng.uniform(0.2, 0.8, 2) * size, radius=0.2)
+    patch = Patch.random(rng, size, rng.uniform(0.2, 0.8, 2) * size, radius=RADIUS)
     kind = act.kind if act.kind in ACTIONS else str(rng.choice(ACTIONS))
     _paint(film[first:last], patch.cover(size), patch.look(size, kind, _turns(act, kind, last - first, rng)))
 

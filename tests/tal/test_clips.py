@@ -221,6 +221,15 @@ def test_frames_are_those_of_the_plan(drawn):
     assert clip.timing.offset == 16
 
 
+def test_videos_that_are_kept_are_decoded_once(drawn, monkeypatch):
+    keys = [(turn, index) for turn in range(3) for index in range(3)]
+    plain, kept, decoded = data(drawn, training=True), data(drawn, training=True, keep=True), []
+    expected, read_file = [plain[key] for key in keys], videos.read
+    monkeypatch.setattr(videos, "read", lambda path, *args, **options: decoded.append(path) or read_file(path, *args, **options))
+    assert all(same(kept[key], clip) for key, clip in zip(keys, expected, strict=True))
+    assert sorted(decoded) == sorted(drawn[1].values())
+
+
 def test_all_frames_of_a_clip_are_changed_alike():
     still = torch.randint(0, 255, (1, 3, 40, 40), dtype=torch.uint8).expand(6, -1, -1, -1)
     for scale in ((0.08, 1.0), None):

@@ -63,7 +63,7 @@ def test_every_kind_of_act_comes_up():
     forward = [a for a in acts if a.forward]
     assert {a.kind for a in forward} == set(ACTIONS)
     assert {a.kind for a in acts if not a.forward} == {*ACTIONS, "stand", "tremble"}
-    assert 0.2 < len(forward) / len(acts) < 0.5
+    assert 0.12 < len(forward) / len(acts) < 0.35
     lengths = [a.end - a.start for a in forward]
     assert max(lengths) > 2.5 * min(lengths)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class VideoSwin(nn.Module):
         mlp_ratio: hidden channels of the MLPs / channels.
         qkv_bias, patch_norm: whether queries, keys and values have a bias, and patches a norm.
         drop_path_rate: probability that the last residual branch is dropped, per sample; it grows linearly from 0 at the first block.
+        weight_std: of the first weights of linear maps; narrow networks learn sooner from larger ones, about 1 / √channels.
     """
 
     anchor = "patch_embed.proj.weight"
@@ -59,6 +61,7 @@ class VideoSwin(nn.Module):
         qkv_bias: bool = True,
         patch_norm: bool = True,
         drop_path_rate: float = 0.0,
+        weight_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbedding(_size(patch_size), embed_dim, patch_norm)
@@ -75,7 +78,7 @@ class VideoSwin(nn.Module):
         self.channels = embed_dim * 2 ** (len(depths) - 1)
         self.norm3 = nn.LayerNorm(self.channels)
         self.frame_stride = patch_size[0]
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=weight_std))
 
     @staticmethod
     def own_name(published: str) -> str:
@@ -264,9 +267,9 @@ def _size(values: Sequence[int]) -> Size:
     return time, height, width
 
 
-def _initialise(module: nn.Module) -> None:
-    """Truncated normal weights and no bias, as published."""
+def _initialise(module: nn.Module, std: float) -> None:
+    """Truncated normal weights and no bias, as published (with 0.02)."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
