@@ -59,6 +59,7 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("ViT-S/16", (CHECKPOINT, BDIA, RE2TAL), depths=(48, 6, 96), batches=(2,)),
         Grid("ViT-S/16", (SEGMENTS, SELECTIVE, "momentumnet", "memcnn"), depths=(12, 24), batches=(2,)),
         Grid("ViT-S/16", CHUNKED, depths=(24, 12, 48), batches=(2,)),
+        Grid("ViT-S/16", (CHECKPOINT, BDIA, RE2TAL, *CHUNKED), depths=(24, 48), batches=(8,)),
         Grid("ViT-S/16", (COMPILED, *LEAST), depths=(12,), batches=(2,)),
         Grid("ViT-S/16", (SEGMENTS, STORED), depths=(48, 6), batches=(2,)),
     ),
