@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -57,15 +57,8 @@ class Choice:
         return BY_PATTERN[pattern] if chosen is None else chosen
 
     def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
-        """Raise where a glob matches none of the units, given by their names.
-
-        Raises:
-            ConversionError: names the glob, and some units.
-        """
-        for glob, _ in self.globs:
-            if not any(fnmatchcase(n, glob) for several in names for n in several):
-                some = ", ".join(several[0] for several in names[:3])
-                raise ConversionError(f"coupling: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")
+        """`refuse_idle_globs` for those of the couplings."""
+        refuse_idle_globs("coupling", [glob for glob, _ in self.globs], names)
 
     def arithmetic(self, where: str, couplings: Sequence[Coupling]) -> tuple[bool, int | None]:
         """(fixed-point streams?, units between anchors) of a chain with these couplings; ``where`` names it in errors.
@@ -98,6 +91,18 @@ class Choice:
         while spacing < len(couplings) and _float_error([worst] * (spacing + 1)) <= self.tolerance / 10:
             spacing += 1
         return spacing
+
+
+def refuse_idle_globs(option: str, globs: Iterable[str], names: Sequence[tuple[str, ...]]) -> None:
+    """Raise where a glob matches none of the units, given by their names.
+
+    Raises:
+        ConversionError: names the option, the glob, and some units.
+    """
+    for glob in globs:
+        if not any(fnmatchcase(n, glob) for several in names for n in several):
+            some = ", ".join(several[0] for several in names[:3])
+            raise ConversionError(f"{option}: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")
 
 
 def _float_error(couplings: Sequence[Coupling]) -> float:

@@ -71,12 +71,19 @@ class Cut:
         rank: dimensions of the stream for which that was found.
         dims: dimensions along which its branch treats every element by itself, the batch first.
         slices: whether its extra inputs are cut with the batch, where they have as many elements there.
+        kinds: of the extra inputs for which that was found; with others (a mask that the example had not) a unit runs whole.
     """
 
     count: int
     rank: int
     dims: tuple[int, ...]
     slices: bool
+    kinds: Kinds = ()
+
+    def chunks(self, x: Tensor, extras: tuple[Any, ...]) -> tuple[Chunk, ...]:
+        """The chunks in which the branch runs on this stream tensor and these extra inputs; none if it must stay whole."""
+        found = self.chunks_of(x.shape)
+        return found if found and kinds_of(extras, x) == self.kinds else ()
 
     def chunks_of(self, shape: Sequence[int]) -> tuple[Chunk, ...]:
         """The chunks of a stream of this shape, cut along the first dimension that has enough elements; none if it must stay whole."""
@@ -94,6 +101,21 @@ class Cut:
         if not self.slices or chunk.dim != BATCH:
             return extras
         return _sliced(extras, chunk, size)
+
+
+Kinds = tuple[Any, ...]
+
+
+def kinds_of(extras: tuple[Any, ...], x: Tensor) -> Kinds:
+    """How extra inputs go with the samples and tokens of ``x``: for each tensor, which of its sizes are 1, and whether it has a batch."""
+    batch = x.shape[BATCH] if x.dim() else 1
+
+    def kind(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return tuple(size == 1 for size in leaf.shape), batch > 1 and leaf.dim() > 0 and leaf.shape[BATCH] == batch
+
+    return tuple(map(kind, tree_leaves(extras)))
 
 
 def _sliced(extras: tuple[Any, ...], chunk: Chunk, size: int) -> tuple[Any, ...]:
@@ -155,18 +177,6 @@ def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:
     return next((count for glob, count in chunks.items() if any(fnmatchcase(n, glob) for n in names)), 1)
 
 
-def refuse_idle_globs(chunks: Chunks | None, names: Sequence[tuple[str, ...]]) -> None:
-    """Raise where a glob matches none of the units, given by their names.
-
-    Raises:
-        ConversionError: names the glob, and some units.
-    """
-    for glob in chunks if isinstance(chunks, Mapping) else ():
-        if not any(fnmatchcase(n, glob) for several in names for n in several):
-            some = ", ".join(several[0] for several in names[:3])
-            raise ConversionError(f"chunks: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")
-
-
 # -- what may be cut ---------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +184,7 @@ class _Found(NamedTuple):
     rank: int
     dims: tuple[int, ...]
     slices: bool
+    kinds: Kinds
 
 
 class Prober:
@@ -188,16 +199,26 @@ class Prober:
         self.found: dict[tuple[int, int], _Found] = {}
         self.draws: set[tuple[int, int]] = set()
         self.compares = True
+        self.looks = False  # at a unit, in whose branch others may lie
 
     def __call__(self, chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
-        key = id(chain), unit.index
-        with torch.no_grad(), preserved_random_state(accelerators_of([x])):
-            if self.compares:
-                found = _separable(unit, host, x.detach(), extras, self.count)
-                before = self.found.get(key, found)
-                self.found[key] = found if before.dims == found.dims else _Found(found.rank, (), False)
-            elif _draws(unit, host, x.detach(), extras):
-                self.draws.add(key)
+        if self.looks:
+            return
+        self.looks = True
+        try:
+            with torch.no_grad(), preserved_random_state(accelerators_of([x])):
+                self._look([(id(chain), place) for place in (unit.index, *unit.later)], unit, host, x.detach(), extras)
+        finally:
+            self.looks = False
+
+    def _look(self, keys: list[tuple[int, int]], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
+        if not self.compares:
+            self.draws.update(keys if _draws(unit, host, x, extras) else ())
+            return
+        found = _separable(unit, host, x, extras, self.count)
+        for key in keys:
+            same = self.found.get(key, found) == found  # a unit that runs several times
+            self.found[key] = found if same else found._replace(dims=())
 
     def cut(self, chain: Chain, place: int, count: int) -> Cut | None:
         """How the unit at a place of a chain may be cut into so many chunks, or None."""
@@ -206,7 +227,7 @@ class Prober:
         if count == 1 or found is None:
             return None
         dims = tuple(d for d in found.dims if d == BATCH or key not in self.draws)
-        return Cut(count, found.rank, dims, found.slices) if dims else None
+        return Cut(count, found.rank, dims, found.slices, found.kinds) if dims else None
 
 
 def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], count: int) -> Prober:
@@ -268,22 +289,15 @@ def _draws(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> b
 
 def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> _Found:
     """Along which dimensions the branch treats every element by itself; see Note [What may be cut]."""
-    none = _Found(x.dim(), (), False)
+    none = _Found(x.dim(), (), False, kinds_of(extras, x))
     if unit.assigned or Inventory.of(unit.modules(host)).writers or _draws(unit, host, x, extras):
         return none
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves(evaluate(unit, host, x, extras)[1])):
         return none  # side outputs would have to be joined
     with _moved_weights(unit.modules(host)):
-        return _found(unit, host, x, extras, count)
-
-
-def _found(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> _Found:
-    for slices in (False, True):
-        dims = tuple(d for d in range(x.dim() - 1) if _may_be_cut(unit, host, x, extras, d, count, slices=slices and d == BATCH))
-        if BATCH in dims or (dims and slices):
-            return _Found(x.dim(), dims, slices and BATCH in dims)
-        whole_only = dims
-    return _Found(x.dim(), whole_only, False)
+        slices = next((s for s in (False, True) if x.dim() > 1 and _may_be_cut(unit, host, x, extras, BATCH, count, slices=s)), None)
+        others = [d for d in range(1, x.dim() - 1) if _may_be_cut(unit, host, x, extras, d, count, slices=False)]
+    return none._replace(dims=(*([] if slices is None else [BATCH]), *others), slices=bool(slices))
 
 
 @contextmanager
@@ -332,7 +346,7 @@ def _independent(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
     chosen = torch.randperm(size, device=x.device)
     other = x.roll(1, dim).mul(-1.5).add(x.abs().mean())
     for stay in (chosen[: size // 2], chosen[size // 2 :]):
-        mixed = other.index_copy(dim, stay, x.index_select(dim, stay))
+        mixed = torch.empty_like(x).copy_(other).index_copy_(dim, stay, x.index_select(dim, stay))  # in the layout of x
         again = evaluate(unit, host, mixed, extras)[0]
         if not torch.equal(again.index_select(dim, stay), whole.index_select(dim, stay)) or torch.equal(again, whole):
             return False  # the second: it does not depend on its input at all, so nothing can be learned

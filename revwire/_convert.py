@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,8 +16,8 @@ from torch._compile import _disable_dynamo
 from revwire._adds import Candidate
 from revwire._budget import Budget, Cutting, fit, parse_budget
 from revwire._chains import Search, find_chains
-from revwire._choice import Anchors, Choice, Couplings
-from revwire._chunks import Chunks, Prober, probed, refuse_idle_globs, refuse_no_chunks, wanted
+from revwire._choice import Anchors, Choice, Couplings, refuse_idle_globs
+from revwire._chunks import Chunks, Prober, probed, refuse_no_chunks, wanted
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
@@ -200,7 +200,7 @@ def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
 def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None) -> Sequence[Cutting]:
     """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose."""
     names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
-    refuse_idle_globs(chunks, [n for several in names for n in several])
+    refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in names for n in several])
     wishes = [1, 2, 4, 8, 16] if chunks is None else [chunks]
     counts = [[[wanted(wish, n) for n in several] for several in names] for wish in wishes]
     most = max(c for wish in counts for several in wish for c in several)

@@ -205,11 +205,11 @@ class Chain:
         """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""
         return self.modes is not None and self.modes[place] == "stored"
 
-    def chunks(self, unit: Unit, tape: Tape, x: Tensor) -> tuple[Chunk, ...]:
-        """The chunks in which the unit that a tape has come to runs on ``x``; none where it runs whole."""
+    def chunks(self, unit: Unit, tape: Tape, x: Tensor, extras: tuple[Any, ...]) -> tuple[Chunk, ...]:
+        """The chunks in which the unit that a tape has come to runs on ``x`` and extra inputs; none where it runs whole."""
         place = unit.place(tape.position)
         cut = None if self.cuts is None or place is None or tape.plain else self.cuts[place]
-        return () if cut is None else cut.chunks_of(x.shape)
+        return () if cut is None else cut.chunks(x, extras)
 
     def drifted(self, error: float) -> None:
         """Hear of the relative error of a rebuilt state."""
@@ -241,7 +241,7 @@ class Chain:
         previous, current = link.carriers(x)
         if self.prober:
             self.prober(self, unit, host, x, extras)
-        chunks = self.chunks(unit, link.tape, x)
+        chunks = self.chunks(unit, link.tape, x, extras)
         if chunks and link.tape.rewinds and not self.stores(unit.place(link.tape.position) or 0):
             out, sides = self._in_chunks(chunks, link, (previous, current), unit, host, x, extras)
         else:

@@ -210,8 +210,66 @@ def test_extra_inputs_of_each_sample_are_cut_with_it():
     bias = torch.randn(6, 12, 12, requires_grad=True)
     for extra, slices in ((bias, True), (bias[:1], False), (bias[0], False)):
         model = revwire.convert(Net(Attention), (INPUTS, extra), chunks=3)
-        assert chains_of(model)[0].cuts[0] == Cut(3, 3, (0,), slices)
+        cut = chains_of(model)[0].cuts[0]
+        assert (cut.count, cut.rank, cut.dims, cut.slices) == (3, 3, (0,), slices)
         assert revwire.verify(model, (INPUTS, extra)).bit_exact
+
+
+def chunks_run(model, *inputs):
+    """Into how many chunks the first unit is cut in this call."""
+    seen, chain = [], chains_of(model)[0]
+    before = chain.chunks
+    chain.chunks = lambda *args: seen.append(before(*args)) or seen[-1]
+    try:
+        model(*inputs)
+    finally:
+        del chain.chunks
+    return len(seen[0]) or 1
+
+
+def test_extra_inputs_of_another_kind_than_in_the_example_let_a_unit_run_whole():
+    """Six samples of six tokens: whether a size of six is the batch cannot be told, and a mask that the example had not may be anything."""
+    bias = torch.randn(6, 12, 12)
+    model = revwire.convert(Net(Attention), (INPUTS, bias[:1]), chunks=3)
+    assert chunks_run(model, INPUTS, bias[:1]) == chunks_run(model, INPUTS[:3], bias[:1]) == 3
+    square = INPUTS[:, :6]
+    for inputs in ((INPUTS, bias), (square, torch.randn(6, 6)), (square, torch.randn(6, 6, 6))):
+        assert chunks_run(model, *inputs) == 1
+        assert revwire.verify(model, inputs).bit_exact
+    model = revwire.convert(Net(Attention), INPUTS, chunks=3)
+    assert chunks_run(model, INPUTS) == 3
+    assert chunks_run(model, INPUTS, bias) == 1
+    assert revwire.verify(model, (INPUTS, bias)).bit_exact
+
+
+def test_a_unit_that_its_chain_runs_through_again_is_cut_each_time():
+    class Shared(Net):
+        def __init__(self):
+            super().__init__(Attention, depth=1)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.blocks[0](x)
+            return x
+
+    model = revwire.convert(Shared(), INPUTS, chunks=3)
+    assert [u.chunks for u in revwire.report(model).units] == [3] * 6
+    check = revwire.verify(model, INPUTS)
+    assert check.bit_exact
+    assert len(check.units) == 18
+
+
+def test_chains_inside_of_branches():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = Net(Attention, depth=2), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.out(self.inner(x[:, ::2]).repeat_interleave(2, 1))
+
+    model = revwire.convert(Net(Inner, depth=2), INPUTS, chunks=2)
+    assert revwire.verify(model, INPUTS).bit_exact
 
 
 def test_a_unit_with_side_outputs_runs_whole():
@@ -306,6 +364,14 @@ def test_streams_that_lie_transposed_in_memory(batch, exact):
     model = revwire.convert(Patches(), images, coupling="re2tal", exact=exact, chunks=2)
     check = revwire.verify(model, images)
     assert check.bit_exact if exact else check.gradient_error < 1e-5
+
+
+def test_a_network_that_permutes_its_images():
+    timm = pytest.importorskip("timm")
+    images = torch.randn(2, 3, 32, 32)
+    model = revwire.convert(timm.create_model("convnext_atto"), images, chunks=2)
+    assert {u.chunks for u in revwire.report(model).units} == {2}
+    assert revwire.verify(model, images).bit_exact
 
 
 def test_images_in_channels_last_layout():

@@ -66,9 +66,7 @@ def plan_command(
     """Show what would be rewired, and what stays and why. Changes nothing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(
-            coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=_budget(memory_budget)
-        )
+        options = _given(coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=memory_budget)
         with _working("tracing"):
             plan = revwire.plan(network, inputs, **options)
     _show(plan, json_)
@@ -92,9 +90,7 @@ def verify_command(
     """Convert, then check reconstruction and gradients. Exit code 1 where a check fails."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(
-            coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=_budget(memory_budget)
-        )
+        options = _given(coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=memory_budget)
         _convert(network, inputs, options)
         with _working("checking reconstruction and gradients"):
             check = revwire.verify(network, inputs)
@@ -121,9 +117,7 @@ def profile_command(
     """Convert, then measure memory and time against stored activations and checkpointing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(
-            coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=_budget(memory_budget)
-        )
+        options = _given(coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=memory_budget)
         _convert(network, inputs, options)
         with _working(f"measuring three variants, {repeats} rounds"):
             profile = revwire.profile(network, inputs, repeats=repeats)
@@ -179,11 +173,6 @@ def _shape(text: str) -> Shape:
     if not shape or min(shape) < 1:
         raise UsageError(f"got the input shape {text!r}; expected positive whole numbers, such as 1,3,224,224")
     return shape
-
-
-def _budget(text: str | None) -> int | str | None:
-    """A plain number on the command line is one of bytes."""
-    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _given(**options: Any) -> dict[str, Any]:
