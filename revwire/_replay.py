@@ -62,6 +62,17 @@ def preserved_random_state(devices: tuple[torch.device, ...] = ()) -> Iterator[N
         set_random_states(before)
 
 
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Use deterministic kernels where PyTorch has them; where it has none, a warning says so."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def autocast_state(device_type: str) -> AutocastState:
     """(enabled, dtype) of autocast on a device type."""
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)

@@ -14,7 +14,7 @@ from revwire._convert import as_call, chains_of, report, stored_activations
 from revwire._engine import Tape
 from revwire._fresh import fresh_arguments
 from revwire._recording import tensors_in
-from revwire._replay import accelerators_of, buffers_kept, preserved_random_state
+from revwire._replay import accelerators_of, buffers_kept, deterministic_kernels, preserved_random_state
 from revwire._watch import counters_kept, python_random_kept
 
 _REPEATS = 8
@@ -164,14 +164,11 @@ def relative_error(got: Tensor, true: Tensor) -> float:
 def _left_as_found(model: nn.Module, example_inputs: Any) -> Iterator[None]:
     call = as_call(example_inputs)
     grads = [(p, p.grad) for p in model.parameters()]
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     devices = accelerators_of([*tensors_in((call.args, call.kwargs)), *model.parameters()])
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with preserved_random_state(devices), buffers_kept([model], only_training=False):
+        with deterministic_kernels(), preserved_random_state(devices), buffers_kept([model], only_training=False):
             yield
     finally:
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         for p, grad in grads:
             p.grad = grad
 
