@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_LEAST_PER_THREAD = 1 << 17
-"""Elements below which another thread costs more than it saves."""
+_LEAST_PER_THREAD = 1 << 21
+"""Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait beside it."""
 
 _LIMIT = 1 << 30
 """Integers stay below this magnitude, so that two of them can be added."""
@@ -60,7 +60,7 @@ def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, 
     bits = None
     if m and keep:
         bits = torch.empty(-(-previous.numel() // 8) * m, dtype=torch.uint8)
-        k.pack(_flat(previous), m, _flat(bits))
+        k.pack(_flat(previous), _groups(previous.numel(), m), numbers[4], _flat(bits))
     return Advanced(state, value, bits, in_range)
 
 
@@ -71,7 +71,7 @@ def retreat(
     k, out = _compiled(), torch.empty_like(following)
     if m:
         assert bits is not None
-        k.unpack(_flat(bits), m, _flat(out))
+        k.unpack(_flat(bits), _groups(out.numel(), m), _flat(out))
     _in_parts(k.retreat, (following, x, _like(f, x), out), k.numbers(a, c, m, negative, scale))
     return out
 
@@ -81,6 +81,30 @@ def read(state: Tensor, scale: int) -> Tensor:
     k, value = _compiled(), torch.empty_like(state, dtype=torch.float32)
     _in_parts(k.read, (state, value), k.numbers(0.0, 0.0, 0, False, scale))
     return value
+
+
+@lru_cache(maxsize=64)
+def _groups(n: int, m: int) -> Any:
+    """The layout of `_bits.pack_bits` for n values of m bits: planes of 4, 2 and 1 bits; the values that share a byte lie far apart.
+
+    Returns:
+        A row for each group of values that have the same place in their bytes: the first byte and the end of the plane, the group's
+        first value, the shift and the mask that cut its bits out, the shift to their place in the byte, whether it is the plane's first.
+    """
+    import numpy as np
+
+    rows, size, start, shift = [], -(-n // 8), 0, 0
+    for width in (4, 2, 1):
+        if m & width:
+            for i in range(8 // width):
+                first, left, span, wide, half = 0, 0, size * 4, width, i
+                while wide < 8:
+                    if half & 1:
+                        first, left = first + span, left + wide
+                    half, wide, span = half >> 1, wide * 2, span // 2
+                rows.append((start, start + size * width, first, shift, left, (1 << width) - 1, i == 0))
+            start, shift = start + size * width, shift + width
+    return np.array(rows, dtype=np.int64)
 
 
 def _like(f: Tensor, x: Tensor) -> Tensor:
@@ -170,53 +194,27 @@ def _compiled() -> _Kernels:
         return True
 
     @compiled
-    def place(i, width, size):  # type: ignore[no-untyped-def]
-        """Where the i-th group of values of a plane begins, and by how much they are shifted in its bytes."""
-        first, left, span = 0, 0, size * 4
-        while width < 8:
-            if i & 1:
-                first += span
-                left += width
-            i >>= 1
-            width *= 2
-            span //= 2
-        return first, left
+    def pack(previous, groups, half, packed):  # type: ignore[no-untyped-def]
+        n = len(previous)
+        for g in range(len(groups)):
+            start, end, first, shift, left, mask, fresh = groups[g]
+            plane = packed[start:end]
+            part = previous[first : max(first, min(n, first + len(plane)))]
+            for j in range(len(part)):
+                low = uint8(int32(int32(int32(part[j] + half) >> int32(shift)) & int32(mask)) << int32(left))
+                plane[j] = low if fresh else plane[j] | low
+            if fresh:
+                plane[len(part) :] = 0
 
     @compiled
-    def pack(previous, m, packed):  # type: ignore[no-untyped-def]
-        """The layout of `_bits.pack_bits`: planes of 4, 2 and 1 bits; the values that share a byte lie far apart."""
-        n, size = len(previous), (len(previous) + 7) // 8
-        half, start, shift = int32(1 << m >> 1), 0, 0
-        for width in (4, 2, 1):
-            if m & width:
-                plane = packed[start : start + size * width]
-                mask = int32((1 << width) - 1)
-                for i in range(8 // width):
-                    first, left = place(i, width, size)
-                    part = previous[first : min(n, first + len(plane))]
-                    for j in range(len(part)):
-                        low = uint8(int32(int32(int32(part[j] + half) >> int32(shift)) & mask) << int32(left))
-                        plane[j] = plane[j] | low if i else low
-                    if i == 0:
-                        plane[len(part) :] = 0
-                start += size * width
-                shift += width
-
-    @compiled
-    def unpack(packed, m, out):  # type: ignore[no-untyped-def]
-        n, size = len(out), (len(out) + 7) // 8
-        start, shift = 0, 0
-        for width in (4, 2, 1):
-            if m & width:
-                plane = packed[start : start + size * width]
-                mask = uint8((1 << width) - 1)
-                for i in range(8 // width):
-                    first, left = place(i, width, size)
-                    part = out[first : min(n, first + len(plane))]
-                    for j in range(len(part)):
-                        low = int32(int32(uint8(plane[j] >> uint8(left)) & mask) << int32(shift))
-                        part[j] = part[j] | low if start else low
-                start += size * width
-                shift += width
+    def unpack(packed, groups, out):  # type: ignore[no-untyped-def]
+        n = len(out)
+        for g in range(len(groups)):
+            start, end, first, shift, left, mask, _ = groups[g]
+            plane = packed[start:end]
+            part = out[first : max(first, min(n, first + len(plane)))]
+            for j in range(len(part)):
+                low = int32(int32(uint8(plane[j] >> uint8(left)) & uint8(mask)) << int32(shift))
+                part[j] = part[j] | low if shift else low
 
     return _Kernels(advance, retreat, read, pack, unpack, numbers)
