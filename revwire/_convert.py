@@ -94,10 +94,10 @@ def plan(
         anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
             the measured drift of float streams needs to stay within ``tolerance``.
         tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
-        chunks: run each unit in so many chunks of the batch, or of the tokens where its branch treats each by itself: a backward pass then
-            holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints. What may
-            be cut is found on the example, with the model in eval mode and once in train mode; other units run whole. None: whole units, or
-            under a memory budget, as few chunks as fit it.
+        chunks: run each unit in so many chunks of the batch, or of tokens or windows where its branch treats each by itself: a backward
+            pass then holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints.
+            Windows that cannot run together are a chunk each. What may be cut is found on the example, with the model in eval mode and
+            once in train mode; other units run whole. None: whole units, or under a memory budget, as few chunks as fit it.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
             inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
             the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed or reversible,
@@ -203,20 +203,20 @@ def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | 
     refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in names for n in several])
     wishes = [1, 2, 4, 8, 16] if chunks is None else [chunks]
     counts = [[[wanted(wish, n) for n in several] for several in names] for wish in wishes]
-    most = max(c for wish in counts for several in wish for c in several)
+    all_counts = {c for wish in counts for several in wish for c in several}
     try:
-        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), most)
+        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), all_counts)
     except ConversionError:
         if chunks is not None:
             raise
-        prober, counts = Prober(1), counts[:1]  # it does not run in eval mode: whole units are what there is
+        prober, counts = Prober([1]), counts[:1]  # it does not run in eval mode: whole units are what there is
 
     def cut(wish: list[list[int]]) -> None:
         for chain, several in zip(state.chains, wish, strict=True):
             chain.cuts = tuple(prober.cut(chain, place, count) for place, count in enumerate(several))
 
     ways = [partial(cut, wish) for wish in counts]
-    return ways if prober.found and any(found.dims for found in prober.found.values()) else ways[:1]
+    return ways if prober.cuts_something else ways[:1]
 
 
 def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cuttings: Sequence[Cutting]) -> Plan:

@@ -36,7 +36,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire import _engine
-from revwire._chunks import Chunk, Cut, Prober, concatenated, parts_of, views_of
+from revwire._chunks import Chunk, Cut, Prober, SharedDraws, concatenated, parts_of, views_of
 from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
@@ -290,8 +290,9 @@ class Chain:
         values = parts_of(current, chunks)  # made after the parts: gradients then add up in the order in which those of a whole unit do
         before = views_of(previous, chunks)
         with tape.in_chunks(unit):
-            outs = []
+            outs, draws = [], SharedDraws(x)
             for i, chunk in enumerate(chunks):
+                draws.before(chunk)
                 f, sides = tape.branch_on(chunk, unit, host, parts[i], extras)
                 outs.append(_engine.step(tape, unit, before[i], values[i], f))
             out = concatenated(outs, chunks[0].dim, current)

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revwire._chunks import joined, parts_of
+from revwire._chunks import SharedDraws, joined, parts_of
 from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
@@ -300,8 +300,9 @@ class Tape:
         """F_k(x_k), whole or chunk by chunk, where nothing will be rebuilt."""
         if not chunks:
             return evaluate(unit, host, x, extras)
-        cut, found = self._cut(unit), []
+        cut, found, draws = self._cut(unit), [], SharedDraws(x)
         for chunk, part in zip(chunks, parts_of(x, chunks), strict=True):
+            draws.before(chunk)
             f, sides = evaluate(unit, host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
             found.append(f)
         return torch.cat(found, chunks[0].dim), sides

@@ -69,6 +69,43 @@ class Windows(nn.Module):
         return self.attention(x.unflatten(1, (-1, 4))).flatten(1, 2)
 
 
+class ShiftedWindows(Windows):
+    """Attention within windows of four tokens that are shifted by two, masked at the border; of four tokens: one window."""
+
+    def forward(self, x):
+        n = x.shape[1]
+        if n <= 4:
+            return self.attention(x)
+        place = torch.arange(n).roll(-2)
+        side = (place >= n - 2).long() + 2 * (place < 2)
+        mask = torch.where(side[:, None] == side, 0.0, -100.0).unflatten(0, (-1, 4)).unflatten(-1, (-1, 4))
+        mask = torch.stack([mask[i, :, i] for i in range(n // 4)])
+        return self.attention(x.roll(-2, 1).unflatten(1, (-1, 4)), mask).flatten(1, 2).roll(2, 1)
+
+
+class DroppedWindows(ShiftedWindows):
+    """Whole samples are dropped; so are single results, with ``p``."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x):
+        out = super().forward(x)
+        return self.dropout(out * out.new_empty(len(x), 1, 1).bernoulli_(0.7)) if self.training else out
+
+
+class DroppedBatch(nn.Linear):
+    """All samples have the same fate."""
+
+    def __init__(self):
+        super().__init__(WIDTH, WIDTH)
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out * out.new_empty(1).bernoulli_(0.5) if self.training else out
+
+
 class Positions(nn.Module):
     """Adds what depends on the place of a token, counted from the first that it is given."""
 
@@ -177,7 +214,7 @@ def step(model, *inputs):
         (Windows, (0,)),
         (Positions, (0,)),
         (convolution, (0,)),
-        (DroppedSamples, (0,)),
+        (DroppedSamples, (0, 1)),
         (Gated, (0,)),
         (ZeroOut, (0,)),
         (Constant, ()),
@@ -190,6 +227,74 @@ def test_a_branch_is_cut_where_it_treats_each_by_itself(make, dims, chunks):
     model = revwire.convert(Net(make), INPUTS, chunks=chunks)
     assert dims_of(model) == [dims, (0, 1)]
     assert revwire.verify(model, INPUTS).bit_exact
+
+
+def windows_of(model):
+    """For each unit of the first block, the dimension along which it may be cut in windows, and where they end."""
+    return [[] if cut is None else [(w.dim, w.ends) for w in cut.windows] for cut in chains_of(model)[0].cuts[:2]]
+
+
+@pytest.mark.parametrize(
+    ("make", "ends", "lengths"),
+    [(Windows, (4, 8, 12), {2: [4, 4, 4], 3: [4, 4, 4]}), (ShiftedWindows, (2, 6, 10, 12), {2: [2, 4, 4, 2], 3: [2, 4, 4, 2]})],
+)
+@pytest.mark.parametrize("exact", [True, False])
+def test_windows_of_one_clip_run_each_by_itself(make, ends, lengths, exact):
+    for count, expected in lengths.items():
+        model = revwire.convert(Net(make), INPUTS[:1], chunks=count, exact=exact, coupling="re2tal")
+        assert windows_of(model) == [[(1, ends)], []]
+        cut = chains_of(model)[0].cuts[0]
+        assert [c.length for c in cut.chunks_of((1, 12, WIDTH))] == expected
+        assert revwire.verify(model, INPUTS[:1]).bit_exact or not exact
+        out = model(INPUTS[:1])
+        torch.testing.assert_close(out, revwire.convert(Net(make), INPUTS[:1], exact=exact, coupling="re2tal")(INPUTS[:1]))
+        assert revwire.verify(model, INPUTS).bit_exact or not exact  # there, the batch is cut
+
+
+def test_windows_that_may_run_together_are_few_chunks():
+    inputs = torch.randn(1, 32, WIDTH)
+    model = revwire.convert(Net(Windows), inputs, chunks={"*.branch": 3, "*": 5})
+    cut = chains_of(model)[0].cuts[0]
+    assert cut.windows[0].ends == tuple(range(4, 33, 4))
+    assert [c.length for c in cut.chunks_of(inputs.shape)] == [8, 8, 8, 8]
+    assert revwire.verify(model, inputs).bit_exact
+
+
+def test_windows_are_cut_at_the_sizes_of_the_example_only():
+    """A clip of four tokens has one window, which is not shifted, so that cuts at 2 would change the function."""
+    model = revwire.convert(Net(ShiftedWindows), INPUTS[:1], chunks=4)
+    cut = chains_of(model)[0].cuts[0]
+    assert [len(cut.chunks_of((1, n, WIDTH))) for n in (4, 8, 12, 16)] == [0, 0, 4, 0]
+    for n in (4, 8, 12):
+        x = INPUTS[:1, :n]
+        assert revwire.verify(model, x).bit_exact
+        torch.testing.assert_close(model(x), revwire.convert(Net(ShiftedWindows), x)(x))
+
+
+def test_what_a_whole_sample_draws_is_drawn_again_in_each_chunk():
+    for make, inputs, dim in ((DroppedWindows, INPUTS[:1], 1), (DroppedBatch, INPUTS, 0)):
+        model = revwire.convert(Net(make).train(), inputs, chunks=3)
+        plain = revwire.convert(Net(make).train(), inputs)
+        chunks = chains_of(model)[0].cuts[0].chunks_of(inputs.shape)
+        assert len(chunks) > 2
+        assert {(c.dim, c.shares) for c in chunks} == {(dim, True)}
+        assert revwire.verify(model, inputs).bit_exact
+        for seed in range(8):
+            ends = []
+            for m in (model, plain):
+                for grad in (True, False):
+                    torch.manual_seed(seed)
+                    with torch.set_grad_enabled(grad):
+                        ends.append((m(inputs).detach(), torch.get_rng_state()))
+            for out, state in ends[1:]:
+                torch.testing.assert_close(out, ends[0][0])
+                assert torch.equal(state, ends[0][1])
+
+
+def test_dropout_of_single_results_keeps_windows_from_being_cut():
+    model = revwire.convert(Net(lambda: DroppedWindows(0.2)).train(), INPUTS[:1], chunks=3)
+    assert windows_of(model) == [[], []]
+    assert revwire.verify(model, INPUTS[:1]).bit_exact
 
 
 def test_an_example_of_one_sample_tells_what_a_batch_may_do():
@@ -531,7 +636,7 @@ def test_chunks_of_a_permuted_state_are_dense():
     for chunk in (Chunk(0, 1, 3), Chunk(1, 2, 2), Chunk(2, 0, 1)):
         part = chunk.of(state)
         assert torch.empty_like(part).stride() == part.stride()
-        assert torch.equal(part, state.narrow(*chunk))
+        assert torch.equal(part, state.narrow(*chunk[:3]))
 
 
 # -- what it saves -----------------------------------------------------------------------------------------------------
