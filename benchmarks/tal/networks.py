@@ -191,13 +191,31 @@ class Classifier(nn.Module):
 # -- how activations are kept --------------------------------------------------------------------------------------------
 
 
+def coupling_of(memory: str) -> tuple[str, int]:
+    """The coupling that ``memory`` names, and its number of chunks: ``"re2tal+8chunks"`` is ("re2tal", 8).
+
+    Raises:
+        ConfigError: what stands behind the plus is no number of chunks.
+    """
+    coupling, plus, rest = memory.partition("+")
+    if not plus:
+        return coupling, 1
+    count = rest.removesuffix("chunks")
+    if count == rest or not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, as in 're2tal+8chunks'")
+    return coupling, int(count)
+
+
 def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     """Keep the backbone's activations in the way that ``memory`` says; its parameters, their names and their values stay.
 
     Args:
         frames: an example of what the backbone sees.
         memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run again in backward.
-            Else a coupling: those units are rewired by `revwire.convert`.
+            Else a coupling: those units are rewired by `revwire.convert`; ``re2tal+8chunks``: and run in eight chunks.
+
+    Raises:
+        ConfigError: what stands behind the plus is no number of chunks.
     """
     backbone = network.backbone
     if backbone is None or backbone.frozen:
@@ -205,7 +223,8 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     if memory in (STORED, CHECKPOINT):
         plan = revwire.plan(backbone, frames)
     else:
-        revwire.convert(backbone, frames, coupling=memory)
+        coupling, chunks = coupling_of(memory)
+        revwire.convert(backbone, frames, coupling=coupling, chunks=chunks)
         plan = revwire.report(backbone)
     network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))
     if memory == CHECKPOINT:
@@ -215,10 +234,14 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
 
 
 def observe(network: Network | Classifier, config: Config) -> None:
-    """`rewire` by a configuration, on a few frames of noise: a clip of another shape is observed when it comes."""
+    """`rewire` by a configuration, on a few frames of noise: a clip of another shape is observed when it comes.
+
+    In chunks, on as many as a clip has: windows are found for that size.
+    """
     if network.backbone is None:
         return
-    frames = config.backbone.chunk or min(config.sampling.frames, EXAMPLE * network.backbone.network.frame_stride)
+    most = EXAMPLE * network.backbone.network.frame_stride if coupling_of(config.memory)[1] == 1 else config.sampling.frames
+    frames = config.backbone.chunk or min(config.sampling.frames, most)
     pixels = torch.randint(0, 256, (1, 3, frames, config.sampling.crop, config.sampling.crop), dtype=torch.uint8)
     rewire(network, pixels.to(next(network.parameters()).device), config.memory)
 
