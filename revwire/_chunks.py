@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -258,6 +258,7 @@ class _Found(NamedTuple):
     slices: bool
     kinds: Kinds
     windows: tuple[Windows, ...] = ()
+    open: bool = False  # the example has one sample, so it may or may not be cut along the batch
 
 
 class Prober:
@@ -271,7 +272,7 @@ class Prober:
         self.counts = sorted(set(counts))
         self.found: dict[tuple[int, int], _Found] = {}
         self.draws: dict[tuple[int, int], tuple[int, ...]] = {}  # the dimensions along which a unit that draws may share what it draws
-        self.compares = True
+        self.stage: Literal["dimensions", "draws", "batch"] = "dimensions"
         self.looks = False  # at a unit, in whose branch others may lie
 
     def __call__(self, chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
@@ -285,15 +286,32 @@ class Prober:
             self.looks = False
 
     def _look(self, keys: list[tuple[int, int]], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
-        if not self.compares:
+        if self.stage == "draws":
             if any(key in self.found for key in keys) and _draws(unit, host, x, extras):
                 seen = next(self.found[key] for key in keys if key in self.found)
                 self.draws.update(dict.fromkeys(keys, _shared(unit, host, x, extras, seen, self.counts[-1])))
             return
+        if self.stage == "batch":
+            open_ = [key for key in keys if key in self.found and self.found[key].open and not self._usable(key)]
+            if open_ and _cuts_batch(unit, host, x, extras, self.counts[-1]):
+                self.found.update({key: self.found[key]._replace(dims=(BATCH, *self.found[key].dims)) for key in open_})
+            return
         found = _separable(unit, host, x, extras, self.counts)
         for key in keys:
             same = self.found.get(key, found) == found  # a unit that runs several times
-            self.found[key] = found if same else found._replace(dims=(), windows=())
+            self.found[key] = found if same else found._replace(dims=(), windows=(), open=False)
+
+    def _usable(self, key: tuple[int, int]) -> tuple[tuple[int, ...], tuple[Windows, ...]] | None:
+        """The dimensions along which a unit may be cut, and its windows, if there are any; those that its random numbers allow."""
+        found, shared = self.found[key], self.draws.get(key)
+        dims = tuple(d for d in found.dims if shared is None or d == BATCH or d in shared)
+        windows = tuple(w for w in found.windows if shared is None or w.dim in shared)
+        return (dims, windows) if dims or windows else None
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether there are units that may be cut along the batch, if at all."""
+        return any(found.open and not self._usable(key) for key, found in self.found.items())
 
     def cut(self, chain: Chain, place: int, count: int) -> Cut | None:
         """How the unit at a place of a chain may be cut into so many chunks, or None."""
@@ -301,10 +319,10 @@ class Prober:
         found = self.found.get(key)
         if count == 1 or found is None:
             return None
-        shared = self.draws.get(key)
-        dims = tuple(d for d in found.dims if shared is None or d == BATCH or d in shared)
-        windows = tuple(w for w in found.windows if shared is None or w.dim in shared)
-        return Cut(count, found.rank, dims, found.slices, found.kinds, windows, shared or ()) if dims or windows else None
+        usable = self._usable(key)
+        if usable is None:
+            return None
+        return Cut(count, found.rank, usable[0], found.slices, found.kinds, usable[1], self.draws.get(key, ()))
 
     @property
     def cuts_something(self) -> bool:
@@ -330,12 +348,16 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
                 f"{type(model).__name__}: chunks= looks at the model in eval mode, in which it failed on the example inputs "
                 f"({type(error).__name__}: {error}); pass an example that it takes in eval mode, or leave chunks= out"
             ) from error
-        prober.compares = False
+        prober.stage = "draws"
         model.train()
         try:
             run()
         except Exception:  # noqa: BLE001 - anything: models want labels, or a larger batch, in train mode
             prober.draws.update(dict.fromkeys(prober.found, ()))
+        if prober.unsettled:
+            prober.stage = "batch"
+            model.eval()
+            run()
     return prober
 
 
@@ -375,7 +397,8 @@ def _same_states(before: RandomStates, after: RandomStates) -> bool:
 def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], counts: Sequence[int]) -> _Found:
     """Along which dimensions the branch treats every element, or every window, by itself; see Note [What may be cut].
 
-    Beside the batch, the first dimension that has windows, or enough elements, is enough.
+    Beside the batch, the first dimension that has windows, or enough elements, is enough. A batch of one is looked at last, and only where
+    nothing else may be cut: it takes two samples.
     """
     none, most = _Found(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
     if unit.assigned or Inventory.of(unit.modules(host)).writers or _draws(unit, host, x, extras):
@@ -384,10 +407,11 @@ def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], 
         return none  # side outputs would have to be joined
     dims, windows = [], []
     with _moved_weights(unit.modules(host)):
-        slices = next((s for s in (False, True) if x.dim() > 1 and _may_be_cut(unit, host, x, extras, BATCH, most, slices=s)), None)
+        several = x.dim() > 1 and x.shape[BATCH] > 1
+        slices = next((s for s in (False, True) if several and _may_be_cut(unit, host, x, extras, BATCH, most, slices=s)), None)
         if slices is not None:
             dims.append(BATCH)
-            if x.shape[BATCH] > 1 and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(extras)):
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(extras)):
                 x = canonical(x[:1])  # one sample tells the rest
         whole = evaluate(unit, host, x, extras)[0]
         for d in range(1, x.dim() - 1):
@@ -398,7 +422,13 @@ def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], 
                 windows += [] if found is None else [found]
             if windows or (dims[-1:] == [d] and x.shape[d] >= most):
                 break
-    return none._replace(dims=tuple(dims), slices=bool(slices), windows=tuple(windows))
+    return none._replace(dims=tuple(dims), slices=bool(slices), windows=tuple(windows), open=x.dim() > 1 and not several)
+
+
+def _cuts_batch(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> bool:
+    """Whether the branch treats samples by themselves, where the example has one."""
+    with _moved_weights(unit.modules(host)):
+        return _may_be_cut(unit, host, torch.cat([x, x.roll(1, -1)]), extras, BATCH, count, slices=False)
 
 
 @contextmanager
@@ -421,10 +451,6 @@ def _moved_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _may_be_cut(
     unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], dim: int, count: int, *, slices: bool, whole: Tensor | None = None
 ) -> bool:
-    if dim == BATCH and x.shape[BATCH] == 1:
-        x = torch.cat([x, x.roll(1, -1)])  # the batch of an example is often one
-        if slices:
-            return False
     if x.shape[dim] < 2 or not x.numel():
         return False
     cut = Cut(min(count, x.shape[dim]), x.dim(), (dim,), slices)

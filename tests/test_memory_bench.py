@@ -39,11 +39,16 @@ def test_checkpointing_of_any_kind_gives_the_gradients_of_stored_activations(toy
         torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.startswith("revwire")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m.startswith("revwire") and m not in sweep.WINDOWS])
 def test_revwire_trains_the_same_parameters(toy, method):
     model, plain = toy(method), toy(STORED)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(model).values())
+
+
+def test_only_networks_with_windows_run_window_by_window(toy):
+    with pytest.raises(Unsuited, match="no windows along time"):
+        toy(sweep.WINDOWS[0])
 
 
 @pytest.mark.parametrize("package", ["momentumnet", "memcnn"])

@@ -154,6 +154,17 @@ def reversible(**options: Any) -> Method:
     return method
 
 
+def by_windows(coupling: str) -> Method:
+    """Rewired by revwire, in as many chunks as Video Swin's windows of eight tokens, of two frames each, take along a clip."""
+
+    def method(name: str, model: nn.Module, example: Tensor) -> nn.Module:
+        if not name.startswith("swin3d"):
+            raise Unsuited(f"{name} has no windows along time")
+        return revwire.convert(model, example, coupling=coupling, chunks=max(2, example.shape[2] // 16))
+
+    return method
+
+
 METHODS: dict[str, Method] = {
     STORED: stored,
     CHECKPOINT: checkpointed,
@@ -166,6 +177,8 @@ METHODS: dict[str, Method] = {
     "revwire re2tal": reversible(coupling="re2tal"),
     "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),
     "revwire re2tal, 4 chunks": reversible(coupling="re2tal", chunks=4),
+    "revwire bdia 1/16, window by window": by_windows("bdia:1/16"),
+    "revwire re2tal, window by window": by_windows("re2tal"),
     "revwire bdia 1/16, planned for least memory": reversible(coupling="bdia:1/16", memory_budget="least"),
     "revwire re2tal, planned for least memory": reversible(coupling="re2tal", memory_budget="least"),
 }

@@ -31,6 +31,7 @@ RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
 SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
 CHUNKED = tuple(m for m in METHODS if m.endswith("chunks"))
+WINDOWS = tuple(m for m in METHODS if m.endswith("window by window"))
 MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
 
 
@@ -75,12 +76,14 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("ViT-B/16", MAIN, batches=(3,)),
         Grid("ViT-B/16", CHUNKED, batches=(4, 8, 12)),
         Grid("swin3d_b", MAIN, lengths=(32, 24)),
+        Grid("swin3d_b", WINDOWS, lengths=(32, 64)),
     ),
     "memory_swin3d": (
         Grid("swin3d_t", MAIN, lengths=(32, 16)),
         Grid("swin3d_t", (CHECKPOINT, BDIA, RE2TAL, *CHUNKED), batches=(4,), lengths=(32,)),
         Grid("swin3d_t", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(16,)),
         Grid("swin3d_t", MAIN, lengths=(64,)),
+        Grid("swin3d_t", WINDOWS, lengths=(32, 64)),
     ),
     "memory_convnext": (
         Grid("convnext_tiny", MAIN, lengths=(224, 320)),
