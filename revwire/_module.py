@@ -242,7 +242,7 @@ class Chain:
         if self.prober:
             self.prober(self, unit, host, x, extras)
         chunks = self.chunks(unit, link.tape, x, extras)
-        if chunks and link.tape.rewinds and not self.stores(unit.place(link.tape.position) or 0):
+        if chunks and link.tape.keep:
             out, sides = self._in_chunks(chunks, link, (previous, current), unit, host, x, extras)
         else:
             f, sides = link.tape.branch(unit, host, x, extras, chunks)

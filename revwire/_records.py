@@ -94,7 +94,8 @@ class ViewRecord:
 
     def undo(self, state: Tensor) -> Tensor:
         """The state before the view."""
-        out = torch.empty_like(self.before, dtype=state.dtype, device=state.device)
+        shape, strides = self.before.shape, self.before.stride()
+        out = torch.empty_strided(shape, strides, dtype=state.dtype, device=state.device)  # `empty_like` knows no stride of a size of 1
         moved = self.view(out)
         if is_whole_view(moved, out):
             moved.copy_(state)

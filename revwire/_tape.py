@@ -251,7 +251,7 @@ class Tape:
         place = unit.place(self.position)
         assert place is not None
         records, start = len(self.records), self.start
-        self.kept, self._whole = None, self._rule(unit, place, current)
+        self.kept, self._whole = Kept() if self.rewinds and self.chain.stores(place) else None, self._rule(unit, place, current)
         try:
             yield
         except BaseException:
@@ -266,7 +266,10 @@ class Tape:
         """As `branch`, on one chunk of x_k."""
         previous, current = self.intact_state()
         self._chunk, self.now = chunk, chunk.rule(self._whole)
-        return self._recorded(unit, host, x, self._cut(unit).extras(extras, chunk, current.shape[chunk.dim]), chunk.of(previous))
+        extras = self._cut(unit).extras(extras, chunk, current.shape[chunk.dim])
+        if not self.rewinds or self.kept is not None:
+            return evaluate(unit, host, x, extras)
+        return self._recorded(unit, host, x, extras, chunk.of(previous))
 
     def _step_chunk(self, chunk: Chunk, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         whole = self.intact_state()
@@ -274,13 +277,16 @@ class Tape:
         place = unit.place(self.position)
         assert place is not None
         anchored, begins = self.chain.anchored(place), whole[0] is whole[1]
-        following, out, bits, in_range = self.streams.step(previous, x, f, self.now, undone=not begins and not anchored)
+        rebuilt = self.rewinds and self.kept is None
+        undone = rebuilt and not begins and not anchored
+        following, out, bits, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
         if not (in_range or self._in_range(out)):
             raise self._out_of_range(unit)
         self._note_range(unit, out)
-        if self.chain.monitor:
-            self.chain.monitor.forward(self, len(self.records), previous)
-        self._keep_record(bits, begins, anchored)
+        if rebuilt:
+            if self.chain.monitor:
+                self.chain.monitor.forward(self, len(self.records), previous)
+            self._keep_record(bits, begins, anchored)
         self._parts.append(following)
         return out
 
@@ -291,7 +297,12 @@ class Tape:
         assert place is not None
         assert self._chunk is not None
         floats = isinstance(self.streams, FloatStreams)
-        self._advance((current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)))
+        state = current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)
+        if self.kept is not None:
+            self.kept = None
+            self._pass_over(state, ends=place == self.chain.length - 1)
+        else:
+            self._advance(state)
         self.position = place + 1
 
     def _evaluate(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cases import each_exact_case, each_fast_case
+from revwire._records import ViewRecord
 from toys import SHAPE, WIDTH, Linear, Weightless, inputs_of, stored, toy
 
 
@@ -260,3 +261,13 @@ def test_an_operation_that_comes_between_two_units_is_said_once(case):
 def test_units_used_by_themselves_are_no_reason_to_warn(case):
     model = toy(case)
     run(model, inputs_of(model, case) * 2, 3)
+
+
+def test_a_state_before_a_view_has_the_strides_that_it_had():
+    """Those of a dimension of size 1 too: by them convolutions choose the layout of their results."""
+    x = torch.randn(1, 49, 16)
+    seen = x.transpose(1, 2).view(1, 16, 7, 7)
+    assert seen.stride() != torch.empty_like(torch.empty_like(seen, device="meta"), device="cpu").stride()
+    undone = ViewRecord(lambda t: t.flatten(2).transpose(1, 2), torch.empty_like(seen, device="meta")).undo(x)
+    assert undone.stride() == seen.stride()
+    assert torch.equal(undone, seen)
