@@ -133,8 +133,9 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+@functools.lru_cache(maxsize=1024)
 def header(path: Path | str) -> Header:
-    """What a file says of itself.
+    """What a file says of itself. Kept for later calls.
 
     Raises:
         VideoError: the file is no video, or says too little.
