@@ -9,12 +9,12 @@ Note [What may be cut]
     (batch statistics) are never cut.
 
 Note [Windows]
-    Where elements act on each other, they may do so in pieces that do not (the windows of a Video Swin, along time). Where the first two
-    end is found by exchanging one element of each; the others are taken to be as long as the second, and then any of them are exchanged,
+    Where elements act on each other, they may do so in pieces that do not (the windows of attention, along time). Where the first two end
+    is found by exchanging one element of each; the others are taken to be as long as the second, and then any of them are exchanged,
     of which the rest must know nothing. A window that is shifted around the border is two pieces. What pieces there are depends on the
-    size of the input (a clip of one window is not shifted), so such a cut holds for the sizes of the example alone; a unit runs whole on
-    others. Neighbouring pieces are one chunk only in those numbers of chunks for which the branch, run on each, was seen to give the same
-    as on the whole: a branch that shifts its windows would shift those of the chunk.
+    size of the input (where one window covers all, it is not shifted), so such a cut holds for the sizes of the example alone; a unit
+    runs whole on others. Neighbouring pieces are one chunk only in those numbers of chunks for which the branch, run on each, was seen to
+    give the same as on the whole: a branch that shifts its windows would shift those of the chunk.
 
 Note [Random numbers in chunks]
     Dropout draws a number for each element, so chunks of samples draw theirs one after the other. Along other dimensions that would break
