@@ -532,6 +532,7 @@ def _shared(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], fou
         seen = _Draws(accelerators_of([x]))
         with seen:
             evaluate(unit, host, x, extras)
+        seen.note_hidden()
         return seen.shapes
 
     ways: list[tuple[int, tuple[Windows, ...]]] = [*((d, ()) for d in found.dims), *((w.dim, (w,)) for w in found.windows)]
@@ -554,14 +555,22 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, devices: tuple[torch.device, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.devices = devices
+        self.states = random_states(devices)
         self.shapes: list[Any] = []
+
+    def note_hidden(self) -> None:
+        """Note, as what equals nothing, that the generators have moved since the last operator that is known to draw."""
+        if not _same_states(self.states, random_states(self.devices)):
+            self.shapes.append(object())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
+        self.note_hidden()
         before = random_states(self.devices)
         out = func(*args, **(kwargs or {}))
-        if not _same_states(before, random_states(self.devices)):  # attention draws only where it drops
+        self.states = random_states(self.devices)
+        if not _same_states(before, self.states):  # attention draws only where it drops
             self.shapes.append((func, [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)]))
         return out
 

@@ -125,7 +125,7 @@ class Tape:
         self.kept = None
         if self._keeps(place):
             version = version_of(x)
-            f, sides = self._evaluate(unit, host, x, extras, chunks)
+            f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
                 raise fault(unit, self.chain, *_WROTE_INPUT)
             return f, sides
@@ -308,7 +308,7 @@ class Tape:
     def _evaluate(
         self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], chunks: tuple[Chunk, ...]
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """F_k(x_k), whole or chunk by chunk, where nothing will be rebuilt."""
+        """F_k(x_k), whole, or without gradients chunk by chunk, where nothing will be rebuilt."""
         if not chunks:
             return evaluate(unit, host, x, extras)
         cut, found, draws = self._cut(unit), [], SharedDraws(x)

@@ -291,6 +291,38 @@ def test_what_a_whole_sample_draws_is_drawn_again_in_each_chunk():
                 assert torch.equal(state, ends[0][1])
 
 
+def test_numbers_that_are_drawn_where_they_cannot_be_seen_are_not_shared():
+    """A branch may draw by other means than PyTorch's operators: only the generator tells."""
+
+    class Hidden(DroppedWindows):
+        def forward(self, x):
+            out = super().forward(x)
+            if not self.training:
+                return out
+            generator = torch.Generator()
+            generator.set_state(torch.get_rng_state())
+            mask = torch.rand(out.shape, generator=generator)
+            torch.set_rng_state(generator.get_state())
+            return out * (mask < 0.5)
+
+    model = revwire.convert(Net(Hidden).train(), INPUTS[:1], chunks=3)
+    assert windows_of(model) == [[], []]
+    assert revwire.verify(model, INPUTS[:1]).bit_exact
+
+
+def test_stored_chunks_can_be_differentiated_twice():
+    model = revwire.convert(Net(linear, depth=2).double(), INPUTS.double(), chunks=3)
+    x = INPUTS[:2, :3].double().requires_grad_()
+
+    def twice(m):
+        (g,) = torch.autograd.grad(m(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    whole = revwire.convert(Net(linear, depth=2).double(), INPUTS.double())
+    with revwire.stored_activations(model), revwire.stored_activations(whole):
+        torch.testing.assert_close(twice(model), twice(whole))
+
+
 def test_dropout_of_single_results_keeps_windows_from_being_cut():
     model = revwire.convert(Net(lambda: DroppedWindows(0.2)).train(), INPUTS[:1], chunks=3)
     assert windows_of(model) == [[], []]

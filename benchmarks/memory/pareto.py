@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--skip", nargs="*", default=[], help="methods to leave out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
     config = {"model": "timm vit_small_patch16_224", "side": 224, "loss": "mean square", **vars(options)}
     record = run("step_time", config, lambda: measured(options.depth, options.batch, options.rounds))

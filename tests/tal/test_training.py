@@ -197,11 +197,13 @@ def test_checkpointing_has_the_gradients_of_stored_activations(tiny):
     torch.testing.assert_close(checkpointed, stored, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("memory", ["re2tal", "bdia"])
+@pytest.mark.parametrize("memory", ["re2tal", "bdia", "re2tal+2chunks"])
 def test_reversible_variants_are_revwires(tiny, memory):
     module, data = runs.prepared(tiny(f"memory={memory}", *PLAIN))
     backbone = module.network.backbone
-    assert revwire.report(backbone).chains[0].coupling.startswith(memory)
+    coupling, _, chunks = memory.partition("+")
+    assert revwire.report(backbone).chains[0].coupling.startswith(coupling)
+    assert (max(u.chunks for u in revwire.report(backbone).units) > 1) == bool(chunks)
     batch = clips.collate([data.training[0, i] for i in range(2)])
     found = {}
     for stored in (False, True):
@@ -220,6 +222,12 @@ def test_a_frozen_backbone_learns_nothing(tiny):
 def test_an_unknown_way_is_an_error(tiny):
     with pytest.raises(revwire.CouplingError, match="got 'chekpoint'"):
         runs.prepared(tiny("memory=chekpoint"))
+
+
+@pytest.mark.parametrize("memory", ["re2tal+chunks", "re2tal+0chunks", "bdia+8", "bdia+8.5chunks"])
+def test_what_is_no_number_of_chunks_is_an_error(tiny, memory):
+    with pytest.raises(ConfigError, match="behind a plus its chunks"):
+        runs.prepared(tiny(f"memory={memory}"))
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------------
