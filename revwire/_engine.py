@@ -10,6 +10,11 @@ Note [Two kinds of graph node]
 Note [Values and gradients]
     The float tensors that enter the step carry gradients. Of their values only that of ``current`` is used, and it is
     the value of the tape's state.
+
+Note [Gradients that wait]
+    A step gives b·g to x_{k-1}, a·g to x_k and c·g to the branch. The first is asked for last, when the branch has used the third: so it
+    is made of the third then, by a node (`_Later`) that stands before the branch in forward, and therefore comes after it in backward.
+    While the branch holds the most memory, one gradient of a state is there instead of two. The branch gets the exact c·g.
 """
 
 from __future__ import annotations
@@ -46,12 +51,39 @@ class _Enter(torch.autograd.Function):
         _refuse_forward_mode()
 
 
+class Share:
+    """What a gradient of x_{k-1} that waits is still to be divided by: c/b, which is a whole number in couplings with 1 + b = c."""
+
+    __slots__ = ("divisor",)
+
+    def __init__(self) -> None:
+        self.divisor = 1.0
+
+
+class _Later(torch.autograd.Function):
+    """``x``, whose gradient is divided when it is its turn; see Note [Gradients that wait]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
+        ctx.share = share
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        divisor = ctx.share.divisor
+        return grads[0] if divisor == 1 else grads[0] / divisor, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+
 class _Step(torch.autograd.Function):
     """x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k); see Note [Two kinds of graph node]."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor) -> Tensor:
-        ctx.rule, ctx.dtype = tape.now, f.dtype
+    def forward(ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
+        ctx.rule, ctx.dtype, ctx.share = tape.now, f.dtype, share
         ctx.kept = tape.kept
         out = tape.step(current, f, unit)
         if tape.rewinds and ctx.kept is None:
@@ -68,12 +100,17 @@ class _Step(torch.autograd.Function):
         rule, g = ctx.rule, grads[0]
         need = ctx.needs_input_grad
         branch = _scale(g, rule.c) if need[4] else None
+        if ctx.share is None or branch is None or isinstance(rule.c, Tensor) or rule.c == 0:
+            before = _scale(g, rule.back) if need[2] else None
+        else:
+            before, ctx.share.divisor = branch, rule.c / rule.back
         return (
             None,
             None,
-            _scale(g, rule.back) if need[2] else None,
+            before,
             _scale(g, rule.a) if need[3] else None,
             None if branch is None else branch.to(ctx.dtype),
+            None,
         )
 
     @staticmethod
@@ -114,8 +151,16 @@ def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
     return _Enter.apply(x, streams, state)  # type: ignore[no-any-return]
 
 
-def step(tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor) -> Tensor:
-    """Differentiable step: the float tensors carry gradients, the tape carries the state."""
+def later(tape: Tape, unit: Unit, previous: Tensor) -> tuple[Tensor, Share | None]:
+    """``previous`` for the step of a unit that has not run yet; its gradient waits where that saves memory."""
+    if not (tape.keep and previous.requires_grad and tape.parts_ways(unit)):
+        return previous, None
+    share = Share()
+    return _Later.apply(previous, share), share
+
+
+def step(tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None = None) -> Tensor:
+    """Differentiable step: the float tensors carry gradients, the tape carries the state; ``share`` as `later` gave it."""
     if tape.keep:
-        return _Step.apply(tape, unit, previous, current, f)  # type: ignore[no-any-return]
+        return _Step.apply(tape, unit, previous, current, f, share)  # type: ignore[no-any-return]
     return tape.step(current, f, unit)

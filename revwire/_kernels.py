@@ -5,7 +5,7 @@ calls reads and writes a whole stream, most of them into new memory; here each s
 rounding of a·x + c·f may differ from the plain form in its last bit (PyTorch's CPU kernels fuse that multiplication and
 addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.compiled` says which.
 
-The kernels work on the flat memory of dense tensors. Their results are new tensors, so no version counter is passed over.
+The kernels (`_native`) work on the flat memory of dense tensors. Their results are new tensors, so no version counter is passed over.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+SEGMENTS = 64
+"""A state has this many sums, one for each part of it; as `_native` has it."""
+
 _LEAST_PER_THREAD = 1 << 21
 """Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait beside it."""
 
-_LIMIT = 1 << 30
-"""Integers stay below this magnitude, so that two of them can be added."""
-
 
 class Advanced(NamedTuple):
-    """The state of x_{k+1}, its float value, the kept bits; and whether all values are in range (else the rest is undefined)."""
+    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; and whether all is in range (else the rest is undefined)."""
 
     state: Tensor
     value: Tensor
     bits: Tensor | None
+    sums: Tensor | None
     in_range: bool
 
 
@@ -46,41 +47,61 @@ def available() -> bool:
 def suits(*tensors: Tensor) -> bool:
     """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
     layout = tensors[0].stride()
-    return all(
-        t.device.type == "cpu" and t.dtype in (torch.int32, torch.float32) and t.stride() == layout and type(t) is Tensor for t in tensors
-    )
+    return all(type(t) is Tensor and t.dtype in _DTYPES and t.is_cpu and t.stride() == layout for t in tensors)
+
+
+_DTYPES = (torch.int32, torch.float32)
 
 
 def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool) -> Advanced:
-    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `_numerics` defines it; ``keep`` the m low bits."""
-    k = _compiled()
+    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `_numerics` defines it; ``keep`` what it takes to come back.
+
+    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
+    """
+    k, n, f = _native(), previous.numel(), _like(f, x)
+    half = 1 << m >> 1
     state, value = torch.empty_like(previous), torch.empty_like(x)
-    numbers = k.numbers(a, c, m, negative, scale)
-    in_range = _in_parts(k.advance, (previous, x, _like(f, x), state, value), numbers)
+    sums = _no_sums() if keep else None
+    tensors = (previous, x, f, state, value)
+    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
+    in_range = _in_parts(k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr()))
     bits = None
     if m and keep:
-        bits = torch.empty(-(-previous.numel() // 8) * m, dtype=torch.uint8)
-        k.pack(_flat(previous), _groups(previous.numel(), m), numbers[4], _flat(bits))
-    return Advanced(state, value, bits, in_range)
+        size = -(-n // 8) * m
+        bits = torch.empty(size, dtype=torch.uint8)
+        k.pack(n, previous.data_ptr(), _groups(n, m), half, size, bits.data_ptr())
+    return Advanced(state, value, bits, sums, in_range)
 
 
 def retreat(
     following: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, bits: Tensor | None, *, negative: bool, scale: int
-) -> Tensor:
-    """X_{k-1}, the inverse of `advance`."""
-    k, out = _compiled(), torch.empty_like(following)
+) -> tuple[Tensor, Tensor]:
+    """X_{k-1}, the inverse of `advance`, and its sums."""
+    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
     if m:
         assert bits is not None
-        k.unpack(_flat(bits), _groups(out.numel(), m), _flat(out))
-    _in_parts(k.retreat, (following, x, _like(f, x), out), k.numbers(a, c, m, negative, scale))
-    return out
+        k.unpack(bits.numel(), bits.data_ptr(), _groups(n, m), n, out.data_ptr())
+    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
+    _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
+    return out, sums
 
 
 def read(state: Tensor, scale: int) -> Tensor:
     """The float32 value of a state."""
-    k, value = _compiled(), torch.empty_like(state, dtype=torch.float32)
-    _in_parts(k.read, (state, value), k.numbers(0.0, 0.0, 0, False, scale))
+    value = torch.empty_like(state, dtype=torch.float32)
+    _in_parts(_native().read, (ldexp(1.0, -scale),), state.numel(), (state.data_ptr(), value.data_ptr()))
     return value
+
+
+def summed(state: Tensor) -> Tensor:
+    """The sums of a state, as `advance` and `retreat` give them."""
+    sums = _no_sums()
+    _in_parts(_native().summed, (), state.numel(), (state.data_ptr(), sums.data_ptr()))
+    return sums
+
+
+def _no_sums() -> Tensor:
+    return torch.empty(SEGMENTS, dtype=torch.int32)
 
 
 @lru_cache(maxsize=64)
@@ -108,23 +129,18 @@ def _groups(n: int, m: int) -> Any:
 
 
 def _like(f: Tensor, x: Tensor) -> Tensor:
-    return f if f.dtype == x.dtype and f.stride() == x.stride() else torch.empty_like(x).copy_(f.detach())
+    if f.dtype == x.dtype and f.stride() == x.stride() and type(f) is Tensor:
+        return f
+    return torch.empty_like(x).copy_(f.detach())
 
 
-def _flat(x: Tensor) -> Any:
-    """The memory of a dense tensor, as a NumPy array of one dimension."""
-    return x.detach().as_strided((x.numel(),), (1,)).numpy()
-
-
-def _in_parts(kernel: Any, tensors: tuple[Tensor, ...], numbers: Any) -> bool:
-    """Run a kernel on these tensors, cut into one part for each thread if there is enough to do; whether it says True of all."""
-    arrays, n = [_flat(t) for t in tensors], tensors[0].numel()
-    threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD)
+def _in_parts(kernel: Callable[..., bool], numbers: tuple[float, ...], n: int, addresses: tuple[int, ...]) -> bool:
+    """Run a kernel on the segments of a stream, shared by threads if there is enough to do; whether it says True of all."""
+    threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD, SEGMENTS) if n >= 2 * _LEAST_PER_THREAD else 1
     if threads < 2:
-        return bool(kernel(numbers, *arrays))
-    bounds = [n * i // threads for i in range(threads + 1)]
-    parts = [[array[lo:hi] for array in arrays] for lo, hi in pairwise(bounds)]
-    return all(list(_pool(os.getpid(), threads).map(lambda part: kernel(numbers, *part), parts)))
+        return kernel(*numbers, n, 0, SEGMENTS, *addresses)
+    bounds = [SEGMENTS * i // threads for i in range(threads + 1)]
+    return all(list(_pool(os.getpid(), threads).map(lambda part: kernel(*numbers, n, *part, *addresses), pairwise(bounds))))
 
 
 @lru_cache(maxsize=2)
@@ -132,89 +148,8 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="revwire")
 
 
-class _Kernels(NamedTuple):
-    """The compiled functions; ``numbers`` packs the scalars of one step, in the dtypes that the kernels compute in."""
-
-    advance: Any
-    retreat: Any
-    read: Any
-    pack: Any
-    unpack: Any
-    numbers: Callable[[float, float, int, bool, int], tuple[Any, ...]]
-
-
 @lru_cache(maxsize=1)
-def _compiled() -> _Kernels:
-    import numpy as np
-    from numba import njit
+def _native() -> Any:
+    from revwire import _native
 
-    def compiled(function: Any) -> Any:
-        try:
-            return njit(nogil=True, error_model="numpy", cache=True)(function)
-        except RuntimeError:  # there is no folder that a cache could be kept in
-            return njit(nogil=True, error_model="numpy")(function)
-
-    rint, int32, uint8, float32 = np.rint, np.int32, np.uint8, np.float32
-    limit, top, zero = float32(_LIMIT), int32(_LIMIT), float32(0)
-
-    def numbers(a: float, c: float, m: int, negative: bool, scale: int) -> tuple[Any, ...]:
-        factors = (float32(ldexp(a, scale)), float32(ldexp(c, scale)), float32(ldexp(1.0, -scale)))
-        return (*factors, int32(m), int32(1 << m >> 1), int32(-1 if negative else 1))
-
-    @compiled
-    def advance(numbers, previous, x, f, state, value):  # type: ignore[no-untyped-def]
-        a, c, one, m, half, sign = numbers
-        outside = int32(0)
-        for j in range(len(previous)):
-            wide = rint(f[j] * c + x[j] * a)
-            fits = abs(wide) < limit  # not so for NaN
-            rounded = int32(wide if fits else zero)
-            out = int32(rounded + int32(sign * int32(int32(previous[j] + half) >> m)))
-            outside |= int32(not fits) | int32(out >= top) | int32(out <= -top)
-            state[j] = out
-            value[j] = float32(out) * one
-        return outside == 0
-
-    @compiled
-    def retreat(numbers, following, x, f, out):  # type: ignore[no-untyped-def]
-        a, c, _, m, half, sign = numbers
-        mask = int32((int32(1) << m) - 1)
-        for j in range(len(following)):
-            wide = rint(f[j] * c + x[j] * a)
-            rounded = int32(wide if abs(wide) < limit else zero)
-            shifted = int32(int32(sign * int32(following[j] - rounded)) << m)
-            out[j] = int32(int32(shifted | int32(out[j] & mask)) - half)
-        return True
-
-    @compiled
-    def read(numbers, state, value):  # type: ignore[no-untyped-def]
-        one = numbers[2]
-        for j in range(len(state)):
-            value[j] = float32(state[j]) * one
-        return True
-
-    @compiled
-    def pack(previous, groups, half, packed):  # type: ignore[no-untyped-def]
-        n = len(previous)
-        for g in range(len(groups)):
-            start, end, first, shift, left, mask, fresh = groups[g]
-            plane = packed[start:end]
-            part = previous[first : max(first, min(n, first + len(plane)))]
-            for j in range(len(part)):
-                low = uint8(int32(int32(int32(part[j] + half) >> int32(shift)) & int32(mask)) << int32(left))
-                plane[j] = low if fresh else plane[j] | low
-            if fresh:
-                plane[len(part) :] = 0
-
-    @compiled
-    def unpack(packed, groups, out):  # type: ignore[no-untyped-def]
-        n = len(out)
-        for g in range(len(groups)):
-            start, end, first, shift, left, mask, _ = groups[g]
-            plane = packed[start:end]
-            part = out[first : max(first, min(n, first + len(plane)))]
-            for j in range(len(part)):
-                low = int32(int32(uint8(plane[j] >> uint8(left)) & uint8(mask)) << int32(shift))
-                part[j] = part[j] | low if shift else low
-
-    return _Kernels(advance, retreat, read, pack, unpack, numbers)
+    return _native

@@ -245,13 +245,14 @@ class Chain:
         if chunks and link.tape.keep:
             out, sides = self._in_chunks(chunks, link, (previous, current), unit, host, x, extras)
         else:
+            previous, share = _engine.later(link.tape, unit, previous)
             f, sides = link.tape.branch(unit, host, x, extras, chunks)
             dtype = _result_dtype(unit, x, f)
             if torch.is_inference_mode_enabled():  # inference tensors have no version: a link could not tell a write to them
                 with torch.inference_mode(False), torch.no_grad():
                     out = self._give_out(link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
             else:
-                out = self._give_out(link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
+                out = self._give_out(link, _engine.step(link.tape, unit, previous, current, f, share), current, dtype)
         if self.meter:
             self.meter.leave(self, unit, link.tape, out)
         return out, sides

@@ -70,6 +70,13 @@ def can_be_sampled(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided
 
 
+class Sample(NamedTuple):
+    """A few numbers that tell one evaluation of a branch from another."""
+
+    values: Tensor
+    dtype: torch.dtype  # of the branch's result
+
+
 class Fingerprint(NamedTuple):
     """A few numbers that tell the state x_{k-1}, and one evaluation of F_k, from another."""
 
@@ -83,19 +90,30 @@ class Fingerprint(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """The state of x_{k+1}, its float value, the bits that are kept to come back; and whether it is known to be in range."""
+    """The state of x_{k+1}, its float value, the bits that are kept to come back.
+
+    Besides, where they are known: the `Streams.summary` of the state of x_{k-1}, and that all values are in range.
+    """
 
     state: Tensor
     value: Tensor
     bits: Tensor | None
+    summary: Tensor | None = None
     in_range: bool = False
+
+
+class Undone(NamedTuple):
+    """The state of x_{k-1}, and its `Streams.summary` where that is known."""
+
+    state: Tensor
+    summary: Tensor | None = None
 
 
 class Streams(ABC):
     """Arithmetic of one chain's two streams during one forward pass; states are detached tensors."""
 
     witnesses: ClassVar[int] = 0
-    """How many of the tensors that a branch saved last `fingerprint` wants to see."""
+    """How many of the tensors that a branch saved last `sample` wants to see."""
 
     @property
     def bound(self) -> float | None:
@@ -115,12 +133,20 @@ class Streams(ABC):
         """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k. A step that is never ``undone`` keeps no bits."""
 
     @abstractmethod
-    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         """The state of x_{k-1} from that of x_{k+1}; ``x`` is the float value of x_k."""
 
     @abstractmethod
+    def summary(self, state: Tensor) -> Tensor:
+        """A few numbers, on its device, that tell a state from another."""
+
+    @abstractmethod
+    def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
+        """Elements of a branch's result, and of `witnesses` of the tensors it saved for its gradient."""
+
     def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
         """The fingerprint of a state, a branch's result, and `witnesses` of the tensors it saved for its gradient."""
+        return Fingerprint(self.summary(state), *self.sample(f, saved))
 
     @abstractmethod
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
@@ -165,16 +191,18 @@ class FloatStreams(Streams):
             _add_scaled(out, previous, rule.back)
         return Stepped(out, out.detach(), None)
 
-    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         out = torch.sub(following, _scaled(f, rule.c, following), out=torch.empty_like(following))
         _add_scaled(out, x, -rule.a)
-        return out if rule.signs is None and rule.b == 1 else out.div_(rule.back)
+        return Undone(out if rule.signs is None and rule.b == 1 else out.div_(rule.back))
 
-    def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
-        """Means of parts of the state, and samples of the state (they show a small error everywhere) and of the branch."""
+    def summary(self, state: Tensor) -> Tensor:
+        """Means of its parts, and samples, which show a small error everywhere."""
         means = _folds(state).mean(1) if state.numel() else state.view(-1)
-        sample = _spread(f, _FOLD).to(state.dtype, copy=True)
-        return Fingerprint(torch.cat([means, _spread(state, _FOLD)]), sample, f.dtype)
+        return torch.cat([means, _spread(state, _FOLD)])
+
+    def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
+        return Sample(_spread(f, _FOLD).to(stream_dtype(f.dtype), copy=True), f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         if not before.branch.numel():
@@ -256,18 +284,18 @@ class FixedStreams(Streams):
             out.addcmul_(previous, rule.signs.to(self.integer))
         return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)
 
-    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Tensor:
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
         if numbers is not None:
-            return _kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
+            return Undone(*_kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale))
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if rule.signs is not None:
             out.mul_(rule.signs.to(self.integer))
         if bits is None:
-            return out
+            return Undone(out)
         m = _bits(rule)
-        return out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m))
+        return Undone(out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m)))
 
     def _numbers(self, state: Tensor, x: Tensor, rule: Rule) -> tuple[float, float, int] | None:
         """(a, c, m) where the compiled form serves: for numbers, not for one number per sample."""
@@ -281,14 +309,18 @@ class FixedStreams(Streams):
         _add_scaled(wide, x, rule.a * 2.0**self.scale)
         return _rounded(wide)
 
-    def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
-        """Sums of integers (their order does not matter); samples of the result and of what its gradient needs.
+    def summary(self, state: Tensor) -> Tensor:
+        """Sums of integers: their order does not matter."""
+        if self.compiled and _kernels.suits(state):
+            return _kernels.summed(state)
+        return _folds(state).sum(1, dtype=self.integer)
 
-        The samples show a fault that the sums cannot: where the last layer of a branch is zero, its result is zero
-        whatever its other layers do, but the gradient of that last layer is not.
+    def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
+        """They show a fault that the sums of states cannot.
+
+        Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of that layer is not.
         """
-        samples = [_spread(f, _FOLD), *(_spread(t, 16) for t in saved)]
-        return Fingerprint(_folds(state).sum(1, dtype=self.integer), torch.cat(samples), f.dtype)
+        return Sample(torch.cat([_spread(f, _FOLD), *(_spread(t, 16) for t in saved)]), f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         a, b = before.branch, after.branch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from revwire._couplings import Rule
 from revwire._errors import ReconstructionError
-from revwire._numerics import Fingerprint
+from revwire._numerics import Fingerprint, Sample
 from revwire._replay import Copies, Inventory, Surroundings, version_of
 from revwire._snapshot import snapshot
 
@@ -60,6 +60,7 @@ class UnitRecord:
     buffers: Copies | None = None  # that the branch reads and writes, as it found them
     saved: list[TensorMeta] = field(default_factory=list)
     witnesses: list[int] = field(default_factory=list)
+    sample: Sample | None = None  # until the unit's step completes the fingerprint
     fingerprint: Fingerprint | None = None
     bits: Tensor | None = None
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k

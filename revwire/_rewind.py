@@ -161,15 +161,16 @@ class Rewind:
         whole = self.previous if anchor is None else anchor[1]
         current, following = (whole, self.current) if chunk is None else (chunk.of(whole), chunk.of(self.current))
         again = self._recompute(record, current)
+        summary = None
         if record.begins:
             rebuilt = current
         elif anchor is not None:
             rebuilt = anchor[0] if chunk is None else chunk.of(anchor[0])
         else:
-            rebuilt = streams.unstep(following, again.x, again.f, record.rule, record.bits)
+            rebuilt, summary = streams.unstep(following, again.x, again.f, record.rule, record.bits)
         if self.tape.chain.monitor:
             self.tape.chain.monitor.backward(self.tape, position, rebuilt)
-        self._compare(record, rebuilt, again)
+        self._compare(record, rebuilt, again, summary)
         if chunk is None:
             self.previous, self.current = rebuilt, current
             return
@@ -243,9 +244,10 @@ class Rewind:
 
     # -- checking --------------------------------------------------------------------------------------------------
 
-    def _compare(self, record: UnitRecord, previous: Tensor, again: _Again) -> None:
+    def _compare(self, record: UnitRecord, previous: Tensor, again: _Again, summary: Tensor | None = None) -> None:
         assert record.fingerprint is not None
-        after = self.tape.streams.fingerprint(previous, again.f, again.witnesses)
+        streams = self.tape.streams
+        after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
         if self.tape.deferred:
             self.pending.append((record, after, self.tape.streams.difference(record.fingerprint, after)))
         elif not record.fingerprint.same_bits(after):

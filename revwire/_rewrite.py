@@ -10,6 +10,7 @@ Note [Programs and signatures]
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from revwire._module import refuse_transforms
 from revwire._program import Program, Slot
 from revwire._recording import ASSIGNS, tensors_in
 from revwire._replay import accelerators_of, buffers_kept, exporting, preserved_random_state
-from revwire._signature import details, signature
+from revwire._signature import Look, Standing, call_signature, details
 from revwire._trace import record
 from revwire._units import find_units
 from revwire._watch import attributes_of, changed, counters_kept, python_random_kept, restore
 
 _MAX_PROGRAMS = 64
+_MAX_LOOKS = 16
 _FORWARD = "forward"
 _REPLICATE = "_replicate_for_data_parallel"
 
@@ -52,11 +54,13 @@ class RewiredForward:
         self.programs: dict[Any, Program] = {}
         self.by_shape: set[Any] = set()
         self.guarded: dict[int, nn.Module] = {id(host): host}
+        self.look: Look | None = None
+        self.looks = 0  # in a row that showed a change
         self.note_homes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs are compiled code for this host: a copy captures its own."""
-        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None}
+        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "look": None}
 
     def note_homes(self) -> None:
         """Let the chains know the tensors that the host has of its own."""
@@ -103,8 +107,22 @@ class RewiredForward:
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         """The signature of a call, with shapes where a program of that signature looks at them."""
-        key = signature(self.host, self.guarded.values(), args, kwargs, leaves)
+        key = call_signature(args, kwargs, leaves), self.standing()
         return (key, details(self.host, leaves)) if key in self.by_shape else key
+
+    def standing(self) -> Standing:
+        """What the modules are now; mostly, what they were at the last call."""
+        look = self.look
+        if look is not None and look.holds():
+            self.looks = 0
+            return look.standing
+        standing = Standing(self.host, self.guarded.values())
+        self.look = None
+        if self.looks < _MAX_LOOKS:  # else something changes at every call
+            self.looks += 1
+            with suppress(TypeError):
+                self.look = Look(standing, self.host, self.guarded.values())
+        return standing
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward as it was before conversion."""
@@ -172,12 +190,13 @@ class RewiredForward:
         new = {id(m): m for m in program.guarded if id(m) not in self.guarded}
         if new:  # from now on signatures hold these modules' attributes too, so no older one can be met again
             self.guarded.update(new)
+            self.look = None
             self.programs.clear()
             self.by_shape.clear()
         while len(self.programs) >= _MAX_PROGRAMS:
             self.programs.pop(next(iter(self.programs)))
         if program.shape_dependent:
-            self.by_shape.add(signature(self.host, self.guarded.values(), args, kwargs, leaves))
+            self.by_shape.add((call_signature(args, kwargs, leaves), self.standing()))
         self.programs[self.key(args, kwargs, leaves)] = program
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_ as _is
 from typing import Any
 
 import torch
@@ -31,21 +32,103 @@ class _Same:
         return isinstance(other, _Same) and other.obj is self.obj
 
 
-def signature(host: nn.Module, guarded: Iterable[nn.Module], args: Any, kwargs: Any, leaves: list[Any]) -> Any:
-    """The signature of a call of ``host`` by which programs are chosen: hashable.
+class Standing:
+    """What a host and the modules whose code its programs hold are now, apart from tensor values: hashable, and hashed once."""
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, host: nn.Module, guarded: Iterable[nn.Module]) -> None:
+        modules = tuple((id(m), m.training) for m in host.modules())
+        self._value = modules, tuple((m is not host and has_hooks(m), _attributes(m)) for m in guarded)
+        self._hash = hash(self._value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Standing) and self._hash == other._hash and self._value == other._value)
+
+
+class Look:
+    """A quick way to see that the `Standing` of a host is what it was at the last call: by the identity of all that it was made of.
+
+    It holds on to what it has seen, so that no other object takes its identity; so there is none where a tensor is among it.
+    """
+
+    def __init__(self, standing: Standing, host: nn.Module, guarded: Iterable[nn.Module]) -> None:
+        """Look at them.
+
+        Raises:
+            TypeError: what is among their attributes cannot be told by identity, or must not be held on to.
+        """
+        self.standing = standing
+        self._tree = [(m, m.training, m._modules, (*m._modules.values(),)) for m in host.modules()]
+        registry = nn.modules.module
+        self._empty: list[Any] = [registry._global_forward_hooks, registry._global_forward_pre_hooks]
+        self._full: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[int, ...]]] = []
+        self._lists: list[tuple[list[Any], tuple[int, ...]]] = []
+        self._alive: list[Any] = []
+        for module in guarded:
+            self._note(vars(module))
+            for name, value in vars(module).items():
+                if name not in _STRUCTURE:
+                    self._enter(value)
+        if any(self._empty):
+            raise TypeError("hooks for all modules")
+
+    def _note(self, found: dict[Any, Any]) -> None:
+        values = tuple(found.values())
+        if any(isinstance(v, Tensor) for v in values):
+            raise TypeError("tensors")
+        self._full.append((found, tuple(found), tuple(map(id, values))))
+        self._alive.append(values)
+
+    def _enter(self, value: Any) -> None:
+        if isinstance(value, (dict, list)) and not value:
+            self._empty.append(value)
+        elif isinstance(value, dict):
+            self._check(value.values())
+            self._note(value)
+        elif isinstance(value, list):
+            self._check(value)
+            self._lists.append((value, tuple(map(id, value))))
+            self._alive.append(tuple(value))
+        elif isinstance(value, tuple):
+            self._check(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+            self._note(vars(value))
+
+    def _check(self, items: Iterable[Any]) -> None:
+        """That a container holds nothing that holds something in turn."""
+        if not all(isinstance(item, (*CONSTANTS, *IDENTITIES)) for item in items):
+            raise TypeError("containers in containers")
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        if any(self._empty):
+            return False
+        for module, training, children, seen in self._tree:
+            if module.training is not training or module._modules is not children or len(children) != len(seen):
+                return False
+            if seen and not all(map(_is, children.values(), seen)):
+                return False
+        for found, names, ids in self._full:
+            if tuple(map(id, found.values())) != ids or tuple(found) != names:
+                return False
+        return all(tuple(map(id, found)) == ids for found, ids in self._lists)
+
+
+def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:
+    """What Python could decide on in a call, apart from the module itself: hashable.
 
     Args:
-        host: the rewired module.
-        guarded: the modules whose code its programs hold.
         args, kwargs: of the call.
         leaves: the tensors and objects among them.
     """
     first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
-    modules = tuple((id(m), m.training) for m in host.modules())
-    attributes = tuple((m is not host and has_hooks(m), _attributes(m)) for m in guarded)
     devices = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
     modes = (torch.is_grad_enabled(), *((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in devices))
-    return (_skeleton((args, kwargs)), tuple(map(_kind, leaves)), tuple(first[id(leaf)] for leaf in leaves), modules, attributes, modes)
+    return (_skeleton((args, kwargs)), tuple(map(_kind, leaves)), tuple(first[id(leaf)] for leaf in leaves), modes)
 
 
 def details(host: nn.Module, leaves: list[Any]) -> Any:

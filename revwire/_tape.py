@@ -51,7 +51,7 @@ from revwire._chunks import SharedDraws, joined, parts_of
 from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
-from revwire._numerics import FloatStreams, Streams, can_be_sampled
+from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled
 from revwire._records import MISSING, Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
 from revwire._replay import Inventory, Surroundings, Written, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
@@ -110,13 +110,24 @@ class Tape:
         """The coefficients by which the unit's own value enters the step."""
         return PLAIN[unit.kind] if self.plain else self.couplings[place].rule(unit.kind, x)
 
+    def parts_ways(self, unit: Unit) -> bool:
+        """Whether the next step gives x_{k-1} another multiple of its gradient than its branch, of the same sign.
+
+        Where b < 0, gradients of steps cancel in part, and one more rounding of them would count.
+        """
+        place = unit.place(self.position)
+        if self.plain or place is None:
+            return False
+        _, b, c = self.couplings[place].coefficients
+        return 0 < b != c
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def branch(
         self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], chunks: tuple[Chunk, ...] = ()
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Evaluate F_k(x_k); if the tape can be rewound, with placeholders for what autograd saves."""
-        previous, current = self.intact_state()
+        _, current = self.intact_state()
         place = unit.place(self.position)
         assert place is not None  # else the unit had begun a tape of its own
         self.now = self._rule(unit, place, current)
@@ -129,12 +140,10 @@ class Tape:
             if version_of(x) != version:
                 raise fault(unit, self.chain, *_WROTE_INPUT)
             return f, sides
-        return self._recorded(unit, host, x, extras, previous)
+        return self._recorded(unit, host, x, extras)
 
-    def _recorded(
-        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], previous: Tensor
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Evaluate the branch with placeholders for what autograd saves; ``previous`` is the state of x_{k-1}."""
+    def _recorded(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Evaluate the branch with placeholders for what autograd saves."""
         version = version_of(x)
         record = self._record(unit, host, x, extras)
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
@@ -149,7 +158,7 @@ class Tape:
             record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
             with torch.no_grad():
-                record.fingerprint = self.streams.fingerprint(previous, f, [t for _, t in last])
+                record.sample = self.streams.sample(f, [t for _, t in last])
         finally:
             last.clear()  # see `_packer`
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
@@ -223,7 +232,7 @@ class Tape:
         assert place is not None
         anchored = self.chain.anchored(place)
         undone = self.rewinds and self.kept is None and previous is not current and not anchored
-        following, out, bits, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
+        following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
         if not (in_range or self._in_range(out)):
             if self.keep:
                 raise self._out_of_range(unit)
@@ -237,7 +246,7 @@ class Tape:
             self._pass_over((current, following), ends=place == self.chain.length - 1)
         else:
             if self.rewinds:
-                self._keep_record(bits, previous is current, anchored)
+                self._keep_record(bits, self._summary(previous, summary), previous is current, anchored)
             self._advance((current, following))
         self.position = place + 1
         return out
@@ -264,12 +273,12 @@ class Tape:
 
     def branch_on(self, chunk: Chunk, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """As `branch`, on one chunk of x_k."""
-        previous, current = self.intact_state()
+        _, current = self.intact_state()
         self._chunk, self.now = chunk, chunk.rule(self._whole)
         extras = self._cut(unit).extras(extras, chunk, current.shape[chunk.dim])
         if not self.rewinds or self.kept is not None:
             return evaluate(unit, host, x, extras)
-        return self._recorded(unit, host, x, extras, chunk.of(previous))
+        return self._recorded(unit, host, x, extras)
 
     def _step_chunk(self, chunk: Chunk, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         whole = self.intact_state()
@@ -279,14 +288,14 @@ class Tape:
         anchored, begins = self.chain.anchored(place), whole[0] is whole[1]
         rebuilt = self.rewinds and self.kept is None
         undone = rebuilt and not begins and not anchored
-        following, out, bits, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
+        following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
         if not (in_range or self._in_range(out)):
             raise self._out_of_range(unit)
         self._note_range(unit, out)
         if rebuilt:
             if self.chain.monitor:
                 self.chain.monitor.forward(self, len(self.records), previous)
-            self._keep_record(bits, begins, anchored)
+            self._keep_record(bits, self._summary(previous, summary), begins, anchored)
         self._parts.append(following)
         return out
 
@@ -341,9 +350,16 @@ class Tape:
         """Whether the newest record stands for a run of units that are never rebuilt."""
         return bool(self.records) and isinstance(self.records[-1], Anchor)
 
-    def _keep_record(self, bits: Tensor | None, begins: bool, anchored: bool) -> None:
+    def _summary(self, previous: Tensor, known: Tensor | None) -> Tensor | None:
+        """That of the state of x_{k-1}, where the record of the unit that has just run will be kept."""
+        return self.streams.summary(previous) if known is None and self.start is not None and self._open is not None else known
+
+    def _keep_record(self, bits: Tensor | None, summary: Tensor | None, begins: bool, anchored: bool) -> None:
         record, self._open = self._open, None
         if self.start is not None and record is not None:
+            assert summary is not None
+            assert record.sample is not None
+            record.fingerprint, record.sample = Fingerprint(summary, *record.sample), None
             record.bits, record.begins = bits, begins
             if anchored and not begins:
                 record.anchor = Anchor(self.intact_state(), self.versions)

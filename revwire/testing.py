@@ -66,11 +66,11 @@ def check_invertible(
     kept = []
     for f in branches:
         rule = coupling.rule("residual", current)
-        following, _, bits, _ = streams.step(previous, streams.read(current), f.to(dtype), rule)
+        following, _, bits, *_ = streams.step(previous, streams.read(current), f.to(dtype), rule)
         kept.append((rule, bits))
         previous, current = current, following
     for f, (rule, bits) in zip(reversed(branches), reversed(kept), strict=True):
-        rebuilt = streams.unstep(current, streams.read(previous), f.to(dtype), rule, bits)
+        rebuilt = streams.unstep(current, streams.read(previous), f.to(dtype), rule, bits).state
         previous, current = rebuilt, previous
     error = max(_relative(previous, start), _relative(current, start))
     assert error <= tolerance, f"{coupling.name}: rebuilt with relative error {error:.3g} after {units} units, not {tolerance:.3g}"

@@ -56,7 +56,11 @@ def test_compiled_and_plain_forms_agree(size, layout, coupling, kind, dtype, see
     assert (mine.bits is None) == (reference.bits is None)
     if mine.bits is not None:
         assert torch.equal(mine.bits, reference.bits)
-    assert torch.equal(compiled.unstep(mine.state, x, f, rule, mine.bits), previous)
+    undone = compiled.unstep(mine.state, x, f, rule, mine.bits)
+    assert torch.equal(undone.state, previous)
+    assert torch.equal(undone.summary, mine.summary)
+    assert torch.equal(compiled.summary(previous), mine.summary)
+    assert mine.summary.sum(dtype=torch.int32) == previous.sum(dtype=torch.int32)
 
 
 @pytest.mark.parametrize("bits", range(1, 8))
@@ -65,6 +69,14 @@ def test_kept_bits_lie_as_in_the_plain_form(bits, size):
     previous = torch.randint(-(2**29), 2**29, (size,), dtype=torch.int32)
     done = _kernels.advance(previous, torch.zeros(size), torch.zeros(size), 1.0, 1.0, bits, negative=False, scale=3, keep=True)
     assert torch.equal(done.bits, pack_bits(previous + (1 << bits - 1), bits))
+
+
+@pytest.mark.parametrize("at", [0, 50, 63, 64, 999])
+def test_a_change_anywhere_shows_in_the_summary(at):
+    streams, state = FixedStreams(SCALE, torch.int32, compiled=True), torch.arange(1000, dtype=torch.int32)
+    other = state.clone()
+    other[at] ^= 1
+    assert not torch.equal(streams.summary(state), streams.summary(other))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 2.0**10, -(2.0**10)])
@@ -88,10 +100,12 @@ def test_many_threads_make_the_same_bits(monkeypatch):
             streams = FixedStreams(SCALE, torch.int32, compiled=True)
             previous, x = streams.enter(before), streams.read(streams.enter(x))
             results.append(streams.step(previous, x, f, Rule.of(Bdia().coefficients)))
-            assert torch.equal(streams.unstep(results[-1].state, x, f, Rule.of(Bdia().coefficients), results[-1].bits), previous)
+            undone = streams.unstep(results[-1].state, x, f, Rule.of(Bdia().coefficients), results[-1].bits)
+            assert torch.equal(undone.state, previous)
+            assert torch.equal(undone.summary, results[-1].summary)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(results[0][:3], results[1][:3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:4], results[1][:4], strict=True))
 
 
 def test_other_devices_and_wide_streams_take_the_plain_form():

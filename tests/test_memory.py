@@ -58,6 +58,20 @@ def test_the_peak_of_a_step_grows_with_depth_by_the_kept_bits_only(case):
     assert (deep - shallow) / 8 <= STREAM / 32 * bits + SMALL
 
 
+def test_the_peak_of_a_step_with_bits_is_that_without_and_the_bits():
+    """A gradient of a state that waits is made of that of the branch when the branch is done; see `_engine`."""
+
+    def step(name, depth=12):
+        case = next(c for c in EXACT if c.coupling.name == name and c.dtype == torch.float32)
+        model, x = toy(case, PreNorm, depth=depth), torch.randn(SHAPE, requires_grad=True)
+        return lambda: model(x).square().sum().backward()
+
+    plain = peak_bytes(step("re2tal"))
+    for name, bits in (("bdia:1/2", 1), ("bdia:1/16", 4), ("dr2net:7/8,1/8", 3)):
+        units = 11  # the first begins with two equal states
+        assert peak_bytes(step(name)) - plain <= units * STREAM / 32 * bits + SMALL
+
+
 @each_fast_case
 def test_the_peak_of_a_retained_backward_does_not_hold_every_branch(case):
     def step(depth):
