@@ -9,7 +9,7 @@ Note [The search]
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ Cutting = Callable[[], None]
 LEAST = "least"
 
 _CLASSES = 256
+_UNITS_OF_A_BLOCK = 4
 _MOST = 3000  # partial choices that go on; only chains that run side by side make so many
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -139,7 +140,7 @@ def fit(
     step: Callable[[], None],
     device: torch.device,
     budget: Budget,
-    cuttings: Sequence[Cutting] = (lambda: None,),
+    cuttings: Iterable[Cutting] = (lambda: None,),
 ) -> Plan:
     """Measure a step, give each unit of ``chains`` its mode, and return the plan with the modes and the forecast.
 
@@ -158,17 +159,20 @@ def fit(
     size = parse_budget(budget)
     kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
     best: tuple[int, Cutting, Costs] | None = None
+    checkpoint: Point | None = None
     for cut in cuttings:
         cut()
         costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains])
+        checkpoint = checkpoint or Point(*costs.checkpointed(_blocks(plan, costs)))
         forms = search(costs, size) if size is not None else None
         if forms is not None:
-            return _applied(plan, chains, costs, forms, size)
+            return _applied(plan, chains, costs, forms, size, checkpoint)
         smallest = least(costs)
         if best is not None and smallest > 0.98 * best[0]:
             break
         best = smallest, cut, costs
     assert best is not None
+    assert checkpoint is not None
     smallest, cut, costs = best
     if size is not None:
         raise BudgetError(
@@ -179,10 +183,10 @@ def fit(
     cut()
     forms = search(costs, smallest)
     assert forms is not None
-    return _applied(plan, chains, costs, forms, size)
+    return _applied(plan, chains, costs, forms, size, checkpoint)
 
 
-def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None) -> Plan:
+def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None, checkpoint: Point) -> Plan:
     modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
     for unit, form in zip(costs.units, forms, strict=True):
         modes[unit.chain][unit.unit] = MODES[form]
@@ -190,8 +194,33 @@ def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[
         chain.modes, chain.keeps_last = tuple(mine), False
     planned = tuple(_with_modes(c, mine) for c, mine in zip(plan.chains, modes, strict=True))
     uniform = {mode: Point(*costs.forecast(costs.uniform(mode))) for mode in ("stored", "reversible")}
-    forecast = Forecast(size, Point(*costs.forecast(forms)), uniform["stored"], uniform["reversible"], _idle(plan, costs))
+    point = Point(*costs.forecast(forms))
+    advice = (*_idle(plan, costs), *_rival(size, point, checkpoint))
+    forecast = Forecast(size, point, uniform["stored"], uniform["reversible"], advice, checkpoint)
     return replace(plan, chains=planned, forecast=forecast)
+
+
+def _blocks(plan: Plan, costs: Costs) -> list[int]:
+    """The block of each run: consecutive units of one host; where a host holds many, it is no block, and each unit stands for one."""
+    hosts = [(u.chain, plan.chains[u.chain].units[u.unit].host) for u in costs.units]
+    numbers: list[int] = []
+    for i, host in enumerate(hosts):
+        same = i > 0 and host == hosts[i - 1] and hosts.count(host) <= _UNITS_OF_A_BLOCK
+        numbers.append((numbers[-1] if numbers else -1) + (0 if same else 1))
+    return numbers
+
+
+def _rival(size: int | None, planned: Point, checkpoint: Point) -> tuple[str, ...]:
+    """Where plain checkpointing is estimated to be clearly better than what was planned: smaller, or within a budget faster."""
+    name = "torch.utils.checkpoint around the same blocks of the original network"
+    if size is None and checkpoint.peak_bytes < 0.97 * planned.peak_bytes:
+        return (
+            f"{name} would need less, about {checkpoint.peak_bytes / 1e6:.1f} MB: where the peak is a wide stage of few blocks, the two "
+            "states of its chain cost more than the few inputs that checkpointing keeps; consider that instead, or chunks",
+        )
+    if size is not None and checkpoint.peak_bytes <= size and checkpoint.seconds < 0.97 * planned.seconds:
+        return (f"{name} would fit as well, in about {checkpoint.seconds / planned.seconds:.0%} of the time; consider that instead",)
+    return ()
 
 
 def _with_modes(planned: PlannedChain, modes: Sequence[Mode]) -> PlannedChain:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -190,36 +189,45 @@ def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
     state = converted(model)
     cuttings = _cuttings(model, state, call, options.chunks)
     if options.budget is None:
-        cuttings[0]()
+        next(cuttings)()
         found = state.plan
     else:
         found = _fitted(model, state, call, options.budget, cuttings)
     state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)))
 
 
-def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None) -> Sequence[Cutting]:
-    """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose."""
+def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None) -> Iterator[Cutting]:
+    """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose.
+
+    How units may be cut is looked at when a way is asked for that cuts some: that takes several runs of each.
+    """
     names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
     refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in names for n in several])
-    wishes = [1, 2, 4, 8, 16] if chunks is None else [chunks]
-    counts = [[[wanted(wish, n) for n in several] for several in names] for wish in wishes]
-    all_counts = {c for wish in counts for several in wish for c in several}
+
+    def way(prober: Prober, wish: Chunks) -> Cutting:
+        def cut() -> None:
+            for chain, several in zip(state.chains, names, strict=True):
+                chain.cuts = tuple(prober.cut(chain, place, wanted(wish, n)) for place, n in enumerate(several))
+
+        return cut
+
+    if chunks in (None, 1):
+        yield way(Prober([1]), 1)
+    wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
+    counts = {wanted(wish, n) for wish in wishes for several in names for n in several}
+    if not counts:
+        return
     try:
-        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), all_counts)
+        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), counts)
     except ConversionError:
         if chunks is not None:
             raise
-        prober, counts = Prober([1]), counts[:1]  # it does not run in eval mode: whole units are what there is
-
-    def cut(wish: list[list[int]]) -> None:
-        for chain, several in zip(state.chains, wish, strict=True):
-            chain.cuts = tuple(prober.cut(chain, place, count) for place, count in enumerate(several))
-
-    ways = [partial(cut, wish) for wish in counts]
-    return ways if prober.cuts_something else ways[:1]
+        return  # it does not run in eval mode: whole units are what there is
+    if prober.cuts_something or chunks is not None:
+        yield from (way(prober, wish) for wish in wishes)
 
 
-def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cuttings: Sequence[Cutting]) -> Plan:
+def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cuttings: Iterable[Cutting]) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
 

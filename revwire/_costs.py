@@ -5,6 +5,12 @@ Note [Bytes by prefix]
     of them. A stretch of the step then holds what was measured, plus what those p units keep beyond their reversible form. In its own
     backward a unit has its activations in any mode: kept, or just recomputed.
 
+Note [Checkpointing each block]
+    What `torch.utils.checkpoint` around each block of the original network that has units would need is estimated from the same
+    measurement. A step holds the inputs of the blocks so far (that of the last one is an activation of its first unit); in the backward of
+    a block, the activations of all of its units, and one gradient. What was measured around a unit holds instead the kept bits of the
+    units so far, two states of its chain, and a gradient of each.
+
 Note [Forms]
     What a mode keeps depends on the neighbours, since states are shared:
 
@@ -182,6 +188,29 @@ class Costs:
             peak = max(peak, kept + self.waiting[run + 1])
             seconds -= unit.seconds(form)
             before[unit.chain] = form
+        return peak, seconds
+
+    def checkpointed(self, blocks: Sequence[int]) -> tuple[int, float]:
+        """What checkpointing around each block would cost, estimated; ``blocks`` numbers the block of each run, ascending.
+
+        See Note [Checkpointing each block].
+        """
+        peak, bits, inputs, seconds = self.waiting[0], 0, 0, self.seconds
+        chains: dict[int, int] = {}  # two states of each chain so far
+        inside = 0  # activations of the units of the same block that ran before
+        for run, (unit, at) in enumerate(zip(self.units, self.levels, strict=True)):
+            first = run == 0 or blocks[run] != blocks[run - 1]
+            inside = 0 if first else inside
+            inputs += unit.state if first else 0
+            others = sum(chains.values()) - chains.get(unit.chain, 0)  # of chains that wait, the states are there too
+            around = inputs - bits - others
+            whole = unit.saved - unit.held  # where it was measured in chunks
+            peak = max(peak, at.forward - 2 * unit.state + around, at.backward - 4 * unit.state + around + inside + whole)
+            chains[unit.chain] = 2 * unit.state
+            bits += unit.kept
+            inside += unit.saved
+            peak = max(peak, self.waiting[run + 1] + inputs - bits - sum(chains.values()))
+            seconds -= unit.seconds("c")
         return peak, seconds
 
     def uniform(self, mode: Mode) -> list[Form]:

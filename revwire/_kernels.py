@@ -11,7 +11,7 @@ The kernels (`_native`) work on the flat memory of dense tensors. Their results 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
@@ -69,7 +69,8 @@ def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, 
     if m and keep:
         size = -(-n // 8) * m
         bits = torch.empty(size, dtype=torch.uint8)
-        k.pack(n, previous.data_ptr(), _groups(n, m), half, size, bits.data_ptr())
+        layout = _layout(n, m)
+        k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
     return Advanced(state, value, bits, sums, in_range)
 
 
@@ -80,7 +81,8 @@ def retreat(
     k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
     if m:
         assert bits is not None
-        k.unpack(bits.numel(), bits.data_ptr(), _groups(n, m), n, out.data_ptr())
+        layout = _layout(n, m)
+        k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
     numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
     _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
     return out, sums
@@ -104,8 +106,30 @@ def _no_sums() -> Tensor:
     return torch.empty(SEGMENTS, dtype=torch.int32)
 
 
+def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Tensor | None:
+    """``elements`` numbers of ``f`` and ``fewer`` of each of at most two others, at equal distances; None where this form does not do."""
+    steps = []
+    for t, count in ((f, elements), *[(t, fewer) for t in saved]):
+        n = t.numel()
+        if n < count or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+            return None
+        steps += [t.data_ptr(), n // count]
+    steps += [0, 1] * (2 - len(saved))
+    out = torch.empty(elements + fewer * len(saved), dtype=torch.float32)
+    _native().sample(out.data_ptr(), *steps, elements, fewer)
+    return out
+
+
+class _Layout(NamedTuple):
+    """Rows of a table that the kernels read, and its address."""
+
+    rows: int
+    address: int
+    table: Any  # it lies there as long as this lives
+
+
 @lru_cache(maxsize=64)
-def _groups(n: int, m: int) -> Any:
+def _layout(n: int, m: int) -> _Layout:
     """The layout of `_bits.pack_bits` for n values of m bits: planes of 4, 2 and 1 bits; the values that share a byte lie far apart.
 
     Returns:
@@ -125,7 +149,8 @@ def _groups(n: int, m: int) -> Any:
                     half, wide, span = half >> 1, wide * 2, span // 2
                 rows.append((start, start + size * width, first, shift, left, (1 << width) - 1, i == 0))
             start, shift = start + size * width, shift + width
-    return np.array(rows, dtype=np.int64)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7)
+    return _Layout(len(table), table.ctypes.data, table)
 
 
 def _like(f: Tensor, x: Tensor) -> Tensor:

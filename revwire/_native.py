@@ -19,7 +19,7 @@ SEGMENTS = 64
 LIMIT = 1 << 30
 """Integers stay below this magnitude, so that two of them can be added."""
 
-_rint, _int32, _uint8, _float32 = np.rint, np.int32, np.uint8, np.float32
+_rint, _int32, _int64, _uint8, _float32 = np.rint, np.int32, np.int64, np.uint8, np.float32
 _limit, _top = np.float32(LIMIT), np.int32(LIMIT)
 
 
@@ -111,10 +111,28 @@ def summed(n, first, last, state, sums):
 
 
 @_compiled
-def pack(n, previous, groups, half, size, packed):
-    """The low bits of a state plus ``half``, laid out by ``groups``."""
+def sample(out, first, first_step, a, a_step, b, b_step, elements, fewer):
+    """``elements`` of the numbers at ``first`` and ``fewer`` of those at ``a`` and ``b`` (if there), at equal distances."""
+    many, few = elements * first_step, fewer * max(a_step, b_step)
+    sampled, firsts = carray(_at(out), elements + 2 * fewer, _float32), carray(_at(first), many, _float32)
+    for i in range(elements):
+        sampled[i] = firsts[i * first_step]
+    if a:
+        numbers = carray(_at(a), few, _float32)
+        for i in range(fewer):
+            sampled[elements + i] = numbers[i * a_step]
+    if b:
+        numbers = carray(_at(b), few, _float32)
+        for i in range(fewer):
+            sampled[elements + fewer + i] = numbers[i * b_step]
+
+
+@_compiled
+def pack(n, previous, rows, layout, half, size, packed):
+    """The low bits of a state plus ``half``, laid out by ``rows`` rows at ``layout``."""
     states, all_planes, half = carray(_at(previous), n, _int32), carray(_at(packed), size, _uint8), _int32(half)
-    for g in range(len(groups)):
+    groups = carray(_at(layout), (rows, 7), _int64)
+    for g in range(rows):
         start, end, first, shift, left, mask, fresh = groups[g]
         plane = all_planes[start:end]
         part = states[first : max(first, min(n, first + len(plane)))]
@@ -126,10 +144,11 @@ def pack(n, previous, groups, half, size, packed):
 
 
 @_compiled
-def unpack(size, packed, groups, n, out):
+def unpack(size, packed, rows, layout, n, out):
     """The inverse of `pack`: the low bits, each in its element."""
     all_planes, states = carray(_at(packed), size, _uint8), carray(_at(out), n, _int32)
-    for g in range(len(groups)):
+    groups = carray(_at(layout), (rows, 7), _int64)
+    for g in range(rows):
         start, end, first, shift, left, mask, _ = groups[g]
         plane = all_planes[start:end]
         part = states[first : max(first, min(n, first + len(plane)))]

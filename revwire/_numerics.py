@@ -35,6 +35,9 @@ HEADROOM_BITS = 5
 _FOLD = 64
 """A state is folded into this many sums, and a branch's result sampled at this many elements."""
 
+_FEWER = 16
+"""A tensor that a branch saved is sampled at this many."""
+
 _SATURATES = platform.machine().lower() not in ("x86_64", "amd64", "i686")
 """Whether float-to-integer conversion on this CPU turns NaN into 0 instead of an integer out of range."""
 
@@ -320,7 +323,8 @@ class FixedStreams(Streams):
 
         Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of that layer is not.
         """
-        return Sample(torch.cat([_spread(f, _FOLD), *(_spread(t, 16) for t in saved)]), f.dtype)
+        values = _kernels.sampled(f, saved, _FOLD, _FEWER) if self.compiled else None
+        return Sample(torch.cat([_spread(f, _FOLD), *(_spread(t, _FEWER) for t in saved)]) if values is None else values, f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         a, b = before.branch, after.branch

@@ -78,7 +78,8 @@ class Forecast:
         budget: bytes that were allowed, or None for the least.
         planned: the chosen mix.
         stored, reversible: every unit stored; every unit reversible.
-        advice: chains that reversible units gain nothing for, and why.
+        advice: chains that reversible units gain nothing for, and why; and whether plain checkpointing would need less.
+        checkpoint: `torch.utils.checkpoint` around each host, in the original network, estimated.
     """
 
     budget: int | None
@@ -86,6 +87,7 @@ class Forecast:
     stored: Point
     reversible: Point
     advice: tuple[str, ...] = ()
+    checkpoint: Point | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -100,7 +102,9 @@ class Forecast:
     def __str__(self) -> str:
         budget = "least memory" if self.budget is None else f"budget {_bytes(self.budget)}"
         lines = [f"{budget}: predicted peak of a step {_point(self.planned)}"]
-        lines += [f"  every unit stored: {_point(self.stored)}; every unit reversible: {_point(self.reversible)}", *self.advice]
+        uniform = f"  every unit stored: {_point(self.stored)}; every unit reversible: {_point(self.reversible)}"
+        rival = f"; torch.utils.checkpoint around the same blocks: about {_point(self.checkpoint)}" if self.checkpoint else ""
+        lines += [uniform + rival, *self.advice]
         if self.planned == self.stored:
             lines.append("every activation fits: nothing is rebuilt, and the network as it was would do as well")
         return "\n".join(lines)

@@ -250,8 +250,10 @@ class _Assembly:
         compiled = _Compiled(graph)
         paths = _owners([n for n in graph.nodes if n.op in ("call_module", "get_attr")])
 
+        names = [path.split(".") if path else [] for path in paths]
+
         def modules(host: nn.Module) -> Iterable[nn.Module]:
-            return [host.get_submodule(p) for p in paths]
+            return [_below_host(host, steps) for steps in names]
 
         kind: Literal["residual", "block"] = "residual" if cut.kind == "residual" else "block"
         return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later, self._assigned(cut))
@@ -347,6 +349,14 @@ def _owner(node: fx.Node) -> str:
     if node.op == "call_module":
         return str(node.target)
     return "" if node.target == WHOLE_FORWARD else str(node.target).rpartition(".")[0]
+
+
+def _below_host(host: nn.Module, steps: list[str]) -> nn.Module:
+    """`nn.Module.get_submodule`, which is slow."""
+    module: Any = host
+    for step in steps:
+        module = module._modules.get(step) or getattr(module, step)
+    return module  # type: ignore[no-any-return]
 
 
 def _function(target: Any) -> Callable[..., Tensor]:

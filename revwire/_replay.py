@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 AutocastState = tuple[bool, torch.dtype]
-_CPU = torch.device("cpu")
 RandomStates = dict[torch.device | None, Tensor]
 
 
@@ -103,8 +102,7 @@ class Surroundings:
     @classmethod
     def capture(cls, tensors: Iterable[Tensor]) -> Surroundings:
         """The state now, on the CPU and on the devices of ``tensors``."""
-        found = {t.device for t in tensors}
-        devices = () if found == {_CPU} else tuple(d for d in found if d.type not in ("cpu", "meta"))
+        devices = accelerators_of([t for t in tensors if not t.is_cpu])
         autocast = {kind: autocast_state(kind) for kind in ("cpu", *(d.type for d in devices))}
         return cls(devices, random_states(devices), autocast, torch.is_autocast_cache_enabled())
 
@@ -120,6 +118,9 @@ class Surroundings:
         casts = [(kind, *cast) for kind, cast in self.autocast.items() if cast[0] or torch.is_autocast_enabled(kind)]
         try:
             set_random_states(self.randomness)
+            if not casts:
+                yield
+                return
             with ExitStack() as stack:
                 for kind, enabled, dtype in casts:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache_enabled))

@@ -125,6 +125,8 @@ def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         args, kwargs: of the call.
         leaves: the tensors and objects among them.
     """
+    if len(leaves) == 1 and not kwargs and len(args) == 1 and args[0] is leaves[0] and type(leaves[0]) is Tensor and leaves[0].is_cpu:
+        return _kind(leaves[0]), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
     devices = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
     modes = (torch.is_grad_enabled(), *((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in devices))

@@ -2,17 +2,21 @@
 
 import copy
 import json
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.video import swin3d_t
 
 import revwire
-from revwire._budget import least, parse_budget, search
+from revwire._budget import _rival, least, parse_budget, search
 from revwire._convert import chains_of
 from revwire._costs import MODES, Costs
 from revwire._meter import Arithmetic, Mark, Measured, Place, Stretch
+from revwire._plan import Point
 from revwire.measure import peak_bytes
 
 
@@ -251,6 +255,83 @@ def test_shallow_chains_are_named_where_reversible_gains_nothing():
     assert len(plan.forecast.advice) == 1
     assert "chain 1: reversible gains nothing here" in str(plan)
     assert {u.mode for u in plan.chains[1].units} == {"stored"}
+
+
+class Pyramid(nn.Module):
+    """A wide stage of ``depth`` layers, and a narrow one."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.wide, self.down, self.narrow = transformer(depth, 32)[0], nn.Linear(32, 8), transformer(4, 8)[0]
+
+    def forward(self, x):
+        return self.narrow(self.down(self.wide(x))[:, ::8])
+
+
+def checkpointed(model, plan):
+    for path in plan.hosts:
+        module = model.get_submodule(path)
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return model
+
+
+@pytest.mark.parametrize("make", [transformer, lambda: transformer(2), lambda: Pyramid(1), lambda: Pyramid(6)])
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+def test_what_checkpointing_the_same_blocks_would_need_is_estimated(make, coupling):
+    torch.manual_seed(0)
+    plan = revwire.plan(make(), INPUTS, coupling=coupling, memory_budget="least")
+    torch.manual_seed(0)
+    needed = peak_bytes(step(checkpointed(make(), plan)))
+    assert plan.forecast.checkpoint.peak_bytes == pytest.approx(needed, rel=0.05)
+    assert "torch.utils.checkpoint around the same blocks: about " in str(plan)
+    assert plan.forecast.checkpoint.seconds < plan.forecast.reversible.seconds
+
+
+def test_the_plan_says_where_checkpointing_would_need_less():
+    """The first stage of two blocks is the peak: their inputs cost less than two states and the gradients of both."""
+    torch.manual_seed(0)
+    plan = revwire.plan(swin3d_t(weights=None).train(), torch.randn(1, 3, 16, 56, 56), memory_budget="least", chunks=1)
+    assert plan.forecast.checkpoint.peak_bytes < 0.97 * plan.forecast.peak_bytes
+    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 28" in str(plan)
+    assert "would need less" not in str(revwire.plan(transformer(), INPUTS, memory_budget="least", chunks=1))
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": "1GiB"}, {"memory_budget": "least", "chunks": 1}], ids=["fits", "whole"])
+def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, monkeypatch):
+    def never(*_):
+        raise AssertionError("it was looked at")
+
+    monkeypatch.setattr("revwire._convert.probed", never)
+    revwire.plan(transformer(2), INPUTS, **options)
+    with pytest.raises(AssertionError, match="it was looked at"):
+        revwire.plan(transformer(2), INPUTS, memory_budget="least")
+
+
+def test_the_plan_says_where_checkpointing_fits_a_budget_in_less_time():
+    planned, fast = Point(100, 2.0), Point(110, 1.9)
+    assert "fit as well, in about 95% of the time" in _rival(120, planned, fast)[0]
+    assert not _rival(105, planned, fast)
+    assert not _rival(120, planned, Point(110, 1.99))
+    assert not _rival(None, planned, fast)
+    assert "about 0.0 MB" in _rival(None, planned, Point(90, 3.0))[0]
+
+
+def test_a_host_of_many_units_is_no_block():
+    class Loop(nn.Module):
+        """Twelve units in one forward: checkpointing it would hold them all at once, so each counts by itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(12))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x))
+            return x
+
+    plan = revwire.plan(Loop(), INPUTS, memory_budget="least")
+    assert plan.hosts == ("",)
+    assert plan.forecast.checkpoint.peak_bytes < plan.forecast.stored.peak_bytes
 
 
 def test_a_plan_without_a_budget_names_chains_that_save_little():

@@ -49,15 +49,27 @@ def _fitted(method: str, lines: dict[str, tuple[float, float, float | None]]) ->
 
 
 def planner(rows: list[Row]) -> Table:
-    """Predicted and measured peaks by network (rows) and budget (columns)."""
+    """Predicted and measured peaks (and seconds, where they were measured) by network (rows) and budget (columns)."""
     shares = sorted({row["share"] for row in rows})
-    table = [["predicted MiB (off the measured peak)", *(_share(share) for share in shares), "largest error"]]
+    timed = any(row.get("measured_time_ratio") for row in rows)
+    head = "predicted MiB (off the measured peak)" + ("; predicted and measured seconds, × all stored" if timed else "")
+    table = [[head, *(_share(share) for share in shares), "largest error", "the same blocks checkpointed"]]
     for network in dict.fromkeys(row["network"] for row in rows):
         mine = {row["share"]: row for row in rows if row["network"] == network}
         worst = max(abs(_error(row)) for row in mine.values())
-        cells = (f"{mine[s]['predicted_bytes'] / _MIB:.1f} ({_error(mine[s]):+.1%})" if s in mine else "" for s in shares)
-        table.append([network, *cells, f"{worst:.1%}"])
+        cells = (_predicted(mine[s]) if s in mine else "" for s in shares)
+        table.append([network, *cells, f"{worst:.1%}", _rival(next(iter(mine.values())))])
     return table
+
+
+def _predicted(row: Row) -> str:
+    seconds = f"; {row['predicted_time_ratio']:.2f}, {row['measured_time_ratio']:.2f}" if row.get("measured_time_ratio") else ""
+    return f"{row['predicted_bytes'] / _MIB:.1f} ({_error(row):+.1%}){seconds}"
+
+
+def _rival(row: Row) -> str:
+    predicted, done = row.get("checkpoint_predicted_bytes"), row.get("checkpoint_measured_bytes")
+    return f"{predicted / _MIB:.1f} ({predicted / done - 1:+.1%})" if predicted and done else ""
 
 
 def pareto(rows: list[Row]) -> Table:
@@ -65,6 +77,20 @@ def pareto(rows: list[Row]) -> Table:
     head = ["method", "peak MiB of a step", "seconds × stored activations", "seconds × checkpoint per block"]
     done = sorted((r for r in rows if r["peak_bytes"] is not None), key=lambda r: r["peak_bytes"])
     cells = [[r["method"], f"{r['peak_bytes'] / _MIB:.1f}", *(_quartiles(r[k]) for k in ("to_stored", "to_checkpoint"))] for r in done]
+    return [head, *cells]
+
+
+def overhead(rows: list[Row]) -> Table:
+    """Microseconds of the machinery per unit, by coupling and direction."""
+    head = ["µs per unit: median (quartiles)", "plain block", "with revwire", "of that, arithmetic", "machinery"]
+    cells = [
+        [
+            f"{r['method']}, {r['direction']}",
+            *(f"{r[k]['median']:.0f} ({r[k]['low']:.0f}–{r[k]['high']:.0f})" for k in ("plain", "whole")),
+            *(f"{r[k]:.0f}" for k in ("arithmetic", "machinery")),
+        ]
+        for r in rows
+    ]
     return [head, *cells]
 
 
@@ -138,5 +164,6 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "memory_fit": fit,
     "memory_hollow": hollow,
     "planner": planner,
+    "overhead": overhead,
     **{f"memory_pareto_{name}": pareto for name in ("vit_s_16", "gpt", "swin3d_t")},
 }

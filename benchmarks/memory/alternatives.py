@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import revwire
+from benchmarks.memory.handwritten import Missing, reversible_swin
 from benchmarks.memory.networks import NETWORKS
 
 STORED, CHECKPOINT = "stored activations", "checkpoint per block"
@@ -120,6 +121,14 @@ def memcnn(name: str, model: nn.Module, example: Tensor) -> nn.Module:
     return model
 
 
+def handwritten(name: str, model: nn.Module, example: Tensor) -> nn.Module:
+    """The reversible Video Swin that OpenTAD wrote by hand; see `benchmarks.memory.handwritten`."""
+    try:
+        return reversible_swin(name)
+    except Missing as error:
+        raise Unsuited(str(error)) from error
+
+
 def _branches(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     attend = block.attn if hasattr(block, "attn") else _Attend(block)
     return nn.Sequential(block.norm1, attend), nn.Sequential(block.norm2, block.mlp)
@@ -173,6 +182,7 @@ METHODS: dict[str, Method] = {
     "torch.compile, memory budget 0.1": compiled(0.1),
     "momentumnet": momentumnet,
     "memcnn": memcnn,
+    "OpenTAD's Re2TAL Swin": handwritten,
     "revwire bdia 1/16": reversible(coupling="bdia:1/16"),
     "revwire re2tal": reversible(coupling="re2tal"),
     "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import revwire
 from benchmarks.harness.record import RESULTS, Record, Row, environment
@@ -39,6 +40,7 @@ SHARES = (0.5, 1.0, 0.25, 0.75)
 def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
     """One row per budget: predicted and measured bytes, predicted seconds over those of stored activations; with ``rounds`` measured."""
     depth, batch, length = CASES[name]
+    rival: Row = {}
     example = NETWORKS[name].example(batch, length)
     models: dict[str, nn.Module] = {}
     rows: list[Row] = []
@@ -50,6 +52,11 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
         assert plan.forecast is not None
         if not share:
             low, high = plan.forecast.peak_bytes, plan.forecast.stored.peak_bytes
+            assert plan.forecast.checkpoint is not None
+            rival = {
+                "checkpoint_predicted_bytes": plan.forecast.checkpoint.peak_bytes,
+                "checkpoint_measured_bytes": peak_bytes(partial(step, checkpointed(network(name, depth), plan.hosts), example)),
+            }
         modes = [u.mode for u in plan.units]
         rows.append(
             {
@@ -61,10 +68,19 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
                 "predicted_time_ratio": plan.forecast.seconds / plan.forecast.stored.seconds if rounds else None,
                 "chunks": max(u.chunks for u in plan.units),
                 **{mode: modes.count(mode) for mode in ("stored", "checkpointed", "reversible")},
+                **rival,
             }
         )
         models[str(share)] = model
     return _timed(rows, models, example, rounds) if rounds else rows
+
+
+def checkpointed(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """`torch.utils.checkpoint` around the modules of these names."""
+    for path in paths:
+        module = model.get_submodule(path)
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return model
 
 
 def _timed(rows: list[Row], models: dict[str, nn.Module], example: Any, rounds: int) -> list[Row]:

@@ -28,6 +28,7 @@ from revwire.measure import peak_bytes
 
 _EVERY = {**COUPLINGS, **METHODS}
 RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
+HANDWRITTEN = "OpenTAD's Re2TAL Swin"
 SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
 CHUNKED = tuple(m for m in METHODS if m.endswith("chunks"))
@@ -84,6 +85,7 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("swin3d_t", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(16,)),
         Grid("swin3d_t", MAIN, lengths=(64,)),
         Grid("swin3d_t", WINDOWS, lengths=(32, 64)),
+        Grid("swin3d_t", (HANDWRITTEN,), lengths=(16, 32, 64)),
     ),
     "memory_convnext": (
         Grid("convnext_tiny", MAIN, lengths=(224, 320)),
