@@ -20,7 +20,7 @@ LIMIT = 1 << 30
 """Integers stay below this magnitude, so that two of them can be added."""
 
 _rint, _int32, _int64, _uint8, _float32 = np.rint, np.int32, np.int64, np.uint8, np.float32
-_limit, _top = np.float32(LIMIT), np.int32(LIMIT)
+_limit, _top, _zero = np.float32(LIMIT), np.int32(LIMIT), np.float32(0)
 
 
 def _compiled(function: Any) -> Any:
@@ -42,19 +42,23 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 _at: Any = intrinsic(_pointer)
 
 
+# Loops that begin at 0 over the length of a slice are vectorised: that no index is negative is plain to see.
+
+
 @_compiled
 def advance(a, c, one, m, half, sign, n, first, last, previous, x, f, state, value, sums):
     """The step of segments ``first`` to ``last`` of a stream of ``n`` elements; whether all values are in range."""
     a, c, one = _float32(a), _float32(c), _float32(one)
     m, half, sign, outside = _int32(m), _int32(half), _int32(sign), _int32(0)
-    olds, news = carray(_at(previous), n, _int32), carray(_at(state), n, _int32)
-    xs, fs, values = carray(_at(x), n, _float32), carray(_at(f), n, _float32), carray(_at(value), n, _float32)
+    all_olds, all_news = carray(_at(previous), n, _int32), carray(_at(state), n, _int32)
+    all_xs, all_fs, all_values = carray(_at(x), n, _float32), carray(_at(f), n, _float32), carray(_at(value), n, _float32)
     for s in range(first, last):
-        total = _int32(0)
-        for j in range(n * s // SEGMENTS, n * (s + 1) // SEGMENTS):
+        low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _int32(0)
+        olds, news, xs, fs, values = all_olds[low:high], all_news[low:high], all_xs[low:high], all_fs[low:high], all_values[low:high]
+        for j in range(len(olds)):
             wide = _rint(fs[j] * c + xs[j] * a)
             fits = abs(wide) < _limit  # not so for NaN
-            rounded = _int32(wide if fits else _float32(0))
+            rounded = _int32(wide if fits else _zero)
             old = olds[j]
             out = _int32(rounded + _int32(sign * _int32(_int32(old + half) >> m)))
             outside |= _int32(not fits) | _int32(out >= _top) | _int32(out <= -_top)
@@ -72,16 +76,16 @@ def retreat(a, c, m, half, sign, n, first, last, following, x, f, out, sums):
     a, c = _float32(a), _float32(c)
     m, half, sign = _int32(m), _int32(half), _int32(sign)
     mask = _int32((_int32(1) << m) - 1)
-    news, olds = carray(_at(following), n, _int32), carray(_at(out), n, _int32)
-    xs, fs = carray(_at(x), n, _float32), carray(_at(f), n, _float32)
+    all_news, all_olds = carray(_at(following), n, _int32), carray(_at(out), n, _int32)
+    all_xs, all_fs = carray(_at(x), n, _float32), carray(_at(f), n, _float32)
     for s in range(first, last):
-        total = _int32(0)
-        for j in range(n * s // SEGMENTS, n * (s + 1) // SEGMENTS):
+        low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _int32(0)
+        news, olds, xs, fs = all_news[low:high], all_olds[low:high], all_xs[low:high], all_fs[low:high]
+        for j in range(len(news)):
             wide = _rint(fs[j] * c + xs[j] * a)
-            rounded = _int32(wide if abs(wide) < _limit else _float32(0))
+            rounded = _int32(wide if abs(wide) < _limit else _zero)
             shifted = _int32(_int32(sign * _int32(news[j] - rounded)) << m)
-            low = olds[j] & mask if mask else _int32(0)
-            old = _int32(_int32(shifted | low) - half)
+            old = _int32(_int32(shifted | _int32(olds[j] & mask)) - half)
             total = _int32(total + old)
             olds[j] = old
         carray(_at(sums), SEGMENTS, _int32)[s] = total
@@ -91,9 +95,9 @@ def retreat(a, c, m, half, sign, n, first, last, following, x, f, out, sums):
 @_compiled
 def read(one, n, first, last, state, value):
     """The float values of a state."""
-    one = _float32(one)
-    states, values = carray(_at(state), n, _int32), carray(_at(value), n, _float32)
-    for j in range(n * first // SEGMENTS, n * last // SEGMENTS):
+    one, low, high = _float32(one), n * first // SEGMENTS, n * last // SEGMENTS
+    states, values = carray(_at(state), n, _int32)[low:high], carray(_at(value), n, _float32)[low:high]
+    for j in range(len(states)):
         values[j] = _float32(states[j]) * one
     return True
 
@@ -103,9 +107,9 @@ def summed(n, first, last, state, sums):
     """The sums of a state."""
     states, totals = carray(_at(state), n, _int32), carray(_at(sums), SEGMENTS, _int32)
     for s in range(first, last):
-        total = _int32(0)
-        for j in range(n * s // SEGMENTS, n * (s + 1) // SEGMENTS):
-            total = _int32(total + states[j])
+        part, total = states[n * s // SEGMENTS : n * (s + 1) // SEGMENTS], _int32(0)
+        for j in range(len(part)):
+            total = _int32(total + part[j])
         totals[s] = total
     return True
 

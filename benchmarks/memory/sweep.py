@@ -64,6 +64,7 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("ViT-S/16", (CHECKPOINT, BDIA, RE2TAL, *CHUNKED), depths=(24, 48), batches=(8,)),
         Grid("ViT-S/16", (COMPILED, *LEAST), depths=(12,), batches=(2,)),
         Grid("ViT-S/16", (SEGMENTS, STORED), depths=(48, 6), batches=(2,)),
+        Grid("ViT-S/16", (COMPILED,), depths=(24,), batches=(2,)),
     ),
     "memory_couplings": (Grid("ViT-S/16", (STORED, CHECKPOINT, *COUPLINGS), batches=(1,)),),
     "memory_gpt": (
@@ -77,7 +78,7 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("ViT-B/16", MAIN, batches=(3,)),
         Grid("ViT-B/16", CHUNKED, batches=(4, 8, 12)),
         Grid("swin3d_b", MAIN, lengths=(32, 24)),
-        Grid("swin3d_b", WINDOWS, lengths=(32, 64)),
+        Grid("swin3d_b", WINDOWS, lengths=(32, 64, 48)),
     ),
     "memory_swin3d": (
         Grid("swin3d_t", MAIN, lengths=(32, 16)),
@@ -132,7 +133,9 @@ def sweep(name: str, resume: bool, folder: Path) -> Record:
     }
     record = Record(name, "ok", None, config, rows, environment("cpu"))
     for case in track([c for c in cases if tuple(c.values()) not in done], name):
-        record = replace(record, results=[*(record.results or []), measured(case)])
+        found = [*(record.results or []), measured(case)]
+        order = {tuple(c.values()): i for i, c in enumerate(cases)}
+        record = replace(record, results=sorted(found, key=lambda r: order[tuple(r[k] for k in cases[0])]))
         record.write(folder)
         gc.collect()
     return record
