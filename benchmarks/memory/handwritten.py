@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import lru_cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,7 @@ def reversible_swin(name: str) -> nn.Module:
     return network
 
 
+@lru_cache(maxsize=1)  # its classes can be registered once
 def _source() -> ModuleType:
     path = Path(os.environ.get(VARIABLE, "")) / _SOURCE
     if not os.environ.get(VARIABLE) or not path.exists():
