@@ -79,7 +79,9 @@ class Unit:
 
     def place(self, position: int) -> int | None:
         """The first of its places in the chain that a tape at ``position`` can still go to."""
-        return next((i for i in (self.index, *self.later) if i >= position), None)
+        if self.index >= position:
+            return self.index
+        return next((i for i in self.later if i >= position), None)
 
 
 Mode = Literal["stored", "checkpointed", "reversible"]

@@ -28,12 +28,8 @@ MISSING = object()
 """Stands for an attribute that is not there."""
 
 
-class Placeholder(NamedTuple):
-    """Stands in an autograd graph for a tensor that a branch saved."""
-
-    tape: Tape
-    position: int
-    number: int
+Placeholder = tuple["Tape", int, int]
+"""Stands in an autograd graph for a tensor that a branch saved: (tape, position of the unit, number of the tensor)."""
 
 
 class Anchor(NamedTuple):

@@ -165,7 +165,7 @@ class Inventory:
             table = module._parameters
             for name, weight in table.items():
                 if weight is not None:
-                    out.weights.append((weight, version_of(weight)))
+                    out.weights.append((weight, -1 if weight.is_inference() else weight._version))
                     out.places.append((table, name, weight, True))
             if module._buffers:
                 if any(_is_written(b) for b in module._buffers.values()):

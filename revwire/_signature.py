@@ -65,9 +65,8 @@ class Look:
         self._tree = [(m, m.training, m._modules, (*m._modules.values(),)) for m in host.modules()]
         registry = nn.modules.module
         self._empty: list[Any] = [registry._global_forward_hooks, registry._global_forward_pre_hooks]
-        self._full: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[int, ...]]] = []
-        self._lists: list[tuple[list[Any], tuple[int, ...]]] = []
-        self._alive: list[Any] = []
+        self._full: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
         for module in guarded:
             self._note(vars(module))
             for name, value in vars(module).items():
@@ -77,11 +76,10 @@ class Look:
             raise TypeError("hooks for all modules")
 
     def _note(self, found: dict[Any, Any]) -> None:
-        values = tuple(found.values())
+        values = [*found.values()]
         if any(isinstance(v, Tensor) for v in values):
             raise TypeError("tensors")
-        self._full.append((found, tuple(found), tuple(map(id, values))))
-        self._alive.append(values)
+        self._full.append((found, [*found], values))
 
     def _enter(self, value: Any) -> None:
         if isinstance(value, (dict, list)) and not value:
@@ -91,8 +89,7 @@ class Look:
             self._note(value)
         elif isinstance(value, list):
             self._check(value)
-            self._lists.append((value, tuple(map(id, value))))
-            self._alive.append(tuple(value))
+            self._lists.append((value, [*value]))
         elif isinstance(value, tuple):
             self._check(value)
         elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
@@ -112,10 +109,10 @@ class Look:
                 return False
             if seen and not all(map(_is, children.values(), seen)):
                 return False
-        for found, names, ids in self._full:
-            if tuple(map(id, found.values())) != ids or tuple(found) != names:
+        for found, names, values in self._full:
+            if [*found] != names or not all(map(_is, found.values(), values)):
                 return False
-        return all(tuple(map(id, found)) == ids for found, ids in self._lists)
+        return all(len(found) == len(values) and all(map(_is, found, values)) for found, values in self._lists)
 
 
 def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:

@@ -206,20 +206,20 @@ class Tape:
         which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight.
         """
         position, saved, weights = len(self.records), record.saved, record.owned.weights
-        inputs = {id(x), id(x._base)}
-        known = {id(t) for t, _ in weights}
+        known = {id(x), id(x._base), *[id(t) for t, _ in weights]}
 
         def pack(t: Tensor) -> Placeholder:
-            number, owner = len(saved), t if t._base is None else t._base
-            if id(owner) not in inputs:
+            number, base = len(saved), t._base
+            owner = t if base is None else base
+            if id(owner) not in known:
                 if not owner.is_leaf:
                     if can_be_sampled(t):
                         last.append((number, t))
-                elif owner.requires_grad and id(owner) not in known:  # it is from outside of the unit's modules
+                elif owner.requires_grad:  # it is from outside of the unit's modules
                     known.add(id(owner))
                     weights.append((owner, version_of(owner)))
             saved.append((t.shape, t.dtype, t.device))
-            return Placeholder(self, position, number)
+            return self, position, number
 
         return pack
 

@@ -134,7 +134,31 @@ def test_the_largest_input_follows_from_a_line():
 
 def test_predictions_are_set_beside_what_came():
     rows = [{"network": "n", "share": s, "predicted_bytes": p * 2**20, "measured_bytes": 100 * 2**20} for s, p in ((0.0, 90), (1.0, 105))]
-    assert memory_tables.planner(rows)[1] == ["n", "90.0 (-10.0%)", "105.0 (+5.0%)", "10.0%"]
+    assert memory_tables.planner(rows)[1] == ["n", "90.0 (-10.0%)", "105.0 (+5.0%)", "10.0%", ""]
+    rival = {"checkpoint_predicted_bytes": 51 * 2**20, "checkpoint_measured_bytes": 50 * 2**20}
+    rows = [{**r, **rival, "predicted_time_ratio": 1.2, "measured_time_ratio": 1.25} for r in rows]
+    head, cells = memory_tables.planner(rows)
+    assert head[0] == "predicted MiB (off the measured peak); predicted and measured seconds, × all stored"
+    assert cells == ["n", "90.0 (-10.0%); 1.20, 1.25", "105.0 (+5.0%); 1.20, 1.25", "10.0%", "51.0 (+2.0%)"]
+
+
+def test_what_the_machinery_costs_is_what_is_left(monkeypatch):
+    overhead = importlib.import_module("benchmarks.memory.overhead")
+    monkeypatch.setattr(overhead, "UNITS", 3)
+    rows = overhead.measured(2)
+    assert [(r["method"], r["direction"]) for r in rows] == [(c, d) for c in ("re2tal", "bdia:1/16") for d in ("forward", "backward")]
+    for row in rows:
+        again = row["plain"]["median"] + (rows[0]["plain"]["median"] if row["direction"] == "backward" else 0)
+        assert row["machinery"] == pytest.approx(row["whole"]["median"] - again - row["arithmetic"])
+    assert memory_tables.overhead(rows)[1][0] == "re2tal, forward"
+    assert len(memory_tables.overhead(rows)) == 5
+
+
+def test_a_network_written_by_hand_is_left_out_where_its_source_is_not(monkeypatch):
+    monkeypatch.delenv("OPENTAD", raising=False)
+    row = {"network": "swin3d_t", "depth": 12, "batch": 1, "length": 4, "method": "OpenTAD's Re2TAL Swin"}
+    assert "set OPENTAD to a checkout of" in sweep.measured(row)["reason"]
+    assert "GPT is no Video Swin" in sweep.measured({**row, "network": "GPT", "length": 8})["reason"]
 
 
 def test_the_planner_predicts_within_its_claim(toy, monkeypatch):
@@ -143,6 +167,7 @@ def test_the_planner_predicts_within_its_claim(toy, monkeypatch):
     assert all(abs(r["predicted_bytes"] / r["measured_bytes"] - 1) < 0.15 for r in rows)
     assert all(r["measured_bytes"] <= r["budget"] * 1.02 for r in rows[1:])
     assert rows[-1]["stored"] == 6
+    assert rows[0]["checkpoint_predicted_bytes"] == pytest.approx(rows[0]["checkpoint_measured_bytes"], rel=0.05)
 
 
 def test_plots_are_drawn_from_records(monkeypatch, tmp_path):

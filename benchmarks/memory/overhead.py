@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from dataclasses import asdict
 from time import perf_counter
 
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 
 import revwire
 from benchmarks.harness.record import Row, run
-from revwire._couplings import Rule
-from revwire._numerics import FixedStreams
-from revwire.measure import Quartiles
+from revwire.measure import Quartiles, arithmetic_seconds
 
 WIDTH, BATCH, UNITS = 16, 16, 64
 COUPLINGS = {c.name: c for c in (revwire.Re2TAL(), revwire.Bdia(1 / 16))}
@@ -48,28 +45,6 @@ def timed(model: nn.Module, x: Tensor) -> tuple[float, float]:
     return (middle - start) / UNITS, (perf_counter() - middle) / UNITS
 
 
-def _best(call: Callable[[], object], times: int = 2000) -> float:
-    """The seconds of a call, in the fastest of some runs."""
-    return min(_seconds(call, times) for _ in range(5)) / times
-
-
-def _seconds(call: Callable[[], object], times: int) -> float:
-    start = perf_counter()
-    for _ in range(times):
-        call()
-    return perf_counter() - start
-
-
-def arithmetic(coupling: str, x: Tensor) -> tuple[float, float]:
-    """Seconds of one step of the streams, and of reading a state and going back."""
-    streams = FixedStreams.for_range(8.0, torch.float32)
-    rule = Rule.of(COUPLINGS[coupling].coefficients)
-    state, f = streams.enter(x), torch.randn_like(x)
-    done = streams.step(state, x, f, rule)
-    forward = _best(lambda: streams.step(state, x, f, rule))
-    return forward, _best(lambda: (streams.read(state), streams.unstep(done.state, x, f, rule, done.bits)))
-
-
 def measured(rounds: int) -> list[Row]:
     """One row per coupling and direction, in microseconds."""
     torch.manual_seed(0)
@@ -85,7 +60,7 @@ def measured(rounds: int) -> list[Row]:
     times = {name: [Quartiles.of([1e6 * s[i] for s in found]) for i in (0, 1)] for name, found in samples.items()}
     rows: list[Row] = []
     for coupling in COUPLINGS:
-        for i, seconds in enumerate(arithmetic(coupling, x)):
+        for i, seconds in enumerate(arithmetic_seconds(COUPLINGS[coupling], x)):
             again = times["plain"][0].median if i else 0.0
             rest = times[coupling][i].median - times["plain"][i].median - again - 1e6 * seconds
             rows.append(
