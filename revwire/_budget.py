@@ -9,6 +9,7 @@ Note [The search]
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ Cutting = Callable[[], None]
 LEAST = "least"
 
 _CLASSES = 256
-_UNITS_OF_A_BLOCK = 4
+_UNITS_OF_A_BLOCK = 8
 _MOST = 3000  # partial choices that go on; only chains that run side by side make so many
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -163,7 +164,8 @@ def fit(
     for cut in cuttings:
         cut()
         costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains])
-        checkpoint = checkpoint or Point(*costs.checkpointed(_blocks(plan, costs)))
+        blocks = _blocks(plan, costs) if best is None else None
+        checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
         forms = search(costs, size) if size is not None else None
         if forms is not None:
             return _applied(plan, chains, costs, forms, size, checkpoint)
@@ -172,7 +174,6 @@ def fit(
             break
         best = smallest, cut, costs
     assert best is not None
-    assert checkpoint is not None
     smallest, cut, costs = best
     if size is not None:
         raise BudgetError(
@@ -186,7 +187,7 @@ def fit(
     return _applied(plan, chains, costs, forms, size, checkpoint)
 
 
-def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None, checkpoint: Point) -> Plan:
+def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None, checkpoint: Point | None) -> Plan:
     modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
     for unit, form in zip(costs.units, forms, strict=True):
         modes[unit.chain][unit.unit] = MODES[form]
@@ -200,18 +201,24 @@ def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[
     return replace(plan, chains=planned, forecast=forecast)
 
 
-def _blocks(plan: Plan, costs: Costs) -> list[int]:
-    """The block of each run: consecutive units of one host; where a host holds many, it is no block, and each unit stands for one."""
-    hosts = [(u.chain, plan.chains[u.chain].units[u.unit].host) for u in costs.units]
+def _blocks(plan: Plan, costs: Costs) -> list[int] | None:
+    """The block of each run: a host's units that run one after the other. None where a host holds too many to be a block."""
+    units = [plan.chains[u.chain].units[u.unit] for u in costs.units]
+    if max(Counter(u.host for u in plan.units).values()) > _UNITS_OF_A_BLOCK:
+        return None
     numbers: list[int] = []
-    for i, host in enumerate(hosts):
-        same = i > 0 and host == hosts[i - 1] and hosts.count(host) <= _UNITS_OF_A_BLOCK
-        numbers.append((numbers[-1] if numbers else -1) + (0 if same else 1))
+    here: set[str] = set()  # the units of the block so far
+    for i, (run, unit) in enumerate(zip(costs.units, units, strict=True)):
+        goes_on = i > 0 and costs.units[i - 1].chain == run.chain and units[i - 1].host == unit.host and unit.path not in here
+        here = {*here, unit.path} if goes_on else {unit.path}
+        numbers.append((numbers[-1] if numbers else -1) + (0 if goes_on else 1))
     return numbers
 
 
-def _rival(size: int | None, planned: Point, checkpoint: Point) -> tuple[str, ...]:
+def _rival(size: int | None, planned: Point, checkpoint: Point | None) -> tuple[str, ...]:
     """Where plain checkpointing is estimated to be clearly better than what was planned: smaller, or within a budget faster."""
+    if checkpoint is None:
+        return ()
     name = "torch.utils.checkpoint around the same blocks of the original network"
     if size is None and checkpoint.peak_bytes < 0.97 * planned.peak_bytes:
         return (

@@ -196,17 +196,22 @@ class Costs:
         See Note [Checkpointing each block].
         """
         peak, bits, inputs, seconds = self.waiting[0], 0, 0, self.seconds
-        chains: dict[int, int] = {}  # two states of each chain so far
+        chains: dict[tuple[int, int], int] = {}  # two states of each chain so far, each time that it ran
+        times, place = dict[int, int](), dict[int, int]()
         inside = 0  # activations of the units of the same block that ran before
         for run, (unit, at) in enumerate(zip(self.units, self.levels, strict=True)):
             first = run == 0 or blocks[run] != blocks[run - 1]
             inside = 0 if first else inside
             inputs += unit.state if first else 0
-            others = sum(chains.values()) - chains.get(unit.chain, 0)  # of chains that wait, the states are there too
+            if unit.unit <= place.get(unit.chain, -1):
+                times[unit.chain] = times.get(unit.chain, 0) + 1
+            place[unit.chain] = unit.unit
+            key = unit.chain, times.get(unit.chain, 0)
+            others = sum(chains.values()) - chains.get(key, 0)  # of chains that wait, the states are there too
             around = inputs - bits - others
             whole = unit.saved - unit.held  # where it was measured in chunks
-            peak = max(peak, at.forward - 2 * unit.state + around, at.backward - 4 * unit.state + around + inside + whole)
-            chains[unit.chain] = 2 * unit.state
+            peak = max(peak, at.forward - 4 * unit.state + around, at.backward - 4 * unit.state + around + inside + whole)
+            chains[key] = 2 * unit.state
             bits += unit.kept
             inside += unit.saved
             peak = max(peak, self.waiting[run + 1] + inputs - bits - sum(chains.values()))

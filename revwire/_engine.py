@@ -14,7 +14,8 @@ Note [Values and gradients]
 Note [Gradients that wait]
     A step gives b·g to x_{k-1}, a·g to x_k and c·g to the branch. The first is asked for last, when the branch has used the third: so it
     is made of the third then, by a node (`_Later`) that stands before the branch in forward, and therefore comes after it in backward.
-    While the branch holds the most memory, one gradient of a state is there instead of two. The branch gets the exact c·g.
+    While the branch holds the most memory, one gradient of a state is there instead of two. The branch gets the exact c·g. A branch that
+    writes to the gradient that it is given, which PyTorch forbids, would change that of x_{k-1} too: the node sees it, and refuses.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch import Tensor
 from revwire._couplings.base import Factor
 from revwire._errors import UnsupportedTransformError
 from revwire._numerics import Streams
+from revwire._records import fault
+from revwire._replay import version_of
 from revwire._rewind import Rewind
 from revwire._tape import Tape as Tape
 
@@ -52,12 +55,19 @@ class _Enter(torch.autograd.Function):
 
 
 class Share:
-    """What a gradient of x_{k-1} that waits is still to be divided by: c/b, which is a whole number in couplings with 1 + b = c."""
+    """What the branch of a unit and x_{k-1} have in common: one gradient; see Note [Gradients that wait].
 
-    __slots__ = ("divisor",)
+    Attributes:
+        divisor: c/b, by which the gradient of the branch is divided to be that of x_{k-1}: a whole number in couplings with c = 1 + b.
+        version: its version counter when the branch was given it.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("divisor", "tape", "unit", "version")
+
+    def __init__(self, tape: Tape, unit: Unit) -> None:
+        self.tape, self.unit = tape, unit
         self.divisor = 1.0
+        self.version = -1
 
 
 class _Later(torch.autograd.Function):
@@ -70,8 +80,15 @@ class _Later(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        divisor = ctx.share.divisor
-        return grads[0] if divisor == 1 else grads[0] / divisor, None
+        share, g = ctx.share, grads[0]
+        if share.version >= 0 and version_of(g) != share.version:
+            raise fault(
+                share.unit,
+                share.tape.chain,
+                "the backward of its last operation, or a hook on it, wrote to the gradient that it was given",
+                "that gradient unchanged, as PyTorch asks of every backward",
+            )
+        return g if share.divisor == 1 else g / share.divisor, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -100,10 +117,11 @@ class _Step(torch.autograd.Function):
         rule, g = ctx.rule, grads[0]
         need = ctx.needs_input_grad
         branch = _scale(g, rule.c) if need[4] else None
-        if ctx.share is None or branch is None or isinstance(rule.c, Tensor) or rule.c == 0:
+        share = ctx.share
+        if share is None or branch is None or isinstance(rule.c, Tensor) or isinstance(rule.back, Tensor):
             before = _scale(g, rule.back) if need[2] else None
         else:
-            before, ctx.share.divisor = branch, rule.c / rule.back
+            before, share.divisor, share.version = branch, rule.c / rule.back, version_of(branch)
         return (
             None,
             None,
@@ -152,10 +170,10 @@ def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
 
 
 def later(tape: Tape, unit: Unit, previous: Tensor) -> tuple[Tensor, Share | None]:
-    """``previous`` for the step of a unit that has not run yet; its gradient waits where that saves memory."""
-    if not (tape.keep and previous.requires_grad and tape.parts_ways(unit)):
+    """``previous`` for the step of a unit that has not run yet; its gradient waits where it can be made of the branch's."""
+    if not (tape.keep and previous.requires_grad and tape.shares(unit)):
         return previous, None
-    share = Share()
+    share = Share(tape, unit)
     return _Later.apply(previous, share), share
 
 

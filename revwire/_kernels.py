@@ -20,7 +20,7 @@ from math import ldexp
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SEGMENTS = 64
 """A state has this many sums, one for each part of it; as `_native` has it."""
@@ -111,7 +111,8 @@ def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Te
     steps = []
     for t, count in ((f, elements), *[(t, fewer) for t in saved]):
         n = t.numel()
-        if n < count or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+        plain = type(t) in (Tensor, nn.Parameter)  # others may have no memory of their own
+        if not plain or n < count or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
             return None
         steps += [t.data_ptr(), n // count]
     steps += [0, 1] * (2 - len(saved))

@@ -296,8 +296,9 @@ class Chain:
             outs, draws = [], SharedDraws(x)
             for i, chunk in enumerate(chunks):
                 draws.before(chunk)
+                waiting, share = _engine.later(tape, unit, before[i])
                 f, sides = tape.branch_on(chunk, unit, host, parts[i], extras)
-                outs.append(_engine.step(tape, unit, before[i], values[i], f))
+                outs.append(_engine.step(tape, unit, waiting, values[i], f, share))
             out = concatenated(outs, chunks[0].dim, current)
             tape.join(out, unit)
         return self._give_out(link, out, current, _result_dtype(unit, x, f)), sides

@@ -355,7 +355,8 @@ def _below_host(host: nn.Module, steps: list[str]) -> nn.Module:
     """`nn.Module.get_submodule`, which is slow."""
     module: Any = host
     for step in steps:
-        module = module._modules.get(step) or getattr(module, step)
+        child = module._modules.get(step)
+        module = getattr(module, step) if child is None else child
     return module  # type: ignore[no-any-return]
 
 

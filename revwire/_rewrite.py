@@ -113,15 +113,16 @@ class RewiredForward:
     def standing(self) -> Standing:
         """What the modules are now; mostly, what they were at the last call."""
         look = self.look
-        if look is not None and look.holds():
+        if look is not None and look.guards == len(self.guarded) and look.holds():
             self.looks = 0
             return look.standing
-        standing = Standing(self.host, self.guarded.values())
+        guarded = (*self.guarded.values(),)
+        standing = Standing(self.host, guarded)
         self.look = None
         if self.looks < _MAX_LOOKS:  # else something changes at every call
             self.looks += 1
             with suppress(TypeError):
-                self.look = Look(standing, self.host, self.guarded.values())
+                self.look = Look(standing, self.host, guarded)
         return standing
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from operator import is_ as _is
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -49,70 +50,107 @@ class Standing:
         return self is other or (isinstance(other, Standing) and self._hash == other._hash and self._value == other._value)
 
 
+class _Owner(NamedTuple):
+    """A module or an object, and what stood in its attributes."""
+
+    ref: ReferenceType[Any]
+    names: list[str]
+    ids: tuple[int, ...]
+    containers: list[tuple[str, tuple[Any, ...]]]  # by name: the type, the keys (of a dict), and the identities of the items
+
+
 class Look:
     """A quick way to see that the `Standing` of a host is what it was at the last call: by the identity of all that it was made of.
 
-    It holds on to what it has seen, so that no other object takes its identity; so there is none where a tensor is among it.
+    It keeps constants alive, so that no other object takes the identity of one, and nothing else: of the rest it sees whether it is
+    still alive, and of containers what is in them.
     """
 
-    def __init__(self, standing: Standing, host: nn.Module, guarded: Iterable[nn.Module]) -> None:
+    def __init__(self, standing: Standing, host: nn.Module, guarded: Sequence[nn.Module]) -> None:
         """Look at them.
 
         Raises:
-            TypeError: what is among their attributes cannot be told by identity, or must not be held on to.
+            TypeError: what is among their attributes cannot be told in this way.
         """
         self.standing = standing
-        self._tree = [(m, m.training, m._modules, (*m._modules.values(),)) for m in host.modules()]
-        registry = nn.modules.module
-        self._empty: list[Any] = [registry._global_forward_hooks, registry._global_forward_pre_hooks]
-        self._full: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []
-        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self.guards = len(guarded)
+        self._refs: list[ReferenceType[Any]] = []
+        self._constants: list[Any] = []
+        self._tree = [(self._ref(m), m.training, self._ids(m._modules.values())) for m in host.modules()]
+        self._owners: list[_Owner] = []
         for module in guarded:
-            self._note(vars(module))
-            for name, value in vars(module).items():
-                if name not in _STRUCTURE:
-                    self._enter(value)
-        if any(self._empty):
+            self._enter(module, vars(module), deep=True)
+        if _hooks_for_all():
             raise TypeError("hooks for all modules")
 
-    def _note(self, found: dict[Any, Any]) -> None:
-        values = [*found.values()]
-        if any(isinstance(v, Tensor) for v in values):
+    def _ref(self, value: Any) -> ReferenceType[Any]:
+        self._refs.append(ref(value))
+        return self._refs[-1]
+
+    def _ids(self, values: Iterable[Any], *, counts: bool = True) -> tuple[int, ...]:
+        """The identities of values; where only constants among them ``count``, others may die."""
+        for value in values:
+            if isinstance(value, CONSTANTS):
+                self._constants.append(value)
+            elif counts and not isinstance(value, _CONTAINERS):
+                self._ref(value)
+        return tuple(map(id, values))
+
+    def _enter(self, owner: Any, found: dict[str, Any], *, deep: bool) -> None:
+        """Note all of an object's attributes; if ``deep``, what is in its containers and its objects' attributes."""
+        if any(isinstance(v, Tensor) for v in found.values()):
             raise TypeError("tensors")
-        self._full.append((found, [*found], values))
+        containers = []
+        for name, value in found.items() if deep else ():
+            if name in _STRUCTURE:
+                continue
+            if isinstance(value, _CONTAINERS):
+                containers.append((name, self._content(value)))
+            elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+                self._enter(value, vars(value), deep=False)
+        self._owners.append(_Owner(self._ref(owner), [*found], self._ids(found.values(), counts=deep), containers))
 
-    def _enter(self, value: Any) -> None:
-        if isinstance(value, (dict, list)) and not value:
-            self._empty.append(value)
-        elif isinstance(value, dict):
-            self._check(value.values())
-            self._note(value)
-        elif isinstance(value, list):
-            self._check(value)
-            self._lists.append((value, [*value]))
-        elif isinstance(value, tuple):
-            self._check(value)
-        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-            self._note(vars(value))
-
-    def _check(self, items: Iterable[Any]) -> None:
-        """That a container holds nothing that holds something in turn."""
-        if not all(isinstance(item, (*CONSTANTS, *IDENTITIES)) for item in items):
-            raise TypeError("containers in containers")
+    def _content(self, container: Any) -> tuple[Any, ...]:
+        items = container.values() if isinstance(container, dict) else container
+        if not all(isinstance(item, CONSTANTS) or type(item) in _LASTING for item in items):
+            raise TypeError("something that holds more")
+        self._ids(items)
+        return _content(container)
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if any(self._empty):
+        if _hooks_for_all() or None in [r() for r in self._refs]:
             return False
-        for module, training, children, seen in self._tree:
-            if module.training is not training or module._modules is not children or len(children) != len(seen):
+        for reference, training, ids in self._tree:
+            module = reference()
+            if module is None or module.training is not training or tuple(map(id, module._modules.values())) != ids:
                 return False
-            if seen and not all(map(_is, children.values(), seen)):
+        for owner in self._owners:
+            found = vars(owner.ref())
+            if tuple(map(id, found.values())) != owner.ids or [*found] != owner.names:
                 return False
-        for found, names, values in self._full:
-            if [*found] != names or not all(map(_is, found.values(), values)):
-                return False
-        return all(len(found) == len(values) and all(map(_is, found, values)) for found, values in self._lists)
+            for name, content in owner.containers:
+                value = found[name]
+                if not isinstance(value, _CONTAINERS) or ((value or content) and _content(value) != content):
+                    return False
+        return True
+
+
+_CONTAINERS = (dict, list, tuple)
+_LASTING = (type, FunctionType, BuiltinFunctionType)
+
+
+def _content(container: Any) -> tuple[Any, ...]:
+    if not container:
+        return ()
+    if isinstance(container, dict):
+        return type(container), (*container,), tuple(map(id, container.values()))
+    return type(container), tuple(map(id, container))
+
+
+def _hooks_for_all() -> bool:
+    registry = nn.modules.module
+    return bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
 
 
 def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:
@@ -123,7 +161,8 @@ def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         leaves: the tensors and objects among them.
     """
     if len(leaves) == 1 and not kwargs and len(args) == 1 and args[0] is leaves[0] and type(leaves[0]) is Tensor and leaves[0].is_cpu:
-        return _kind(leaves[0]), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        cast = "cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return _OF_ONE, (_kind(leaves[0]),), (0,), (torch.is_grad_enabled(), cast)  # as below, in the common case
     first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
     devices = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
     modes = (torch.is_grad_enabled(), *((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in devices))
@@ -156,6 +195,10 @@ def _skeleton(structure: Any) -> Any:
     if isinstance(structure, slice):
         return slice, tuple(map(_skeleton, (structure.start, structure.stop, structure.step)))
     return (type(structure), plain(structure)) if is_constant(structure) else None
+
+
+_OF_ONE = _skeleton(((torch.empty(0),), {}))
+"""The skeleton of a call with one tensor."""
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:

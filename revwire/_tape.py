@@ -110,16 +110,13 @@ class Tape:
         """The coefficients by which the unit's own value enters the step."""
         return PLAIN[unit.kind] if self.plain else self.couplings[place].rule(unit.kind, x)
 
-    def parts_ways(self, unit: Unit) -> bool:
-        """Whether the next step gives x_{k-1} another multiple of its gradient than its branch, of the same sign.
+    def shares(self, unit: Unit) -> bool:
+        """Whether the gradient that the next step gives x_{k-1} is made of that of its branch.
 
-        Where b < 0, gradients of steps cancel in part, and one more rounding of them would count.
+        Not where b < 0: gradients of steps cancel in part then, and one more rounding of them would count.
         """
         place = unit.place(self.position)
-        if self.plain or place is None:
-            return False
-        _, b, c = self.couplings[place].coefficients
-        return 0 < b != c
+        return not self.plain and place is not None and self.couplings[place].coefficients.b > 0
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

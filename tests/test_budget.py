@@ -275,14 +275,56 @@ def checkpointed(model, plan):
     return model
 
 
-@pytest.mark.parametrize("make", [transformer, lambda: transformer(2), lambda: Pyramid(1), lambda: Pyramid(6)])
+class Several(nn.Module):
+    """A block of ``count`` units whose branches widen their input ``factor`` times."""
+
+    def __init__(self, count, factor=2):
+        super().__init__()
+        width = max(1, int(32 * factor))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, width), nn.GELU(), nn.Linear(width, 32)) for _ in range(count)
+        )
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+class Repeated(nn.Module):
+    """The same blocks, run several times: one after the other, or each time on another input."""
+
+    def __init__(self, blocks, times, apart):
+        super().__init__()
+        self.blocks, self.times, self.apart = blocks, times, apart
+
+    def forward(self, x):
+        if self.apart:
+            return torch.stack([self.blocks(x * (i + 1)) for i in range(self.times)])
+        for _ in range(self.times):
+            x = self.blocks(x)
+        return x
+
+
+STACKS = {
+    "deep": transformer,
+    "one block": lambda: transformer(1),
+    "stages": lambda: Pyramid(6),
+    "five units a block": lambda: nn.Sequential(*(Several(5) for _ in range(4))),
+    "narrow": lambda: nn.Sequential(*(Several(1, 1 / 4) for _ in range(3))),
+    "one block three times": lambda: Repeated(Several(2), 3, apart=False),
+    "three inputs": lambda: Repeated(nn.Sequential(Several(2), Several(2)), 3, apart=True),
+}
+
+
+@pytest.mark.parametrize("make", STACKS.values(), ids=STACKS.keys())
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
 def test_what_checkpointing_the_same_blocks_would_need_is_estimated(make, coupling):
     torch.manual_seed(0)
-    plan = revwire.plan(make(), INPUTS, coupling=coupling, memory_budget="least")
+    plan = revwire.plan(make().train(), INPUTS, coupling=coupling, memory_budget="least")
     torch.manual_seed(0)
-    needed = peak_bytes(step(checkpointed(make(), plan)))
-    assert plan.forecast.checkpoint.peak_bytes == pytest.approx(needed, rel=0.05)
+    needed = peak_bytes(step(checkpointed(make().train(), plan)))
+    assert plan.forecast.checkpoint.peak_bytes == pytest.approx(needed, rel=0.1)
     assert "torch.utils.checkpoint around the same blocks: about " in str(plan)
     assert plan.forecast.checkpoint.seconds < plan.forecast.reversible.seconds
 
@@ -317,21 +359,12 @@ def test_the_plan_says_where_checkpointing_fits_a_budget_in_less_time():
 
 
 def test_a_host_of_many_units_is_no_block():
-    class Loop(nn.Module):
-        """Twelve units in one forward: checkpointing it would hold them all at once, so each counts by itself."""
-
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(12))
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = x + torch.tanh(layer(x))
-            return x
-
-    plan = revwire.plan(Loop(), INPUTS, memory_budget="least")
+    """Checkpointing it would hold them all at once: nobody would, and nothing is said."""
+    plan = revwire.plan(Several(12), INPUTS, memory_budget="least")
     assert plan.hosts == ("",)
-    assert plan.forecast.checkpoint.peak_bytes < plan.forecast.stored.peak_bytes
+    assert plan.forecast.checkpoint is None
+    assert "torch.utils.checkpoint" not in str(plan)
+    assert not _rival(None, plan.forecast.planned, None)
 
 
 def test_a_plan_without_a_budget_names_chains_that_save_little():

@@ -1,6 +1,7 @@
 """Couplings that are drawn at random, mixed, changed while training, scheduled, and helped by anchors."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 
 import revwire
 from cases import Case
-from revwire import Bdia, ConversionError, CouplingError, Dr2Net, Momentum, RandomBdia, Re2TAL, ReconstructionError
+from revwire import Bdia, ConversionError, Coupling, CouplingError, Dr2Net, Momentum, RandomBdia, Re2TAL, ReconstructionError
 from revwire._convert import chains_of
+from revwire._couplings import Rule
+from revwire._couplings.base import Coefficients, random_signs
 from revwire.measure import saved_bytes
 from toys import KINDS, WIDTH, Dropped, PreNorm, inputs_of, stored, toy
 
@@ -328,3 +331,25 @@ def test_automatic_anchors_come_closer_where_states_drift():
             continue
     assert model.chain.spacing < 12
     gradients(model, x)
+
+
+@dataclass(frozen=True)
+class SignsOfOne(Coupling):
+    """b has a random sign; c is a number."""
+
+    name = "signs"
+    coefficients = Coefficients(0.0, 0.5, 1.0)
+
+    def rule(self, kind, x):
+        signs = random_signs(x)
+        return Rule(1 - 0.5 * signs, 0.5, 1.0, bits=1, signs=signs)
+
+    def merge(self, previous, current):
+        return current
+
+
+def test_a_coupling_of_ones_own_may_draw_the_signs_of_one_coefficient():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+    x = torch.randn(4, 5, 16)
+    model = revwire.convert(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), x, coupling=SignsOfOne())
+    assert revwire.verify(model, x).bit_exact

@@ -1,12 +1,15 @@
 """Every way in which a recompute can go wrong is injected, and seen. None ends in a gradient that is silently wrong."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
-from cases import FAST, each_exact_case, each_fast_case
+import revwire
+from cases import CASES, FAST, each_exact_case, each_fast_case
 from revwire import ReconstructionError
-from toys import SHAPE, WIDTH, Convolution, Dropped, Linear, Toy, Weightless, inputs_of, toy
+from toys import SHAPE, WIDTH, Convolution, Dropped, Linear, Toy, Weightless, coefficients, inputs_of, stored, toy
 
 FLOAT = [c for c in FAST if not c.exact]
 
@@ -211,3 +214,65 @@ def test_a_branch_with_another_structure_the_second_time(case):
     model = Toy([Grows() for _ in range(3)], case)
     with faulty("its recompute saved"):
         model(inputs_of(model, case)).sum().backward()
+
+
+class WritesToItsGradient(torch.autograd.Function):
+    """tanh, whose backward saves memory in a way that PyTorch forbids."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g.mul_(1 - y * y)
+
+
+class Rude(nn.Module):
+    shape = SHAPE
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return WritesToItsGradient.apply(self.layer(x))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == torch.float32], ids=str)
+@pytest.mark.parametrize("stores", [False, True])
+def test_a_branch_that_writes_to_the_gradient_it_is_given(case, stores):
+    """That of x_{k-1} is made of it; where it is not (b < 0), the gradients are right."""
+    model = toy(case, Rude)
+    with stored(model) if stores else nullcontext():
+        loss = model(inputs_of(model, case)).square().sum()
+        if coefficients(case.coupling.name)[1] > 0:
+            with faulty("wrote to the gradient that it was given"):
+                loss.backward()
+        else:
+            loss.backward()
+            mine = [p.grad for p in model.parameters()]
+            model.zero_grad()
+            model.oracle(inputs_of(model, case)).square().sum().backward()
+            for a, b in zip(mine, model.parameters(), strict=True):
+                torch.testing.assert_close(a, b.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia"])
+def test_a_chunk_that_writes_to_the_gradient_it_is_given(coupling):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = Rude()
+
+        def forward(self, x):
+            return x + self.f(x)
+
+    x = torch.randn(4, 3, WIDTH)
+    model = revwire.convert(nn.Sequential(*(Block() for _ in range(3))), x, coupling=coupling, chunks=2)
+    assert {u.chunks for u in revwire.report(model).units} == {2}
+    with pytest.raises(ReconstructionError, match="wrote to the gradient that it was given"):
+        model(x).square().sum().backward()

@@ -115,6 +115,21 @@ def test_other_devices_and_wide_streams_take_the_plain_form():
     assert not _kernels.suits(torch.empty(2, 3, dtype=torch.int32), torch.empty(3, 2).t())
 
 
+class Wrapped(torch.Tensor):
+    """One of the kinds of tensors that have no memory of their own."""
+
+
+def test_tensors_of_other_kinds_are_not_read_at_their_address():
+    plain, saved = torch.randn(200), [torch.randn(32)]
+    assert torch.equal(_kernels.sampled(plain, saved, 64, 16)[:64], plain[::3][:64])
+    assert _kernels.sampled(plain.as_subclass(Wrapped), saved, 64, 16) is None
+    assert _kernels.sampled(plain, [saved[0].as_subclass(Wrapped)], 64, 16) is None
+    assert _kernels.sampled(plain.double(), saved, 64, 16) is None
+    assert _kernels.sampled(plain[:63], saved, 64, 16) is None
+    assert _kernels.sampled(torch.randn(20, 20).t(), saved, 64, 16) is None
+    assert not _kernels.suits(plain.as_subclass(Wrapped))
+
+
 @pytest.mark.parametrize("switch", ["0", "1"])
 def test_a_network_is_exact_with_and_without(switch):
     code = (

@@ -1,12 +1,15 @@
 """Looking quickly at what a call depends on: no change of it is missed, and no tensor is held on to."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from graph_toys import X, assert_same_step, stack, twin
 from revwire._rewrite import rewired_of
-from revwire._signature import Look, Standing
+from revwire._signature import Look, Standing, call_signature
 
 
 class Config:
@@ -45,6 +48,10 @@ CHANGES = {
     "first item": lambda m: m.empty.append(1),
     "object": lambda m: setattr(m.config, "scale", 7.0),
     "another object": lambda m: setattr(m, "config", Config()),
+    "another dict of an object": lambda m: setattr(m.config, "__dict__", {**vars(m.config), "scale": 7.0}),
+    "another list": lambda m: setattr(m, "sizes", [1, 3]),
+    "tensor instead of nothing": lambda m: setattr(m, "nothing", torch.zeros(3)),
+    "tensor instead of a list": lambda m: setattr(m, "empty", torch.zeros(3)),
     "function": lambda m: setattr(m, "function", torch.sigmoid),
     "mode": lambda m: m.body[1].eval(),
     "module": lambda m: m.body.__setitem__(1, nn.ReLU()),
@@ -89,6 +96,57 @@ def test_what_cannot_be_told_by_identity_is_not_looked_at(value):
     host.value = value
     with pytest.raises(TypeError):
         look(host)
+
+
+@pytest.mark.parametrize(
+    ("held", "let_go"),
+    [
+        (lambda m: m.body[0], lambda m: setattr(m.body, "0", nn.Linear(3, 3))),
+        (lambda m: m.body[0].weight, lambda m: setattr(m.body, "0", nn.Linear(3, 3))),
+        (lambda m: m.body, lambda m: setattr(m, "body", nn.Sequential(nn.Linear(3, 3)))),
+        (lambda m: m.body[0].weight, lambda m: setattr(m, "body", nn.Sequential(nn.Linear(3, 3)))),
+        (lambda m: m.config.inner, lambda m: setattr(m.config, "inner", None)),
+    ],
+    ids=["module", "weight", "modules", "weight below", "attribute of an object"],
+)
+def test_what_is_replaced_is_not_kept_alive(held, let_go):
+    host = Host()
+    host.config.inner = nn.Linear(1, 1)
+    seen = look(host)
+    dying = weakref.ref(held(host))
+    let_go(host)
+    gc.collect()
+    assert dying() is None
+    assert seen.standing is not None
+
+
+def test_a_guard_that_came_meanwhile_is_looked_at():
+    """Another thread may add a guarded module between a look and its use."""
+
+    def forward(self, x):
+        return x + self.f(x) * self.gain
+
+    model, _ = twin(stack(forward, lambda self: setattr(self, "gain", 1.0)))
+    model(X)
+    rewired = rewired_of(model.blocks[0])
+    before = rewired.standing()
+    extra = nn.Linear(2, 2)
+    rewired.guarded[id(extra)] = extra
+    assert rewired.standing() != before
+
+
+def test_the_quick_key_of_a_call_is_that_of_any_other():
+    x = torch.randn(2, 3)
+    quick = call_signature((x,), {}, [x])
+    slow = call_signature((nn.Parameter(x).as_subclass(Sub),), {}, [nn.Parameter(x).as_subclass(Sub)])
+    assert len(quick) == len(slow)
+    assert [type(part) for part in quick] == [type(part) for part in slow]
+    assert quick[0] == slow[0]
+    assert quick[2:] == slow[2:]
+
+
+class Sub(torch.Tensor):
+    pass
 
 
 def test_equal_standings_are_one_key():
