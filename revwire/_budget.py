@@ -176,10 +176,11 @@ def fit(
     assert best is not None
     smallest, cut, costs = best
     if size is not None:
+        rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
         raise BudgetError(
             f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {smallest} "
             f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
-            f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none)"
+            f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}"
         )
     cut()
     forms = search(costs, smallest)

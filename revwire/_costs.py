@@ -9,7 +9,8 @@ Note [Checkpointing each block]
     What `torch.utils.checkpoint` around each block of the original network that has units would need is estimated from the same
     measurement. A step holds the inputs of the blocks so far (that of the last one is an activation of its first unit); in the backward of
     a block, the activations of all of its units, and one gradient. What was measured around a unit holds instead the kept bits of the
-    units so far, two states of its chain, and a gradient of each.
+    units so far, two states of its chain, and a gradient of each; in its forward, the two states, the third that it makes, and the float
+    tensor that carries the gradient of x_{k-1}.
 
 Note [Forms]
     What a mode keeps depends on the neighbours, since states are shared:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 SEGMENTS = 64
-"""A state has this many sums, one for each part of it; as `_native` has it."""
+"""A state has this many sums, one for each part of it."""
 
 _LEAST_PER_THREAD = 1 << 21
 """Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait beside it."""

@@ -15,7 +15,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-SEGMENTS = 64
+from revwire._kernels import SEGMENTS
+
 LIMIT = 1 << 30
 """Integers stay below this magnitude, so that two of them can be added."""
 
@@ -115,20 +116,22 @@ def summed(n, first, last, state, sums):
 
 
 @_compiled
+def _take(out, count, numbers, step):
+    """``count`` of the numbers at an address, ``step`` apart, into ``out``."""
+    found = carray(_at(numbers), count * step, _float32)
+    for i in range(count):
+        out[i] = found[i * step]
+
+
+@_compiled
 def sample(out, first, first_step, a, a_step, b, b_step, elements, fewer):
     """``elements`` of the numbers at ``first`` and ``fewer`` of those at ``a`` and ``b`` (if there), at equal distances."""
-    many, few = elements * first_step, fewer * max(a_step, b_step)
-    sampled, firsts = carray(_at(out), elements + 2 * fewer, _float32), carray(_at(first), many, _float32)
-    for i in range(elements):
-        sampled[i] = firsts[i * first_step]
+    sampled = carray(_at(out), elements + 2 * fewer, _float32)
+    _take(sampled, elements, first, first_step)
     if a:
-        numbers = carray(_at(a), few, _float32)
-        for i in range(fewer):
-            sampled[elements + i] = numbers[i * a_step]
+        _take(sampled[elements:], fewer, a, a_step)
     if b:
-        numbers = carray(_at(b), few, _float32)
-        for i in range(fewer):
-            sampled[elements + fewer + i] = numbers[i * b_step]
+        _take(sampled[elements + fewer :], fewer, b, b_step)
 
 
 @_compiled

@@ -349,6 +349,14 @@ def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, mo
         revwire.plan(transformer(2), INPUTS, memory_budget="least")
 
 
+def test_where_no_mix_fits_the_error_says_that_checkpointing_would_need_less():
+    with pytest.raises(revwire.BudgetError, match=r"keeps none.*; torch\.utils\.checkpoint around .* would need less, about"):
+        revwire.plan(STACKS["narrow"](), INPUTS, memory_budget=1000, chunks=1)
+    with pytest.raises(revwire.BudgetError, match="keeps none") as error:
+        revwire.plan(transformer(), INPUTS, memory_budget=1000, chunks=1)
+    assert "torch.utils.checkpoint" not in str(error.value)
+
+
 def test_the_plan_says_where_checkpointing_fits_a_budget_in_less_time():
     planned, fast = Point(100, 2.0), Point(110, 1.9)
     assert "fit as well, in about 95% of the time" in _rival(120, planned, fast)[0]

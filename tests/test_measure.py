@@ -1,13 +1,28 @@
 """`revwire.measure`: bytes and seconds, against cases that can be counted by hand."""
 
+import doctest
 import os
 
 import pytest
 import torch
 
-from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
+from revwire import Bdia, CouplingError, measure
+from revwire.measure import Quartiles, arithmetic_seconds, paired_seconds, peak_bytes, saved_bytes
 
 KILO = 1000 * 4  # bytes of a float32 tensor of 1000 elements
+
+
+def test_the_examples_in_its_documentation_run():
+    assert doctest.testmod(measure).failed == 0
+
+
+def test_arithmetic_takes_an_exact_coupling_and_leaves_its_input_alone():
+    x = torch.randn(3, 5, dtype=torch.bfloat16, requires_grad=True)
+    before = x.detach().clone()
+    assert all(seconds > 0 for seconds in arithmetic_seconds(Bdia(1 / 4), x, calls=2))
+    assert torch.equal(x, before)
+    with pytest.raises(CouplingError):
+        arithmetic_seconds(Bdia(0.3), x, calls=2)
 
 
 def test_peak_counts_what_lives_at_once():
