@@ -163,7 +163,7 @@ def fit(
     checkpoint: Point | None = None
     for cut in cuttings:
         cut()
-        costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains])
+        costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
         forms = search(costs, size) if size is not None else None
@@ -180,12 +180,20 @@ def fit(
         raise BudgetError(
             f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {smallest} "
             f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
-            f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}"
+            f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
+            smallest,
         )
     cut()
     forms = search(costs, smallest)
     assert forms is not None
     return _applied(plan, chains, costs, forms, size, checkpoint)
+
+
+def serves_better(a: Forecast, b: Forecast) -> bool:
+    """Whether ``a`` is clearly the better plan for the same budget: faster; or, where the least memory was asked for, smaller."""
+    if a.budget is not None:
+        return a.seconds < 0.98 * b.seconds
+    return a.peak_bytes < 0.98 * b.peak_bytes or (a.peak_bytes <= b.peak_bytes and a.seconds < 0.98 * b.seconds)
 
 
 def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None, checkpoint: Point | None) -> Plan:

@@ -7,12 +7,13 @@ Definitions, besides those of `_adds`:
 - Units whose out is the next one's fork, but for views, form a *chain*.
 - Between two units of a chain no matrix is multiplied with, and nothing convolved: a block that ends so is far from the identity, and
   rewired as x + (block(x) − x) it would not keep its function.
-- A host whose code cannot be taken apart may be a unit *as a whole*: from one of its inputs to one of its outputs.
+- A host whose code cannot be taken apart, or a module of which the caller wants that, may be a unit *as a whole*: from one of its inputs
+  to one of its outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -25,6 +26,7 @@ Hops = list[list[int]]
 """Steps from a sum to the next fork: of each, the values that it makes, the last first."""
 
 PART_OF_WHOLE = "a part of a block whose code cannot be taken apart, and which is rewired as a whole"
+PART_AS_ASKED = "a part of a block that is rewired as a whole, as the caller wants it"
 CALLER = "excluded"
 """How the reasons begin that are the caller's own wish."""
 
@@ -39,7 +41,11 @@ class Search:
     inline: dict[int, set[int]] = field(default_factory=dict)
 
 
-def find_chains(recording: Recording, refuse: Callable[[Candidate], str | None] = lambda _: None, shortest: int = 2) -> Search:
+Refusal = Callable[[Candidate], str | None]
+Wish = Callable[[Candidate], Sequence[int]]
+
+
+def find_chains(recording: Recording, refuse: Refusal = lambda _: None, shortest: int = 2, whole: Wish = lambda _: ()) -> Search:
     """All chains of at least ``shortest`` units in a recording, the outermost where residuals nest.
 
     Args:
@@ -47,31 +53,53 @@ def find_chains(recording: Recording, refuse: Callable[[Candidate], str | None] 
         refuse: gives the reason why a residual add must stay, or None. Where it is not the caller's wish, the host cannot
             be taken apart, and is tried as a whole.
         shortest: chains with fewer units stay.
+        whole: gives the module calls around a residual add that may be a unit as a whole, the one to try first in front. Where
+            none of them is a unit of a chain then, the add is a unit of its own.
     """
+    barred: set[int] = set()
+    while True:
+        search, alone = _found(recording, refuse, shortest, whole, barred)
+        if not alone:
+            return search
+        barred |= alone
+
+
+def _found(recording: Recording, refuse: Refusal, shortest: int, whole: Wish, barred: set[int]) -> tuple[Search, set[int]]:
+    """(the search, those of the calls that the caller would have whole which are in no chain: their parts may be)."""
     flow = Flow(recording)
     candidates = residual_adds(flow)
+    asked = {call for c in candidates if c.reason is None for call in [call for call in whole(c) if call not in barred][:1]}
+    found = {call: w for call in asked if (w := whole_call(flow, call, candidates)) is not None and refuse(w) is None}
+    for c in candidates:
+        if c.reason is None and any(call in found for call in recording.calls_around(c.add)):
+            c.reason = PART_AS_ASKED
     closed = {call for c in candidates if c.reason is None for call in _refused(recording, c, refuse)}
     _absorb_sums(candidates)
     search = Search(recording)
     good = [c for c in candidates if c.reason is None]
     wholes = [w for w in (whole_call(flow, call, candidates) for call in sorted(closed)) if w is not None and refuse(w) is None]
-    chains = _link(flow, sorted([*good, *wholes], key=lambda c: c.result))
+    chains = _link(flow, sorted([*good, *wholes, *found.values()], key=lambda c: c.result))
     chains = _outermost(chains, shortest)
     _separate(flow, chains)
     used = {c.add for chain in chains for c in chain}
+    alone = asked - used
+    if alone:
+        return search, alone
     absorbed = {a for chain in chains for c in chain for a in c.absorbed}
     for c in candidates:
         if c.add in used or c.add in absorbed:
             continue
         outer = next((u for chain in chains for u in chain if c.add in u.region), None)
         if outer is not None:
-            c.reason, c.inside = PART_OF_WHOLE if outer.whole else "inside the branch of another unit, which is the larger saving", True
+            c.inside = True
+            if c.reason != PART_AS_ASKED:
+                c.reason = PART_OF_WHOLE if outer.whole else "inside the branch of another unit, which is the larger saving"
         elif c.reason is None:
             c.reason = "stands alone: a chain needs at least two units whose streams follow each other unchanged"
         search.rejected.append(c)
     search.chains = chains
     search.inline = opened_calls(flow, [c for chain in chains for c in chain])
-    return search
+    return search, alone
 
 
 def _refused(recording: Recording, c: Candidate, refuse: Callable[[Candidate], str | None]) -> list[int]:

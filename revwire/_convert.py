@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revwire._adds import Candidate
-from revwire._budget import Budget, Cutting, fit, parse_budget
+from revwire._budget import Budget, Cutting, fit, parse_budget, serves_better
 from revwire._chains import Search, find_chains
 from revwire._choice import Anchors, Choice, Couplings, refuse_idle_globs
 from revwire._chunks import Chunks, Prober, probed, refuse_no_chunks, wanted
@@ -23,18 +23,19 @@ from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireE
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph
 from revwire._module import Chain
-from revwire._plan import Plan, PlannedChain, PlannedUnit, Skipped
+from revwire._plan import Forecast, Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._program import Program, Slot, pattern_of
 from revwire._recording import Recording
 from revwire._rewrite import install, rewired_of, uninstall
 from revwire._step import device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire._trace import record
-from revwire._units import UnitKey, find_units, unit_keys
+from revwire._units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._unready import refuse_unready
 
 M = TypeVar("M", bound=nn.Module)
 Patterns = str | Sequence[str] | None
 _STATE = "_revwire"
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _Options:
     strict: bool = False
     chunks: Chunks | None = None
     budget: Budget = None
+    whole: tuple[str, ...] | Literal["auto"] | None = ()  # None: every host that can be
 
 
 @dataclass
@@ -74,6 +76,7 @@ def plan(
     exact: bool | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    whole: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
     chunks: Chunks | None = None,
@@ -90,6 +93,9 @@ def plan(
             what matches none has the default.
         exact: fixed-point streams (True), float streams (False), or what the coupling needs (None).
         include, exclude: globs over the qualified names of units and of their hosts, such as ``"blocks.1*"``.
+        whole: globs over the qualified names of modules that are to be one unit each, whatever residual adds they hold: the outermost that
+            matches and can be. Fewer units keep fewer bits, and each holds more when it is rebuilt. The function is another one, as the
+            couplings stand elsewhere. ``"auto"``, with a memory budget: each residual add a unit, or each host, whichever serves it better.
         anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
             the measured drift of float streams needs to stay within ``tolerance``.
         tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
@@ -116,7 +122,7 @@ def plan(
         >>> [unit.path for unit in revwire.plan(net, torch.randn(1, 4, 16)).chains[0].units][:2]
         ['layers.0.self_attn', 'layers.0.linear1']
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, chunks=chunks, budget=memory_budget)
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, chunks=chunks, budget=memory_budget)
     if memory_budget is None and chunks in (None, 1):
         return _prepare(model, example_inputs, options)[0]
     _refuse_converted(model)
@@ -134,6 +140,7 @@ def convert(
     exact: bool | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    whole: Patterns = None,
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
     chunks: Chunks | None = None,
@@ -146,8 +153,8 @@ def convert(
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
-        model, example_inputs, coupling, exact, include, exclude, anchors, tolerance, chunks, memory_budget: as for `plan`. Without
-            ``example_inputs``, the first call of the model is the example.
+        model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, memory_budget: as for `plan`.
+            Without ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
     Raises:
@@ -159,7 +166,7 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, strict, chunks, memory_budget)
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, strict, chunks, memory_budget)
     _refuse_converted(model)
     if example_inputs is None:
         vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"))
@@ -170,6 +177,38 @@ def convert(
 
 @_disable_dynamo
 def _rewire(model: nn.Module, example_inputs: Any, options: _Options) -> None:
+    if options.whole == AUTO:
+        _rewire_better(model, example_inputs, options)
+    else:
+        _rewire_as(model, example_inputs, options)
+
+
+def _rewire_better(model: nn.Module, example_inputs: Any, options: _Options) -> None:
+    """Cut the chains into residual adds, or into whole hosts, whichever serves the budget better."""
+    coarse, fine = (replace(options, whole=wish) for wish in (None, ()))
+    forecasts: dict[str, Forecast] = {}
+    errors: list[BudgetError] = []
+    for name, cut in (("coarse", coarse), ("fine", fine)):
+        if _STATE in vars(model):
+            revert(model)
+        try:
+            _rewire_as(model, example_inputs, cut)
+        except BudgetError as error:
+            errors.append(error)
+            continue
+        forecast = report(model).forecast
+        if forecast is None:  # there is no chain
+            return
+        forecasts[name] = forecast
+    if not forecasts:
+        raise min(errors, key=lambda error: error.smallest or 0)
+    if "fine" not in forecasts or ("coarse" in forecasts and serves_better(forecasts["coarse"], forecasts["fine"])):
+        if _STATE in vars(model):
+            revert(model)
+        _rewire_as(model, example_inputs, coarse)
+
+
+def _rewire_as(model: nn.Module, example_inputs: Any, options: _Options) -> None:
     found, chains, hosts = _prepare(model, example_inputs, options)
     if options.strict:
         _refuse_skipped(found)
@@ -332,7 +371,13 @@ def as_call(example_inputs: Any) -> _Call:
 
 
 def _options(
-    choice: Choice, include: Patterns, exclude: Patterns, strict: bool = False, chunks: Chunks | None = None, budget: Budget = None
+    choice: Choice,
+    include: Patterns,
+    exclude: Patterns,
+    whole: Patterns,
+    strict: bool = False,
+    chunks: Chunks | None = None,
+    budget: Budget = None,
 ) -> _Options:
     if chunks is not None:
         refuse_no_chunks(chunks)
@@ -342,7 +387,10 @@ def _options(
     def listed(patterns: Patterns) -> tuple[str, ...]:
         return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
 
-    return _Options(choice, listed(include), listed(exclude), strict, chunks, budget)
+    wish = AUTO if listed(whole) == (AUTO,) else listed(whole)
+    if wish == AUTO and budget is None:
+        raise ConversionError("whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules")
+    return _Options(choice, listed(include), listed(exclude), strict, chunks, budget, wish)
 
 
 def _refuse_converted(model: nn.Module) -> None:
@@ -410,13 +458,14 @@ class _Planner:
     def run(self) -> tuple[Plan, list[Chain], dict[str, list[Slot]]]:
         while True:
             self.found = {}
-            search = find_chains(self.recording, self.refuse)
+            search = find_chains(self.recording, self.refuse, whole=self.whole)
             units = self.unique(search)
             chains = [self.chain(i, chain) for i, chain in enumerate(units)]
             slots = self.slots(units, chains)
             failed = self.failures(units, slots)
             if not failed:
                 self.options.choice.refuse_idle_globs([(u.path, u.host_path) for members in units for u in members])
+                self.refuse_idle_wholes(units)
                 plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
                 self.mark_last(units, chains, plan)
                 return plan, chains, slots
@@ -461,6 +510,25 @@ class _Planner:
             if self.recording.module_names.get(id(self.recording.events[c.host].target))
             else "its host is not registered below the model"
         )
+
+    def whole(self, c: Candidate) -> list[int]:
+        """The calls around a residual add that the caller would have as one unit, the outermost first."""
+        wish = self.options.whole
+        if wish is None:
+            return [c.host]
+        calls = self.recording.calls_around(c.add) if wish else ()
+        return [call for call in calls if any(fnmatchcase(self.name(call), glob) for glob in wish)]
+
+    def refuse_idle_wholes(self, units: list[list[_Found]]) -> None:
+        """Raise where a glob of ``whole`` made no module one unit."""
+        hosts = {u.host_path: u.key == WHOLE for members in units for u in members}
+        for glob in self.options.whole or ():
+            if not any(whole and fnmatchcase(host, glob) for host, whole in hosts.items()):
+                some = ", ".join([repr(host) for host in hosts if host][:5])
+                raise ConversionError(
+                    f"whole: got {glob!r}, under which no module can be one unit; expected modules that lead an input to an output of the "
+                    f"same shape by residual adds, at least two in a row; such as those that hold units now: {some or 'the model itself'}"
+                )
 
     # -- chains ----------------------------------------------------------------------------------------------------
 
@@ -569,7 +637,9 @@ def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
 def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits: int) -> int:
     if chain.stores(place):
         return u.saved_bytes
-    return planned.stream_bytes if chain.anchored(place) else _elements(u.shape) * bits // 8
+    if chain.anchored(place):
+        return planned.stream_bytes // 2 if chain.exact else planned.stream_bytes
+    return _elements(u.shape) * bits // 8
 
 
 def _chunks(u: PlannedUnit, chain: Chain, place: int) -> int:

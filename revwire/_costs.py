@@ -17,7 +17,7 @@ Note [Forms]
 
     ===  ============  =============================================================================
     r    reversible    the kept bits: what was measured
-    c    checkpointed  one state, and one more where the unit before is not checkpointed
+    c    checkpointed  one state; in float streams one more where the unit before is not checkpointed
     s    stored        its activations; where the run of such units begins, the two states before it
     z    stored        likewise, in a run that ends the chain: its two states replace those of the end
     a    stored        likewise, in a chain that is stored as a whole: no states at all
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from revwire._meter import Measured, Stretch
@@ -48,8 +47,10 @@ class UnitCost:
         held: those that it holds at once when it is rebuilt: of one of its chunks, or all.
         kept: bytes that are kept for it when it is reversible.
         state: bytes of one of its chain's states.
+        exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
         gain: seconds by which a step is shorter when it is stored.
-        relief: seconds by which a step is shorter when it is checkpointed.
+        relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
+        arithmetic: those of them that its kept bits and the way back take.
         ends: whether it is the last of its chain.
         fixed: it stays reversible: nothing is rebuilt for it, or it runs several times.
     """
@@ -60,8 +61,10 @@ class UnitCost:
     held: int
     kept: int
     state: int
+    exact: bool
     gain: float
     relief: float
+    arithmetic: float
     ends: bool
     fixed: bool
 
@@ -82,10 +85,10 @@ class UnitCost:
         if form == "r":
             return 0
         if form == "c":
-            return (1 if before == "c" else 2) * self.state - self.kept
+            return (1 if self.exact or before == "c" else 2) * self.state - self.kept
         states = 0
         if form == "s" and before in ("r", "c"):
-            states = 2 if before == "r" else 1
+            states = 2 if self.exact or before == "r" else 1
         if form == "a" and self.ends:
             states = -2
         return self.saved - self.kept + states * self.state
@@ -106,15 +109,25 @@ class _Levels:
     backward: int = 0
 
 
-def _rebuilding(stretches: Sequence[Stretch]) -> dict[int, float]:
-    """Seconds of rebuilding by run. Only before the first of its chunks does nothing but rebuilding lie between two marks."""
-    first: dict[int, float] = {}
-    chunks: dict[int, int] = {}
-    for before, s in pairwise(stretches):
+@dataclass
+class _Rebuilding:
+    """Seconds that a run is rebuilt, of those the rest when all is there that its gradient needs, and in how many chunks."""
+
+    seconds: float
+    rest: float | None
+    chunks: int = 0
+
+
+def _rebuilding(stretches: Sequence[Stretch]) -> dict[int, _Rebuilding]:
+    """Of each run. Only before the first of its chunks does nothing but rebuilding lie between two marks."""
+    found: dict[int, _Rebuilding] = {}
+    for i, s in enumerate(stretches):
         if s.mark.kind == "rebuilt":
-            first.setdefault(s.mark.run, before.seconds)
-            chunks[s.mark.run] = chunks.get(s.mark.run, 0) + 1
-    return {run: seconds * chunks[run] for run, seconds in first.items()}
+            before = stretches[i - 1]
+            complete = before.mark.kind == "complete"
+            seconds = before.seconds + (stretches[i - 2].seconds if complete else 0.0)
+            found.setdefault(s.mark.run, _Rebuilding(seconds, before.seconds if complete else None)).chunks += 1
+    return found
 
 
 class Costs:
@@ -122,10 +135,10 @@ class Costs:
 
     Args:
         measured: one step with every unit reversible.
-        kept, state: bytes by chain and place, as in `UnitCost`.
+        kept, state, exact: by chain (and place), as in `UnitCost`.
     """
 
-    def __init__(self, measured: Measured, kept: Sequence[Sequence[int]], state: Sequence[int]) -> None:
+    def __init__(self, measured: Measured, kept: Sequence[Sequence[int]], state: Sequence[int], exact: Sequence[bool]) -> None:
         self.measured = measured
         self.seconds = sum(s.seconds for s in measured.stretches)
         self.levels = [_Levels() for _ in measured.places]
@@ -133,21 +146,26 @@ class Costs:
         self._read()
         rebuilt = _rebuilding(measured.stretches)
         held = measured.held or measured.saved
-        self.units = [
-            UnitCost(
+        self.units = []
+        for run, ((c, u), arithmetic) in enumerate(zip(measured.places, measured.arithmetic, strict=True)):
+            again = rebuilt.get(run, _Rebuilding(0.0, None))
+            both = arithmetic.keep + arithmetic.undo
+            stops = exact[c] and again.rest is not None
+            unit = UnitCost(
                 chain=c,
                 unit=u,
                 saved=measured.saved[run],
                 held=held[run],
                 kept=kept[c][u],
                 state=state[c],
-                gain=rebuilt.get(run, 0.0) + arithmetic.keep,
-                relief=arithmetic.keep + arithmetic.undo,
+                exact=exact[c],
+                gain=again.seconds * again.chunks + arithmetic.keep,
+                relief=arithmetic.keep + (again.rest or 0.0) * again.chunks if stops else both,
+                arithmetic=both,
                 ends=u == len(kept[c]) - 1,
                 fixed=run not in rebuilt or measured.places.count((c, u)) > 1,
             )
-            for run, ((c, u), arithmetic) in enumerate(zip(measured.places, measured.arithmetic, strict=True))
-        ]
+            self.units.append(unit)
 
     def _read(self) -> None:
         """Sort the stretches of the step; see Note [Bytes by prefix]."""
@@ -160,7 +178,7 @@ class Costs:
             if kind == "leave":
                 alive.add(run)
                 self.levels[run].grown = stretch.level - self.levels[run].start
-            elif kind == "grad":
+            elif kind in ("grad", "complete"):
                 alive.discard(run)
                 self.levels[run].rebuild = max(self.levels[run].rebuild, stretch.peak)
                 continue
@@ -216,7 +234,8 @@ class Costs:
             bits += unit.kept
             inside += unit.saved
             peak = max(peak, self.waiting[run + 1] + inputs - bits - sum(chains.values()))
-            seconds -= unit.seconds("c")
+            last = run + 1 == len(self.units) or blocks[run + 1] != blocks[run]
+            seconds -= unit.relief if last else unit.arithmetic  # it, too, stops early, once for each block
         return peak, seconds
 
     def uniform(self, mode: Mode) -> list[Form]:

@@ -35,4 +35,12 @@ class UnsupportedTransformError(RevwireError, NotImplementedError):
 
 
 class BudgetError(RevwireError, ValueError):
-    """A memory budget that is none, or that no mix of stored, checkpointed and reversible units fits."""
+    """A memory budget that is none, or that no mix of stored, checkpointed and reversible units fits.
+
+    Attributes:
+        smallest: bytes of the smallest budget that some mix fits, where that was found.
+    """
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest

@@ -32,10 +32,16 @@ from revwire.measure import _standard_error_closed
 _NAME = "revwire mark "
 
 
-class Mark(NamedTuple):
-    """A moment of a step: a unit begins, has ended, gets its gradient, or has its input rebuilt. ``run`` counts runs of units."""
+Kind = Literal["begin", "enter", "leave", "grad", "complete", "rebuilt"]
 
-    kind: Literal["begin", "enter", "leave", "grad", "rebuilt"]
+
+class Mark(NamedTuple):
+    """A moment of a step: a unit begins, has ended, gets its gradient, has all that this needs, or has its input rebuilt.
+
+    ``run`` counts runs of units.
+    """
+
+    kind: Kind
     run: int
 
 
@@ -122,7 +128,7 @@ class _Marker:
         self.held: dict[int, int] = {}  # of the largest of its chunks
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
 
-    def mark(self, kind: Literal["begin", "enter", "leave", "grad", "rebuilt"], run: int = -1) -> None:
+    def mark(self, kind: Kind, run: int = -1) -> None:
         self.marks.append(Mark(kind, run))
         self.note()
 
@@ -140,6 +146,9 @@ class _Marker:
 
     def forward(self, tape: Tape, position: int, state: Tensor) -> None:
         self.runs[id(tape), position] = len(self.places) - 1
+
+    def complete(self, tape: Tape, position: int) -> None:
+        self.mark("complete", self.runs[id(tape), position])
 
     def backward(self, tape: Tape, position: int, state: Tensor) -> None:
         run = self.runs[id(tape), position]

@@ -89,11 +89,13 @@ Mode = Literal["stored", "checkpointed", "reversible"]
 
 
 class Meter(Protocol):
-    """Sees where a unit begins and ends."""
+    """Sees where a unit begins and ends, and when a recompute has saved all that its gradient needs."""
 
     def enter(self, chain: Chain, unit: Unit) -> None: ...
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None: ...
+
+    def complete(self, tape: Tape, position: int) -> None: ...
 
 
 class Monitor(Protocol):

@@ -151,6 +151,10 @@ class Streams(ABC):
         """The fingerprint of a state, a branch's result, and `witnesses` of the tensors it saved for its gradient."""
         return Fingerprint(self.summary(state), *self.sample(f, saved))
 
+    def sample_saved(self, saved: Sequence[Tensor], like: Tensor) -> Sample:
+        """As `sample`, of the saved tensors alone; ``like``, a tensor on the same device, gives the dtype of the branch's result."""
+        return self.sample(saved[-1], saved[:-1]) if saved else Sample(like.new_empty(0), like.dtype)
+
     @abstractmethod
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         """Two numbers, on their device: how far the states, and the branches, differ."""

@@ -200,8 +200,11 @@ class Plan:
 
 
 def _modes(c: PlannedChain) -> str:
-    """Runs of units of one mode, in order: ``2 stored, 10 reversible``."""
-    return ", ".join(f"{len(list(run))} {mode}" for mode, run in groupby(u.mode for u in c.units))
+    """Runs of units of one mode, in order: ``2 stored, 10 reversible``; where there are many, how many units have which."""
+    runs = [(len(list(run)), mode) for mode, run in groupby(u.mode for u in c.units)]
+    if len(runs) > 4:
+        runs = sorted(((n, mode) for mode, n in Counter(u.mode for u in c.units).items()), reverse=True)
+    return ", ".join(f"{n} {mode}" for n, mode in runs)
 
 
 def _chunks(c: PlannedChain) -> str:

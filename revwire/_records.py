@@ -39,6 +39,13 @@ class Anchor(NamedTuple):
     versions: tuple[int, int]
 
 
+class Before(NamedTuple):
+    """The true state x_{k-1} before a unit, with its version counter."""
+
+    state: Tensor
+    version: int
+
+
 @dataclass(slots=True)
 class UnitRecord:
     """What is kept of one unit's forward: no activation, only what a recompute needs."""
@@ -61,6 +68,8 @@ class UnitRecord:
     bits: Tensor | None = None
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
     anchor: Anchor | None = None
+    before: Before | None = None  # x_{k-1} alone, where x_k is rebuilt to the bit anyway
+    stops: bool = False  # its recompute stops when all is there that its gradient needs; see Note [What need not be rebuilt] in `_tape`
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:

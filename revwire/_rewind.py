@@ -9,7 +9,7 @@ Note [Which backward is this]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from revwire._chunks import joined
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint
-from revwire._records import Anchor, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
+from revwire._records import Anchor, Before, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
 from revwire._replay import buffers_exchanged, lent, put_back, version_of
 
 if TYPE_CHECKING:
@@ -30,11 +30,15 @@ _NO_PASS = -1
 
 
 class _Again(NamedTuple):
-    """A second evaluation of a branch: the float value of x_k, F_k(x_k), the witnesses among what it saved."""
+    """A second evaluation of a branch: the float value of x_k, F_k(x_k) if it was needed, the witnesses among what it saved."""
 
     x: Tensor
-    f: Tensor
+    f: Tensor | None
     witnesses: list[Tensor]
+
+
+class _Enough(BaseException):
+    """Ends a recompute when all is there that its gradient needs. No `Exception`, so that no handler in a branch takes it for a fault."""
 
 
 def running_pass() -> int:
@@ -114,7 +118,7 @@ class Rewind:
             record = self._unit(position)
             with recording_nothing():
                 previous, current = self._before(record)
-                self._compare(record, previous, self._recompute(record, current))
+                self._compare(record, previous, self._recompute(position, record, current))
         tensor, version = self.cache.pop(index)
         if tensor._version != version:
             raise self._unit(position).fault(
@@ -154,19 +158,26 @@ class Rewind:
             raise self.tape.written()
         return anchor.states
 
+    def _kept(self, before: Before | None) -> Tensor | None:
+        if before is not None and version_of(before.state) != before.version:
+            raise self.tape.written()
+        return None if before is None else before.state
+
     def _undo_unit(self, position: int, record: UnitRecord) -> None:
         """Rebuild x_{k-1}, or a chunk of it; with the first chunk, the states change."""
         chunk, streams = record.chunk, self.tape.streams
         anchor = None if record.anchor is None else self._anchored(record.anchor)
         whole = self.previous if anchor is None else anchor[1]
         current, following = (whole, self.current) if chunk is None else (chunk.of(whole), chunk.of(self.current))
-        again = self._recompute(record, current)
+        before = self._kept(record.before) if anchor is None else anchor[0]
+        again = self._recompute(position, record, current)
         summary = None
         if record.begins:
             rebuilt = current
-        elif anchor is not None:
-            rebuilt = anchor[0] if chunk is None else chunk.of(anchor[0])
+        elif before is not None:
+            rebuilt = before if chunk is None else chunk.of(before)
         else:
+            assert again.f is not None
             rebuilt, summary = streams.unstep(following, again.x, again.f, record.rule, record.bits)
         if self.tape.chain.monitor:
             self.tape.chain.monitor.backward(self.tape, position, rebuilt)
@@ -176,9 +187,11 @@ class Rewind:
             return
         self.parts.append((rebuilt, current))
         if chunk.first:
-            parts = [before for before, _ in reversed(self.parts)]
+            parts = [part for part, _ in reversed(self.parts)]
             self.parts.clear()
-            self.previous, self.current = anchor or (whole if record.begins else joined(parts, chunk.dim, whole), whole)
+            if before is None:
+                before = whole if record.begins else joined(parts, chunk.dim, whole)
+            self.previous, self.current = before, whole
 
     def _before(self, record: UnitRecord) -> tuple[Tensor, Tensor]:
         """The states (x_{k-1}, x_k) that a unit, or its chunk, begins with; the walk stands before it."""
@@ -193,24 +206,31 @@ class Rewind:
 
     # -- recomputing -----------------------------------------------------------------------------------------------
 
-    def _recompute(self, record: UnitRecord, state: Tensor) -> _Again:
-        """Evaluate the branch again, as in forward, on the state x_k; fills the cache."""
+    def _recompute(self, position: int, record: UnitRecord, state: Tensor) -> _Again:
+        """Evaluate the branch again, as in forward, on the state x_k, as far as it is needed; fills the cache."""
         self._check_versions(record)
         wide = self.tape.streams.read(state)
         x = wide.to(record.dtype).detach().requires_grad_(record.input_requires_grad)
         version = x._version
         cache: dict[int, tuple[Tensor, int]] = {}
-        saved = record.saved
+        saved, meter = record.saved, self.tape.chain.meter
 
         def pack(t: Tensor) -> None:
             index, meta = len(cache), (t.shape, t.dtype, t.device)
             if index >= len(saved) or saved[index] != meta:
                 raise self._fault(record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward")
             cache[index] = (t.detach(), t._version)
+            if len(cache) == len(saved):
+                if meter:
+                    meter.complete(self.tape, position)
+                if record.stops and not gone:
+                    raise _Enough
 
         gone = lent(record.owned.places, self.tape.chain.homes)
         watch = _CheckpointWatch() if gone else None
+        f: Tensor | None = None
         with (
+            suppress(_Enough),
             torch.enable_grad(),
             record.surroundings.restored(),
             put_back(gone) if gone else nullcontext(),
@@ -224,7 +244,7 @@ class Rewind:
             raise self._fault(record, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
         if len(cache) != len(record.saved):
             raise self._fault(record, f"its recompute saved {len(cache)} tensors", f"{len(record.saved)} as in forward")
-        if watch is not None and (watch.found or _is_checkpointed(f)):
+        if watch is not None and (watch.found or (f is not None and _is_checkpointed(f))):
             raise self._fault(
                 record,
                 "the weights that torch.func.functional_call lent it were taken back, and a torch.utils.checkpoint inside of it would run "
@@ -232,7 +252,7 @@ class Rewind:
                 "no checkpointing inside of this branch",
             )
         self.cache = cache
-        return _Again(wide, f.detach(), [cache[number][0] for number in record.witnesses])
+        return _Again(wide, None if f is None else f.detach(), [cache[number][0] for number in record.witnesses])
 
     def _check_versions(self, record: UnitRecord) -> None:
         for tensor, version in record.inputs:
@@ -246,8 +266,12 @@ class Rewind:
 
     def _compare(self, record: UnitRecord, previous: Tensor, again: _Again, summary: Tensor | None = None) -> None:
         assert record.fingerprint is not None
-        streams = self.tape.streams
-        after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
+        streams, known = self.tape.streams, record.fingerprint
+        if record.stops:
+            after = Fingerprint(known.state, *streams.sample_saved(again.witnesses, known.branch))
+        else:
+            assert again.f is not None
+            after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
         if self.tape.deferred:
             self.pending.append((record, after, self.tape.streams.difference(record.fingerprint, after)))
         elif not record.fingerprint.same_bits(after):

@@ -23,6 +23,12 @@ Note [Stored units]
     Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward pass goes past a run
     of such units by the true states before it, which stand among the records; where the chain ends in one, the tape ends before it.
 
+Note [What need not be rebuilt]
+    Where x_{k-1} is known without F_k (the tape begins with the unit, or the state before it was kept), a recompute serves the gradient
+    alone. It stops when the branch has saved the last tensor that the gradient needs: what is left, often the largest product of a branch,
+    is not computed a second time. In exact streams such a unit keeps x_{k-1} alone, as x_k is rebuilt to the bit by those after it. The
+    checks then look at what the branch saved; float streams see its result only, so there it is computed.
+
 Note [Chunks]
     A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a record, a branch
     and a step of its own, so that a backward pass rebuilds, and holds, the activations of one chunk at a time. The states change for all of
@@ -52,7 +58,7 @@ from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled
-from revwire._records import MISSING, Anchor, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
+from revwire._records import MISSING, Anchor, Before, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
 from revwire._replay import Inventory, Surroundings, Written, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
@@ -155,7 +161,8 @@ class Tape:
             record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
             with torch.no_grad():
-                record.sample = self.streams.sample(f, [t for _, t in last])
+                witnesses = [t for _, t in last]
+                record.sample = self.streams.sample_saved(witnesses, f) if record.stops else self.streams.sample(f, witnesses)
         finally:
             last.clear()  # see `_packer`
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
@@ -177,6 +184,13 @@ class Tape:
         chain.waiting = ref(self.kept)
         return True
 
+    def _knows_before(self, unit: Unit) -> bool:
+        """Whether x_{k-1} of the unit that runs now is known to the bit without it; see Note [What need not be rebuilt]."""
+        previous, current = self.intact_state()
+        place = unit.place(self.position)
+        assert place is not None
+        return self.streams.witnesses > 0 and (previous is current or self.chain.anchored(place))
+
     def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
         inputs: Versions = []
         kept = tuple(detached(e, inputs) for e in extras)
@@ -193,6 +207,7 @@ class Tape:
             owned=owned,
             attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
             chunk=self._chunk,
+            stops=self._knows_before(unit),
             surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
         )
 
@@ -348,8 +363,12 @@ class Tape:
         return bool(self.records) and isinstance(self.records[-1], Anchor)
 
     def _summary(self, previous: Tensor, known: Tensor | None) -> Tensor | None:
-        """That of the state of x_{k-1}, where the record of the unit that has just run will be kept."""
-        return self.streams.summary(previous) if known is None and self.start is not None and self._open is not None else known
+        """That of the state of x_{k-1}, where the record of the unit that has just run will be kept; empty where it is known anyway."""
+        if self.start is None or self._open is None:
+            return known
+        if self._open.stops:
+            return previous.new_empty(0)
+        return self.streams.summary(previous) if known is None else known
 
     def _keep_record(self, bits: Tensor | None, summary: Tensor | None, begins: bool, anchored: bool) -> None:
         record, self._open = self._open, None
@@ -359,7 +378,11 @@ class Tape:
             record.fingerprint, record.sample = Fingerprint(summary, *record.sample), None
             record.bits, record.begins = bits, begins
             if anchored and not begins:
-                record.anchor = Anchor(self.intact_state(), self.versions)
+                states = self.intact_state()
+                if record.stops:
+                    record.before = Before(states[0], self.versions[0])
+                else:
+                    record.anchor = Anchor(states, self.versions)
             self.records.append(record)
         else:
             self.records.append(None)

@@ -22,6 +22,8 @@ from benchmarks.memory.networks import NETWORKS, network
 from revwire.measure import paired_seconds, peak_bytes
 
 SHARES = (0.25, 0.5, 0.75)
+COUPLINGS = {"re2tal": "re2tal", "bdia 1/16": "bdia:1/16"}
+BUDGET_OF_RIVAL = "budget of checkpointing"
 
 
 def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: tuple[str, ...] = ()) -> list[Row]:
@@ -29,7 +31,8 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
     example = NETWORKS[name].example(batch, length)
     models: dict[str, nn.Module] = {}
     rows: dict[str, Row] = {}
-    methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example)
+    rival = peak_bytes(partial(step, METHODS[CHECKPOINT](name, network(name, depth), example), example))
+    methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example, rival)
     for method, make in methods.items():
         try:
             models[method] = make(name, network(name, depth), example)
@@ -56,12 +59,14 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
     return list(rows.values())
 
 
-def _budgets(name: str, depth: int, example: torch.Tensor) -> dict[str, Method]:
-    """The planner at budgets between the least and that of stored activations."""
+def _budgets(name: str, depth: int, example: torch.Tensor, rival: int) -> dict[str, Method]:
+    """The planner at budgets between the least and that of stored activations; and at ``rival``, the bytes that checkpointing needs."""
     forecast = revwire.plan(network(name, depth), example, memory_budget="least").forecast
     assert forecast is not None
     low, high = forecast.peak_bytes, forecast.stored.peak_bytes
-    return {f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low))) for share in SHARES}
+    shares = {f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low))) for share in SHARES}
+    level = {f"revwire {text}, {BUDGET_OF_RIVAL}": reversible(coupling=c, memory_budget=rival) for text, c in COUPLINGS.items()}
+    return shares | level
 
 
 def main() -> None:

@@ -39,6 +39,10 @@ Exact = Annotated[
 ]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="only these modules; repeatable")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="not these modules; repeatable")]
+Whole = Annotated[
+    list[str] | None,
+    typer.Option("--whole", metavar="GLOB", help="these modules one unit each; repeatable; auto: if a budget is better so"),
+]
 ChunkCount = Annotated[int | None, typer.Option("--chunks", help="run units in so many chunks of the batch, or of tokens")]
 MemoryBudget = Annotated[
     str | None, typer.Option("--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits")
@@ -57,6 +61,7 @@ def plan_command(
     exact: Exact = None,
     include: Include = None,
     exclude: Exclude = None,
+    whole: Whole = None,
     chunks: ChunkCount = None,
     memory_budget: MemoryBudget = None,
     train: Train = True,
@@ -66,7 +71,9 @@ def plan_command(
     """Show what would be rewired, and what stays and why. Changes nothing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=memory_budget)
+        options = _given(
+            coupling=coupling, exact=exact, include=include, exclude=exclude, whole=whole, chunks=chunks, memory_budget=memory_budget
+        )
         with _working("tracing"):
             plan = revwire.plan(network, inputs, **options)
     _show(plan, json_)
@@ -81,6 +88,7 @@ def verify_command(
     exact: Exact = None,
     include: Include = None,
     exclude: Exclude = None,
+    whole: Whole = None,
     chunks: ChunkCount = None,
     memory_budget: MemoryBudget = None,
     train: Train = True,
@@ -90,7 +98,9 @@ def verify_command(
     """Convert, then check reconstruction and gradients. Exit code 1 where a check fails."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=memory_budget)
+        options = _given(
+            coupling=coupling, exact=exact, include=include, exclude=exclude, whole=whole, chunks=chunks, memory_budget=memory_budget
+        )
         _convert(network, inputs, options)
         with _working("checking reconstruction and gradients"):
             check = revwire.verify(network, inputs)
@@ -107,6 +117,7 @@ def profile_command(
     exact: Exact = None,
     include: Include = None,
     exclude: Exclude = None,
+    whole: Whole = None,
     chunks: ChunkCount = None,
     memory_budget: MemoryBudget = None,
     train: Train = True,
@@ -117,7 +128,9 @@ def profile_command(
     """Convert, then measure memory and time against stored activations and checkpointing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(coupling=coupling, exact=exact, include=include, exclude=exclude, chunks=chunks, memory_budget=memory_budget)
+        options = _given(
+            coupling=coupling, exact=exact, include=include, exclude=exclude, whole=whole, chunks=chunks, memory_budget=memory_budget
+        )
         _convert(network, inputs, options)
         with _working(f"measuring three variants, {repeats} rounds"):
             profile = revwire.profile(network, inputs, repeats=repeats)
