@@ -18,10 +18,13 @@ from torch.distributed import checkpoint as sharded_checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from training import Run, assert_trains_as_stored, batches, converted, train, watched, with_backward_hooks
 
 import revwire
+from revwire._convert import chains_of
+from revwire._module import Mode
 
 STACK = "FSDP2"
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -32,20 +35,40 @@ def mesh() -> DeviceMesh:
 
 
 def sharded(model: nn.Module, by: str, **options: Any) -> nn.Module:
-    """``model`` sharded by the modules of its units, by block, or as a whole; the root in any case."""
+    """``model`` sharded by the layers of its units, by their modules, by block, or as a whole; the root in any case."""
     blocks = list(model.blocks)  # type: ignore[arg-type]
-    parts = {"unit": [part for block in blocks for part in block.children()], "block": blocks, "root": []}[by]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    parts = {"layer": layers, "unit": [part for block in blocks for part in block.children()], "block": blocks, "root": []}[by]
     for part in (*parts, model):
         fully_shard(part, mesh=mesh(), **options)
     return model
 
 
-def trains(rank: int, folder: Path, *, by: str, network: Any = Transformer, chunks: int | None = None, **options: Any) -> list[float]:
+MODES: tuple[Mode, ...] = ("reversible", "checkpointed", "checkpointed", "reversible", "stored", "checkpointed")
+
+
+def trains(
+    rank: int,
+    folder: Path,
+    *,
+    by: str,
+    network: Any = Transformer,
+    chunks: int | None = None,
+    modes: tuple[Mode, ...] | None = None,
+    **options: Any,
+) -> list[float]:
     """The losses; warnings of revwire (a chain that begins anew, say) are errors."""
     warnings.filterwarnings("error", message=r".*\(chain \d+\)")
 
     def run(model: nn.Module) -> Run:
-        return train(sharded(model, by, **options), batches(network, seed=rank), seed=rank)
+        for chain in chains_of(model):
+            chain.modes = modes
+        sharded(model, by, **options)
+
+        def all_sharded() -> None:
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+
+        return train(model, batches(network, seed=rank), before_step=all_sharded, seed=rank)
 
     return assert_trains_as_stored(network, run, chunks=chunks).losses
 
@@ -141,6 +164,8 @@ CHECKS = {
     **{f"by_{by}": partial(trains, by=by) for by in ("unit", "block", "root")},
     **{f"by_{by}_with_statistics": partial(trains, by=by, network=ConvolutionNet) for by in ("unit", "block", "root")},
     **{f"chunks_by_{by}": partial(trains, by=by, chunks=2) for by in ("unit", "block", "root")},
+    **{f"modes_by_{by}": partial(trains, by=by, modes=MODES) for by in ("layer", "unit", "block", "root")},
+    "modes_in_chunks": partial(trains, by="layer", modes=MODES, chunks=2),
     "keeps_whole_weights": partial(trains, by="block", reshard_after_forward=False),
     "keeps_whole_weights_of_units": partial(trains, by="unit", reshard_after_forward=False),
     **{f"half_by_{by}": partial(trains, by=by, mp_policy=HALF) for by in ("unit", "block", "root")},
@@ -168,6 +193,14 @@ def test_training(found: dict[str, str], by: str) -> None:
 @works(STACK, "units in chunks (`chunks=`)")
 def test_chunks(found: dict[str, str]) -> None:
     assert passed(found, "chunks_by_unit") == passed(found, "chunks_by_block") == passed(found, "chunks_by_root")
+
+
+@needs_gloo
+@works(STACK, "the modes of a memory budget (recomputes that stop early leave no layer unsharded)")
+def test_modes(found: dict[str, str]) -> None:
+    losses = {passed(found, f"modes_by_{by}") for by in ("layer", "unit", "block", "root")}
+    assert losses == {passed(found, "by_root")}
+    assert passed(found, "modes_in_chunks") == passed(found, "chunks_by_root")
 
 
 @needs_gloo

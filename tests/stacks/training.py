@@ -75,12 +75,12 @@ def converted(make: Callable[[], nn.Module], *, seed: int = 0, **options: object
 
 @contextmanager
 def watched(model: nn.Module, run: Run) -> Iterator[None]:
-    """Count the evaluations of the first block's last layer, which belongs to a branch."""
+    """Count the evaluations of the second block's last layer: its branch is neither the first of its chain nor the last."""
 
     def count(*_: object) -> None:
         run.evaluations += 1
 
-    block = model.blocks[0]  # type: ignore[index]
+    block = model.blocks[1]  # type: ignore[index]
     handle = (block.mlp.down if hasattr(block, "mlp") else block.convolution).register_forward_hook(count)
     try:
         yield
