@@ -310,6 +310,7 @@ class Chain:
         link.spend()
         if tape.position == self.length:
             tape.settle_range()
+            tape.settle_random()
             return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
         return _linked(out.to(dtype), tape, current, out)
 

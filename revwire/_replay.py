@@ -16,7 +16,7 @@ Note [Buffers that are read and written]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -24,6 +24,9 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+
+NOTHING = nullcontext()
+"""A context that does nothing; one serves all."""
 
 AutocastState = tuple[bool, torch.dtype]
 RandomStates = dict[torch.device | None, Tensor]
@@ -88,7 +91,7 @@ class Surroundings:
 
     Attributes:
         devices: the accelerators it runs on.
-        randomness: generator states before the branch; emptied by `settle` where the branch drew nothing,
+        randomness: generator states before the branch; emptied by `settle` where nothing was drawn until the next one began,
             so that a deterministic branch keeps none (a CPU state has 5 kB).
         autocast: (enabled, dtype) per device type.
         cache_enabled: whether autocast may cache its casts of weights.
@@ -106,27 +109,31 @@ class Surroundings:
         autocast = {kind: autocast_state(kind) for kind in ("cpu", *(d.type for d in devices))}
         return cls(devices, random_states(devices), autocast, torch.is_autocast_cache_enabled())
 
-    def settle(self) -> None:
-        """After the branch ran: forget the generators it did not draw from."""
-        after = random_states(self.devices)
-        self.randomness = {d: s for d, s in self.randomness.items() if not _same_bytes(s, after[d])}
+    def settle(self, after: RandomStates | None = None) -> None:
+        """After the branch ran: forget the generators it did not draw from, given their states now, or later."""
+        after = random_states(self.devices) if after is None else after
+        self.randomness = {d: s for d, s in self.randomness.items() if d not in after or not _same_bytes(s, after[d])}
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Run a recompute as the forward ran; afterwards the generators are as they were before it."""
-        outside = random_states(self.devices)
-        casts = [(kind, *cast) for kind, cast in self.autocast.items() if cast[0] or torch.is_autocast_enabled(kind)]
+        """Run a recompute as the forward ran; afterwards the generators that it draws from are as they were before it."""
+        outside = random_states(self.devices) if self.randomness else {}
         try:
             set_random_states(self.randomness)
-            if not casts:
-                yield
-                return
             with ExitStack() as stack:
-                for kind, enabled, dtype in casts:
+                for kind, enabled, dtype in self._casts():
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache_enabled))
                 yield
         finally:
             set_random_states(outside)
+
+    def _casts(self) -> list[tuple[str, bool, torch.dtype]]:
+        """(device type, enabled, dtype) of the casts that a recompute must switch, on or off."""
+        return [(kind, *cast) for kind, cast in self.autocast.items() if cast[0] or torch.is_autocast_enabled(kind)]
+
+    def around(self) -> AbstractContextManager[None]:
+        """`restored`, or nothing, where the branch drew nothing and casts nothing."""
+        return self.restored() if self.randomness or self._casts() else NOTHING
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -163,10 +170,9 @@ class Inventory:
                 continue
             seen.add(id(module))
             table = module._parameters
-            for name, weight in table.items():
-                if weight is not None:
-                    out.weights.append((weight, -1 if weight.is_inference() else weight._version))
-                    out.places.append((table, name, weight, True))
+            weights = [(table, name, weight, True) for name, weight in table.items() if weight is not None]
+            out.places += weights
+            out.weights += [(weight, -1 if weight.is_inference() else weight._version) for _, _, weight, _ in weights]
             if module._buffers:
                 if any(_is_written(b) for b in module._buffers.values()):
                     out.writers.append(module)

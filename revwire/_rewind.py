@@ -9,7 +9,7 @@ Note [Which backward is this]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from revwire._chunks import joined
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint
 from revwire._records import Anchor, Before, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
-from revwire._replay import buffers_exchanged, lent, put_back, version_of
+from revwire._replay import NOTHING, buffers_exchanged, lent, put_back, version_of
 
 if TYPE_CHECKING:
     from revwire._tape import Tape
@@ -232,12 +232,12 @@ class Rewind:
         with (
             suppress(_Enough),
             torch.enable_grad(),
-            record.surroundings.restored(),
-            put_back(gone) if gone else nullcontext(),
-            buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else nullcontext(),
-            attributes_as_found(record.attributes) if record.attributes else nullcontext(),
+            record.surroundings.around(),
+            put_back(gone) if gone else NOTHING,
+            buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else NOTHING,
+            attributes_as_found(record.attributes) if record.attributes else NOTHING,
             saved_tensors_hooks(pack, _never),
-            watch or nullcontext(),
+            watch or NOTHING,
         ):
             f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)))
         if x._version != version:
@@ -317,7 +317,7 @@ def _is_checkpointed(f: Tensor) -> bool:
 @contextmanager
 def recording_nothing() -> Iterator[None]:
     """``no_grad``, but never inference mode (in which a backward pass may run): a recompute needs a graph."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else NOTHING, torch.no_grad():
         yield
 
 

@@ -77,7 +77,7 @@ class RewiredForward:
             return self.plain(*args, **kwargs)
         refuse_transforms(self.path or type(self.host).__name__)
         self.refuse_old_backward_hooks()
-        leaves = input_leaves((args, kwargs))
+        leaves = [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
         program = self.programs.get(self.key(args, kwargs, leaves))
         if exporting() and (program is None or torch.is_grad_enabled()):
             raise self.cannot_export()

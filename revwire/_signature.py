@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -62,8 +63,8 @@ class _Owner(NamedTuple):
 class Look:
     """A quick way to see that the `Standing` of a host is what it was at the last call: by the identity of all that it was made of.
 
-    It keeps constants alive, so that no other object takes the identity of one, and nothing else: of the rest it sees whether it is
-    still alive, and of containers what is in them.
+    It keeps constants and empty containers alive, so that no other object takes the identity of one, and nothing else: of the rest it
+    hears when it dies, and of containers it sees what is in them.
     """
 
     def __init__(self, standing: Standing, host: nn.Module, guarded: Sequence[nn.Module]) -> None:
@@ -74,8 +75,10 @@ class Look:
         """
         self.standing = standing
         self.guards = len(guarded)
+        self._dead: list[ReferenceType[Any]] = []
         self._refs: list[ReferenceType[Any]] = []
         self._constants: list[Any] = []
+        self._empty: list[Any] = []
         self._tree = [(self._ref(m), m.training, self._ids(m._modules.values())) for m in host.modules()]
         self._owners: list[_Owner] = []
         for module in guarded:
@@ -84,7 +87,7 @@ class Look:
             raise TypeError("hooks for all modules")
 
     def _ref(self, value: Any) -> ReferenceType[Any]:
-        self._refs.append(ref(value))
+        self._refs.append(ref(value, self._dead.append))
         return self._refs[-1]
 
     def _ids(self, values: Iterable[Any], *, counts: bool = True) -> tuple[int, ...]:
@@ -104,7 +107,9 @@ class Look:
         for name, value in found.items() if deep else ():
             if name in _STRUCTURE:
                 continue
-            if isinstance(value, _CONTAINERS):
+            if type(value) in _EMPTY and not value:
+                self._empty.append(value)
+            elif isinstance(value, _CONTAINERS):
                 containers.append((name, self._content(value)))
             elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
                 self._enter(value, vars(value), deep=False)
@@ -119,11 +124,14 @@ class Look:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if _hooks_for_all() or None in [r() for r in self._refs]:
+        if self._dead or any(self._empty) or _hooks_for_all():
             return False
         for reference, training, ids in self._tree:
             module = reference()
-            if module is None or module.training is not training or tuple(map(id, module._modules.values())) != ids:
+            if module is None or module.training is not training:
+                return False
+            below = module._modules
+            if (below or ids) and tuple(map(id, below.values())) != ids:
                 return False
         for owner in self._owners:
             found = vars(owner.ref())
@@ -137,6 +145,7 @@ class Look:
 
 
 _CONTAINERS = (dict, list, tuple)
+_EMPTY = (dict, OrderedDict, list)
 _LASTING = (type, FunctionType, BuiltinFunctionType)
 
 

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -59,7 +59,7 @@ from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled
 from revwire._records import MISSING, Anchor, Before, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import Inventory, Surroundings, Written, undisturbed, version_of
+from revwire._replay import NOTHING, Inventory, RandomStates, Surroundings, Written, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Tape:
         self.passes: dict[int, Rewind] = {}
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
         self.norms: list[tuple[Unit, Tensor]] = []
+        self.unsettled: Surroundings | None = None  # of the newest unit, until it is known whether it drew random numbers
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self.left_range: RangeError | None = None  # why it went on in float streams
         self._open: UnitRecord | None = None
@@ -138,6 +139,7 @@ class Tape:
             return self._evaluate(unit, host, x, extras, chunks)
         self.kept = None
         if self._keeps(place):
+            self.settle_random()
             version = version_of(x)
             f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
@@ -152,13 +154,12 @@ class Tape:
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
         writers = [m for m in record.owned.writers if m.training]
         try:
-            with saved_tensors_hooks(self._packer(record, x, last), unpack), undisturbed(writers) if writers else nullcontext():
+            with saved_tensors_hooks(self._packer(record, x, last), unpack), undisturbed(writers) if writers else NOTHING:
                 written = Written(writers) if writers else None
                 f, sides = evaluate(unit, host, x, extras)
                 record.buffers = written.copies() if written else None
             if version_of(x) != version:
                 raise record.fault(self.chain, *_WROTE_INPUT)
-            record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
             with torch.no_grad():
                 witnesses = [t for _, t in last]
@@ -195,6 +196,9 @@ class Tape:
         inputs: Versions = []
         kept = tuple(detached(e, inputs) for e in extras)
         owned = Inventory.of(unit.modules(host))
+        surroundings = Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)])
+        self.settle_random(surroundings.randomness)
+        self.unsettled = surroundings
         modules = ((host.get_submodule(path), name) for path, name in unit.assigned)
         return UnitRecord(
             unit=unit,
@@ -208,7 +212,7 @@ class Tape:
             attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
             chunk=self._chunk,
             stops=self._knows_before(unit),
-            surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
+            surroundings=surroundings,
         )
 
     def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], Placeholder]:
@@ -432,6 +436,17 @@ class Tape:
             self.state, self.versions = state, _versions(state)
         else:
             self.records.clear()
+
+    # -- random state ----------------------------------------------------------------------------------------------
+
+    def settle_random(self, now: RandomStates | None = None) -> None:
+        """Let the newest unit keep random state only if some was drawn since it began, given the state of the generators now.
+
+        One look serves the end of a unit and the beginning of the next, so what is drawn between them counts as the unit's.
+        """
+        if self.unsettled is not None:
+            self.unsettled.settle(now)
+            self.unsettled = None
 
     # -- range -----------------------------------------------------------------------------------------------------
 
