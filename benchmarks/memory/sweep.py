@@ -32,6 +32,7 @@ HANDWRITTEN = "OpenTAD's Re2TAL Swin"
 SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
 CHUNKED = tuple(m for m in METHODS if m.endswith("chunks"))
+WHOLE = "revwire bdia 1/16, whole blocks"
 WINDOWS = tuple(m for m in METHODS if m.endswith("window by window"))
 MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
 
@@ -65,12 +66,13 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("ViT-S/16", (COMPILED, *LEAST), depths=(12,), batches=(2,)),
         Grid("ViT-S/16", (SEGMENTS, STORED), depths=(48, 6), batches=(2,)),
         Grid("ViT-S/16", (COMPILED,), depths=(24,), batches=(2,)),
+        Grid("ViT-S/16", (WHOLE,), depths=(96, 48, 24, 12), batches=(2,)),
     ),
     "memory_couplings": (Grid("ViT-S/16", (STORED, CHECKPOINT, *COUPLINGS), batches=(1,)),),
     "memory_gpt": (
         Grid("GPT", (CHECKPOINT, BDIA, RE2TAL, STORED), lengths=(1024, 2048)),
         Grid("GPT", (SEGMENTS, SELECTIVE, "momentumnet", "memcnn", *CHUNKED, *LEAST), lengths=(1024,)),
-        Grid("GPT", (CHECKPOINT, BDIA, RE2TAL, STORED), lengths=(4096,)),
+        Grid("GPT", (CHECKPOINT, BDIA, RE2TAL, STORED), lengths=(4096, 8192, 16384)),
     ),
     "memory_fit": (
         Grid("ViT-B/16", MAIN, batches=(1, 2)),
@@ -87,6 +89,8 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("swin3d_t", MAIN, lengths=(64,)),
         Grid("swin3d_t", WINDOWS, lengths=(32, 64)),
         Grid("swin3d_t", (HANDWRITTEN,), lengths=(16, 32, 64)),
+        Grid("swin3d_t", MAIN, lengths=(128, 256, 512)),
+        Grid("swin3d_t", WINDOWS, lengths=(128, 256)),
     ),
     "memory_convnext": (
         Grid("convnext_tiny", MAIN, lengths=(224, 320)),
