@@ -210,6 +210,13 @@ def _spine(flow: Flow, value: int, starts: set[int], forks: dict[int, int]) -> i
     return None
 
 
+def can_run_twice(flow: Flow, call: int) -> bool:
+    """Whether a module call, made twice, leaves behind what it leaves when it is made once (buffers, which are exchanged, aside)."""
+    event = flow.recording.events[call]
+    starts = {leaf.value for leaf in leaves_of((event.args, event.kwargs)) if isinstance(leaf, Ref)}
+    return not _has_effects(flow, call, starts)
+
+
 def _has_effects(flow: Flow, call: int, starts: set[int]) -> bool:
     """Whether a call, made twice, would leave something else behind than made once."""
     recording = flow.recording

@@ -23,8 +23,19 @@ from revwire._module import Chain, Mode
 from revwire._plan import Forecast, Plan, PlannedChain, Point
 
 Budget = int | str | None
-Cutting = Callable[[], None]
-"""Cuts the units of a model into chunks, in one of several ways."""
+
+
+class Cutting(NamedTuple):
+    """One of several ways to run a model, such as its units in so many chunks.
+
+    Attributes:
+        apply: lets the model run so, on top of the ways that were kept before.
+        undo: lets it run as before. Where there is none, the next way is a finer one of the same kind, and replaces it.
+    """
+
+    apply: Callable[[], None]
+    undo: Callable[[], None] | None = None
+
 
 LEAST = "least"
 
@@ -141,7 +152,7 @@ def fit(
     step: Callable[[], None],
     device: torch.device,
     budget: Budget,
-    cuttings: Iterable[Cutting] = (lambda: None,),
+    cuttings: Iterable[Cutting] = (Cutting(lambda: None),),
 ) -> Plan:
     """Measure a step, give each unit of ``chains`` its mode, and return the plan with the modes and the forecast.
 
@@ -152,17 +163,18 @@ def fit(
         step: forward and backward on the example.
         device: where it runs.
         budget: bytes of a step above rest, or "least".
-        cuttings: each cuts the units into chunks, the coarsest first.
+        cuttings: ways to run the model, the coarsest first.
 
     Raises:
         BudgetError: no mix fits; names the smallest budget that one does.
     """
     size = parse_budget(budget)
     kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
-    best: tuple[int, Cutting, Costs] | None = None
+    best: tuple[int, Costs] | None = None
+    base: Cutting | None = None
     checkpoint: Point | None = None
     for cut in cuttings:
-        cut()
+        cut.apply()
         costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
@@ -171,10 +183,14 @@ def fit(
             return _applied(plan, chains, costs, forms, size, checkpoint)
         smallest = least(costs)
         if best is not None and smallest > 0.98 * best[0]:
-            break
-        best = smallest, cut, costs
+            if cut.undo is None:
+                break
+            cut.undo()
+            continue
+        best, base = (smallest, costs), base if cut.undo else cut
     assert best is not None
-    smallest, cut, costs = best
+    assert base is not None
+    smallest, costs = best
     if size is not None:
         rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
         raise BudgetError(
@@ -183,7 +199,7 @@ def fit(
             f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
             smallest,
         )
-    cut()
+    base.apply()  # after it a finer one may have been tried
     forms = search(costs, smallest)
     assert forms is not None
     return _applied(plan, chains, costs, forms, size, checkpoint)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from revwire._adds import Candidate
+from revwire._adds import Candidate, can_run_twice
 from revwire._budget import Budget, Cutting, fit, parse_budget, serves_better
-from revwire._chains import Search, find_chains
+from revwire._chains import CALLER, Search, find_chains
+from revwire._checkpointed import CheckpointedForward, checkpointed_of, install_checkpoint, uninstall_checkpoint
 from revwire._choice import Anchors, Choice, Couplings, refuse_idle_globs
 from revwire._chunks import Chunks, Prober, probed, refuse_no_chunks, wanted
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
+from revwire._flow import Flow
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph
 from revwire._module import Chain
@@ -36,6 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 Patterns = str | Sequence[str] | None
 _STATE = "_revwire"
 AUTO: Literal["auto"] = "auto"
+STAYS = "stays"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class _Options:
     chunks: Chunks | None = None
     budget: Budget = None
     whole: tuple[str, ...] | Literal["auto"] | None = ()  # None: every host that can be
+    checkpoint: tuple[str, ...] | None = None  # None: what stays, if a budget asks for it
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Converted:
 
     plan: Plan
     chains: list[Chain]
+    checkpointed: list[CheckpointedForward] = field(default_factory=list)
 
 
 @dataclass
@@ -80,6 +85,7 @@ def plan(
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
     chunks: Chunks | None = None,
+    checkpoint: Patterns = None,
     memory_budget: Budget = None,
 ) -> Plan:
     """What `convert` would do, without doing it.
@@ -103,6 +109,9 @@ def plan(
             pass then holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints.
             Windows that cannot run together are a chunk each. What may be cut is found on the example, with the model in eval mode and
             once in train mode; other units run whole. None: whole units, or under a memory budget, as few chunks as fit it.
+        checkpoint: globs over the qualified names of modules outside of chains that run under activation checkpointing, the outermost that
+            match; ``"stays"``: the blocks whose residual adds stay, such as those that change shape. Their batch statistics count once.
+            None: none, or under a memory budget, those that stay if it is better so; ``[]``: none in any case.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
             inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
             the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed or reversible,
@@ -122,8 +131,10 @@ def plan(
         >>> [unit.path for unit in revwire.plan(net, torch.randn(1, 4, 16)).chains[0].units][:2]
         ['layers.0.self_attn', 'layers.0.linear1']
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, chunks=chunks, budget=memory_budget)
-    if memory_budget is None and chunks in (None, 1):
+    options = _options(
+        Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, chunks=chunks, checkpoint=checkpoint, budget=memory_budget
+    )
+    if memory_budget is None and chunks in (None, 1):  # nothing has to run
         return _prepare(model, example_inputs, options)[0]
     _refuse_converted(model)
     _rewire(model, example_inputs, options)
@@ -144,6 +155,7 @@ def convert(
     anchors: Anchors = None,
     tolerance: float = FLOAT_TOLERANCE,
     chunks: Chunks | None = None,
+    checkpoint: Patterns = None,
     strict: bool = False,
     memory_budget: Budget = None,
 ) -> M:
@@ -153,8 +165,8 @@ def convert(
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
-        model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, memory_budget: as for `plan`.
-            Without ``example_inputs``, the first call of the model is the example.
+        model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, checkpoint, memory_budget: as for
+            `plan`. Without ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
     Raises:
@@ -166,7 +178,7 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, strict, chunks, memory_budget)
+    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, strict, chunks, checkpoint, memory_budget)
     _refuse_converted(model)
     if example_inputs is None:
         vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"))
@@ -214,7 +226,8 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: _Options) -> None
         _refuse_skipped(found)
     for path, slots in hosts.items():
         install(model.get_submodule(path), path, slots)
-    vars(model)[_STATE] = Converted(found, chains)
+    checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
+    vars(model)[_STATE] = Converted(found, chains, checkpointed)
     if chains and (options.chunks not in (None, 1) or options.budget is not None):
         try:
             _spend_less(model, as_call(example_inputs), options)
@@ -226,18 +239,29 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: _Options) -> None
 def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
-    cuttings = _cuttings(model, state, call, options.chunks)
     if options.budget is None:
-        next(cuttings)()
+        next(_cuttings(model, state, call, options.chunks)).apply()
         found = state.plan
     else:
-        found = _fitted(model, state, call, options.budget, cuttings)
-    state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)))
+        wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
+        _switch(state.checkpointed, on=not wanted)
+        found = _fitted(model, state, call, options.budget, _cuttings(model, state, call, options.chunks, choose=wanted))
+    for forward in [f for f in state.checkpointed if not f.on]:
+        uninstall_checkpoint(forward.module)
+        state.checkpointed.remove(forward)
+    names = tuple(forward.path for forward in state.checkpointed)
+    state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)), checkpointed=names)
 
 
-def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None) -> Iterator[Cutting]:
+def _switch(checkpointed: Iterable[CheckpointedForward], *, on: bool) -> None:
+    for forward in checkpointed:
+        forward.on = on
+
+
+def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False) -> Iterator[Cutting]:
     """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose.
 
+    Whether what lies outside of chains is checkpointed is another choice, where there is one to ``choose``.
     How units may be cut is looked at when a way is asked for that cuts some: that takes several runs of each.
     """
     names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
@@ -248,10 +272,15 @@ def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | 
             for chain, several in zip(state.chains, names, strict=True):
                 chain.cuts = tuple(prober.cut(chain, place, wanted(wish, n)) for place, n in enumerate(several))
 
-        return cut
+        return Cutting(cut)
+
+    def switched(on: bool) -> Callable[[], None]:
+        return lambda: _switch(state.checkpointed, on=on)
 
     if chunks in (None, 1):
         yield way(Prober([1]), 1)
+        if choose:
+            yield Cutting(switched(True), switched(False))
     wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
     counts = {wanted(wish, n) for wish in wishes for several in names for n in several}
     if not counts:
@@ -302,6 +331,8 @@ def revert(model: M) -> M:
     for module in model.modules():
         if rewired_of(module) is not None:
             uninstall(module)
+        elif checkpointed_of(module) is not None:
+            uninstall_checkpoint(module)
     del vars(model)[_STATE]
     return model
 
@@ -315,15 +346,18 @@ def stored_activations(model: nn.Module) -> Iterator[None]:
     Raises:
         ConversionError: ``model`` is not converted.
     """
-    chains = chains_of(model)
-    before = [chain.stored for chain in chains]
+    state = converted(model)
+    before = [chain.stored for chain in state.chains]
+    on = [forward for forward in state.checkpointed if forward.on]
     try:
-        for chain in chains:
+        for chain in state.chains:
             chain.stored = True
+        _switch(on, on=False)
         yield
     finally:
-        for chain, stored in zip(chains, before, strict=True):
+        for chain, stored in zip(state.chains, before, strict=True):
             chain.stored = stored
+        _switch(on, on=True)
 
 
 class FirstCall:
@@ -377,6 +411,7 @@ def _options(
     whole: Patterns,
     strict: bool = False,
     chunks: Chunks | None = None,
+    checkpoint: Patterns = None,
     budget: Budget = None,
 ) -> _Options:
     if chunks is not None:
@@ -390,7 +425,9 @@ def _options(
     wish = AUTO if listed(whole) == (AUTO,) else listed(whole)
     if wish == AUTO and budget is None:
         raise ConversionError("whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules")
-    return _Options(choice, listed(include), listed(exclude), strict, chunks, budget, wish)
+    return _Options(
+        choice, listed(include), listed(exclude), strict, chunks, budget, wish, None if checkpoint is None else listed(checkpoint)
+    )
 
 
 def _refuse_converted(model: nn.Module) -> None:
@@ -398,7 +435,8 @@ def _refuse_converted(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
     refuse_unready(model)
-    taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), FirstCall)]
+    kinds = (FirstCall, CheckpointedForward)
+    taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), kinds)]
     if taken:
         raise ConversionError(
             f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first"
@@ -468,6 +506,7 @@ class _Planner:
                 self.refuse_idle_wholes(units)
                 plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
                 self.mark_last(units, chains, plan)
+                plan = replace(plan, checkpointed=self.checkpointed(search, units))
                 return plan, chains, slots
             self.banned.update(failed)
 
@@ -518,6 +557,37 @@ class _Planner:
             return [c.host]
         calls = self.recording.calls_around(c.add) if wish else ()
         return [call for call in calls if any(fnmatchcase(self.name(call), glob) for glob in wish)]
+
+    def checkpointed(self, search: Search, units: list[list[_Found]]) -> tuple[str, ...]:
+        """The names of the modules outside of chains that are to be checkpointed, or may be, as the caller wants it.
+
+        Raises:
+            ConversionError: a glob finds none that can be.
+        """
+        wish = self.options.checkpoint
+        if wish is None and (self.options.budget is None or not units):
+            return ()
+        flow, events = Flow(self.recording), self.recording.events
+        hosts = {id(events[u.candidate.host].target) for members in units for u in members}
+        rewired = [e.number for e in events if e.is_module and id(e.target) in hosts]
+        around = {call for number in rewired for call in self.recording.calls_around(number)}
+
+        def free(call: int) -> bool:
+            calls = {call, *self.recording.calls_around(call)}
+            return bool(self.name(call)) and call not in around and calls.isdisjoint(rewired) and can_run_twice(flow, call)
+
+        left = [c.host for c in search.rejected if not c.inside and not (c.reason or "").startswith(CALLER)]
+        found: dict[str, None] = {}
+        for glob in (STAYS,) if wish is None else wish:
+            calls = left if glob == STAYS else [e.number for e in events if e.is_module and fnmatchcase(self.name(e.number), glob)]
+            good = [call for call in sorted(set(calls)) if free(call)]
+            if not good and glob != STAYS:
+                raise ConversionError(
+                    f"checkpoint: got {glob!r}, under which no module can be checkpointed; expected modules that the example ran, "
+                    "outside of chains and holding none, which draw or keep nothing beside tensors"
+                )
+            found.update({self.name(call): None for call in good})
+        return tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
 
     def refuse_idle_wholes(self, units: list[list[_Found]]) -> None:
         """Raise where a glob of ``whole`` made no module one unit."""

@@ -140,6 +140,7 @@ class Plan:
     chains: tuple[PlannedChain, ...]
     skipped: tuple[Skipped, ...]
     forecast: Forecast | None = None
+    checkpointed: tuple[str, ...] = ()
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -163,7 +164,8 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.chains:
-            return "\n".join([f"{self.model}: no chain of residual units found; nothing to rewire", *self._skipped_lines()])
+            head = f"{self.model}: no chain of residual units found; nothing to rewire"
+            return "\n".join([head, *self._checkpointed_lines(), *self._skipped_lines()])
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
         more = [("modes", _modes)] if self.forecast else []
         more += [("chunks", _chunks)] if any(u.chunks > 1 for u in self.units) else []
@@ -175,7 +177,7 @@ class Plan:
         total = sum(c.bytes_saved for c in self.chains)
         head = f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, saves {_bytes(total)}"
         forecast = [str(self.forecast)] if self.forecast else self._advice()
-        return "\n".join([head, *lines, *forecast, *self._skipped_lines()])
+        return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *self._skipped_lines()])
 
     def _advice(self) -> list[str]:
         """One line per chain whose streams and bits cost most of what they spare: too shallow to be worth a recompute."""
@@ -189,6 +191,10 @@ class Plan:
                     f"price of a recompute; consider exclude={hosts!r}, or a memory_budget"
                 )
         return lines
+
+    def _checkpointed_lines(self) -> list[str]:
+        some = ", ".join(self.checkpointed[:8]) + (" ..." if len(self.checkpointed) > 8 else "")
+        return [f"checkpointed outside of chains: {len(self.checkpointed)} modules ({some})"] if self.checkpointed else []
 
     def _skipped_lines(self) -> list[str]:
         """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only counted."""

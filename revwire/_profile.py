@@ -142,4 +142,7 @@ def _checkpointed_twin(model: nn.Module) -> nn.Module:
         if not any(other != path and other.startswith(f"{path}." if path else "") for other in hosts):
             host = twin.get_submodule(path)
             host.forward = partial(checkpoint, host.forward, use_reentrant=False)
+    for path in report(model).checkpointed:
+        module = twin.get_submodule(path)
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     return twin

@@ -44,6 +44,10 @@ Whole = Annotated[
     typer.Option("--whole", metavar="GLOB", help="these modules one unit each; repeatable; auto: if a budget is better so"),
 ]
 ChunkCount = Annotated[int | None, typer.Option("--chunks", help="run units in so many chunks of the batch, or of tokens")]
+Checkpoint = Annotated[
+    list[str] | None,
+    typer.Option("--checkpoint", metavar="GLOB", help="checkpoint these modules, outside of chains; stays: the blocks that stay"),
+]
 MemoryBudget = Annotated[
     str | None, typer.Option("--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits")
 ]
@@ -63,6 +67,7 @@ def plan_command(
     exclude: Exclude = None,
     whole: Whole = None,
     chunks: ChunkCount = None,
+    checkpoint: Checkpoint = None,
     memory_budget: MemoryBudget = None,
     train: Train = True,
     pretrained: Pretrained = False,
@@ -72,7 +77,14 @@ def plan_command(
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
         options = _given(
-            coupling=coupling, exact=exact, include=include, exclude=exclude, whole=whole, chunks=chunks, memory_budget=memory_budget
+            coupling=coupling,
+            exact=exact,
+            include=include,
+            exclude=exclude,
+            whole=whole,
+            chunks=chunks,
+            checkpoint=checkpoint,
+            memory_budget=memory_budget,
         )
         with _working("tracing"):
             plan = revwire.plan(network, inputs, **options)
@@ -90,6 +102,7 @@ def verify_command(
     exclude: Exclude = None,
     whole: Whole = None,
     chunks: ChunkCount = None,
+    checkpoint: Checkpoint = None,
     memory_budget: MemoryBudget = None,
     train: Train = True,
     pretrained: Pretrained = False,
@@ -99,7 +112,14 @@ def verify_command(
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
         options = _given(
-            coupling=coupling, exact=exact, include=include, exclude=exclude, whole=whole, chunks=chunks, memory_budget=memory_budget
+            coupling=coupling,
+            exact=exact,
+            include=include,
+            exclude=exclude,
+            whole=whole,
+            chunks=chunks,
+            checkpoint=checkpoint,
+            memory_budget=memory_budget,
         )
         _convert(network, inputs, options)
         with _working("checking reconstruction and gradients"):
@@ -119,6 +139,7 @@ def profile_command(
     exclude: Exclude = None,
     whole: Whole = None,
     chunks: ChunkCount = None,
+    checkpoint: Checkpoint = None,
     memory_budget: MemoryBudget = None,
     train: Train = True,
     pretrained: Pretrained = False,
@@ -129,7 +150,14 @@ def profile_command(
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
         options = _given(
-            coupling=coupling, exact=exact, include=include, exclude=exclude, whole=whole, chunks=chunks, memory_budget=memory_budget
+            coupling=coupling,
+            exact=exact,
+            include=include,
+            exclude=exclude,
+            whole=whole,
+            chunks=chunks,
+            checkpoint=checkpoint,
+            memory_budget=memory_budget,
         )
         _convert(network, inputs, options)
         with _working(f"measuring three variants, {repeats} rounds"):
