@@ -506,7 +506,8 @@ class _Planner:
                 self.refuse_idle_wholes(units)
                 plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
                 self.mark_last(units, chains, plan)
-                plan = replace(plan, checkpointed=self.checkpointed(search, units))
+                names, left = self.checkpointed(search, units)
+                plan = replace(plan, checkpointed=names, left_bytes=left)
                 return plan, chains, slots
             self.banned.update(failed)
 
@@ -558,15 +559,15 @@ class _Planner:
         calls = self.recording.calls_around(c.add) if wish else ()
         return [call for call in calls if any(fnmatchcase(self.name(call), glob) for glob in wish)]
 
-    def checkpointed(self, search: Search, units: list[list[_Found]]) -> tuple[str, ...]:
-        """The names of the modules outside of chains that are to be checkpointed, or may be, as the caller wants it.
+    def checkpointed(self, search: Search, units: list[list[_Found]]) -> tuple[tuple[str, ...], int]:
+        """(names of the modules outside of chains that are to be checkpointed, or may be; bytes that other blocks keep which could be).
 
         Raises:
             ConversionError: a glob finds none that can be.
         """
         wish = self.options.checkpoint
-        if wish is None and (self.options.budget is None or not units):
-            return ()
+        if wish is None and self.options.budget is not None and units:
+            wish = (STAYS,)
         flow, events = Flow(self.recording), self.recording.events
         hosts = {id(events[u.candidate.host].target) for members in units for u in members}
         rewired = [e.number for e in events if e.is_module and id(e.target) in hosts]
@@ -578,7 +579,7 @@ class _Planner:
 
         left = [c.host for c in search.rejected if not c.inside and not (c.reason or "").startswith(CALLER)]
         found: dict[str, None] = {}
-        for glob in (STAYS,) if wish is None else wish:
+        for glob in wish or ():
             calls = left if glob == STAYS else [e.number for e in events if e.is_module and fnmatchcase(self.name(e.number), glob)]
             good = [call for call in sorted(set(calls)) if free(call)]
             if not good and glob != STAYS:
@@ -587,7 +588,9 @@ class _Planner:
                     "outside of chains and holding none, which draw or keep nothing beside tensors"
                 )
             found.update({self.name(call): None for call in good})
-        return tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
+        names = tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
+        others = {call for call in left if units and free(call) and self.name(call) not in names}
+        return names, sum(e.saved for call in others for e in events[call : events[call].end])
 
     def refuse_idle_wholes(self, units: list[list[_Found]]) -> None:
         """Raise where a glob of ``whole`` made no module one unit."""

@@ -128,6 +128,14 @@ class Skipped:
 class Plan:
     """What is rewired, what stays, and why.
 
+    Attributes:
+        model: the name of its class.
+        chains: what is rewired.
+        skipped: the residual adds that stay.
+        forecast: what a memory budget was planned with.
+        checkpointed: qualified names of the modules outside of chains that are checkpointed.
+        left_bytes: bytes that autograd keeps in the example for other blocks that stay and could be checkpointed.
+
     Example:
         >>> import torch, revwire
         >>> block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -141,6 +149,7 @@ class Plan:
     skipped: tuple[Skipped, ...]
     forecast: Forecast | None = None
     checkpointed: tuple[str, ...] = ()
+    left_bytes: int = 0
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -190,6 +199,8 @@ class Plan:
                     f"{chain.name}: {len(chain.units)} units save {_bytes(chain.bytes_saved)} of {_bytes(stored)}: little for the "
                     f"price of a recompute; consider exclude={hosts!r}, or a memory_budget"
                 )
+        if self.left_bytes > sum(u.saved_bytes for u in self.units) / 10:
+            lines.append(f"the blocks that stay keep {_bytes(self.left_bytes)}: consider checkpoint='stays', which recomputes them")
         return lines
 
     def _checkpointed_lines(self) -> list[str]:

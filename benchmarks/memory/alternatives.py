@@ -188,6 +188,8 @@ METHODS: dict[str, Method] = {
     "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),
     "revwire re2tal, 4 chunks": reversible(coupling="re2tal", chunks=4),
     "revwire bdia 1/16, whole blocks": reversible(coupling="bdia:1/16", whole="*"),
+    "revwire bdia 1/16, other blocks checkpointed": reversible(coupling="bdia:1/16", checkpoint="stays"),
+    "revwire re2tal, other blocks checkpointed": reversible(coupling="re2tal", checkpoint="stays"),
     "revwire bdia 1/16, window by window": by_windows("bdia:1/16"),
     "revwire re2tal, window by window": by_windows("re2tal"),
     "revwire bdia 1/16, planned for least memory": reversible(coupling="bdia:1/16", memory_budget="least"),

@@ -32,6 +32,7 @@ HANDWRITTEN = "OpenTAD's Re2TAL Swin"
 SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
 CHUNKED = tuple(m for m in METHODS if m.endswith("chunks"))
+OTHERS = tuple(m for m in METHODS if m.endswith("other blocks checkpointed"))
 WHOLE = "revwire bdia 1/16, whole blocks"
 WINDOWS = tuple(m for m in METHODS if m.endswith("window by window"))
 MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
@@ -97,11 +98,11 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
         Grid("convnext_tiny", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(224,)),
     ),
     "memory_resnet": (
-        Grid("inflated ResNet-152", MAIN, lengths=(8, 16)),
+        Grid("inflated ResNet-152", (*MAIN, *OTHERS), lengths=(8, 16)),
         Grid("inflated ResNet-152", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(8,)),
     ),
     "memory_slowfast": (
-        Grid("slowfast_r101", MAIN, lengths=(16, 32)),
+        Grid("slowfast_r101", (*MAIN, *OTHERS), lengths=(16, 32)),
         Grid("slowfast_r101", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(16,)),
     ),
     "memory_large": (Grid("ViT-L/16", (CHECKPOINT, SEGMENTS, BDIA, RE2TAL), depths=(24,)),),
