@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from benchmarks.tal.config import Config, ConfigError, nearest
 from benchmarks.tal.suppression import Suppression
 from benchmarks.tal.synthetic import synthesize
 
-STORED, CHECKPOINT = "stored", "checkpoint"
+STORED, CHECKPOINT, STAYS = "stored", "checkpoint", "stays"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
 
 EXAMPLE = 8
@@ -191,19 +191,39 @@ class Classifier(nn.Module):
 # -- how activations are kept --------------------------------------------------------------------------------------------
 
 
-def coupling_of(memory: str) -> tuple[str, int]:
-    """The coupling that ``memory`` names, and its number of chunks: ``"re2tal+8chunks"`` is ("re2tal", 8).
+class Rewiring(NamedTuple):
+    """What a spelling such as ``re2tal+8chunks+stays`` asks of `revwire.convert`.
+
+    Attributes:
+        coupling: its name.
+        chunks: into how many chunks units are cut.
+        checkpoint: ``"stays"`` where the blocks that cannot be rewired are checkpointed.
+    """
+
+    coupling: str
+    chunks: int = 1
+    checkpoint: str | None = None
+
+
+def rewiring_of(memory: str) -> Rewiring:
+    """What ``memory`` spells.
 
     Raises:
-        ConfigError: what stands behind the plus is no number of chunks.
+        ConfigError: what stands behind a plus is neither a number of chunks nor "stays".
     """
-    coupling, plus, rest = memory.partition("+")
-    if not plus:
-        return coupling, 1
-    count = rest.removesuffix("chunks")
-    if count == rest or not count.isdecimal() or int(count) < 1:
-        raise ConfigError(f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, as in 're2tal+8chunks'")
-    return coupling, int(count)
+    found = Rewiring(memory.split("+")[0])
+    for rest in memory.split("+")[1:]:
+        count = rest.removesuffix("chunks")
+        if rest == STAYS:
+            found = found._replace(checkpoint=STAYS)
+        elif count != rest and count.isdecimal() and int(count) > 0:
+            found = found._replace(chunks=int(count))
+        else:
+            raise ConfigError(
+                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to checkpoint the blocks that "
+                "cannot be rewired, as in 're2tal+8chunks+stays'"
+            )
+    return found
 
 
 def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
@@ -212,10 +232,11 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     Args:
         frames: an example of what the backbone sees.
         memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run again in backward.
-            Else a coupling: those units are rewired by `revwire.convert`; ``re2tal+8chunks``: and run in eight chunks.
+            Else a coupling: those units are rewired by `revwire.convert`; ``re2tal+8chunks``: and run in eight chunks;
+            ``re2tal+stays``: and the blocks that cannot be rewired are checkpointed.
 
     Raises:
-        ConfigError: what stands behind the plus is no number of chunks.
+        ConfigError: what stands behind a plus is none of these.
     """
     backbone = network.backbone
     if backbone is None or backbone.frozen:
@@ -223,8 +244,8 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     if memory in (STORED, CHECKPOINT):
         plan = revwire.plan(backbone, frames)
     else:
-        coupling, chunks = coupling_of(memory)
-        revwire.convert(backbone, frames, coupling=coupling, chunks=chunks)
+        wish = rewiring_of(memory)
+        revwire.convert(backbone, frames, coupling=wish.coupling, chunks=wish.chunks, checkpoint=wish.checkpoint)
         plan = revwire.report(backbone)
     network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))
     if memory == CHECKPOINT:
@@ -240,7 +261,7 @@ def observe(network: Network | Classifier, config: Config) -> None:
     """
     if network.backbone is None:
         return
-    most = EXAMPLE * network.backbone.network.frame_stride if coupling_of(config.memory)[1] == 1 else config.sampling.frames
+    most = EXAMPLE * network.backbone.network.frame_stride if rewiring_of(config.memory).chunks == 1 else config.sampling.frames
     frames = config.backbone.chunk or min(config.sampling.frames, most)
     pixels = torch.randint(0, 256, (1, 3, frames, config.sampling.crop, config.sampling.crop), dtype=torch.uint8)
     rewire(network, pixels.to(next(network.parameters()).device), config.memory)

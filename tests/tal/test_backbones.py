@@ -1,5 +1,7 @@
 """The backbones: what surrounds a network, published names, clips, and torchvision's and pytorchvideo's models."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -203,3 +205,15 @@ def test_weights_of_the_zoos_load_without_their_classifier():
     loaded = NETWORKS["swin3d_t"](state=source.state_dict())
     assert torch.equal(loaded.model.norm.weight, source.norm.weight)
     assert torch.equal(loaded.model.features[0][0].mlp[0].weight, source.features[0][0].mlp[0].weight)
+
+
+def test_the_blocks_of_a_slowfast_that_change_shape_can_be_checkpointed():
+    video = frames().float()
+    backbone = Backbone(small_slowfast(), freeze_norms=False).train()
+    revwire.convert(backbone, video, checkpoint="stays")
+    assert len(revwire.report(backbone).checkpointed) == 10  # of each pathway the first of each stage, and a block that stands alone
+    found = []
+    for stored in (False, True):
+        with revwire.stored_activations(backbone) if stored else nullcontext():
+            found.append(torch.autograd.grad(backbone(video).square().sum(), list(backbone.parameters())))
+    assert all(map(torch.equal, *found))

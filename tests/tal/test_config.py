@@ -33,7 +33,7 @@ def test_an_experiment_holds_only_what_differs(name):
             assert new != old, f"{name}: {section}.{key} repeats the defaults"
 
 
-@pytest.mark.parametrize("memory", ["stored", "checkpoint", "re2tal", "bdia:1/8", "re2tal+8chunks"])
+@pytest.mark.parametrize("memory", ["stored", "checkpoint", "re2tal", "bdia:1/8", "re2tal+8chunks", "re2tal+stays"])
 def test_variants_differ_in_one_line(memory):
     base, variant = (dataclasses.asdict(load("thumos14", [f"memory={m}"])) for m in ("stored", memory))
     assert {key for key in base if base[key] != variant[key]} <= {"memory"}

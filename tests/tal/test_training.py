@@ -197,6 +197,11 @@ def test_checkpointing_has_the_gradients_of_stored_activations(tiny):
     torch.testing.assert_close(checkpointed, stored, rtol=0, atol=1e-7)
 
 
+def test_what_a_spelling_asks_for():
+    assert networks.rewiring_of("re2tal") == ("re2tal", 1, None)
+    assert networks.rewiring_of("bdia:1/8+stays+2chunks") == ("bdia:1/8", 2, "stays")
+
+
 @pytest.mark.parametrize("memory", ["re2tal", "bdia", "re2tal+2chunks"])
 def test_reversible_variants_are_revwires(tiny, memory):
     module, data = runs.prepared(tiny(f"memory={memory}", *PLAIN))
@@ -224,7 +229,7 @@ def test_an_unknown_way_is_an_error(tiny):
         runs.prepared(tiny("memory=chekpoint"))
 
 
-@pytest.mark.parametrize("memory", ["re2tal+chunks", "re2tal+0chunks", "bdia+8", "bdia+8.5chunks"])
+@pytest.mark.parametrize("memory", ["re2tal+chunks", "re2tal+0chunks", "bdia+8", "bdia+8.5chunks", "re2tal+stay"])
 def test_what_is_no_number_of_chunks_is_an_error(tiny, memory):
     with pytest.raises(ConfigError, match="behind a plus its chunks"):
         runs.prepared(tiny(f"memory={memory}"))
