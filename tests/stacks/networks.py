@@ -97,4 +97,25 @@ class ConvolutionNet(nn.Module):
         return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+class WideningBlock(ConvolutionBlock):
+    """Twice as many channels come out, by way of a shortcut that is computed: no reversible unit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.convolution = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(width, 2 * width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.convolution(F.relu(self.norm(x)))
+
+
+class StagedNet(ConvolutionNet):
+    """Two stages, of which the second is twice as wide."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(3, width)
+        stages = [*self.blocks, WideningBlock(width), ConvolutionBlock(2 * width), ConvolutionBlock(2 * width)]
+        self.blocks, self.head = nn.Sequential(*stages), nn.Linear(2 * width, CLASSES)
+
+
 Network = Transformer | ConvolutionNet

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import ConvolutionBlock, ConvolutionNet, Transformer
+from networks import ConvolutionBlock, ConvolutionNet, StagedNet, Transformer
 from processes import needs_gloo, outcomes, passed
 from table import refused, works
 from torch import Tensor, distributed, nn
@@ -30,6 +30,14 @@ def trains(rank: int, folder: Path, chunks: int | None = None) -> None:
             return train(model, data, call=DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS), seed=rank)
 
         assert_trains_as_stored(network, run, chunks=chunks)
+
+
+def trains_checkpointed(rank: int, folder: Path) -> None:
+    def run(model: nn.Module) -> Run:
+        ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS)
+        return train(model, batches(StagedNet, seed=rank), call=ddp, seed=rank)
+
+    assert_trains_as_stored(StagedNet, run, checkpoint="stays")
 
 
 def trains_in_chunks(rank: int, folder: Path) -> None:
@@ -137,7 +145,17 @@ def convert_a_wrapped_model(rank: int, folder: Path) -> str:
 
 CHECKS = {
     c.__name__: c
-    for c in (trains, trains_in_chunks, hooked, accumulates, unused, communicates_early, collective_in_a_branch, convert_a_wrapped_model)
+    for c in (
+        trains,
+        trains_in_chunks,
+        trains_checkpointed,
+        hooked,
+        accumulates,
+        unused,
+        communicates_early,
+        collective_in_a_branch,
+        convert_a_wrapped_model,
+    )
 }
 
 
@@ -156,6 +174,12 @@ def test_training(found: dict[str, str]) -> None:
 @works(STACK, "units in chunks (`chunks=`)")
 def test_chunks(found: dict[str, str]) -> None:
     passed(found, "trains_in_chunks")
+
+
+@needs_gloo
+@works(STACK, "blocks that stay under `checkpoint=`")
+def test_checkpointed(found: dict[str, str]) -> None:
+    passed(found, "trains_checkpointed")
 
 
 @needs_gloo

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import ConvolutionNet, Transformer
+from networks import ConvolutionNet, StagedNet, Transformer
 from processes import WORLD, needs_gloo, outcomes, passed
 from table import refused, works
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ def trains(
     network: Any = Transformer,
     chunks: int | None = None,
     modes: tuple[Mode, ...] | None = None,
+    checkpoint: str | None = None,
     **options: Any,
 ) -> list[float]:
     """The losses; warnings of revwire (a chain that begins anew, say) are errors."""
@@ -70,7 +71,7 @@ def trains(
 
         return train(model, batches(network, seed=rank), before_step=all_sharded, seed=rank)
 
-    return assert_trains_as_stored(network, run, chunks=chunks).losses
+    return assert_trains_as_stored(network, run, chunks=chunks, checkpoint=checkpoint).losses
 
 
 def hooked(rank: int, folder: Path, *, by: str, exchanging: bool, **options: Any) -> None:
@@ -165,6 +166,7 @@ CHECKS = {
     **{f"by_{by}_with_statistics": partial(trains, by=by, network=ConvolutionNet) for by in ("unit", "block", "root")},
     **{f"chunks_by_{by}": partial(trains, by=by, chunks=2) for by in ("unit", "block", "root")},
     **{f"modes_by_{by}": partial(trains, by=by, modes=MODES) for by in ("layer", "unit", "block", "root")},
+    **{f"checkpointed_by_{by}": partial(trains, by=by, network=StagedNet, checkpoint="stays") for by in ("unit", "block", "root")},
     "modes_in_chunks": partial(trains, by="layer", modes=MODES, chunks=2),
     "keeps_whole_weights": partial(trains, by="block", reshard_after_forward=False),
     "keeps_whole_weights_of_units": partial(trains, by="unit", reshard_after_forward=False),
@@ -201,6 +203,12 @@ def test_modes(found: dict[str, str]) -> None:
     losses = {passed(found, f"modes_by_{by}") for by in ("layer", "unit", "block", "root")}
     assert losses == {passed(found, "by_root")}
     assert passed(found, "modes_in_chunks") == passed(found, "chunks_by_root")
+
+
+@needs_gloo
+@works(STACK, "blocks that stay under `checkpoint=`")
+def test_checkpointed(found: dict[str, str]) -> None:
+    assert len({passed(found, f"checkpointed_by_{by}") for by in ("unit", "block", "root")}) == 1
 
 
 @needs_gloo

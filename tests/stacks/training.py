@@ -127,10 +127,16 @@ def train(
 
 
 def assert_trains_as_stored(
-    make: Callable[[], nn.Module], run: Callable[[nn.Module], Run], *, chunks: int | None = None, **how: object
+    make: Callable[[], nn.Module],
+    run: Callable[[nn.Module], Run],
+    *,
+    chunks: int | None = None,
+    checkpoint: str | None = None,
+    **how: object,
 ) -> Run:
     """``run`` trains a converted model as it trains the same model with stored activations; returns the former."""
-    model, twin = converted(make, chunks=chunks), converted(make, chunks=chunks)
+    model, twin = (converted(make, chunks=chunks, checkpoint=checkpoint) for _ in range(2))
+    assert bool(revwire.report(model).checkpointed) == bool(checkpoint)
     reversible = run(model)
     with revwire.stored_activations(twin):
         reversible.assert_like(run(twin), **how)  # type: ignore[arg-type]
