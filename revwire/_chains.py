@@ -293,8 +293,13 @@ def _extend_last(flow: Flow, chain: list[Candidate]) -> None:
 def _outermost(chains: list[list[Candidate]], shortest: int) -> list[list[Candidate]]:
     """Chains that are long enough, without those inside a branch of another one."""
     long = [chain for chain in chains if len(chain) >= shortest]
-    inside = [any(c.add in u.region for other in long if other is not chain for u in other for c in chain) for chain in long]
+    inside = [any(_lies_in(c, u) for other in long if other is not chain for u in other for c in chain) for chain in long]
     return [chain for chain, nested in zip(long, inside, strict=True) if not nested]
+
+
+def _lies_in(c: Candidate, unit: Candidate) -> bool:
+    """Whether a unit lies in the branch of another; the region of one that is taken apart holds no module calls, only what they make."""
+    return c.add in unit.region or (c.whole and c is not unit and bool(c.region & unit.region) and not c.region > unit.region)
 
 
 def _separate(flow: Flow, chains: list[list[Candidate]]) -> None:

@@ -199,13 +199,13 @@ def _rewire_better(model: nn.Module, example_inputs: Any, options: _Options) -> 
     """Cut the chains into residual adds, or into whole hosts, whichever serves the budget better."""
     coarse, fine = (replace(options, whole=wish) for wish in (None, ()))
     forecasts: dict[str, Forecast] = {}
-    errors: list[BudgetError] = []
+    errors: list[RevwireError] = []
     for name, cut in (("coarse", coarse), ("fine", fine)):
         if _STATE in vars(model):
             revert(model)
         try:
             _rewire_as(model, example_inputs, cut)
-        except BudgetError as error:
+        except RevwireError as error:  # the other may do
             errors.append(error)
             continue
         forecast = report(model).forecast
@@ -213,7 +213,7 @@ def _rewire_better(model: nn.Module, example_inputs: Any, options: _Options) -> 
             return
         forecasts[name] = forecast
     if not forecasts:
-        raise min(errors, key=lambda error: error.smallest or 0)
+        raise min(errors, key=lambda error: (error.smallest or 0) if isinstance(error, BudgetError) else -1)
     if "fine" not in forecasts or ("coarse" in forecasts and serves_better(forecasts["coarse"], forecasts["fine"])):
         if _STATE in vars(model):
             revert(model)
@@ -419,15 +419,20 @@ def _options(
     if budget is not None:
         parse_budget(budget)
 
-    def listed(patterns: Patterns) -> tuple[str, ...]:
-        return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
+        found = (
+            (patterns,) if isinstance(patterns, str) else tuple(patterns or ()) if isinstance(patterns, Iterable) or not patterns else ()
+        )
+        if patterns and not (found and all(isinstance(glob, str) for glob in found)):
+            raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
+        return found
 
-    wish = AUTO if listed(whole) == (AUTO,) else listed(whole)
+    globs = listed("whole", whole)
+    wish = AUTO if globs == (AUTO,) else globs
     if wish == AUTO and budget is None:
         raise ConversionError("whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules")
-    return _Options(
-        choice, listed(include), listed(exclude), strict, chunks, budget, wish, None if checkpoint is None else listed(checkpoint)
-    )
+    kept = None if checkpoint is None else listed("checkpoint", checkpoint)
+    return _Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
 
 
 def _refuse_converted(model: nn.Module) -> None:

@@ -201,9 +201,13 @@ class Chain:
 
     def anchored(self, place: int) -> bool:
         """Whether the true state before the unit at this place is kept. (Before the first it need not be.)"""
-        if self.modes is not None and self.modes[place] == "checkpointed":
-            return place > 0
+        if self.checkpoints(place):
+            return True
         return self.spacing is not None and place > 0 and place % self.spacing == 0
+
+    def checkpoints(self, place: int) -> bool:
+        """Whether a memory budget lets the unit at this place be recomputed from a kept state."""
+        return self.modes is not None and self.modes[place] == "checkpointed" and place > 0
 
     def stores(self, place: int) -> bool:
         """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""
@@ -310,7 +314,6 @@ class Chain:
         link.spend()
         if tape.position == self.length:
             tape.settle_range()
-            tape.settle_random()
             return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
         return _linked(out.to(dtype), tape, current, out)
 

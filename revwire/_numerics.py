@@ -73,6 +73,29 @@ def can_be_sampled(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided
 
 
+_COMPARED = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int8, torch.int16)
+_COMPARED_WIDE = (torch.float64, torch.int32, torch.int64)
+
+
+def glance(t: Tensor) -> Tensor | None:
+    """At most `_FOLD` elements of a tensor that a branch saves, as floats; None where it cannot be compared.
+
+    Bytes may be scratch space of a kernel, and so may one or two integers (an offset of a generator that was not used).
+    """
+    wide = t.dtype in _COMPARED_WIDE
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or not (wide or t.dtype in _COMPARED):
+        return None
+    if not t.is_floating_point() and t.dtype != torch.bool and t.numel() < 3:
+        return None
+    with torch.no_grad():
+        return _spread(t.detach(), _FOLD).to(torch.float64 if wide else torch.float32, copy=True)
+
+
+def sample_of(glances: Sequence[Tensor], like: Tensor) -> Sample:
+    """The sample of a branch by all that it saves; ``like`` gives the device and the dtype of its result."""
+    return Sample(torch.cat([*glances]) if glances else like.new_empty(0), like.dtype)
+
+
 class Sample(NamedTuple):
     """A few numbers that tell one evaluation of a branch from another."""
 
@@ -150,10 +173,6 @@ class Streams(ABC):
     def fingerprint(self, state: Tensor, f: Tensor, saved: Sequence[Tensor]) -> Fingerprint:
         """The fingerprint of a state, a branch's result, and `witnesses` of the tensors it saved for its gradient."""
         return Fingerprint(self.summary(state), *self.sample(f, saved))
-
-    def sample_saved(self, saved: Sequence[Tensor], like: Tensor) -> Sample:
-        """As `sample`, of the saved tensors alone; ``like``, a tensor on the same device, gives the dtype of the branch's result."""
-        return self.sample(saved[-1], saved[:-1]) if saved else Sample(like.new_empty(0), like.dtype)
 
     @abstractmethod
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:

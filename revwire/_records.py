@@ -69,6 +69,7 @@ class UnitRecord:
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
     anchor: Anchor | None = None
     before: Before | None = None  # x_{k-1} alone, where x_k is rebuilt to the bit anyway
+    looks: list[Tensor] = field(default_factory=list)  # samples of what it saves, until it has run
     stops: bool = False  # its recompute stops when all is there that its gradient needs; see Note [What need not be rebuilt] in `_tape`
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 

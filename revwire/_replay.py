@@ -16,7 +16,7 @@ Note [Buffers that are read and written]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -91,7 +91,7 @@ class Surroundings:
 
     Attributes:
         devices: the accelerators it runs on.
-        randomness: generator states before the branch; emptied by `settle` where nothing was drawn until the next one began,
+        randomness: generator states before the branch; emptied by `settle` where the branch drew nothing,
             so that a deterministic branch keeps none (a CPU state has 5 kB).
         autocast: (enabled, dtype) per device type.
         cache_enabled: whether autocast may cache its casts of weights.
@@ -109,15 +109,18 @@ class Surroundings:
         autocast = {kind: autocast_state(kind) for kind in ("cpu", *(d.type for d in devices))}
         return cls(devices, random_states(devices), autocast, torch.is_autocast_cache_enabled())
 
-    def settle(self, after: RandomStates | None = None) -> None:
-        """After the branch ran: forget the generators it did not draw from, given their states now, or later."""
-        after = random_states(self.devices) if after is None else after
-        self.randomness = {d: s for d, s in self.randomness.items() if d not in after or not _same_bytes(s, after[d])}
+    def settle(self) -> None:
+        """After the branch ran: forget the generators it did not draw from.
+
+        At once: who runs next may set a generator back, after which it looks as if nothing had been drawn.
+        """
+        after = random_states(self.devices)
+        self.randomness = {d: s for d, s in self.randomness.items() if not _same_bytes(s, after[d])}
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Run a recompute as the forward ran; afterwards the generators that it draws from are as they were before it."""
-        outside = random_states(self.devices) if self.randomness else {}
+        """Run a recompute as the forward ran; afterwards the generators are as they were before it."""
+        outside = random_states(self.devices)
         try:
             set_random_states(self.randomness)
             with ExitStack() as stack:
@@ -130,10 +133,6 @@ class Surroundings:
     def _casts(self) -> list[tuple[str, bool, torch.dtype]]:
         """(device type, enabled, dtype) of the casts that a recompute must switch, on or off."""
         return [(kind, *cast) for kind, cast in self.autocast.items() if cast[0] or torch.is_autocast_enabled(kind)]
-
-    def around(self) -> AbstractContextManager[None]:
-        """`restored`, or nothing, where the branch drew nothing and casts nothing."""
-        return self.restored() if self.randomness or self._casts() else NOTHING
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ Note [Which backward is this]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from revwire._chunks import joined
 from revwire._errors import ReconstructionError, UnsupportedTransformError
-from revwire._numerics import Fingerprint
+from revwire._numerics import Fingerprint, glance, sample_of
 from revwire._records import Anchor, Before, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
 from revwire._replay import NOTHING, buffers_exchanged, lent, put_back, version_of
 
@@ -38,7 +38,19 @@ class _Again(NamedTuple):
 
 
 class _Enough(BaseException):
-    """Ends a recompute when all is there that its gradient needs. No `Exception`, so that no handler in a branch takes it for a fault."""
+    """Ends a recompute when all is there that its gradient needs. No `Exception`, so that few handlers in a branch take it for a fault."""
+
+
+class _UntilEnough:
+    """Around a recompute: when there is ``enough``, whatever ends it does (TorchScript makes another exception of `_Enough`)."""
+
+    enough = False
+
+    def __enter__(self) -> _UntilEnough:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return self.enough and kind is not None and not issubclass(kind, (KeyboardInterrupt, SystemExit))
 
 
 def running_pass() -> int:
@@ -60,6 +72,8 @@ class Rewind:
         self.tape = tape
         self.task = task
         self.retained = task == _NO_PASS or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        self.previous: Tensor
+        self.current: Tensor | None  # None while a unit is rebuilt that needs no x_{k+1}
         self.previous, self.current = tape.intact_state()
         self.position = len(tape.records)
         self.cache: dict[int, tuple[Tensor, int]] = {}
@@ -88,7 +102,7 @@ class Rewind:
         """
         self.tape.passes.pop(self.task, None)
         self.cache.clear()
-        if not self.retained and not self.parts:  # else it failed between two chunks, and nothing is left to go on from
+        if not self.retained and not self.parts and self.current is not None:  # else it failed, and nothing is left to go on from
             self.tape.shorten(self.position, (self.previous, self.current))
         if self.pending:
             for (record, after, _), values in zip(self.pending, torch.stack([d for _, _, d in self.pending]).tolist(), strict=True):
@@ -141,7 +155,7 @@ class Rewind:
         position, records = self.position - 1, self.tape.records
         record = records[position]
         if isinstance(record, ViewRecord):
-            self.previous, self.current = record.undo(self.previous), record.undo(self.current)
+            self.previous, self.current = record.undo(self.previous), record.undo(self._now())
         elif isinstance(record, Anchor):  # past a run of stored units
             self.previous, self.current = self._anchored(record)
         else:
@@ -152,6 +166,10 @@ class Rewind:
                 record.bits = None
             if position + 1 < len(records):
                 records[position + 1] = None
+
+    def _now(self) -> Tensor:
+        assert self.current is not None
+        return self.current
 
     def _anchored(self, anchor: Anchor) -> tuple[Tensor, Tensor]:
         if tuple(map(version_of, anchor.states)) != anchor.versions:
@@ -168,8 +186,10 @@ class Rewind:
         chunk, streams = record.chunk, self.tape.streams
         anchor = None if record.anchor is None else self._anchored(record.anchor)
         whole = self.previous if anchor is None else anchor[1]
-        current, following = (whole, self.current) if chunk is None else (chunk.of(whole), chunk.of(self.current))
+        current = whole if chunk is None else chunk.of(whole)
         before = self._kept(record.before) if anchor is None else anchor[0]
+        if before is not None and chunk is None and not self.retained:
+            self.current = None  # x_{k+1} has served
         again = self._recompute(position, record, current)
         summary = None
         if record.begins:
@@ -178,6 +198,7 @@ class Rewind:
             rebuilt = before if chunk is None else chunk.of(before)
         else:
             assert again.f is not None
+            following = self._now() if chunk is None else chunk.of(self._now())
             rebuilt, summary = streams.unstep(following, again.x, again.f, record.rule, record.bits)
         if self.tape.chain.monitor:
             self.tape.chain.monitor.backward(self.tape, position, rebuilt)
@@ -196,8 +217,8 @@ class Rewind:
     def _before(self, record: UnitRecord) -> tuple[Tensor, Tensor]:
         """The states (x_{k-1}, x_k) that a unit, or its chunk, begins with; the walk stands before it."""
         if record.chunk is None:
-            return self.previous, self.current
-        return self.parts[-1] if self.parts else (record.chunk.of(self.previous), record.chunk.of(self.current))
+            return self.previous, self._now()
+        return self.parts[-1] if self.parts else (record.chunk.of(self.previous), record.chunk.of(self._now()))
 
     def _unit(self, position: int) -> UnitRecord:
         record = self.tape.records[position]
@@ -213,9 +234,11 @@ class Rewind:
         x = wide.to(record.dtype).detach().requires_grad_(record.input_requires_grad)
         version = x._version
         cache: dict[int, tuple[Tensor, int]] = {}
-        saved, meter = record.saved, self.tape.chain.meter
+        saved, meter, until = record.saved, self.tape.chain.meter, _UntilEnough()
 
         def pack(t: Tensor) -> None:
+            if until.enough:  # a handler in the branch took it for a fault, and goes on
+                raise _Enough
             index, meta = len(cache), (t.shape, t.dtype, t.device)
             if index >= len(saved) or saved[index] != meta:
                 raise self._fault(record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward")
@@ -224,15 +247,16 @@ class Rewind:
                 if meter:
                     meter.complete(self.tape, position)
                 if record.stops and not gone:
+                    until.enough = True
                     raise _Enough
 
         gone = lent(record.owned.places, self.tape.chain.homes)
         watch = _CheckpointWatch() if gone else None
         f: Tensor | None = None
         with (
-            suppress(_Enough),
+            until,
             torch.enable_grad(),
-            record.surroundings.around(),
+            record.surroundings.restored(),
             put_back(gone) if gone else NOTHING,
             buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else NOTHING,
             attributes_as_found(record.attributes) if record.attributes else NOTHING,
@@ -252,7 +276,7 @@ class Rewind:
                 "no checkpointing inside of this branch",
             )
         self.cache = cache
-        return _Again(wide, None if f is None else f.detach(), [cache[number][0] for number in record.witnesses])
+        return _Again(wide, None if f is None or until.enough else f.detach(), [cache[number][0] for number in record.witnesses])
 
     def _check_versions(self, record: UnitRecord) -> None:
         for tensor, version in record.inputs:
@@ -268,7 +292,8 @@ class Rewind:
         assert record.fingerprint is not None
         streams, known = self.tape.streams, record.fingerprint
         if record.stops:
-            after = Fingerprint(known.state, *streams.sample_saved(again.witnesses, known.branch))
+            looks = [found for t in again.witnesses if (found := glance(t)) is not None]
+            after = Fingerprint(known.state, *sample_of(looks, known.branch))
         else:
             assert again.f is not None
             after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))

@@ -24,10 +24,13 @@ Note [Stored units]
     of such units by the true states before it, which stand among the records; where the chain ends in one, the tape ends before it.
 
 Note [What need not be rebuilt]
-    Where x_{k-1} is known without F_k (the tape begins with the unit, or the state before it was kept), a recompute serves the gradient
-    alone. It stops when the branch has saved the last tensor that the gradient needs: what is left, often the largest product of a branch,
-    is not computed a second time. In exact streams such a unit keeps x_{k-1} alone, as x_k is rebuilt to the bit by those after it. The
-    checks then look at what the branch saved; float streams see its result only, so there it is computed.
+    A checkpointed unit (by a memory budget) keeps the state before it: in exact streams x_{k-1} alone, as x_k is rebuilt to the bit by
+    those after it. So its recompute serves the gradient alone, and stops when the branch has saved the last tensor that this needs: what
+    is left, often the largest product of a branch, is not computed a second time. The checks then compare a sample of each tensor that was
+    saved, which is all that the gradient is made of, instead of one of the branch's result. As in `torch.utils.checkpoint`, a recompute
+    ends in the midst of the branch, by an exception. Branches with hooks on their modules (which may come in pairs), those that save
+    what cannot be compared, and all inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a
+    chain and units with anchors, whose gain is small, and float streams, which see the result only.
 
 Note [Chunks]
     A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a record, a branch
@@ -57,9 +60,10 @@ from revwire._chunks import SharedDraws, joined, parts_of
 from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
-from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled
+from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance, sample_of
+from revwire._recording import has_hooks
 from revwire._records import MISSING, Anchor, Before, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import NOTHING, Inventory, RandomStates, Surroundings, Written, undisturbed, version_of
+from revwire._replay import NOTHING, Inventory, Surroundings, Written, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
@@ -105,7 +109,6 @@ class Tape:
         self.passes: dict[int, Rewind] = {}
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
         self.norms: list[tuple[Unit, Tensor]] = []
-        self.unsettled: Surroundings | None = None  # of the newest unit, until it is known whether it drew random numbers
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self.left_range: RangeError | None = None  # why it went on in float streams
         self._open: UnitRecord | None = None
@@ -139,7 +142,6 @@ class Tape:
             return self._evaluate(unit, host, x, extras, chunks)
         self.kept = None
         if self._keeps(place):
-            self.settle_random()
             version = version_of(x)
             f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
@@ -160,10 +162,15 @@ class Tape:
                 record.buffers = written.copies() if written else None
             if version_of(x) != version:
                 raise record.fault(self.chain, *_WROTE_INPUT)
-            record.witnesses = [number for number, _ in last]
-            with torch.no_grad():
-                witnesses = [t for _, t in last]
-                record.sample = self.streams.sample_saved(witnesses, f) if record.stops else self.streams.sample(f, witnesses)
+            record.surroundings.settle()
+            if record.stops and len({t.device for t in record.looks}) < 2:
+                record.sample = sample_of(record.looks, f)
+            else:
+                record.stops = False
+                record.witnesses = [number for number, _ in last]
+                with torch.no_grad():
+                    record.sample = self.streams.sample(f, [t for _, t in last])
+            record.looks = []
         finally:
             last.clear()  # see `_packer`
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
@@ -185,20 +192,17 @@ class Tape:
         chain.waiting = ref(self.kept)
         return True
 
-    def _knows_before(self, unit: Unit) -> bool:
-        """Whether x_{k-1} of the unit that runs now is known to the bit without it; see Note [What need not be rebuilt]."""
-        previous, current = self.intact_state()
+    def _may_stop(self, unit: Unit, host: nn.Module) -> bool:
+        """Whether the recompute of the unit that runs now may stop early; see Note [What need not be rebuilt]."""
         place = unit.place(self.position)
-        assert place is not None
-        return self.streams.witnesses > 0 and (previous is current or self.chain.anchored(place))
+        if place is None or not self.chain.checkpoints(place) or not self.streams.witnesses or not stops_early():
+            return False
+        return not any(has_hooks(m) for root in unit.modules(host) for m in root.modules())
 
     def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
         inputs: Versions = []
         kept = tuple(detached(e, inputs) for e in extras)
         owned = Inventory.of(unit.modules(host))
-        surroundings = Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)])
-        self.settle_random(surroundings.randomness)
-        self.unsettled = surroundings
         modules = ((host.get_submodule(path), name) for path, name in unit.assigned)
         return UnitRecord(
             unit=unit,
@@ -211,18 +215,20 @@ class Tape:
             owned=owned,
             attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
             chunk=self._chunk,
-            stops=self._knows_before(unit),
-            surroundings=surroundings,
+            stops=self._may_stop(unit, host),
+            surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
         )
 
     def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], Placeholder]:
         """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
 
         ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
-        which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight.
+        which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the recompute stops early,
+        all but those are looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
         """
         position, saved, weights = len(self.records), record.saved, record.owned.weights
         known = {id(x), id(x._base), *[id(t) for t, _ in weights]}
+        buffers = {id(t) for _, _, t, is_weight in record.owned.places if not is_weight} if record.stops else ()
 
         def pack(t: Tensor) -> Placeholder:
             number, base = len(saved), t._base
@@ -231,13 +237,25 @@ class Tape:
                 if not owner.is_leaf:
                     if can_be_sampled(t):
                         last.append((number, t))
-                elif owner.requires_grad:  # it is from outside of the unit's modules
+                elif owner.requires_grad or id(owner) in buffers:  # a weight from outside of the unit's modules, or a buffer
                     known.add(id(owner))
                     weights.append((owner, version_of(owner)))
+                if record.stops and id(owner) not in known:
+                    self._look(record, number, t)
             saved.append((t.shape, t.dtype, t.device))
             return self, position, number
 
         return pack
+
+    @staticmethod
+    def _look(record: UnitRecord, number: int, t: Tensor) -> None:
+        """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its recompute."""
+        found = glance(t)
+        if found is None:
+            record.stops = False
+        else:
+            record.witnesses.append(number)
+            record.looks.append(found)
 
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         """Advance both streams by one unit; returns the float value of x_{k+1}."""
@@ -383,7 +401,7 @@ class Tape:
             record.bits, record.begins = bits, begins
             if anchored and not begins:
                 states = self.intact_state()
-                if record.stops:
+                if self.streams.witnesses:  # x_k will be rebuilt to the bit
                     record.before = Before(states[0], self.versions[0])
                 else:
                     record.anchor = Anchor(states, self.versions)
@@ -436,17 +454,6 @@ class Tape:
             self.state, self.versions = state, _versions(state)
         else:
             self.records.clear()
-
-    # -- random state ----------------------------------------------------------------------------------------------
-
-    def settle_random(self, now: RandomStates | None = None) -> None:
-        """Let the newest unit keep random state only if some was drawn since it began, given the state of the generators now.
-
-        One look serves the end of a unit and the beginning of the next, so what is drawn between them counts as the unit's.
-        """
-        if self.unsettled is not None:
-            self.unsettled.settle(now)
-            self.unsettled = None
 
     # -- range -----------------------------------------------------------------------------------------------------
 
@@ -501,6 +508,11 @@ class Tape:
 def _hooked() -> bool:
     """Whether saved-tensor hooks are in force around this call."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def stops_early() -> bool:
+    """Whether recomputes may stop early, as `torch.utils.checkpoint.set_checkpoint_early_stop` says for those of PyTorch."""
+    return getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", None) is not False
 
 
 def stalls(device: torch.device) -> bool:

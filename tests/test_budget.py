@@ -15,7 +15,7 @@ import revwire
 from revwire._budget import _rival, least, parse_budget, search
 from revwire._convert import chains_of
 from revwire._costs import MODES, Costs
-from revwire._meter import Arithmetic, Mark, Measured, Place, Stretch
+from revwire._meter import Arithmetic, Mark, Measured, Place, Stretch, measured
 from revwire._plan import Point
 from revwire.measure import peak_bytes
 
@@ -166,6 +166,29 @@ def test_a_step_takes_what_was_predicted_and_no_more_than_the_budget(limits, sha
     assert plan.forecast.seconds > 0
 
 
+@pytest.mark.parametrize("mix", ["rrrrcc", "rrrrcr", "rrrccc", "rccccc", "rsrccr", "rcrcrc"])
+def test_a_checkpointed_unit_takes_what_was_predicted(mix):
+    """Without bits nothing hides a state too many."""
+    names = {"s": "stored", "c": "checkpointed", "r": "reversible"}
+    x = torch.randn(16, 64, 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Several(1, 1, width=8) for _ in range(6)))
+    revwire.convert(model, x, coupling="re2tal", memory_budget="least", chunks=1)
+    (chain,) = chains_of(model)
+
+    def run():
+        model(x).square().mean().backward()
+
+    run()
+    plan = revwire.report(model)
+    kept = [[u.kept_bytes if u.mode == "reversible" and i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
+    costs = Costs(measured([chain], run, torch.device("cpu")), kept, [c.stream_bytes // 2 for c in plan.chains], [True])
+    forms = ["a" if mix == "s" * 6 else letter for letter in mix]
+    chain.modes, chain.keeps_last = tuple(names[letter] for letter in mix), False
+    run()
+    assert peak_bytes(run) == pytest.approx(costs.forecast(forms)[0], rel=0.02)
+
+
 def gradients(model):
     torch.manual_seed(5)
     out = model(INPUTS)
@@ -279,11 +302,11 @@ def checkpointed(model, plan):
 class Several(nn.Module):
     """A block of ``count`` units whose branches widen their input ``factor`` times."""
 
-    def __init__(self, count, factor=2):
+    def __init__(self, count, factor=2, width=32):
         super().__init__()
-        width = max(1, int(32 * factor))
+        inner = max(1, int(width * factor))
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, width), nn.GELU(), nn.Linear(width, 32)) for _ in range(count)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)) for _ in range(count)
         )
 
     def forward(self, x):

@@ -1,12 +1,16 @@
 """What a recompute reproduces: random state, autocast, buffers; and that a step leaves all of it as a plain step does."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import revwire
 from cases import Case, each_fast_case
 from revwire import Bdia, Re2TAL
+from revwire._convert import chains_of
 from revwire._replay import Surroundings, Written, buffers_kept, preserved_random_state
 from revwire.testing import Step, check_gradients
 from toys import WIDTH, Convolution, Dropped, Linear, Oracle, PreNorm, Toy, inputs_of, stored, toy
@@ -218,3 +222,46 @@ def test_a_buffer_that_is_replaced_needs_no_copy():
     _, (kept, made) = copies_of([module], lambda: None, lambda: setattr(module, "average", before * 0.5))
     assert not any(made)
     assert kept == {(id(module), "average"): before}
+
+
+class Reseeded(nn.Module):
+    """Sets the generators back before each block, or keeps what a block draws to itself."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.blocks = nn.ModuleList(Residual() for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.how == "seed":
+                torch.manual_seed(5)
+            with torch.random.fork_rng(devices=[]) if self.how == "fork" else nullcontext():
+                x = block(x)
+        return x
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+@pytest.mark.parametrize("how", ["seed", "fork", None])
+@pytest.mark.parametrize("mode", ["reversible", "checkpointed"])
+def test_generators_may_be_set_back_between_units(how, mode):
+    model, x = Reseeded(how), torch.randn(4, 8)
+    revwire.convert(model, x)
+    for chain in chains_of(model):
+        chain.modes, chain.keeps_last = (mode,) * chain.length, False
+    found = []
+    for context in (nullcontext(), revwire.stored_activations(model)):
+        torch.manual_seed(1)
+        with context:
+            grads = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        found.append([*grads, torch.get_rng_state()])
+    assert all(map(torch.equal, *found))

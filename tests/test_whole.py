@@ -131,6 +131,47 @@ def test_a_module_that_cannot_be_one_unit_keeps_its_units():
         revwire.report(model)
 
 
+class Nested(nn.Module):
+    """A residual block whose branch holds two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Sequential(Block(), Block()), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + self.out(self.inner(x))
+
+
+@pytest.mark.parametrize("whole", ["*.inner", "*.inner.*", "?", "*", None])
+def test_what_lies_in_the_branch_of_a_unit_is_no_unit_of_another_chain(whole):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Nested() for _ in range(3)))
+    revwire.convert(model, X, whole=whole)
+    (chain,) = revwire.report(model).chains
+    if whole in ("?", "*"):
+        assert [u.host for u in chain.units] == ["0", "1", "2"]
+    got = gradients(model)
+    with revwire.stored_activations(model):
+        assert all(map(torch.equal, got, gradients(model)))
+
+
+@pytest.mark.parametrize("option", ["whole", "include", "exclude", "checkpoint"])
+@pytest.mark.parametrize("value", [5, [5], ["blocks.*", None]])
+def test_what_is_no_glob_is_refused(option, value):
+    with pytest.raises(revwire.ConversionError, match=f"{option}: got .*; expected a glob over qualified names, or several"):
+        revwire.convert(Stage(), X, **{option: value})
+
+
+def test_auto_takes_the_cut_that_can_be_had():
+    model = revwire.convert(Stage(), X, memory_budget="least", whole="auto", coupling={"blocks.0.first": "re2tal"}, chunks=1)
+    assert len(revwire.report(model).units) == 8  # whole blocks have no such unit
+    revwire.revert(model)
+    with pytest.raises(revwire.ConversionError, match="got the glob 'nothing'"):
+        revwire.convert(model, X, memory_budget="least", whole="auto", coupling={"nothing": "re2tal"}, chunks=1)
+    with pytest.raises(revwire.ConversionError, match="not converted"):
+        revwire.report(model)
+
+
 def test_auto_needs_a_budget():
     with pytest.raises(revwire.ConversionError, match="whole: got 'auto' without a memory_budget; expected a budget"):
         revwire.convert(Stage(), X, whole="auto")

@@ -198,7 +198,7 @@ def test_chunks(found: dict[str, str]) -> None:
 
 
 @needs_gloo
-@works(STACK, "the modes of a memory budget (recomputes that stop early leave no layer unsharded)")
+@works(STACK, "the modes of a memory budget")
 def test_modes(found: dict[str, str]) -> None:
     losses = {passed(found, f"modes_by_{by}") for by in ("layer", "unit", "block", "root")}
     assert losses == {passed(found, "by_root")}
