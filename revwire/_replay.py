@@ -181,6 +181,13 @@ class Inventory:
         return out
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks run around the forward of a module, its own or global ones."""
+    registry = nn.modules.module
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or registry._global_forward_hooks or registry._global_forward_pre_hooks)
+
+
 def version_of(x: Tensor) -> int:
     """The count of in-place writes to ``x``; inference tensors have none."""
     return -1 if x.is_inference() else x._version

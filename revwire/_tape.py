@@ -61,9 +61,8 @@ from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance, sample_of
-from revwire._recording import has_hooks
 from revwire._records import MISSING, Anchor, Before, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import NOTHING, Inventory, Surroundings, Written, undisturbed, version_of
+from revwire._replay import NOTHING, Inventory, Surroundings, Written, hooked, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ class Tape:
         place = unit.place(self.position)
         if place is None or not self.chain.checkpoints(place) or not self.streams.witnesses or not stops_early():
             return False
-        return not any(has_hooks(m) for root in unit.modules(host) for m in root.modules())
+        return not any(hooked(m) for root in unit.modules(host) for m in root.modules())
 
     def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
         inputs: Versions = []
