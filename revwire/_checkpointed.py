@@ -2,25 +2,27 @@
 
 Note [What checkpointing leaves to its caller]
     `torch.utils.checkpoint` runs a module again in backward, with its random state and autocast. It does not see that weights were
-    written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own away), and lets batch
-    normalisation count a batch twice. Here weights are compared by their version counters, those that were lent are put back, and the
-    recompute writes to copies of the buffers. What it computes is not compared, as it is in chains: a kernel that is not deterministic
-    is not found.
+    written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own away), lets batch
+    normalisation count a batch twice, and believes what comes out. Here weights are compared by their version counters, those that
+    were lent are put back, the recompute writes to copies of the buffers and gets containers as the forward found them; it runs to its
+    end, and samples of its results must be those of the forward, to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from revwire._errors import ReconstructionError
 from revwire._intercept import is_recording
+from revwire._numerics import glance, same_glances
 from revwire._replay import Copies, Homes, Inventory, Written, buffers_exchanged, exporting, lent, put_back, undisturbed, version_of
 
 _FORWARD, _REPLICATE = "forward", "_replicate_for_data_parallel"
@@ -50,40 +52,59 @@ class CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.on or not torch.is_grad_enabled() or is_recording() or exporting() or _transformed():
             return self.plain(*args, **kwargs)
-        return checkpoint(self.plain, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        run = _Run(self, args, kwargs, structure)
+        with set_checkpoint_early_stop(False):
+            return checkpoint(run, *leaves, use_reentrant=False, context_fn=run.contexts)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward as it was before conversion."""
         forward = self.original if self.original is not None else type(self.module).forward.__get__(self.module)
         return forward(*args, **kwargs)
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        run = _Run(self)
-        return run.first(), run.again()
-
 
 class _Run:
-    """One forward of a checkpointed module; see Note [What checkpointing leaves to its caller]."""
+    """One forward of a checkpointed module, and its recomputes; see Note [What checkpointing leaves to its caller]."""
 
-    def __init__(self, forward: CheckpointedForward) -> None:
+    def __init__(self, forward: CheckpointedForward, args: Any, kwargs: Any, structure: TreeSpec) -> None:
         self.forward = forward
+        self.call: Any = args, kwargs  # until it has run: then only tensors and objects are kept, by `checkpoint`
+        self.structure = structure
         self.owned = Inventory.of([forward.module])
         if not forward.homes:  # a copy, whose tensors are others
             forward.homes.note(forward.module)
         self.copies: Copies | None = None
+        self.glances: list[Tensor] = []
+
+    def __call__(self, *leaves: Any) -> Any:
+        """Run the module: the first time on what it was called with, then on the same leaves."""
+        if self.call is not None:
+            (args, kwargs), self.call = self.call, None
+            out = self.forward.plain(*args, **kwargs)
+            self.glances = _glances(out)
+            return out
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        out = self.forward.plain(*args, **kwargs)
+        if not same_glances(self.glances, _glances(out)):
+            raise self._fault("it computed other values", "the same as in the forward pass: no change of inputs, attributes or mode")
+        return out
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Those around the forward and around each recompute."""
+        return self.first(), _Each(self.again)
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Around the forward."""
         writers = [m for m in self.owned.writers if m.training]
         with undisturbed(writers):
-            written = Written(writers)
+            written = Written(writers, copied=True)
             yield
             self.copies = written.copies()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Around the recompute.
+        """Around a recompute.
 
         Raises:
             ReconstructionError: a weight was written to since.
@@ -91,12 +112,37 @@ class _Run:
         for weight, version in self.owned.weights:
             if version_of(weight) != version:
                 name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
-                raise ReconstructionError(
-                    f"{self.forward.path} (checkpointed): between forward and backward, its weight {name!r} was modified in place; "
-                    "expected the weights of the forward pass; step the optimizer after backward, or convert with checkpoint=[]"
-                )
-        with put_back(lent(self.owned.places, self.forward.homes)), buffers_exchanged(self.owned.writers, self.copies):
+                raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
+        holders = [m for m in self.forward.module.modules() if m._buffers]
+        exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
+        with put_back(lent(self.owned.places, self.forward.homes)), exchanged:
             yield
+
+    def _fault(self, got: str, expected: str) -> ReconstructionError:
+        return ReconstructionError(
+            f"{self.forward.path} (checkpointed): between forward and backward, {got}; expected {expected}. Gradients of this pass are not "
+            "valid: zero them; then change nothing before backward, or leave the module as it is (convert(..., checkpoint=[]))"
+        )
+
+
+class _Each:
+    """A context that may be entered again and again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self.make()
+        context.__enter__()
+        self.entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
+
+
+def _glances(out: Any) -> list[Tensor]:
+    return [found for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and (found := glance(leaf)) is not None]
 
 
 class _Replicate:

@@ -181,6 +181,7 @@ class Chain:
         self.largest = largest
         self.keeps_last = keeps_last
         self.set_anchors(None)
+        self.run_whole: set[str] = set()  # units whose recompute was seen not to be comparable when it stops early
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.modes: tuple[Mode, ...] | None = None
         self.meter: Meter | None = None

@@ -17,6 +17,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import floor, isfinite, log2
 from typing import ClassVar, NamedTuple
 
@@ -78,7 +79,7 @@ _COMPARED_WIDE = (torch.float64, torch.int32, torch.int64)
 
 
 def glance(t: Tensor) -> Tensor | None:
-    """At most `_FOLD` elements of a tensor that a branch saves, as floats; None where it cannot be compared.
+    """At most `_FOLD` of its own elements of a tensor that a branch saves, as floats; None where it cannot be compared.
 
     Bytes may be scratch space of a kernel, and so may one or two integers (an offset of a generator that was not used).
     """
@@ -87,13 +88,24 @@ def glance(t: Tensor) -> Tensor | None:
         return None
     if not t.is_floating_point() and t.dtype != torch.bool and t.numel() < 3:
         return None
+    dtype = torch.float64 if wide else torch.float32
     with torch.no_grad():
-        return _spread(t.detach(), _FOLD).to(torch.float64 if wide else torch.float32, copy=True)
+        return torch.take(t.detach(), _places(t.numel(), t.device)).to(dtype) if t.numel() else t.new_empty(0, dtype=dtype)
 
 
-def sample_of(glances: Sequence[Tensor], like: Tensor) -> Sample:
-    """The sample of a branch by all that it saves; ``like`` gives the device and the dtype of its result."""
-    return Sample(torch.cat([*glances]) if glances else like.new_empty(0), like.dtype)
+@lru_cache(maxsize=256)
+def _places(numel: int, device: torch.device) -> Tensor:
+    """Numbers of elements at equal distances."""
+    count = min(numel, _FOLD)
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device) * (numel // count)
+
+
+def same_glances(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether two runs of a branch saved the same, as far as was looked; this waits for the device."""
+    return len(before) == len(after) and all(
+        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(before, after, strict=True)
+    )
 
 
 class Sample(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,9 @@ class UnitRecord:
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
     anchor: Anchor | None = None
     before: Before | None = None  # x_{k-1} alone, where x_k is rebuilt to the bit anyway
-    looks: list[Tensor] = field(default_factory=list)  # samples of what it saves, until it has run
+    looked: list[int] = field(default_factory=list)  # the numbers of those among them that were looked at, where its recompute may stop
+    looks: list[Tensor] = field(default_factory=list)  # and what was seen: glances
+    constants: list[tuple[ReferenceType[Tensor], int]] = field(default_factory=list)  # leaves among them, with their version counters
     stops: bool = False  # its recompute stops when all is there that its gradient needs; see Note [What need not be rebuilt] in `_tape`
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 

@@ -255,8 +255,10 @@ _QUIET: WeakSet[nn.Module] = WeakSet()  # modules whose last forward moved no ve
 class Written:
     """What a forward of these modules (not of those below them) writes to their buffers; see Note [Buffers that are read and written]."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.before = [(m, quiet := m in _QUIET, _with_copies(m, not quiet)) for m in modules]
+    def __init__(self, modules: Iterable[nn.Module], *, copied: bool = False) -> None:
+        """Before the forward; ``copied``: with copies of all that is written, counters too, whatever was written last time."""
+        self.copied = copied
+        self.before = [(m, quiet := m in _QUIET and not copied, _with_copies(m, not quiet)) for m in modules]
 
     def copies(self) -> Copies:
         """After the forward: the old values of those buffers whose new ones must not be read by a recompute."""
@@ -269,7 +271,7 @@ class Written:
                 elif module._buffers.get(name) is not buffer:  # another tensor took its place: it is a copy itself
                     old[name] = buffer
             loud = any(b.is_floating_point() for name, b, _, _ in buffers if name in old)
-            found |= {(id(module), name): value for name, value in old.items() if loud and value is not None}
+            found |= {(id(module), name): value for name, value in old.items() if (loud or self.copied) and value is not None}
             if loud and quiet:
                 _QUIET.discard(module)
             elif not (loud or quiet):
@@ -299,13 +301,16 @@ def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_exchanged(modules: Iterable[nn.Module], copies: Copies | None = None, *, only_training: bool = True) -> Iterator[None]:
+def buffers_exchanged(
+    modules: Iterable[nn.Module], copies: Copies | None = None, *, only_training: bool = True, every: bool = False
+) -> Iterator[None]:
     """Let these modules (not those below them) write to copies of their buffers, and give them the originals back.
 
     Args:
         modules: whose buffers are exchanged.
         copies: older values for some of them.
         only_training: not of those in eval mode.
+        every: also what is usually a constant (integers).
 
     Batch normalisation writes its statistics without touching their version counter, so what was written cannot be
     seen afterwards; and writing values back would race with, and look like, a change by somebody else.
@@ -316,7 +321,7 @@ def buffers_exchanged(modules: Iterable[nn.Module], copies: Copies | None = None
         try:
             for module in writers:
                 for name, buffer in module._buffers.items():
-                    if buffer is not None and _is_written(buffer):
+                    if buffer is not None and (every or _is_written(buffer)):
                         kept.append((module, name, buffer))
                         module._buffers[name] = (copies or {}).get((id(module), name), buffer).clone()
             yield

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from revwire._chunks import joined
 from revwire._errors import ReconstructionError, UnsupportedTransformError
-from revwire._numerics import Fingerprint, glance, sample_of
+from revwire._numerics import Fingerprint, glance, same_glances
 from revwire._records import Anchor, Before, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
 from revwire._replay import NOTHING, buffers_exchanged, lent, put_back, version_of
 
@@ -30,11 +30,15 @@ _NO_PASS = -1
 
 
 class _Again(NamedTuple):
-    """A second evaluation of a branch: the float value of x_k, F_k(x_k) if it was needed, the witnesses among what it saved."""
+    """A second evaluation of a branch: the float value of x_k, F_k(x_k), the witnesses among what it saved.
+
+    Where it stopped early there is no F_k(x_k), but glances at what it saved.
+    """
 
     x: Tensor
     f: Tensor | None
     witnesses: list[Tensor]
+    looks: list[Tensor]
 
 
 class _Enough(BaseException):
@@ -132,7 +136,7 @@ class Rewind:
             record = self._unit(position)
             with recording_nothing():
                 previous, current = self._before(record)
-                self._compare(record, previous, self._recompute(position, record, current))
+                self._compare(record, previous, self._evaluated(position, record, current))
         tensor, version = self.cache.pop(index)
         if tensor._version != version:
             raise self._unit(position).fault(
@@ -190,7 +194,7 @@ class Rewind:
         before = self._kept(record.before) if anchor is None else anchor[0]
         if before is not None and chunk is None and not self.retained:
             self.current = None  # x_{k+1} has served
-        again = self._recompute(position, record, current)
+        again = self._evaluated(position, record, current)
         summary = None
         if record.begins:
             rebuilt = current
@@ -227,14 +231,24 @@ class Rewind:
 
     # -- recomputing -----------------------------------------------------------------------------------------------
 
-    def _recompute(self, position: int, record: UnitRecord, state: Tensor) -> _Again:
-        """Evaluate the branch again, as in forward, on the state x_k, as far as it is needed; fills the cache."""
+    def _evaluated(self, position: int, record: UnitRecord, state: Tensor) -> _Again:
+        """The branch on the state x_k again, as far as that is needed; where what it saved seems to differ, to its end."""
+        again = self._recompute(position, record, state)
+        if again.f is None and not same_glances(record.looks, again.looks):
+            self.tape.chain.run_whole.add(record.unit.path)
+            again = self._recompute(position, record, state, whole=True)
+        return again
+
+    def _recompute(self, position: int, record: UnitRecord, state: Tensor, *, whole: bool = False) -> _Again:
+        """Evaluate the branch again, as in forward, on the state x_k, as far as it is needed, or all of it; fills the cache."""
         self._check_versions(record)
         wide = self.tape.streams.read(state)
         x = wide.to(record.dtype).detach().requires_grad_(record.input_requires_grad)
         version = x._version
         cache: dict[int, tuple[Tensor, int]] = {}
         saved, meter, until = record.saved, self.tape.chain.meter, _UntilEnough()
+        looks, stops = list[Tensor](), record.stops and not whole
+        looked = {*record.looked} if stops else ()
 
         def pack(t: Tensor) -> None:
             if until.enough:  # a handler in the branch took it for a fault, and goes on
@@ -243,10 +257,12 @@ class Rewind:
             if index >= len(saved) or saved[index] != meta:
                 raise self._fault(record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward")
             cache[index] = (t.detach(), t._version)
+            if index in looked and (found := glance(t)) is not None:
+                looks.append(found)
             if len(cache) == len(saved):
                 if meter:
                     meter.complete(self.tape, position)
-                if record.stops and not gone:
+                if stops and not gone:
                     until.enough = True
                     raise _Enough
 
@@ -276,12 +292,16 @@ class Rewind:
                 "no checkpointing inside of this branch",
             )
         self.cache = cache
-        return _Again(wide, None if f is None or until.enough else f.detach(), [cache[number][0] for number in record.witnesses])
+        return _Again(wide, None if f is None or until.enough else f.detach(), [cache[number][0] for number in record.witnesses], looks)
 
     def _check_versions(self, record: UnitRecord) -> None:
         for tensor, version in record.inputs:
             if tensor._version != version:
                 raise self._fault(record, "an extra input of it was modified in place", "no in-place write before backward")
+        for reference, version in record.constants:
+            constant = reference()
+            if constant is not None and constant._version != version:
+                raise self._fault(record, "a constant that it uses was modified in place", "no in-place write before backward")
         for weight, version in record.owned.weights:
             if weight._version != version:
                 raise self._fault(record, f"its weight {_name(record, weight)!r} was modified in place", "the weights of the forward pass")
@@ -290,13 +310,12 @@ class Rewind:
 
     def _compare(self, record: UnitRecord, previous: Tensor, again: _Again, summary: Tensor | None = None) -> None:
         assert record.fingerprint is not None
-        streams, known = self.tape.streams, record.fingerprint
+        if again.f is None:  # it was compared
+            return
+        streams = self.tape.streams
         if record.stops:
-            looks = [found for t in again.witnesses if (found := glance(t)) is not None]
-            after = Fingerprint(known.state, *sample_of(looks, known.branch))
-        else:
-            assert again.f is not None
-            after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
+            summary = record.fingerprint.state
+        after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
         if self.tape.deferred:
             self.pending.append((record, after, self.tape.streams.difference(record.fingerprint, after)))
         elif not record.fingerprint.same_bits(after):

@@ -27,8 +27,9 @@ Note [What need not be rebuilt]
     A checkpointed unit (by a memory budget) keeps the state before it: in exact streams x_{k-1} alone, as x_k is rebuilt to the bit by
     those after it. So its recompute serves the gradient alone, and stops when the branch has saved the last tensor that this needs: what
     is left, often the largest product of a branch, is not computed a second time. The checks then compare a sample of each tensor that was
-    saved, which is all that the gradient is made of, instead of one of the branch's result. As in `torch.utils.checkpoint`, a recompute
-    ends in the midst of the branch, by an exception. Branches with hooks on their modules (which may come in pairs), those that save
+    saved, which is all that the gradient is made of. Where one differs (it may be a kernel's scratch space), the branch is computed to its
+    end, now and from then on, and its result decides. As in `torch.utils.checkpoint`, a recompute ends in the midst of the branch, by an
+    exception. Branches with hooks on their modules (which may come in pairs), those that save
     what cannot be compared, and all inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a
     chain and units with anchors, whose gain is small, and float streams, which see the result only.
 
@@ -60,7 +61,7 @@ from revwire._chunks import SharedDraws, joined, parts_of
 from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
-from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance, sample_of
+from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance
 from revwire._records import MISSING, Anchor, Before, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
 from revwire._replay import NOTHING, Inventory, Surroundings, Written, hooked, undisturbed, version_of
 from revwire._rewind import Rewind, unpack
@@ -162,14 +163,11 @@ class Tape:
             if version_of(x) != version:
                 raise record.fault(self.chain, *_WROTE_INPUT)
             record.surroundings.settle()
-            if record.stops and len({t.device for t in record.looks}) < 2:
-                record.sample = sample_of(record.looks, f)
-            else:
-                record.stops = False
-                record.witnesses = [number for number, _ in last]
-                with torch.no_grad():
-                    record.sample = self.streams.sample(f, [t for _, t in last])
-            record.looks = []
+            record.witnesses = [number for number, _ in last]
+            with torch.no_grad():
+                record.sample = self.streams.sample(f, [t for _, t in last])
+            if not record.stops:
+                record.looks.clear()
         finally:
             last.clear()  # see `_packer`
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
@@ -194,7 +192,8 @@ class Tape:
     def _may_stop(self, unit: Unit, host: nn.Module) -> bool:
         """Whether the recompute of the unit that runs now may stop early; see Note [What need not be rebuilt]."""
         place = unit.place(self.position)
-        if place is None or not self.chain.checkpoints(place) or not self.streams.witnesses or not stops_early():
+        chain = self.chain
+        if place is None or not chain.checkpoints(place) or unit.path in chain.run_whole or not self.streams.witnesses or not stops_early():
             return False
         return not any(hooked(m) for root in unit.modules(host) for m in root.modules())
 
@@ -226,8 +225,9 @@ class Tape:
         all but those are looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
         """
         position, saved, weights = len(self.records), record.saved, record.owned.weights
-        known = {id(x), id(x._base), *[id(t) for t, _ in weights]}
-        buffers = {id(t) for _, _, t, is_weight in record.owned.places if not is_weight} if record.stops else ()
+        inputs = {id(x), id(x._base)}
+        known = {*inputs, *[id(t) for t, _ in weights]}
+        buffers = {id(t) for _, _, t, is_weight in record.owned.places if not is_weight} if record.stops else set[int]()
 
         def pack(t: Tensor) -> Placeholder:
             number, base = len(saved), t._base
@@ -239,8 +239,10 @@ class Tape:
                 elif owner.requires_grad or id(owner) in buffers:  # a weight from outside of the unit's modules, or a buffer
                     known.add(id(owner))
                     weights.append((owner, version_of(owner)))
-                if record.stops and id(owner) not in known:
-                    self._look(record, number, t)
+                elif record.stops:
+                    record.constants.append((ref(owner), version_of(owner)))
+            if record.stops and id(owner) not in inputs and id(owner) not in buffers:
+                self._look(record, number, t)
             saved.append((t.shape, t.dtype, t.device))
             return self, position, number
 
@@ -253,7 +255,7 @@ class Tape:
         if found is None:
             record.stops = False
         else:
-            record.witnesses.append(number)
+            record.looked.append(number)
             record.looks.append(found)
 
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:

@@ -313,3 +313,86 @@ def test_a_state_before_a_stored_run_that_is_written_to_is_an_error(case):
         state.add_(1)
     with pytest.raises((ReconstructionError, RuntimeError), match=r"written in place|modified by an inplace operation"):
         out.sum().backward()
+
+
+# -- what a stopped recompute compares ---------------------------------------------------------------------------------
+
+
+class Cell(PreNorm):
+    """A fused cell, which saves views of memory that it goes on to write to."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = torch.nn.LSTMCell(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.down(self.up(self.cell(x.flatten(0, 1))[0])).view_as(x)
+
+
+class Chunks(PreNorm):
+    """The parts of one tensor, each written to in place."""
+
+    def forward(self, x):
+        a, b = self.up(x).unsafe_chunk(2, -1)
+        a.sigmoid_(), b.tanh_()
+        return a * b
+
+
+class Leaky(PreNorm):
+    """A kernel that saves scratch space, which it fills in training only."""
+
+    def forward(self, x):
+        return self.down(torch.nn.functional.rrelu(self.up(x), training=self.training))
+
+
+@pytest.mark.parametrize("kind", [Cell, Chunks, Leaky])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+def test_what_a_kernel_leaves_in_memory_is_no_fault(case, kind, train):
+    model, x = mixed(case, "rccr", kind).train(train), torch.randn(PreNorm.shape, requires_grad=True)
+    names = {Cell: ("cell", "up", "down"), Chunks: ("up",), Leaky: ("up", "down")}[kind]
+    used = [x, *(p for n, p in model.named_parameters() if n.split(".")[2] in names)]
+    for _ in range(3):
+        torch.manual_seed(3)
+        got = torch.autograd.grad(model(x).square().sum(), used)
+        torch.manual_seed(3)
+        with stored(model):
+            assert same(got, torch.autograd.grad(model(x).square().sum(), used))
+
+
+class Constant(PreNorm):
+    """A branch that ends in a factor which is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.full(SHAPE, 0.5)
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+def exchange(branch):
+    branch.down.weight.data = branch.down.weight.data * 2
+
+
+def write_unseen(branch):
+    branch.down.weight.data.mul_(2)
+
+
+def replace(branch):
+    branch.down.weight = torch.nn.Parameter(branch.down.weight.detach() * 2)
+
+
+def write_one_number(branch):
+    branch.factor[0, 0, 1] = 50
+
+
+@pytest.mark.parametrize("change", [exchange, write_unseen, replace, write_one_number])
+@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+def test_whatever_was_exchanged_or_written_to_is_an_error(case, change):
+    model, x = mixed(case, "rccr", Constant), torch.randn(SHAPE, requires_grad=True)
+    weights = [x, *model.parameters()]
+    loss = model(x).square().sum()
+    change(model.branches[2])
+    with pytest.raises(ReconstructionError, match=r"branches.2 "):
+        torch.autograd.grad(loss, weights)

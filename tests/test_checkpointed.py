@@ -189,6 +189,155 @@ def test_buffers_that_are_read_and_written_are_those_of_the_forward():
         assert same(results(model), results(plain))
 
 
+def test_a_retained_backward_can_be_repeated():
+    model = revwire.convert(Stages(), X, checkpoint="stays")
+    torch.manual_seed(3)
+    loss = model(X).square().sum()
+    once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    assert same(once, torch.autograd.grad(loss, list(model.parameters())))
+
+
+class Around(nn.Module):
+    """Two chains, and between them a module that is called in the way of ``call``."""
+
+    def __init__(self, middle, call):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after = (nn.Sequential(*(Add() for _ in range(2))) for _ in range(2))
+        self.middle, self.call = middle, call
+
+    def forward(self, x):
+        return self.after(self.call(self.middle, self.before(x)))
+
+
+class Add(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+class Scale(nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, scale=None, more=()):
+        y = torch.tanh(self.linear(x)) * self.factor * (2 if self.training else 1)
+        return y * (1 if scale is None else scale) * (more[0] if more else 1)
+
+
+class InDict(Scale):
+    def forward(self, d):
+        return {"x": super().forward(d["x"])}
+
+
+class EverySecond(nn.Module):
+    """Follows its input with a mean that it reads, and writes every second time only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.training:
+            with torch.no_grad():
+                self.count += 1
+                if self.count % 2 == 0:
+                    self.mean.lerp_(y.mean(0), 0.5)
+        return torch.tanh(y - self.mean.clone())
+
+
+class Counter(nn.Module):
+    """Counts what is positive by channel, in whatever mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("positive", torch.zeros(8, dtype=torch.long))
+
+    def forward(self, x):
+        y = self.linear(x)
+        self.positive += (y > 0).sum(0)
+        return torch.tanh(y)
+
+
+def twice(middle, x):
+    d = {"x": x}
+    for _ in range(2):
+        d["x"] = middle(d)["x"]
+    return d["x"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "call"),
+    [
+        (Scale, lambda m, x: m(x)),
+        (Scale, lambda m, x: m(x, more=[x])),
+        (InDict, twice),
+        (EverySecond, lambda m, x: m(x)),
+        (Counter, lambda m, x: m(x)),
+    ],
+    ids=["plain", "list", "dict that goes on", "every second time", "counter"],
+)
+def test_modules_of_many_kinds_have_the_gradients_of_stored_activations(middle, call):
+    x = torch.randn(4, 8)
+    models = [revwire.convert(Around(middle(), call), x, checkpoint=wish) for wish in ("middle", None)]
+    models[1].load_state_dict(models[0].state_dict())
+    for _ in range(5):
+        assert same(*(results(m, x) for m in models))
+
+
+def scale_later(model, x):
+    scale = torch.ones(8)
+    out = model.middle(x, scale=scale)
+    scale.mul_(3)
+    return out
+
+
+def list_later(model, x):
+    more = [torch.ones(8)]
+    out = model.middle(x, more=more)
+    more[0].mul_(3)
+    return out
+
+
+def changed(change):
+    def run(model, x):
+        out = model.middle(x)
+        change(model.middle)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        scale_later,
+        list_later,
+        changed(lambda m: m.eval()),
+        changed(lambda m: setattr(m, "factor", 2.0)),
+        changed(lambda m: setattr(m.linear.weight, "data", m.linear.weight.data * 2)),
+        changed(lambda m: setattr(m.linear, "weight", nn.Parameter(m.linear.weight.detach() * 2))),
+    ],
+    ids=["keyword", "list", "mode", "attribute", "data", "parameter"],
+)
+def test_what_changes_before_backward_is_an_error(run):
+    x = torch.randn(4, 8)
+    model = revwire.convert(Around(Scale(), lambda m, x: m(x)), x, checkpoint="middle")
+    loss = run(model, x.requires_grad_()).square().sum()
+    with pytest.raises((revwire.ReconstructionError, RuntimeError), match=r"computed other values|modified by an inplace operation"):
+        loss.backward()
+
+
 # -- under a memory budget -------------------------------------------------------------------------------------------------
 
 
