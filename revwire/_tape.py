@@ -29,9 +29,9 @@ Note [What need not be rebuilt]
     is left, often the largest product of a branch, is not computed a second time. The checks then compare a sample of each tensor that was
     saved, which is all that the gradient is made of. Where one differs (it may be a kernel's scratch space), the branch is computed to its
     end, now and from then on, and its result decides. As in `torch.utils.checkpoint`, a recompute ends in the midst of the branch, by an
-    exception. Branches with hooks on their modules (which may come in pairs), those that save
-    what cannot be compared, and all inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a
-    chain and units with anchors, whose gain is small, and float streams, which see the result only.
+    exception. Branches with hooks on their modules (which may come in pairs), those that save what cannot be compared, and all inside of
+    ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units with anchors, whose gain is
+    small, and float streams, which see the result only.
 
 Note [Chunks]
     A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a record, a branch
@@ -222,7 +222,7 @@ class Tape:
 
         ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
         which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the recompute stops early,
-        all but those are looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
+        all but its input is looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
         """
         position, saved, weights = len(self.records), record.saved, record.owned.weights
         inputs = {id(x), id(x._base)}
@@ -241,7 +241,7 @@ class Tape:
                     weights.append((owner, version_of(owner)))
                 elif record.stops:
                     record.constants.append((ref(owner), version_of(owner)))
-            if record.stops and id(owner) not in inputs and id(owner) not in buffers:
+            if record.stops and id(owner) not in inputs:
                 self._look(record, number, t)
             saved.append((t.shape, t.dtype, t.device))
             return self, position, number

@@ -366,9 +366,10 @@ class Constant(PreNorm):
     def __init__(self):
         super().__init__()
         self.factor = torch.full(SHAPE, 0.5)
+        self.register_buffer("last", torch.full((WIDTH,), 0.5))
 
     def forward(self, x):
-        return super().forward(x) * self.factor
+        return super().forward(x) * self.factor * self.last
 
 
 def exchange(branch):
@@ -383,11 +384,15 @@ def replace(branch):
     branch.down.weight = torch.nn.Parameter(branch.down.weight.detach() * 2)
 
 
+def write_buffer_unseen(branch):
+    branch.last.data.mul_(2)
+
+
 def write_one_number(branch):
     branch.factor[0, 0, 1] = 50
 
 
-@pytest.mark.parametrize("change", [exchange, write_unseen, replace, write_one_number])
+@pytest.mark.parametrize("change", [exchange, write_unseen, replace, write_buffer_unseen, write_one_number])
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_whatever_was_exchanged_or_written_to_is_an_error(case, change):
     model, x = mixed(case, "rccr", Constant), torch.randn(SHAPE, requires_grad=True)
