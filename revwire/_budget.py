@@ -173,14 +173,16 @@ def fit(
     best: tuple[int, Costs] | None = None
     base: Cutting | None = None
     checkpoint: Point | None = None
+    stored: Point | None = None  # of the first way, in which nothing is given up for memory
     for cut in cuttings:
         cut.apply()
         costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
+        stored = stored or Point(*costs.forecast(costs.uniform("stored")))
         forms = search(costs, size) if size is not None else None
         if forms is not None:
-            return _applied(plan, chains, costs, forms, size, checkpoint)
+            return _applied(plan, chains, costs, forms, size, stored, checkpoint)
         smallest = least(costs)
         if best is not None and smallest > 0.98 * best[0]:
             if cut.undo is None:
@@ -190,6 +192,7 @@ def fit(
         best, base = (smallest, costs), base if cut.undo else cut
     assert best is not None
     assert base is not None
+    assert stored is not None
     smallest, costs = best
     if size is not None:
         rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
@@ -202,7 +205,7 @@ def fit(
     base.apply()  # after it a finer one may have been tried
     forms = search(costs, smallest)
     assert forms is not None
-    return _applied(plan, chains, costs, forms, size, checkpoint)
+    return _applied(plan, chains, costs, forms, size, stored, checkpoint)
 
 
 def serves_better(a: Forecast, b: Forecast) -> bool:
@@ -212,17 +215,25 @@ def serves_better(a: Forecast, b: Forecast) -> bool:
     return a.peak_bytes < 0.98 * b.peak_bytes or (a.peak_bytes <= b.peak_bytes and a.seconds < 0.98 * b.seconds)
 
 
-def _applied(plan: Plan, chains: Sequence[Chain], costs: Costs, forms: Sequence[Form], size: int | None, checkpoint: Point | None) -> Plan:
+def _applied(
+    plan: Plan,
+    chains: Sequence[Chain],
+    costs: Costs,
+    forms: Sequence[Form],
+    size: int | None,
+    stored: Point,
+    checkpoint: Point | None,
+) -> Plan:
     modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
     for unit, form in zip(costs.units, forms, strict=True):
         modes[unit.chain][unit.unit] = MODES[form]
     for chain, mine in zip(chains, modes, strict=True):
         chain.modes, chain.keeps_last = tuple(mine), False
     planned = tuple(_with_modes(c, mine) for c, mine in zip(plan.chains, modes, strict=True))
-    uniform = {mode: Point(*costs.forecast(costs.uniform(mode))) for mode in ("stored", "reversible")}
+    reversible = Point(*costs.forecast(costs.uniform("reversible")))
     point = Point(*costs.forecast(forms))
     advice = (*_idle(plan, costs), *_rival(size, point, checkpoint))
-    forecast = Forecast(size, point, uniform["stored"], uniform["reversible"], advice, checkpoint)
+    forecast = Forecast(size, point, stored, reversible, advice, checkpoint)
     return replace(plan, chains=planned, forecast=forecast)
 
 

@@ -21,29 +21,21 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from revwire._errors import ReconstructionError
+from revwire._forwards import InstanceForward, put_on, standing_forward
 from revwire._intercept import is_recording
 from revwire._numerics import glance, same_glances
 from revwire._replay import Copies, Homes, Inventory, Written, buffers_exchanged, exporting, lent, put_back, undisturbed, version_of
 
-_FORWARD, _REPLICATE = "forward", "_replicate_for_data_parallel"
 
-
-class CheckpointedForward:
-    """The forward of a checkpointed module: an attribute of the instance, so that its class stays as it is.
-
-    Args:
-        module: the module.
-        path: its qualified name in the model, for errors.
-        original: an instance attribute ``forward`` that was there before, or None.
+class CheckpointedForward(InstanceForward):
+    """The forward of a checkpointed module.
 
     Attributes:
         on: whether it does so now; else the forward is as it was.
     """
 
     def __init__(self, module: nn.Module, path: str, original: Any = None) -> None:
-        self.module = module
-        self.path = path
-        self.original = original
+        super().__init__(module, path, original)
         self.on = True
         self.homes = Homes()
         self.homes.note(module)
@@ -57,10 +49,8 @@ class CheckpointedForward:
         with set_checkpoint_early_stop(False):
             return checkpoint(run, *leaves, use_reentrant=False, context_fn=run.contexts)
 
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward as it was before conversion."""
-        forward = self.original if self.original is not None else type(self.module).forward.__get__(self.module)
-        return forward(*args, **kwargs)
+    def on_replica(self, replica: nn.Module) -> CheckpointedForward:
+        return CheckpointedForward(replica, self.path)
 
 
 class _Run:
@@ -145,21 +135,6 @@ def _glances(out: Any) -> list[Tensor]:
     return [found for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and (found := glance(leaf)) is not None]
 
 
-class _Replicate:
-    """`nn.DataParallel` copies a module's attributes; the copy's forward must run on the copy's weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self) -> nn.Module:
-        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
-        forward = checkpointed_of(self.module)
-        if forward is not None:
-            vars(replica)[_FORWARD] = CheckpointedForward(replica, forward.path)
-            vars(replica).pop(_REPLICATE, None)
-        return replica
-
-
 def _transformed() -> bool:
     """Whether a `torch.func` transform is in force: saved-tensor hooks do not work there."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -167,21 +142,12 @@ def _transformed() -> bool:
 
 def install_checkpoint(module: nn.Module, path: str) -> CheckpointedForward:
     """Put the checkpointed forward on a module."""
-    forward = CheckpointedForward(module, path, vars(module).get(_FORWARD))
-    vars(module)[_FORWARD] = forward
-    vars(module)[_REPLICATE] = _Replicate(module)
+    forward = CheckpointedForward(module, path, standing_forward(module))
+    put_on(forward)
     return forward
-
-
-def uninstall_checkpoint(module: nn.Module) -> None:
-    """Take it off again."""
-    forward = vars(module).pop(_FORWARD)
-    vars(module).pop(_REPLICATE, None)
-    if forward.original is not None:
-        vars(module)[_FORWARD] = forward.original
 
 
 def checkpointed_of(module: nn.Module) -> CheckpointedForward | None:
     """The checkpointed forward of a module, if it has one."""
-    forward = vars(module).get(_FORWARD)
+    forward = standing_forward(module)
     return forward if isinstance(forward, CheckpointedForward) else None

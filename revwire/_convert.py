@@ -15,20 +15,21 @@ from torch._compile import _disable_dynamo
 from revwire._adds import Candidate, can_run_twice
 from revwire._budget import Budget, Cutting, fit, parse_budget, serves_better
 from revwire._chains import CALLER, Search, find_chains
-from revwire._checkpointed import CheckpointedForward, checkpointed_of, install_checkpoint, uninstall_checkpoint
+from revwire._checkpointed import CheckpointedForward, install_checkpoint
 from revwire._choice import Anchors, Choice, Couplings, refuse_idle_globs
 from revwire._chunks import Chunks, Prober, probed, refuse_no_chunks, wanted
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
 from revwire._flow import Flow
+from revwire._forwards import InstanceForward, standing_forward, take_off
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph
 from revwire._module import Chain
 from revwire._plan import Forecast, Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._program import Program, Slot, pattern_of
 from revwire._recording import Recording
-from revwire._rewrite import install, rewired_of, uninstall
+from revwire._rewrite import install
 from revwire._step import device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire._trace import record
 from revwire._units import WHOLE, UnitKey, find_units, unit_keys
@@ -247,7 +248,7 @@ def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
         _switch(state.checkpointed, on=not wanted)
         found = _fitted(model, state, call, options.budget, _cuttings(model, state, call, options.chunks, choose=wanted))
     for forward in [f for f in state.checkpointed if not f.on]:
-        uninstall_checkpoint(forward.module)
+        take_off(forward.module)
         state.checkpointed.remove(forward)
     names = tuple(forward.path for forward in state.checkpointed)
     state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)), checkpointed=names)
@@ -277,10 +278,10 @@ def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | 
     def switched(on: bool) -> Callable[[], None]:
         return lambda: _switch(state.checkpointed, on=on)
 
+    others = [Cutting(switched(True), switched(False))] if choose else []
     if chunks in (None, 1):
         yield way(Prober([1]), 1)
-        if choose:
-            yield Cutting(switched(True), switched(False))
+        yield from others
     wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
     counts = {wanted(wish, n) for wish in wishes for several in names for n in several}
     if not counts:
@@ -293,6 +294,7 @@ def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | 
         return  # it does not run in eval mode: whole units are what there is
     if prober.cuts_something or chunks is not None:
         yield from (way(prober, wish) for wish in wishes)
+        yield from others if chunks not in (None, 1) else ()
 
 
 def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cuttings: Iterable[Cutting]) -> Plan:
@@ -329,10 +331,8 @@ def revert(model: M) -> M:
         return model
     converted(model)
     for module in model.modules():
-        if rewired_of(module) is not None:
-            uninstall(module)
-        elif checkpointed_of(module) is not None:
-            uninstall_checkpoint(module)
+        if isinstance(standing_forward(module), InstanceForward):
+            take_off(module)
     del vars(model)[_STATE]
     return model
 
@@ -420,10 +420,10 @@ def _options(
         parse_budget(budget)
 
     def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
-        found = (
-            (patterns,) if isinstance(patterns, str) else tuple(patterns or ()) if isinstance(patterns, Iterable) or not patterns else ()
-        )
-        if patterns and not (found and all(isinstance(glob, str) for glob in found)):
+        found: tuple[Any, ...] = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+        if not patterns:
+            return ()
+        if not all(isinstance(glob, str) for glob in found):
             raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
         return found
 
@@ -440,8 +440,7 @@ def _refuse_converted(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
     refuse_unready(model)
-    kinds = (FirstCall, CheckpointedForward)
-    taken = [n for n, m in model.named_modules() if rewired_of(m) is not None or isinstance(vars(m).get("forward"), kinds)]
+    taken = [n for n, m in model.named_modules() if isinstance(standing_forward(m), (FirstCall, InstanceForward))]
     if taken:
         raise ConversionError(
             f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first"

@@ -77,7 +77,8 @@ class Forecast:
     Attributes:
         budget: bytes that were allowed, or None for the least.
         planned: the chosen mix.
-        stored, reversible: every unit stored; every unit reversible.
+        stored: every unit stored, whole, and nothing checkpointed but what the caller asked for.
+        reversible: every unit reversible.
         advice: chains that reversible units gain nothing for, and why; and whether plain checkpointing would need less.
         checkpoint: `torch.utils.checkpoint` around each host, in the original network, estimated.
     """
@@ -105,8 +106,6 @@ class Forecast:
         uniform = f"  every unit stored: {_point(self.stored)}; every unit reversible: {_point(self.reversible)}"
         rival = f"; torch.utils.checkpoint around the same blocks: about {_point(self.checkpoint)}" if self.checkpoint else ""
         lines += [uniform + rival, *self.advice]
-        if self.planned == self.stored:
-            lines.append("every activation fits: nothing is rebuilt, and the network as it was would do as well")
         return "\n".join(lines)
 
 
@@ -205,7 +204,11 @@ class Plan:
 
     def _checkpointed_lines(self) -> list[str]:
         some = ", ".join(self.checkpointed[:8]) + (" ..." if len(self.checkpointed) > 8 else "")
-        return [f"checkpointed outside of chains: {len(self.checkpointed)} modules ({some})"] if self.checkpointed else []
+        if self.checkpointed:
+            return [f"checkpointed outside of chains: {len(self.checkpointed)} modules ({some})"]
+        if self.forecast and self.forecast.planned == self.forecast.stored:
+            return ["every activation fits: nothing is rebuilt, and the network as it was would do as well"]
+        return []
 
     def _skipped_lines(self) -> list[str]:
         """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only counted."""

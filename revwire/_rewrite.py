@@ -18,6 +18,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from revwire._errors import CaptureError, RevwireError
+from revwire._forwards import InstanceForward, put_on, standing_forward
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph, input_leaves
 from revwire._intercept import is_recording
@@ -32,12 +33,10 @@ from revwire._watch import attributes_of, changed, counters_kept, python_random_
 
 _MAX_PROGRAMS = 64
 _MAX_LOOKS = 16
-_FORWARD = "forward"
-_REPLICATE = "_replicate_for_data_parallel"
 
 
-class RewiredForward:
-    """The forward of a rewired host: an attribute of the instance, so that its class stays as it is.
+class RewiredForward(InstanceForward):
+    """The forward of a rewired host.
 
     Args:
         host: the module.
@@ -47,10 +46,8 @@ class RewiredForward:
     """
 
     def __init__(self, host: nn.Module, path: str, slots: list[Slot], original: Any = None) -> None:
-        self.host = host
-        self.path = path
+        super().__init__(host, path, original)
         self.slots = slots
-        self.original = original
         self.programs: dict[Any, Program] = {}
         self.by_shape: set[Any] = set()
         self.guarded: dict[int, nn.Module] = {id(host): host}
@@ -65,17 +62,17 @@ class RewiredForward:
     def note_homes(self) -> None:
         """Let the chains know the tensors that the host has of its own."""
         for chain in {id(slot.chain): slot.chain for slot in self.slots}.values():
-            chain.homes.note(self.host)
+            chain.homes.note(self.module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.guarded = {id(self.host): self.host}
+        self.guarded = {id(self.module): self.module}
 
     @_disable_dynamo  # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
-        refuse_transforms(self.path or type(self.host).__name__)
+        refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         leaves = [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
         program = self.programs.get(self.key(args, kwargs, leaves))
@@ -84,31 +81,31 @@ class RewiredForward:
         if program is None:
             program = self.capture(args, kwargs)
             self.keep(program, args, kwargs, leaves)
-        return program(self.host, leaves)
+        return program(self.module, leaves)
 
     def cannot_export(self) -> CaptureError:
         """The error that says that an exporter, which has no values to observe, can only write down a call that was met before."""
         return CaptureError(
-            f"{self.path or type(self.host).__name__}: got a call by an exporter that was not met before, or one with gradients; expected "
-            "a call that was; call the model on the example first, as it is to be exported: model.eval(), then both inside of "
+            f"{self.path or type(self.module).__name__}: got a call by an exporter that was not met before, or one with gradients; "
+            "expected a call that was; call the model on the example first, as it is to be exported: model.eval(), then both inside of "
             "`with torch.no_grad():`; or export revwire.revert(model)"
         )
 
     def refuse_old_backward_hooks(self) -> None:
         """`register_backward_hook` shows the gradients of the last operation in a module, which is another one in a rewired module."""
         registry = nn.modules.module
-        own = self.host._backward_hooks and not self.host._is_full_backward_hook
+        own = self.module._backward_hooks and not self.module._is_full_backward_hook
         if (own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook)) and torch.is_grad_enabled():
             raise CaptureError(
-                f"{self.path or type(self.host).__name__}: got a hook of register_backward_hook, which is called with the gradients of the "
-                "module's last operation; expected full backward hooks on a rewired module; use register_full_backward_hook, or exclude "
-                f"it: convert(..., exclude=[{self.path + '*'!r}])"
+                f"{self.path or type(self.module).__name__}: got a hook of register_backward_hook, which is called with the gradients of "
+                "the module's last operation; expected full backward hooks on a rewired module; use register_full_backward_hook, or "
+                f"exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             )
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         """The signature of a call, with shapes where a program of that signature looks at them."""
         key = call_signature(args, kwargs, leaves), self.standing()
-        return (key, details(self.host, leaves)) if key in self.by_shape else key
+        return (key, details(self.module, leaves)) if key in self.by_shape else key
 
     def standing(self) -> Standing:
         """What the modules are now; mostly, what they were at the last call."""
@@ -117,18 +114,16 @@ class RewiredForward:
             self.looks = 0
             return look.standing
         guarded = (*self.guarded.values(),)
-        standing = Standing(self.host, guarded)
+        standing = Standing(self.module, guarded)
         self.look = None
         if self.looks < _MAX_LOOKS:  # else something changes at every call
             self.looks += 1
             with suppress(TypeError):
-                self.look = Look(standing, self.host, guarded)
+                self.look = Look(standing, self.module, guarded)
         return standing
 
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward as it was before conversion."""
-        forward = self.original if self.original is not None else type(self.host).forward.__get__(self.host)
-        return forward(*args, **kwargs)
+    def on_replica(self, replica: nn.Module) -> RewiredForward:
+        return RewiredForward(replica, self.path, self.slots)
 
     def capture(self, args: Any, kwargs: Any) -> Program:
         """Observe the original forward on copies of the arguments, and build the program of this signature.
@@ -152,7 +147,7 @@ class RewiredForward:
                 return self.observe(args, kwargs, torch.is_grad_enabled() or not str(error).startswith(ASSIGNS))
         except RevwireError as error:
             raise CaptureError(
-                f"{self.path or type(self.host).__name__}: called as it was not at conversion, and {error}; call it as in the "
+                f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call it as in the "
                 f"example, give convert() an example of this call, or exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             ) from error
 
@@ -166,9 +161,9 @@ class RewiredForward:
         """
         args, kwargs = fresh_arguments((args, kwargs))
         given = list(tensors_in((args, kwargs)))
-        devices = accelerators_of([*given, *self.host.parameters()])
-        before = [(m, attributes_of(m)) for m in self.host.modules()]
-        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.host]), counters_kept(self.host):
+        devices = accelerators_of([*given, *self.module.parameters()])
+        before = [(m, attributes_of(m)) for m in self.module.modules()]
+        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.module]), counters_kept(self.module):
             self.plain(*args, **kwargs)
         for module, attributes in before:
             for name in changed(attributes, module):
@@ -180,7 +175,7 @@ class RewiredForward:
     def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
         """One attempt of `capture`."""
         self.note_homes()
-        recording = record(self.host, args, kwargs, forward=self.plain, gradients=gradients)
+        recording = record(self.module, args, kwargs, forward=self.plain, gradients=gradients)
         followed = {place for place, s in enumerate(self.slots) if max((s.index, *s.later)) + 1 < s.chain.length}
         following = {place for place, s in enumerate(self.slots) if s.index > 0}
         units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots], followed, following)
@@ -203,23 +198,14 @@ class RewiredForward:
 
 def install(host: nn.Module, path: str, slots: list[Slot]) -> RewiredForward:
     """Put the rewired forward on a host."""
-    rewired = RewiredForward(host, path, slots, vars(host).get(_FORWARD))
-    vars(host)[_FORWARD] = rewired
-    vars(host)[_REPLICATE] = _Replicate(host)
+    rewired = RewiredForward(host, path, slots, standing_forward(host))
+    put_on(rewired)
     return rewired
-
-
-def uninstall(host: nn.Module) -> None:
-    """Take it off again: the host's own forward, or the instance attribute that was there, serves."""
-    rewired = vars(host).pop(_FORWARD)
-    vars(host).pop(_REPLICATE, None)
-    if rewired.original is not None:
-        vars(host)[_FORWARD] = rewired.original
 
 
 def rewired_of(module: nn.Module) -> RewiredForward | None:
     """The rewired forward of a module, if it has one."""
-    forward = vars(module).get(_FORWARD)
+    forward = standing_forward(module)
     return forward if isinstance(forward, RewiredForward) else None
 
 
@@ -236,18 +222,3 @@ def _comes_from(t: torch.Tensor, sources: list[torch.Tensor]) -> bool:
             return True
         todo += [below for below, _ in node.next_functions]
     return any(t is s for s in sources) and t.requires_grad
-
-
-class _Replicate:
-    """`nn.DataParallel` copies a module's attributes; the copy's forward must run on the copy's weights."""
-
-    def __init__(self, host: nn.Module) -> None:
-        self.host = host
-
-    def __call__(self) -> nn.Module:
-        replica: nn.Module = type(self.host)._replicate_for_data_parallel(self.host)  # type: ignore[no-untyped-call]
-        rewired = rewired_of(self.host)
-        if rewired is not None:
-            vars(replica)[_FORWARD] = RewiredForward(replica, rewired.path, rewired.slots, None)
-            vars(replica).pop(_REPLICATE, None)
-        return replica

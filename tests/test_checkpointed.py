@@ -369,3 +369,24 @@ def test_a_budget_takes_no_more_than_it_needs():
     with pytest.raises(revwire.BudgetError) as error:
         revwire.convert(wide(), WIDE, memory_budget=1000, chunks=1)
     assert error.value.smallest == pytest.approx(low, rel=0.01)
+
+
+def test_chunks_that_the_caller_wants_leave_the_choice_to_the_planner():
+    plan = revwire.plan(wide(), WIDE, memory_budget="least", chunks=2)
+    assert plan.checkpointed == ("two.0",)
+
+
+def test_every_unit_stored_means_the_network_as_it_is():
+    """What a plan gives up for memory is not in its forecast of a step that gives up nothing."""
+    chosen, forbidden = (revwire.plan(wide(), WIDE, memory_budget="least", chunks=1, checkpoint=wish) for wish in (None, []))
+    assert chosen.checkpointed
+    assert chosen.forecast.stored.peak_bytes == forbidden.forecast.stored.peak_bytes
+    roomy = 2 * chosen.forecast.stored.peak_bytes
+    assert "every activation fits" in str(revwire.plan(wide(), WIDE, memory_budget=roomy))
+    assert "every activation fits" not in str(revwire.plan(wide(), WIDE, memory_budget=roomy, checkpoint="stays"))
+
+
+def test_a_replica_runs_on_its_own_weights():
+    model = revwire.convert(Stages(), X, checkpoint="stays")
+    replica = model.two[0]._replicate_for_data_parallel()
+    assert checkpointed_of(replica).module is replica

@@ -76,16 +76,7 @@ def plan_command(
     """Show what would be rewired, and what stays and why. Changes nothing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(
-            coupling=coupling,
-            exact=exact,
-            include=include,
-            exclude=exclude,
-            whole=whole,
-            chunks=chunks,
-            checkpoint=checkpoint,
-            memory_budget=memory_budget,
-        )
+        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
         with _working("tracing"):
             plan = revwire.plan(network, inputs, **options)
     _show(plan, json_)
@@ -111,16 +102,7 @@ def verify_command(
     """Convert, then check reconstruction and gradients. Exit code 1 where a check fails."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(
-            coupling=coupling,
-            exact=exact,
-            include=include,
-            exclude=exclude,
-            whole=whole,
-            chunks=chunks,
-            checkpoint=checkpoint,
-            memory_budget=memory_budget,
-        )
+        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
         _convert(network, inputs, options)
         with _working("checking reconstruction and gradients"):
             check = revwire.verify(network, inputs)
@@ -149,16 +131,7 @@ def profile_command(
     """Convert, then measure memory and time against stored activations and checkpointing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _given(
-            coupling=coupling,
-            exact=exact,
-            include=include,
-            exclude=exclude,
-            whole=whole,
-            chunks=chunks,
-            checkpoint=checkpoint,
-            memory_budget=memory_budget,
-        )
+        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
         _convert(network, inputs, options)
         with _working(f"measuring three variants, {repeats} rounds"):
             profile = revwire.profile(network, inputs, repeats=repeats)
@@ -214,6 +187,14 @@ def _shape(text: str) -> Shape:
     if not shape or min(shape) < 1:
         raise UsageError(f"got the input shape {text!r}; expected positive whole numbers, such as 1,3,224,224")
     return shape
+
+
+CONVERSION = ("coupling", "exact", "include", "exclude", "whole", "chunks", "checkpoint", "memory_budget")
+
+
+def _conversion(*values: Any) -> dict[str, Any]:
+    """The options of a conversion, in the order in which commands list them."""
+    return _given(**dict(zip(CONVERSION, values, strict=True)))
 
 
 def _given(**options: Any) -> dict[str, Any]:
