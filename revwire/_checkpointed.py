@@ -24,7 +24,19 @@ from revwire._errors import ReconstructionError
 from revwire._forwards import InstanceForward, put_on, standing_forward
 from revwire._intercept import is_recording
 from revwire._numerics import glance, same_glances
-from revwire._replay import Copies, Homes, Inventory, Written, buffers_exchanged, exporting, lent, put_back, undisturbed, version_of
+from revwire._replay import (
+    Copies,
+    Homes,
+    Inventory,
+    Written,
+    buffers_exchanged,
+    exporting,
+    lent,
+    put_back,
+    transformed,
+    undisturbed,
+    version_of,
+)
 
 
 class CheckpointedForward(InstanceForward):
@@ -42,7 +54,7 @@ class CheckpointedForward(InstanceForward):
 
     @_disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.on or not torch.is_grad_enabled() or is_recording() or exporting() or _transformed():
+        if not self.on or not torch.is_grad_enabled() or is_recording() or exporting() or transformed():
             return self.plain(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         run = _Run(self, args, kwargs, structure)
@@ -133,11 +145,6 @@ class _Each:
 
 def _glances(out: Any) -> list[Tensor]:
     return [found for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and (found := glance(leaf)) is not None]
-
-
-def _transformed() -> bool:
-    """Whether a `torch.func` transform is in force: saved-tensor hooks do not work there."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def install_checkpoint(module: nn.Module, path: str) -> CheckpointedForward:

@@ -40,7 +40,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revwire._couplings import Rule
 from revwire._errors import ConversionError
 from revwire._numerics import canonical
-from revwire._records import evaluate
+from revwire._records import evaluate as evaluate_once
+from revwire._records import recalled
 from revwire._replay import Inventory, RandomStates, accelerators_of, preserved_random_state, random_states, set_random_states
 from revwire._step import left_as_found
 
@@ -383,6 +384,11 @@ def probing(chains: Sequence[Chain], prober: Prober) -> Iterator[None]:
             chain.prober = None
 
 
+def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """The branch on ``x``, with copies of what it may write to (a cache among its extra inputs)."""
+    return evaluate_once(unit, host, x, tuple(map(recalled, extras)))
+
+
 def _draws(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
     devices = accelerators_of([x])
     before = random_states(devices)
@@ -457,7 +463,7 @@ def _may_be_cut(
     try:
         whole = evaluate(unit, host, x, extras)[0] if whole is None else whole
         return all(_independent(unit, host, x, extras, dim, whole) for _ in range(1 if x.shape[dim] == 2 else 2)) and (
-            all(_alike(evaluate(unit, host, *_part(x, extras, p, cut))[0], p.of(whole)) for p in cut.chunks_of(x.shape))
+            all(alike(evaluate(unit, host, *_part(x, extras, p, cut))[0], p.of(whole)) for p in cut.chunks_of(x.shape))
         )
     except Exception:  # noqa: BLE001 - a branch that knows the size of its input fails on a part of it, in any way
         return False
@@ -471,10 +477,10 @@ def _windows(
     if size < 2 or not x.numel():
         return None
 
-    def alike(borders: Sequence[int]) -> bool:
+    def as_whole(borders: Sequence[int]) -> bool:
         chunks = [Chunk(dim, start, end - start) for start, end in pairwise([0, *borders])]
         try:
-            return all(_alike(evaluate(unit, host, p.of(x).clone(), extras)[0], p.of(whole)) for p in chunks)
+            return all(alike(evaluate(unit, host, p.of(x).clone(), extras)[0], p.of(whole)) for p in chunks)
         except Exception:  # noqa: BLE001 - as in `_may_be_cut`
             return False
 
@@ -482,10 +488,10 @@ def _windows(
         ends = _pieces(lambda mixed: evaluate(unit, host, mixed, extras)[0], x, dim, whole)
     except Exception:  # noqa: BLE001 - as in `_may_be_cut`
         return None
-    if len(ends) < 2 or not alike(ends):
+    if len(ends) < 2 or not as_whole(ends):
         return None
     together = [_together(ends, count) for count in counts]
-    merged = [n for n, borders in zip(counts, together, strict=True) if 1 < len(borders) < len(ends) and alike(borders)]
+    merged = [n for n, borders in zip(counts, together, strict=True) if 1 < len(borders) < len(ends) and as_whole(borders)]
     return Windows(dim, ends, tuple(merged), tuple(x.shape[1:]))
 
 
@@ -596,8 +602,8 @@ def _other(x: Tensor, dim: int) -> Tensor:
     return x.roll(1, dim).mul(-1.5).add(x.abs().mean())
 
 
-def _alike(part: Tensor, whole: Tensor) -> bool:
-    """Equal up to the rounding of matrix products of another size."""
+def alike(part: Tensor, whole: Tensor) -> bool:
+    """Whether they are equal up to the rounding of matrix products of another size."""
     if part.shape != whole.shape or part.dtype != whole.dtype:
         return False
     allowed = 2e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-4

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from revwire._chains import CALLER, Search, find_chains
 from revwire._checkpointed import CheckpointedForward, install_checkpoint
 from revwire._choice import Anchors, Choice, Couplings, refuse_idle_globs
 from revwire._chunks import Chunks, Prober, probed, refuse_no_chunks, wanted
+from revwire._cores import Known, Sizes, calls_with_cores
 from revwire._couplings import DEFAULT
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, CaptureError, ConversionError, RevwireError
@@ -26,6 +27,7 @@ from revwire._forwards import InstanceForward, standing_forward, take_off
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph
 from revwire._module import Chain
+from revwire._parted import PartedForward, install_parts
 from revwire._plan import Forecast, Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._program import Program, Slot, pattern_of
 from revwire._recording import Recording
@@ -61,6 +63,16 @@ class Converted:
     plan: Plan
     chains: list[Chain]
     checkpointed: list[CheckpointedForward] = field(default_factory=list)
+    parted: list[Parted] = field(default_factory=list)
+
+
+@dataclass
+class Parted:
+    """A module whose core may run in parts, and the unit in whose branch it is: its chain, and its place in it."""
+
+    forward: PartedForward
+    chain: int
+    place: int
 
 
 @dataclass
@@ -109,7 +121,8 @@ def plan(
         chunks: run each unit in so many chunks of the batch, or of tokens or windows where its branch treats each by itself: a backward
             pass then holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints.
             Windows that cannot run together are a chunk each. What may be cut is found on the example, with the model in eval mode and
-            once in train mode; other units run whole. None: whole units, or under a memory budget, as few chunks as fit it.
+            once in train mode; other units run whole, but for products of activations in their branches that are larger than what goes
+            in (the maps of attention): those run by heads, or queries. None: whole units, or under a memory budget, as few as fit it.
         checkpoint: globs over the qualified names of modules outside of chains that run under activation checkpointing, the outermost that
             match; ``"stays"``: the blocks whose residual adds stay, such as those that change shape. Their batch statistics count once.
             None: none, or under a memory budget, those that stay if it is better so; ``[]``: none in any case.
@@ -136,7 +149,7 @@ def plan(
         Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, chunks=chunks, checkpoint=checkpoint, budget=memory_budget
     )
     if memory_budget is None and chunks in (None, 1):  # nothing has to run
-        return _prepare(model, example_inputs, options)[0]
+        return _prepare(model, example_inputs, options).plan
     _refuse_converted(model)
     _rewire(model, example_inputs, options)
     found = report(model)
@@ -222,13 +235,17 @@ def _rewire_better(model: nn.Module, example_inputs: Any, options: _Options) -> 
 
 
 def _rewire_as(model: nn.Module, example_inputs: Any, options: _Options) -> None:
-    found, chains, hosts = _prepare(model, example_inputs, options)
+    found, chains, hosts, cores, known = _prepare(model, example_inputs, options)
     if options.strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
         install(model.get_submodule(path), path, slots)
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
-    vars(model)[_STATE] = Converted(found, chains, checkpointed)
+    parted = [
+        Parted(install_parts(model.get_submodule(path), path, chains[core.chain], core.sizes, known), core.chain, core.place)
+        for path, core in cores.items()
+    ]
+    vars(model)[_STATE] = Converted(found, chains, checkpointed, parted)
     if chains and (options.chunks not in (None, 1) or options.budget is not None):
         try:
             _spend_less(model, as_call(example_inputs), options)
@@ -250,8 +267,13 @@ def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)
         state.checkpointed.remove(forward)
+    for one in [p for p in state.parted if p.forward.count == 1]:
+        take_off(one.forward.module)
+        state.parted.remove(one)
     names = tuple(forward.path for forward in state.checkpointed)
-    state.plan = replace(found, chains=tuple(map(with_costs, found.chains, state.chains)), checkpointed=names)
+    planned = map(with_costs, found.chains, state.chains)
+    chains = tuple(_with_parts(chain, number, state.parted) for number, chain in enumerate(planned))
+    state.plan = replace(found, chains=chains, checkpointed=names)
 
 
 def _switch(checkpointed: Iterable[CheckpointedForward], *, on: bool) -> None:
@@ -272,6 +294,9 @@ def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | 
         def cut() -> None:
             for chain, several in zip(state.chains, names, strict=True):
                 chain.cuts = tuple(prober.cut(chain, place, wanted(wish, n)) for place, n in enumerate(several))
+            for parted in state.parted:  # where a unit is not cut into as many chunks, the rest is left to its cores
+                chain, unit = state.chains[parted.chain], state.plan.chains[parted.chain].units[parted.place]
+                parted.forward.cut(-(-wanted(wish, (unit.path, unit.host)) // _chunks(unit, chain, parted.place)))
 
         return Cutting(cut)
 
@@ -292,7 +317,7 @@ def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | 
         if chunks is not None:
             raise
         return  # it does not run in eval mode: whole units are what there is
-    if prober.cuts_something or chunks is not None:
+    if prober.cuts_something or state.parted or chunks is not None:
         yield from (way(prober, wish) for wish in wishes)
         yield from others if chunks not in (None, 1) else ()
 
@@ -472,7 +497,25 @@ def _refuse_skipped(found: Plan) -> None:
         )
 
 
-def _prepare(model: nn.Module, example_inputs: Any, options: _Options) -> tuple[Plan, list[Chain], dict[str, list[Slot]]]:
+class _InBranch(NamedTuple):
+    """A core, in the branch of the unit at a place of a chain."""
+
+    chain: int
+    place: int
+    sizes: Sizes
+
+
+class _Prepared(NamedTuple):
+    """What is to be installed: the slots of each host, the modules with cores in branches, by name; and what is known of calls."""
+
+    plan: Plan
+    chains: list[Chain]
+    hosts: dict[str, list[Slot]]
+    cores: dict[str, _InBranch]
+    known: Known
+
+
+def _prepare(model: nn.Module, example_inputs: Any, options: _Options) -> _Prepared:
     _refuse_converted(model)
     call = as_call(example_inputs)
     try:
@@ -496,8 +539,9 @@ class _Planner:
         self.banned: dict[int, str] = {}
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
+        self.known: Known = {}
 
-    def run(self) -> tuple[Plan, list[Chain], dict[str, list[Slot]]]:
+    def run(self) -> _Prepared:
         while True:
             self.found = {}
             search = find_chains(self.recording, self.refuse, whole=self.whole)
@@ -512,7 +556,7 @@ class _Planner:
                 self.mark_last(units, chains, plan)
                 names, left = self.checkpointed(search, units)
                 plan = replace(plan, checkpointed=names, left_bytes=left)
-                return plan, chains, slots
+                return _Prepared(plan, chains, slots, self.cores(units), self.known)
             self.banned.update(failed)
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -595,6 +639,20 @@ class _Planner:
         names = tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
         others = {call for call in left if units and free(call) and self.name(call) not in names}
         return names, sum(e.saved for call in others for e in events[call : events[call].end])
+
+    def cores(self, units: list[list[_Found]]) -> dict[str, _InBranch]:
+        """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
+        if self.options.chunks == 1 or (self.options.chunks is None and self.options.budget is None):
+            return {}
+        flow, events = Flow(self.recording), self.recording.events
+        hosts = {id(events[u.candidate.host].target) for members in units for u in members}
+        found: dict[str, _InBranch] = {}
+        for number, members in enumerate(units):
+            for place, u in enumerate(members):
+                for call, sizes in calls_with_cores(flow, u.candidate.host, u.candidate.region, self.known).items():
+                    if self.name(call) and id(events[call].target) not in hosts:
+                        found.setdefault(self.name(call), _InBranch(number, place, sizes))
+        return found
 
     def refuse_idle_wholes(self, units: list[list[_Found]]) -> None:
         """Raise where a glob of ``whole`` made no module one unit."""
@@ -709,6 +767,12 @@ def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
         replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=_chunks(u, chain, i)) for i, u in enumerate(planned.units)
     )
     return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
+
+
+def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:
+    """The plan of a chain with the parts of its cores."""
+    parts = {p.place: p.forward.parts for p in parted if p.chain == number}
+    return replace(planned, units=tuple(replace(u, parts=parts.get(i, 1)) for i, u in enumerate(planned.units)))
 
 
 def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits: int) -> int:

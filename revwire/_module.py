@@ -41,7 +41,7 @@ from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
-from revwire._replay import Homes, exporting, version_of
+from revwire._replay import Homes, exporting, transformed, version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
 
@@ -454,7 +454,7 @@ def _identity_of_fsdp() -> Any:
 
 def refuse_transforms(name: str) -> None:
     """Raise inside of `torch.func` transforms, whose tensors are not what they seem."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         raise UnsupportedTransformError(
             f"{name}: got a torch.func transform (grad, vmap, jvp ...); expected plain autograd; transform the original "
             "network instead: revwire.revert(model)"

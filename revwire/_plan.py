@@ -22,6 +22,7 @@ class PlannedUnit:
         kept_bytes: bytes that are kept for it instead.
         mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose, ``"checkpointed"`` or ``"stored"``.
         chunks: into how many chunks it is cut, with the shape of the example.
+        parts: in how many parts the core of its branch runs, the products of activations with each other (the heads of attention).
     """
 
     path: str
@@ -32,6 +33,7 @@ class PlannedUnit:
     kept_bytes: int
     mode: str = "reversible"
     chunks: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Plan:
             return "\n".join([head, *self._checkpointed_lines(), *self._skipped_lines()])
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
         more = [("modes", _modes)] if self.forecast else []
-        more += [("chunks", _chunks)] if any(u.chunks > 1 for u in self.units) else []
+        more += [("chunks", _chunks)] if any(u.chunks > 1 or u.parts > 1 for u in self.units) else []
         rows = [(*rows[0], *(name for name, _ in more))]
         rows += [(*_row(c), *(column(c) for _, column in more)) for c in self.chains]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -228,9 +230,13 @@ def _modes(c: PlannedChain) -> str:
 
 
 def _chunks(c: PlannedChain) -> str:
-    """How many units run in how many chunks: ``12 in 4, 12 whole``."""
-    counts = Counter(u.chunks for u in c.units)
-    return ", ".join(f"{n} whole" if chunks == 1 else f"{n} in {chunks}" for chunks, n in sorted(counts.items(), reverse=True))
+    """How many units run in how many chunks, and the parts of their cores: ``12 in 4, 12 whole (core in 4)``."""
+    counts = Counter((u.chunks, u.parts) for u in c.units)
+
+    def way(chunks: int, parts: int) -> str:
+        return ("whole" if chunks == 1 else f"in {chunks}") + (f" (core in {parts})" if parts > 1 else "")
+
+    return ", ".join(f"{n} {way(*cut)}" for cut, n in sorted(counts.items(), reverse=True))
 
 
 def _row(c: PlannedChain) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def pattern_of(c: Candidate, events: list[Event]) -> str:
     return "block"
 
 
-class _Compiled:
+class Compiled:
     """A graph as a Python function ``f(host, *inputs)``; submodules and weights are looked up on the host at each call."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -117,7 +117,7 @@ class Program:
         guarded: the modules whose attributes its code depends on.
     """
 
-    compiled: _Compiled
+    compiled: Compiled
     shape_dependent: bool
     guarded: tuple[nn.Module, ...]
 
@@ -151,7 +151,7 @@ class _Assembly:
             outer = self._outer(nodes)
         if outer is None:
             raise CaptureError("interleaves its residual units so that they cannot be separated")
-        self.compiled = _Compiled(outer)
+        self.compiled = Compiled(outer)
         self._check_order_of_writes()
 
     # -- cutting ---------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class _Assembly:
             env[node] = graph.node_copy(node, lambda n: env[n])
         value = env[cut.out] if cut.kind == "block" or cut.candidate.post else env[cut.branch or cut.out]
         graph.output((value, tuple(env[s] for s in cut.sides)))
-        compiled = _Compiled(graph)
+        compiled = Compiled(graph)
         paths = _owners([n for n in graph.nodes if n.op in ("call_module", "get_attr")])
 
         names = [path.split(".") if path else [] for path in paths]

@@ -85,6 +85,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
+def transformed() -> bool:
+    """Whether a `torch.func` transform is in force: tensors are not what they seem, and saved-tensor hooks do not work there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @dataclass(slots=True)
 class Surroundings:
     """The state around one evaluation of a branch.

@@ -1,16 +1,7 @@
-"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off again.
-
-Note [Programs and signatures]
-    A host keeps one program per *signature*: what Python could have decided on, apart from tensor values: the kinds of
-    the arguments and the constants among them, training flags, the submodules, the constants among the attributes of the
-    opened modules, autocast, whether gradients are enabled, and (only where the opened code looked at a shape) all shapes
-    and strides. A call with a new signature is captured anew and kept beside the others, so a program never runs on a
-    decision it has not seen. What no signature holds: variables outside of the module (globals, closures, the clock).
-"""
+"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off again."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,24 +9,21 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from revwire._errors import CaptureError, RevwireError
-from revwire._forwards import InstanceForward, put_on, standing_forward
+from revwire._forwards import put_on, standing_forward
 from revwire._fresh import fresh_arguments
 from revwire._graph import build_graph, input_leaves
 from revwire._intercept import is_recording
 from revwire._module import refuse_transforms
 from revwire._program import Program, Slot
+from revwire._programs import ProgramForward
 from revwire._recording import ASSIGNS, tensors_in
 from revwire._replay import accelerators_of, buffers_kept, exporting, preserved_random_state
-from revwire._signature import Look, Standing, call_signature, details
 from revwire._trace import record
 from revwire._units import find_units
 from revwire._watch import attributes_of, changed, counters_kept, python_random_kept, restore
 
-_MAX_PROGRAMS = 64
-_MAX_LOOKS = 16
 
-
-class RewiredForward(InstanceForward):
+class RewiredForward(ProgramForward[Program]):
     """The forward of a rewired host.
 
     Args:
@@ -48,25 +36,12 @@ class RewiredForward(InstanceForward):
     def __init__(self, host: nn.Module, path: str, slots: list[Slot], original: Any = None) -> None:
         super().__init__(host, path, original)
         self.slots = slots
-        self.programs: dict[Any, Program] = {}
-        self.by_shape: set[Any] = set()
-        self.guarded: dict[int, nn.Module] = {id(host): host}
-        self.look: Look | None = None
-        self.looks = 0  # in a row that showed a change
         self.note_homes()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Programs are compiled code for this host: a copy captures its own."""
-        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "look": None}
 
     def note_homes(self) -> None:
         """Let the chains know the tensors that the host has of its own."""
         for chain in {id(slot.chain): slot.chain for slot in self.slots}.values():
             chain.homes.note(self.module)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.guarded = {id(self.module): self.module}
 
     @_disable_dynamo  # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,26 +76,6 @@ class RewiredForward(InstanceForward):
                 "the module's last operation; expected full backward hooks on a rewired module; use register_full_backward_hook, or "
                 f"exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             )
-
-    def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
-        """The signature of a call, with shapes where a program of that signature looks at them."""
-        key = call_signature(args, kwargs, leaves), self.standing()
-        return (key, details(self.module, leaves)) if key in self.by_shape else key
-
-    def standing(self) -> Standing:
-        """What the modules are now; mostly, what they were at the last call."""
-        look = self.look
-        if look is not None and look.guards == len(self.guarded) and look.holds():
-            self.looks = 0
-            return look.standing
-        guarded = (*self.guarded.values(),)
-        standing = Standing(self.module, guarded)
-        self.look = None
-        if self.looks < _MAX_LOOKS:  # else something changes at every call
-            self.looks += 1
-            with suppress(TypeError):
-                self.look = Look(standing, self.module, guarded)
-        return standing
 
     def on_replica(self, replica: nn.Module) -> RewiredForward:
         return RewiredForward(replica, self.path, self.slots)
@@ -180,20 +135,6 @@ class RewiredForward(InstanceForward):
         following = {place for place, s in enumerate(self.slots) if s.index > 0}
         units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots], followed, following)
         return Program.of(build_graph(recording, inline), units, self.slots)
-
-    def keep(self, program: Program, args: Any, kwargs: Any, leaves: list[Any]) -> None:
-        """Store a program under its signature."""
-        new = {id(m): m for m in program.guarded if id(m) not in self.guarded}
-        if new:  # from now on signatures hold these modules' attributes too, so no older one can be met again
-            self.guarded.update(new)
-            self.look = None
-            self.programs.clear()
-            self.by_shape.clear()
-        while len(self.programs) >= _MAX_PROGRAMS:
-            self.programs.pop(next(iter(self.programs)))
-        if program.shape_dependent:
-            self.by_shape.add((call_signature(args, kwargs, leaves), self.standing()))
-        self.programs[self.key(args, kwargs, leaves)] = program
 
 
 def install(host: nn.Module, path: str, slots: list[Slot]) -> RewiredForward:

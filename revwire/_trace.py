@@ -71,11 +71,12 @@ def record(
         stack.enter_context(Kernels(recorder))
         stack.enter_context(recorder)
         stack.enter_context(intercepted(recorder))
+        context = _watch.context_of_its_own()
         if forward is None:
-            module(*args, **kwargs)
+            context.run(module, *args, **kwargs)
         else:
             body = forward
-            recorder.module_call(lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True)
+            context.run(recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True)
     return recorder.recording
 
 

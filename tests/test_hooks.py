@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from contextvars import ContextVar
 from functools import partial
 
 import pytest
@@ -360,3 +361,29 @@ def test_backward_hooks_on_leaves_and_tensors_fire():
     out.register_hook(lambda g: fired.append("output"))
     out.sum().backward()
     assert sorted(fired) == ["module", "output", "weight"]
+
+
+COLLECTED = ContextVar("COLLECTED", default=None)
+
+
+def collect(module, args, out):
+    found = COLLECTED.get()
+    if found is not None:
+        found.setdefault("outputs", []).append(out)
+
+
+def test_what_hooks_collect_in_a_context_is_what_the_call_gave():
+    """As newer Hugging Face models return attentions and hidden states: a capture must leave nothing there."""
+    model = stack(pre_norm)
+    for b in model.blocks:
+        b.f.register_forward_hook(collect)
+    token = COLLECTED.set({"outputs": []})
+    try:
+        revwire.convert(model, X)
+        assert not COLLECTED.get()["outputs"]
+        model(X)  # is captured
+        found = COLLECTED.get()["outputs"]
+        assert len(found) == len(model.blocks)
+        torch.autograd.grad(found[0].sum(), list(model.blocks[0].f.parameters()))
+    finally:
+        COLLECTED.reset(token)

@@ -187,6 +187,8 @@ METHODS: dict[str, Method] = {
     "revwire re2tal": reversible(coupling="re2tal"),
     "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),
     "revwire re2tal, 4 chunks": reversible(coupling="re2tal", chunks=4),
+    "revwire bdia 1/16, 16 chunks": reversible(coupling="bdia:1/16", chunks=16),
+    "revwire re2tal, 16 chunks": reversible(coupling="re2tal", chunks=16),
     "revwire bdia 1/16, whole blocks": reversible(coupling="bdia:1/16", whole="*"),
     "revwire bdia 1/16, other blocks checkpointed": reversible(coupling="bdia:1/16", checkpoint="stays"),
     "revwire re2tal, other blocks checkpointed": reversible(coupling="re2tal", checkpoint="stays"),

@@ -132,6 +132,18 @@ def _vit(name: str) -> Network:
     return Network(build, _images, lambda _: ["blocks"], "side")
 
 
+def _with_maps(name: str) -> Network:
+    """A ViT for images of any size that spells its attention out, as networks do that bias their maps, or return them."""
+
+    def build(depth: int) -> nn.Module:
+        model = timm.create_model(name, depth=depth, dynamic_img_size=True)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        return model
+
+    return Network(build, _images, lambda _: ["blocks"], "side")
+
+
 def _containers(*names: str) -> Callable[[nn.Module], list[str]]:
     return lambda _: list(names)
 
@@ -146,6 +158,7 @@ _CONVNEXT = _containers(*(f"stages.{i}.blocks" for i in range(4)))
 
 NETWORKS: dict[str, Network] = {
     "ViT-S/16": _vit("vit_small_patch16_224"),
+    "ViT-S/16, attention maps": _with_maps("vit_small_patch16_224"),
     "ViT-B/16": _vit("vit_base_patch16_224"),
     "ViT-L/16": _vit("vit_large_patch16_224"),
     "swin3d_t": Network(lambda _: swin3d_t(weights=None), _clips(112), _SWIN, "frames"),

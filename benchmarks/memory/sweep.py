@@ -31,7 +31,8 @@ RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
 HANDWRITTEN = "OpenTAD's Re2TAL Swin"
 SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
-CHUNKED = tuple(m for m in METHODS if m.endswith("chunks"))
+CHUNKED = tuple(m for m in METHODS if m.endswith(" 4 chunks"))
+SIXTEEN = tuple(m for m in METHODS if m.endswith(" 16 chunks"))
 OTHERS = tuple(m for m in METHODS if m.endswith("other blocks checkpointed"))
 WHOLE = "revwire bdia 1/16, whole blocks"
 WINDOWS = tuple(m for m in METHODS if m.endswith("window by window"))
@@ -104,6 +105,11 @@ SWEEPS: dict[str, tuple[Grid, ...]] = {
     "memory_slowfast": (
         Grid("slowfast_r101", (*MAIN, *OTHERS), lengths=(16, 32)),
         Grid("slowfast_r101", (SEGMENTS, SELECTIVE, "momentumnet", *LEAST), lengths=(16,)),
+    ),
+    "memory_maps": (
+        Grid("ViT-S/16, attention maps", (*MAIN, *CHUNKED, *SIXTEEN), lengths=(448, 224, 672)),
+        Grid("ViT-S/16, attention maps", (SEGMENTS, SELECTIVE, *LEAST), lengths=(448,)),
+        Grid("ViT-S/16, attention maps", (CHECKPOINT, BDIA, RE2TAL, *SIXTEEN), lengths=(896,)),
     ),
     "memory_large": (Grid("ViT-L/16", (CHECKPOINT, SEGMENTS, BDIA, RE2TAL), depths=(24,)),),
 }

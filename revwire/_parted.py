@@ -1,0 +1,99 @@
+"""Modules in the branches of units whose core runs in parts; see `_parts` for how, `_cores` for which calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from revwire._cores import CoreProgram, Known, Sizes, core_program, which
+from revwire._errors import CaptureError
+from revwire._forwards import put_on, standing_forward
+from revwire._graph import input_leaves
+from revwire._intercept import is_recording
+from revwire._module import Chain
+from revwire._parts import Parting, parts_of
+from revwire._programs import MAX_PROGRAMS, ProgramForward
+from revwire._replay import exporting, transformed
+from revwire._trace import record
+
+
+class PartedForward(ProgramForward[CoreProgram]):
+    """The forward of a module whose core runs in parts. A call that cannot be captured, or holds no core, runs as it would have.
+
+    Args:
+        module: the module.
+        path: its qualified name in the model, for errors.
+        parting: into how many parts; it may change.
+        sizes: of the dimensions along which its core may be cut, on the example.
+        known: what is known of calls, for all modules of a model.
+        original: an instance attribute ``forward`` that was there before, or None.
+    """
+
+    def __init__(self, module: nn.Module, path: str, parting: Parting, sizes: Sizes, known: Known, original: Any = None) -> None:
+        super().__init__(module, path, original)
+        self.parting = parting
+        self.sizes = sizes
+        self.known = known
+        self.whole: set[Any] = set()  # signatures of calls without a core
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "known": {}, "whole": set()}
+
+    @property
+    def count(self) -> int:
+        """In how many parts its core is to run."""
+        return self.parting.count
+
+    @property
+    def parts(self) -> int:
+        """In how many it runs on the example."""
+        return len(parts_of(self.sizes[which(self.sizes, self.count)], self.count))
+
+    def cut(self, count: int) -> None:
+        """Run its core in so many parts from now on."""
+        if count != self.count:
+            self.parting.count = count
+            self.programs.clear()
+            self.whole.clear()
+
+    @_disable_dynamo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.count == 1 or self.parting.chain.original or is_recording() or exporting() or transformed():
+            return self.plain(*args, **kwargs)
+        leaves = input_leaves((args, kwargs))
+        key = self.key(args, kwargs, leaves)
+        program = self.programs.get(key)
+        if program is None and key not in self.whole:
+            program = self.captured(args, kwargs, leaves)
+        return self.plain(*args, **kwargs) if program is None else program(self.module, leaves)
+
+    def captured(self, args: Any, kwargs: Any, leaves: list[Any]) -> CoreProgram | None:
+        """The program for such a call; None, which is remembered, where there is none."""
+        try:
+            recording = record(self.module, args, kwargs, forward=self.plain, gradients=torch.is_grad_enabled())
+            program = core_program(recording, self.path, self.parting, self.known)
+        except CaptureError:
+            self.keep_whole(args, kwargs, leaves)
+            return None
+        self.keep(program, args, kwargs, leaves)
+        return program
+
+    def keep_whole(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
+        """Remember that such a call, of these shapes, has no program."""
+        if len(self.whole) >= MAX_PROGRAMS:
+            self.whole.clear()
+        self.note_shapes(args, kwargs, leaves)
+        self.whole.add(self.key(args, kwargs, leaves))
+
+    def on_replica(self, replica: nn.Module) -> PartedForward:
+        return PartedForward(replica, self.path, self.parting, self.sizes, self.known)
+
+
+def install_parts(module: nn.Module, path: str, chain: Chain, sizes: Sizes, known: Known) -> PartedForward:
+    """Put such a forward on a module; it runs whole until it is cut."""
+    forward = PartedForward(module, path, Parting(chain), sizes, known, standing_forward(module))
+    put_on(forward)
+    return forward
