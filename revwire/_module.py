@@ -232,6 +232,10 @@ class Chain:
 
     @_eager
     def apply(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()) -> tuple[Tensor, tuple[Any, ...]]:
+        """As `run`, from anywhere."""
+        return self.run(unit, host, x, extras)
+
+    def run(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()) -> tuple[Tensor, tuple[Any, ...]]:
         """Run one unit on the streams behind ``x`` (any shape): (the unit's output, side outputs of its branch).
 
         Raises:

@@ -69,7 +69,7 @@ class _UnitCall:
         self.unit = unit
 
     def __call__(self, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        return self.chain.apply(self.unit, host, x, extras)
+        return self.chain.run(self.unit, host, x, extras)
 
 
 class _ViewCall:

@@ -45,14 +45,27 @@ class ProgramForward(InstanceForward, Generic[P]):
         self.guarded: dict[int, nn.Module] = {id(module): module}
         self.look: Look | None = None
         self.looks = 0  # in a row that showed a change
+        self.last: tuple[Any, Standing, P] | None = None  # the signature, what the modules were, and the program of the last call
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs are compiled code for this module: a copy captures its own."""
-        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "look": None}
+        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "look": None, "last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.guarded = {id(self.module): self.module}
+
+    def program_for(self, args: Any, kwargs: Any, leaves: list[Any]) -> P | None:
+        """The program for such a call, if there is one."""
+        signature, standing, last = call_signature(args, kwargs, leaves), self.standing(), self.last
+        if last is not None and last[1] is standing and last[0] == signature:  # as below, without hashing
+            return last[2]
+        key = signature, standing
+        if key in self.by_shape:
+            return self.programs.get((key, details(self.module, leaves)))
+        program = self.programs.get(key)
+        self.last = None if program is None else (signature, standing, program)
+        return program
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         """The signature of a call, with shapes where a program of that signature looks at them."""
@@ -61,6 +74,7 @@ class ProgramForward(InstanceForward, Generic[P]):
 
     def note_shapes(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Let calls of such a signature be told apart by their shapes."""
+        self.last = None
         self.by_shape.add((call_signature(args, kwargs, leaves), self.standing()))
 
     def standing(self) -> Standing:
@@ -80,6 +94,7 @@ class ProgramForward(InstanceForward, Generic[P]):
 
     def keep(self, program: P, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Store a program under its signature."""
+        self.last = None
         new = {id(m): m for m in program.guarded if id(m) not in self.guarded}
         if new:  # from now on signatures hold these modules' attributes too, so no older one can be met again
             self.guarded.update(new)

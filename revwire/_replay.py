@@ -110,8 +110,9 @@ class Surroundings:
     @classmethod
     def capture(cls, tensors: Iterable[Tensor]) -> Surroundings:
         """The state now, on the CPU and on the devices of ``tensors``."""
-        devices = accelerators_of([t for t in tensors if not t.is_cpu])
-        autocast = {kind: autocast_state(kind) for kind in ("cpu", *(d.type for d in devices))}
+        others = [t for t in tensors if not t.is_cpu]
+        devices = accelerators_of(others) if others else ()
+        autocast = {"cpu": autocast_state("cpu"), **{d.type: autocast_state(d.type) for d in devices}}
         return cls(devices, random_states(devices), autocast, torch.is_autocast_cache_enabled())
 
     def settle(self) -> None:
@@ -120,6 +121,10 @@ class Surroundings:
         At once: who runs next may set a generator back, after which it looks as if nothing had been drawn.
         """
         after = random_states(self.devices)
+        if not self.devices:  # as below, in the common case
+            if _same_bytes(self.randomness[None], after[None]):
+                self.randomness = {}
+            return
         self.randomness = {d: s for d, s in self.randomness.items() if not _same_bytes(s, after[d])}
 
     @contextmanager
@@ -167,6 +172,7 @@ class Inventory:
     def of(cls, roots: Iterable[nn.Module]) -> Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
         out, seen = cls([], [], []), set[int]()
+        places, versions = out.places.append, out.weights.append
         todo: list[nn.Module | None] = list(roots)
         while todo:
             module = todo.pop()
@@ -174,9 +180,10 @@ class Inventory:
                 continue
             seen.add(id(module))
             table = module._parameters
-            weights = [(table, name, weight, True) for name, weight in table.items() if weight is not None]
-            out.places += weights
-            out.weights += [(weight, -1 if weight.is_inference() else weight._version) for _, _, weight, _ in weights]
+            for name, weight in table.items():
+                if weight is not None:
+                    places((table, name, weight, True))
+                    versions((weight, -1 if weight.is_inference() else weight._version))
             if module._buffers:
                 if any(_is_written(b) for b in module._buffers.values()):
                     out.writers.append(module)

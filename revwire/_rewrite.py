@@ -50,7 +50,7 @@ class RewiredForward(ProgramForward[Program]):
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         leaves = [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
-        program = self.programs.get(self.key(args, kwargs, leaves))
+        program = self.program_for(args, kwargs, leaves)
         if exporting() and (program is None or torch.is_grad_enabled()):
             raise self.cannot_export()
         if program is None:

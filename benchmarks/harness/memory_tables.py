@@ -158,7 +158,7 @@ def _quartiles(q: Row) -> str:
     return f"{q['median']:.2f} ({q['low']:.2f}–{q['high']:.2f})"
 
 
-_SWEEPS = ("vit", "couplings", "gpt", "swin3d", "convnext", "resnet", "slowfast", "large")
+_SWEEPS = ("vit", "couplings", "gpt", "maps", "swin3d", "convnext", "resnet", "slowfast", "large")
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     **{f"memory_{name}": peaks for name in _SWEEPS},
     "memory_fit": fit,
