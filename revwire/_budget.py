@@ -1,5 +1,10 @@
 """The planner: pick, unit by unit, stored, checkpointed or reversible, so that a step fits a memory budget in the least time.
 
+Note [Ways to cut]
+    A step is measured with units whole, then with all in 2, 4, ... chunks, until some mix fits. What a unit's own stretches take does not
+    depend on how the others are cut, so each unit then goes the coarsest way with which it fits by itself: chunks cost time, and where
+    a unit's peak is that of its weights' gradients, they cost memory too.
+
 Note [The search]
     Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes by prefix]
     in `_costs`), so partial choices that keep about as many bytes, and leave the open chains in the same forms, compare by their seconds
@@ -25,12 +30,16 @@ from revwire._plan import Forecast, Plan, PlannedChain, Point
 Budget = int | str | None
 
 
+Picks = dict[tuple[int, int], int]
+"""Which of the cuttings that were tried each unit goes, in their order; by chain, and place in it."""
+
+
 class Cutting(NamedTuple):
     """One of several ways to run a model, such as its units in so many chunks.
 
     Attributes:
         apply: lets the model run so, on top of the ways that were kept before.
-        undo: lets it run as before. Where there is none, the next way is a finer one of the same kind, and replaces it.
+        undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and replaces it.
     """
 
     apply: Callable[[], None]
@@ -153,10 +162,12 @@ def fit(
     device: torch.device,
     budget: Budget,
     cuttings: Iterable[Cutting] = (Cutting(lambda: None),),
+    mix: Callable[[Picks], None] = lambda _: None,
 ) -> Plan:
     """Measure a step, give each unit of ``chains`` its mode, and return the plan with the modes and the forecast.
 
-    The coarsest chunks with which some mix fits are taken; without a budget, the finest that still lower the least peak by 2 %.
+    Each unit has the coarsest chunks with which some mix fits. Without a budget, finer ones are tried while they lower the least
+    peak by 2 %.
 
     Args:
         plan, chains: of a converted model.
@@ -164,48 +175,115 @@ def fit(
         device: where it runs.
         budget: bytes of a step above rest, or "least".
         cuttings: ways to run the model, the coarsest first.
+        mix: lets each unit go one of those to cut units that were tried.
 
     Raises:
         BudgetError: no mix fits; names the smallest budget that one does.
     """
     size = parse_budget(budget)
     kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
-    best: tuple[int, Costs] | None = None
-    base: Cutting | None = None
+    best: int | None = None
+    ways: list[Costs] = []  # to cut units, the coarsest first
     checkpoint: Point | None = None
     stored: Point | None = None  # of the first way, in which nothing is given up for memory
     for cut in cuttings:
         cut.apply()
         costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
+        tried = [*(ways if cut.undo is None else ways[:-1]), costs]
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
         stored = stored or Point(*costs.forecast(costs.uniform("stored")))
-        forms = search(costs, size) if size is not None else None
-        if forms is not None:
-            return _applied(plan, chains, costs, forms, size, stored, checkpoint)
-        smallest = least(costs)
-        if best is not None and smallest > 0.98 * best[0]:
+        found = None if size is None else _found(tried, [_coarsest(tried, size), [len(tried) - 1] * len(costs.units)], size)
+        if found is not None:
+            mix(_by_place(tried, found.ways))
+            return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
+        smallest = _least(tried)[0]
+        if size is not None and smallest <= size:
+            best, ways = smallest, tried
+            break
+        if best is not None and smallest > 0.98 * best:
             if cut.undo is None:
                 break
             cut.undo()
             continue
-        best, base = (smallest, costs), base if cut.undo else cut
+        best, ways = smallest, tried
     assert best is not None
-    assert base is not None
     assert stored is not None
-    smallest, costs = best
-    if size is not None:
-        rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
+    if size is not None and best > size:
+        rival = "".join(f"; {line}" for line in _rival(None, Point(best, 0.0), checkpoint))
         raise BudgetError(
-            f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {smallest} "
-            f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
-            f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
-            smallest,
+            f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {best} "
+            f"({_rounded_up(best)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
+            f"memory_budget={best} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
+            best,
         )
-    base.apply()  # after it a finer one may have been tried
-    forms = search(costs, smallest)
-    assert forms is not None
-    return _applied(plan, chains, costs, forms, size, stored, checkpoint)
+    found = _found(ways, _least(ways)[1], best if size is None else size)
+    assert found is not None
+    mix(_by_place(ways, found.ways))
+    return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
+
+
+def _least(ways: Sequence[Costs]) -> tuple[int, list[list[int]]]:
+    """(the smallest budget that some mix fits, choices of a way for each run among which is one that fits it)."""
+    lowest = _lowest(ways)
+    first = least(_mixed(ways, lowest))
+    coarsest = _coarsest(ways, first)  # which may keep less
+    return min(first, least(_mixed(ways, coarsest))), [lowest, coarsest]
+
+
+class _Mix(NamedTuple):
+    """The way that each run goes, what a step costs then, and the forms of the units."""
+
+    ways: Sequence[int]
+    costs: Costs
+    forms: list[Form]
+
+
+def _found(ways: Sequence[Costs], choices: Sequence[Sequence[int]], size: int) -> _Mix | None:
+    """The fastest of several choices of a way for each run, with the best forms that fit; see Note [Ways to cut]."""
+    best: tuple[float, _Mix] | None = None
+    for choice in choices:
+        costs = _mixed(ways, choice)
+        forms = search(costs, size)
+        if forms is not None:
+            seconds = costs.forecast(forms)[1]
+            if best is None or seconds < best[0]:
+                best = seconds, _Mix(choice, costs, forms)
+    return None if best is None else best[1]
+
+
+def _mixed(ways: Sequence[Costs], choice: Sequence[int]) -> Costs:
+    return Costs.mixed([ways[way] for way in choice]) if choice else ways[0]
+
+
+def _coarsest(ways: Sequence[Costs], size: int) -> list[int]:
+    """For each run, the coarsest way with which its unit fits by itself; the finest, where none does."""
+    return _picked(ways, lambda peaks: next((way for way, peak in enumerate(peaks) if peak <= size), len(peaks) - 1))
+
+
+def _lowest(ways: Sequence[Costs]) -> list[int]:
+    """For each run, the coarsest way with which its unit needs (within 2 %) least."""
+    return _picked(ways, lambda peaks: next(way for way, peak in enumerate(peaks) if peak <= 1.02 * min(peaks)))
+
+
+def _picked(ways: Sequence[Costs], pick: Callable[[Sequence[int]], int]) -> list[int]:
+    """A way for each run, by the peaks of its own stretches when it is reversible, after the runs before it went their ways.
+
+    A unit that runs several times goes the finest of them each time.
+    """
+    units, starts = ways[0].units, [costs.starts for costs in ways]
+    picks: dict[tuple[int, int], int] = {}
+    for _ in range(2):  # what a later run of a unit asks for counts in its earlier ones
+        at = starts[0][0]
+        for run, unit in enumerate(units):
+            peaks = [costs.own(run, "r") + at - start[run] for costs, start in zip(ways, starts, strict=True)]
+            way = picks[unit.chain, unit.unit] = max(pick(peaks), picks.get((unit.chain, unit.unit), 0))
+            at += starts[way][run + 1] - starts[way][run]
+    return [picks[unit.chain, unit.unit] for unit in units]
+
+
+def _by_place(ways: Sequence[Costs], choice: Sequence[int]) -> Picks:
+    return {(u.chain, u.unit): way for u, way in zip(ways[0].units, choice, strict=True)}
 
 
 def serves_better(a: Forecast, b: Forecast) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revwire._adds import Candidate, can_run_twice
-from revwire._budget import Budget, Cutting, fit, parse_budget, serves_better
+from revwire._budget import Budget, Cutting, Picks, fit, parse_budget, serves_better
 from revwire._chains import CALLER, Search, find_chains
 from revwire._checkpointed import CheckpointedForward, install_checkpoint
 from revwire._choice import Anchors, Choice, Couplings, refuse_idle_globs
@@ -258,12 +258,12 @@ def _spend_less(model: nn.Module, call: _Call, options: _Options) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(_cuttings(model, state, call, options.chunks)).apply()
+        next(iter(_Ways(model, state, call, options.chunks))).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
         _switch(state.checkpointed, on=not wanted)
-        found = _fitted(model, state, call, options.budget, _cuttings(model, state, call, options.chunks, choose=wanted))
+        found = _fitted(model, state, call, options.budget, _Ways(model, state, call, options.chunks, choose=wanted))
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)
         state.checkpointed.remove(forward)
@@ -281,48 +281,66 @@ def _switch(checkpointed: Iterable[CheckpointedForward], *, on: bool) -> None:
         forward.on = on
 
 
-def _cuttings(model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False) -> Iterator[Cutting]:
+class _Ways:
     """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose.
 
     Whether what lies outside of chains is checkpointed is another choice, where there is one to ``choose``.
     How units may be cut is looked at when a way is asked for that cuts some: that takes several runs of each.
     """
-    names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
-    refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in names for n in several])
 
-    def way(prober: Prober, wish: Chunks) -> Cutting:
+    def __init__(self, model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False) -> None:
+        self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
+        self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
+        self.tried: list[tuple[Prober, Chunks]] = []
+        refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in self.names for n in several])
+
+    def __iter__(self) -> Iterator[Cutting]:
+        chunks = self.chunks
+        others = [Cutting(self.switched(True), self.switched(False))] if self.choose else []
+        if chunks in (None, 1):
+            yield self.way(Prober([1]), 1)
+            yield from others
+        wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
+        counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
+        if not counts:
+            return
+        try:
+            prober = probed(self.model, self.state.chains, self.run, counts)
+        except ConversionError:
+            if chunks is not None:
+                raise
+            return  # it does not run in eval mode: whole units are what there is
+        if prober.cuts_something or self.state.parted or chunks is not None:
+            yield from (self.way(prober, wish) for wish in wishes)
+            yield from others if chunks not in (None, 1) else ()
+
+    def run(self) -> None:
+        run_model(self.model, fresh_arguments((self.call.args, self.call.kwargs)))
+
+    def switched(self, on: bool) -> Callable[[], None]:
+        return lambda: _switch(self.state.checkpointed, on=on)
+
+    def way(self, prober: Prober, wish: Chunks) -> Cutting:
         def cut() -> None:
-            for chain, several in zip(state.chains, names, strict=True):
-                chain.cuts = tuple(prober.cut(chain, place, wanted(wish, n)) for place, n in enumerate(several))
-            for parted in state.parted:  # where a unit is not cut into as many chunks, the rest is left to its cores
-                chain, unit = state.chains[parted.chain], state.plan.chains[parted.chain].units[parted.place]
-                parted.forward.cut(-(-wanted(wish, (unit.path, unit.host)) // _chunks(unit, chain, parted.place)))
+            self.tried.append((prober, wish))
+            last = len(self.tried) - 1
+            self.mix({(c, place): last for c, several in enumerate(self.names) for place in range(len(several))})
 
         return Cutting(cut)
 
-    def switched(on: bool) -> Callable[[], None]:
-        return lambda: _switch(state.checkpointed, on=on)
-
-    others = [Cutting(switched(True), switched(False))] if choose else []
-    if chunks in (None, 1):
-        yield way(Prober([1]), 1)
-        yield from others
-    wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
-    counts = {wanted(wish, n) for wish in wishes for several in names for n in several}
-    if not counts:
-        return
-    try:
-        prober = probed(model, state.chains, lambda: run_model(model, fresh_arguments((call.args, call.kwargs))), counts)
-    except ConversionError:
-        if chunks is not None:
-            raise
-        return  # it does not run in eval mode: whole units are what there is
-    if prober.cuts_something or state.parted or chunks is not None:
-        yield from (way(prober, wish) for wish in wishes)
-        yield from others if chunks not in (None, 1) else ()
+    def mix(self, picks: Picks) -> None:
+        """Cut each unit in one of the ways that were tried; where it is not cut into as many chunks, the rest is left to its cores."""
+        for number, (chain, names) in enumerate(zip(self.state.chains, self.names, strict=True)):
+            ways = [self.tried[picks.get((number, place), 0)] for place in range(len(names))]
+            chain.cuts = tuple(prober.cut(chain, place, wanted(wish, names[place])) for place, (prober, wish) in enumerate(ways))
+        for parted in self.state.parted:
+            place, chain = (parted.chain, parted.place), self.state.chains[parted.chain]
+            count = wanted(self.tried[picks.get(place, 0)][1], self.names[parted.chain][parted.place])
+            unit = self.state.plan.chains[parted.chain].units[parted.place]
+            parted.forward.cut(-(-count // _chunks(unit, chain, parted.place)))
 
 
-def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cuttings: Iterable[Cutting]) -> Plan:
+def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: _Ways) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
 
@@ -333,7 +351,7 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, cut
         loss.backward()  # type: ignore[no-untyped-call]
 
     with left_as_found(model), torch.enable_grad():
-        return fit(state.plan, state.chains, step, device_of(model, leaves), budget, cuttings)
+        return fit(state.plan, state.chains, step, device_of(model, leaves), budget, ways, ways.mix)
 
 
 def report(model: nn.Module) -> Plan:

@@ -17,7 +17,7 @@ Note [Forms]
 
     ===  ============  =============================================================================
     r    reversible    the kept bits: what was measured
-    c    checkpointed  one state; in float streams one more where the unit before is not checkpointed
+    c    checkpointed  one state, and samples; in float streams one state more where the unit before is not checkpointed
     s    stored        its activations; where the run of such units begins, the two states before it
     z    stored        likewise, in a run that ends the chain: its two states replace those of the end
     a    stored        likewise, in a chain that is stored as a whole: no states at all
@@ -26,8 +26,10 @@ Note [Forms]
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from revwire._meter import Measured, Stretch
@@ -35,6 +37,10 @@ from revwire._module import Mode
 
 Form = Literal["r", "c", "s", "z", "a"]
 MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "s": "stored", "z": "stored", "a": "stored"}
+
+
+_OWN = ("enter", "grad", "complete", "rebuilt")
+"""Marks after which a stretch is a unit's own."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class UnitCost:
         kept: bytes that are kept for it when it is reversible.
         state: bytes of one of its chain's states.
         exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
+        looks: bytes of samples that are kept of what a checkpointed unit saved, where its recompute stops.
         gain: seconds by which a step is shorter when it is stored.
         relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
         arithmetic: those of them that its kept bits and the way back take.
@@ -62,6 +69,7 @@ class UnitCost:
     kept: int
     state: int
     exact: bool
+    looks: int
     gain: float
     relief: float
     arithmetic: float
@@ -85,7 +93,7 @@ class UnitCost:
         if form == "r":
             return 0
         if form == "c":
-            return (1 if self.exact or before == "c" else 2) * self.state - self.kept
+            return (1 if self.exact or before == "c" else 2) * self.state + self.looks - self.kept
         states = 0
         if form == "s" and before in ("r", "c"):
             states = 2 if self.exact or before == "r" else 1
@@ -100,13 +108,30 @@ class UnitCost:
 
 @dataclass
 class _Levels:
-    """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward."""
+    """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward.
+
+    ``complete``: of its rebuilding until its gradient had all that it needs. ``spared``: by how much the level grew after that, until its
+    input was rebuilt, where it is rebuilt at once; a recompute that stops there makes neither the branch's result nor a state.
+    """
 
     start: int = 0
     forward: int = 0
     grown: int = 0
     rebuild: int = 0
     backward: int = 0
+    complete: int = 0
+    spared: int = 0
+
+    def moved(self, by: int) -> _Levels:
+        """Those where so many more bytes lie before the run."""
+        return replace(
+            self,
+            start=self.start + by,
+            forward=self.forward + by,
+            rebuild=self.rebuild + by,
+            backward=self.backward + by,
+            complete=self.complete + by,
+        )
 
 
 @dataclass
@@ -142,6 +167,7 @@ class Costs:
         self.measured = measured
         self.seconds = sum(s.seconds for s in measured.stretches)
         self.levels = [_Levels() for _ in measured.places]
+        self.spent = [0.0] * len(measured.places)  # seconds of each run's own stretches
         self.waiting = [0] * (len(measured.places) + 1)  # the peak of stretches in which the first p units wait
         self._read()
         rebuilt = _rebuilding(measured.stretches)
@@ -159,6 +185,7 @@ class Costs:
                 kept=kept[c][u],
                 state=state[c],
                 exact=exact[c],
+                looks=measured.looks[run] if measured.looks and stops else 0,
                 gain=again.seconds * again.chunks + arithmetic.keep,
                 relief=arithmetic.keep + (again.rest or 0.0) * again.chunks if stops else both,
                 arithmetic=both,
@@ -167,11 +194,37 @@ class Costs:
             )
             self.units.append(unit)
 
+    @classmethod
+    def mixed(cls, choices: Sequence[Costs]) -> Costs:
+        """Those of a step in which each run goes as in one of several measured steps: ``choices`` has the costs of that step for each.
+
+        What lies before a run, and waits for its backward, is that of the runs before it, whichever way those go.
+        """
+        out = copy(choices[0])
+        starts = [choices[0].starts[0]]
+        for run, costs in enumerate(choices):
+            starts.append(starts[-1] + costs.starts[run + 1] - costs.starts[run])
+        out.levels = [costs.levels[run].moved(starts[run] - costs.starts[run]) for run, costs in enumerate(choices)]
+        out.units = [costs.units[run] for run, costs in enumerate(choices)]
+        out.spent = [costs.spent[run] for run, costs in enumerate(choices)]
+        out.seconds += sum(out.spent) - sum(choices[0].spent)
+        out.waiting = [max(c.waiting[p] + start - c.starts[p] for c in set(choices)) for p, start in enumerate(starts)]
+        return out
+
+    @property
+    def starts(self) -> list[int]:
+        """Bytes alive where each run begins, and where the last one has ended."""
+        return [*(at.start for at in self.levels), self.levels[-1].start + self.levels[-1].grown] if self.levels else [0]
+
     def _read(self) -> None:
         """Sort the stretches of the step; see Note [Bytes by prefix]."""
         alive: set[int] = set()
+        before: Stretch | None = None
+        once = {run for run, n in Counter(s.mark.run for s in self.measured.stretches if s.mark.kind == "rebuilt").items() if n == 1}
         for stretch in self.measured.stretches:
             kind, run = stretch.mark
+            if kind in _OWN:
+                self.spent[run] += stretch.seconds
             if kind == "enter":
                 self.levels[run].start, self.levels[run].forward = stretch.level, stretch.peak
                 continue
@@ -181,9 +234,14 @@ class Costs:
             elif kind in ("grad", "complete"):
                 alive.discard(run)
                 self.levels[run].rebuild = max(self.levels[run].rebuild, stretch.peak)
+                if kind == "grad":
+                    self.levels[run].complete = max(self.levels[run].complete, stretch.peak)
+                before = stretch
                 continue
             elif kind == "rebuilt":
                 self.levels[run].backward = max(self.levels[run].backward, stretch.peak)
+                if before is not None and before.mark == ("complete", run) and run in once:
+                    self.levels[run].spared = max(0, stretch.level - before.level)
                 continue
             p = max(alive, default=-1) + 1
             self.waiting[p] = max(self.waiting[p], stretch.peak)
@@ -191,6 +249,8 @@ class Costs:
     def own(self, run: int, form: Form) -> int:
         """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
         unit, at = self.units[run], self.levels[run]
+        if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it is there anyway, but for the last unit
+            return max(at.forward + (unit.state if unit.ends else 0), at.complete, at.backward - max(0, at.spared - unit.state))
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
         stored = at.start + unit.saved + max(0, at.grown - unit.kept)

@@ -23,7 +23,7 @@ from torch.autograd import profiler
 
 from revwire._couplings import Coupling
 from revwire._module import Chain, Unit
-from revwire._numerics import Streams, stream_dtype
+from revwire._numerics import Streams, size_of_glance, stream_dtype
 from revwire._records import UnitRecord
 from revwire._rewind import running_pass
 from revwire._tape import Tape
@@ -87,6 +87,7 @@ class Measured:
         saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
         held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
         arithmetic: of each run.
+        looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
     """
 
     places: tuple[Place, ...]
@@ -94,6 +95,7 @@ class Measured:
     saved: tuple[int, ...]
     arithmetic: tuple[Arithmetic, ...]
     held: tuple[int, ...] = ()
+    looks: tuple[int, ...] = ()
 
 
 def _saved(tape: Tape, position: int) -> int:
@@ -104,6 +106,13 @@ def _saved(tape: Tape, position: int) -> int:
     cache = tape.passes[running_pass()].cache.values()
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in cache if t.layout is torch.strided}
     return sum(size for address, size in found.items() if address not in there)
+
+
+def _looks(tape: Tape, position: int) -> int:
+    """Bytes of samples of what a recompute has just saved."""
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    return sum(size_of_glance(shape.numel(), dtype) for shape, dtype, _ in record.saved)
 
 
 class _Sample(NamedTuple):
@@ -126,6 +135,7 @@ class _Marker:
         self.samples: dict[Place, _Sample] = {}
         self.saved: dict[int, int] = {}
         self.held: dict[int, int] = {}  # of the largest of its chunks
+        self.looks: dict[int, int] = {}
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
 
     def mark(self, kind: Kind, run: int = -1) -> None:
@@ -155,6 +165,7 @@ class _Marker:
         found = _saved(tape, position)
         self.saved[run] = self.saved.get(run, 0) + found
         self.held[run] = max(self.held.get(run, 0), found)
+        self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
         self.mark("rebuilt", run)
 
 
@@ -175,8 +186,9 @@ def measured(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
         for chain, before in zip(chains, modes, strict=True):
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
-    saved, held = (tuple(found.get(run, 0) for run in range(len(marker.places))) for found in (marker.saved, marker.held))
-    return Measured(tuple(marker.places), stretches, saved, tuple(timed[marker.samples[p]] for p in marker.places), held)
+    runs = range(len(marker.places))
+    saved, held, looks = (tuple(found.get(run, 0) for run in runs) for found in (marker.saved, marker.held, marker.looks))
+    return Measured(tuple(marker.places), stretches, saved, tuple(timed[marker.samples[p]] for p in marker.places), held, looks)
 
 
 @contextmanager

@@ -93,6 +93,11 @@ def glance(t: Tensor) -> Tensor | None:
         return torch.take(t.detach(), _places(t.numel(), t.device)).to(dtype) if t.numel() else t.new_empty(0, dtype=dtype)
 
 
+def size_of_glance(numel: int, dtype: torch.dtype) -> int:
+    """Bytes of a `glance` at a tensor of so many elements."""
+    return min(numel, _FOLD) * (8 if dtype in _COMPARED_WIDE else 4)
+
+
 @lru_cache(maxsize=256)
 def _places(numel: int, device: torch.device) -> Tensor:
     """Numbers of elements at equal distances."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import swin3d_t
 
 import revwire
+from revwire import _budget as budgets
 from revwire._budget import _rival, least, parse_budget, search
 from revwire._convert import chains_of
 from revwire._costs import MODES, Costs
@@ -60,7 +61,7 @@ def test_what_is_no_budget_is_refused(budget):
 # -- the search, against all mixes -------------------------------------------------------------------------------------
 
 
-def costs_of(units, seed, chains=1, state=64, exact=True):
+def costs_of(units, seed, chains=1, state=64, exact=True, keeps=40):
     """Costs of a step with random figures: two marks per unit forwards, three backwards."""
     random = torch.Generator().manual_seed(seed)
 
@@ -71,13 +72,13 @@ def costs_of(units, seed, chains=1, state=64, exact=True):
     places = [Place(i // each, i % each) for i in range(units)]
     stretches = [Stretch(Mark("begin", -1), 0, number(0, 100), 0.1)]
     for run in range(units):
-        level = 40 * run
+        level = keeps * run
         stretches += [
             Stretch(Mark("enter", run), level, level + number(100, 400), 1),
-            Stretch(Mark("leave", run), level + 40, level + 60, 0),
+            Stretch(Mark("leave", run), level + keeps, level + keeps + 20, 0),
         ]
     for run in reversed(range(units)):
-        level = 40 * run
+        level = keeps * run
         stretches += [Stretch(Mark("grad", run), level, level + number(100, 900), number(1, 9))]
         stretches += [Stretch(Mark("complete", run), level, level + number(100, 900), number(1, 5))]
         stretches += [Stretch(Mark("rebuilt", run), level, level + number(300, 1000), 2)]
@@ -113,6 +114,39 @@ def test_the_search_finds_the_fastest_mix_that_fits(seed, chains, exact):
         assert seconds <= best + 0.25  # one class of bytes is 1/256 of the budget: a unit's arithmetic may be lost to it
     assert search(costs, low - 1) is None
     assert low <= least(costs) <= low * 1.002 + 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mix_of_two_steps_costs_what_each_says_of_its_own_runs(seed):
+    one, two = costs_of(4, seed), costs_of(4, seed + 10, keeps=70)
+    for costs in (one, two):
+        same = Costs.mixed([costs] * 4)
+        assert [same.forecast(forms) for forms in every_mix(costs)] == [costs.forecast(forms) for forms in every_mix(costs)]
+    mixed = Costs.mixed([one, two, two, one])
+    assert mixed.starts == [0, 40, 110, 180, 220]
+    assert [mixed.own(run, "r") for run in range(4)] == [
+        one.own(0, "r"),
+        two.own(1, "r") - 70 + 40,
+        two.own(2, "r") - 140 + 110,
+        one.own(3, "r") - 120 + 180,
+    ]
+    spent = [one.spent[0], two.spent[1], two.spent[2], one.spent[3]]
+    assert mixed.seconds == pytest.approx(one.seconds - sum(one.spent) + sum(spent))
+    assert mixed.forecast(["a"] * 4)[1] == pytest.approx(mixed.seconds - sum(c.units[i].gain for i, c in enumerate((one, two, two, one))))
+
+
+def test_each_unit_goes_the_coarsest_way_with_which_it_fits():
+    ways = [costs_of(6, seed, keeps=keeps) for seed, keeps in ((0, 40), (1, 45), (2, 60))]
+    for size in range(300, 1500, 50):
+        picks = budgets._coarsest(ways, size)
+        mixed = Costs.mixed([ways[way] for way in picks])
+        for run, way in enumerate(picks):
+            others = [Costs.mixed([*(ways[w] for w in picks[:run]), ways[w], *(ways[w] for w in picks[run + 1 :])]) for w in range(way)]
+            assert mixed.own(run, "r") <= size or way == 2
+            assert all(other.own(run, "r") > size for other in others)
+    smallest, choices = budgets._least(ways)
+    assert budgets._found(ways, choices, smallest) is not None
+    assert smallest <= 1.002 * min(least(costs) for costs in ways)
 
 
 def test_every_mix_of_modes_has_a_form():

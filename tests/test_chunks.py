@@ -734,6 +734,33 @@ def test_a_budget_below_what_whole_units_need_is_met_in_chunks():
     assert plan.to_dict()["chains"][0]["units"][0]["chunks"] == plan.units[0].chunks
 
 
+class Stages(nn.Module):
+    """Blocks on all tokens, and on a fourth of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Net(linear, 3), Net(linear, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x)[:, ::4])
+
+
+@pytest.mark.parametrize("budget", [0.7, "least"])
+def test_only_units_that_need_it_are_cut_for_a_budget(budget):
+    inputs = torch.randn(16, 128, WIDTH)
+    model = Stages()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    whole = revwire.plan(model, inputs, memory_budget="least", chunks=1).forecast.peak_bytes
+    revwire.convert(model, inputs, memory_budget=budget if budget == "least" else int(budget * whole), coupling="re2tal")
+    first, second = ([u.chunks for u in chain.units] for chain in revwire.report(model).chains)
+    assert min(first) < max(first) or min(first) > 1
+    assert max(first) > max(second)
+    assert min(second) == 1
+    assert peak_bytes(step(model, inputs)) == pytest.approx(revwire.report(model).forecast.peak_bytes, rel=0.05)
+    assert revwire.verify(model, inputs).bit_exact
+
+
 @pytest.mark.parametrize("share", [0.75, 0.9, 1.5, 3.0])
 def test_peaks_of_mixes_in_chunks_come_as_predicted(share):
     inputs = torch.randn(16, 64, WIDTH)
