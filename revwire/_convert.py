@@ -30,10 +30,11 @@ from revwire._module import Chain
 from revwire._parted import PartedForward, install_parts
 from revwire._plan import Forecast, Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._program import Program, Slot, pattern_of
-from revwire._recording import Recording
+from revwire._recording import Recording, tensors_in
+from revwire._replay import accelerators_of
 from revwire._rewrite import install
 from revwire._step import device_of, left_as_found, mean_square, own_leaves, run_model
-from revwire._trace import record
+from revwire._trace import left_alone, record
 from revwire._units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._unready import refuse_unready
 
@@ -315,7 +316,9 @@ class _Ways:
             yield from others if chunks not in (None, 1) else ()
 
     def run(self) -> None:
-        run_model(self.model, fresh_arguments((self.call.args, self.call.kwargs)))
+        given = fresh_arguments((self.call.args, self.call.kwargs))
+        with left_alone(self.model, accelerators_of([*tensors_in(given), *self.model.parameters()])):
+            run_model(self.model, given)
 
     def switched(self, on: bool) -> Callable[[], None]:
         return lambda: _switch(self.state.checkpointed, on=on)
@@ -558,6 +561,7 @@ class _Planner:
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
         self.known: Known = {}
+        self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> _Prepared:
         while True:
@@ -668,7 +672,7 @@ class _Planner:
         for number, members in enumerate(units):
             for place, u in enumerate(members):
                 for call, sizes in calls_with_cores(flow, u.candidate.host, u.candidate.region, self.known).items():
-                    if self.name(call) and id(events[call].target) not in hosts:
+                    if self.name(call) and id(events[call].target) not in hosts and call not in self.opened:
                         found.setdefault(self.name(call), _InBranch(number, place, sizes))
         return found
 
@@ -753,6 +757,7 @@ class _Planner:
             try:
                 cut = self.recording.cut(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
+                self.opened |= {u.candidate.host + call for call in inline}
                 Program.of(build_graph(cut, inline), again, held)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"

@@ -4,8 +4,11 @@ Note [Cores]
     Where two activations are multiplied (each query with each key), the product may be much larger than both. Around such a product, a
     core is grown call by call, along one of its dimensions (the heads, or the queries): a call belongs to it as long as a part of its
     result, along a dimension, needs the same part of its inputs alone, or what all parts share. For element-wise calls that is known from
-    their declaration; of others it is found out by running them on random tensors of the recorded shapes, whole and in two halves. Calls
-    that multiply by weights stay outside, and so does all that owns weights or buffers. In place, a core may write to what it made itself.
+    their declaration; of others it is found out by running them on random tensors of the recorded shapes, whole and in two halves (of
+    another size each, so that statistics of the whole cannot pass for those of a half). Calls that multiply by weights stay outside.
+    Modules that own nothing are opened, so that a core is made of calls of torch's alone, and others stay outside. In place, a core may
+    write to what it made itself. All else of the module stays in its order: the core is computed at one moment, when all is there that
+    goes in, and before anything needs what comes out.
 """
 
 from __future__ import annotations
@@ -20,17 +23,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from revwire._chunks import alike
 from revwire._errors import CaptureError
 from revwire._flow import Flow
 from revwire._graph import HostGraph, build_graph
 from revwire._parts import Border, InParts, Parting
 from revwire._program import Compiled
-from revwire._recording import Event, Recording, Value, has_hooks, refs
+from revwire._recording import HIDDEN, Event, Recording, Value, has_hooks, refs
 from revwire._replay import preserved_random_state
 
-_DROPS = (functional.dropout, torch.dropout, nn.Dropout)
+_DROPS = (functional.dropout, torch.dropout)
 _MOST_WAYS = 64
+_MOST_SEEDS = 64
+_MOST_KNOWN = 4096
+_EXACT = 2**22  # elements up to which calls are tried in double precision
 _SIZED = ("view", "reshape", "expand", "unflatten", "repeat")
 
 
@@ -73,15 +78,19 @@ class CoreProgram:
         return self.compiled.run(module, module, *leaves)
 
 
+_Input = tuple[fx.Node, int | None]
+"""What goes into a core, and the dimension along which it is cut."""
+
+
 @dataclass
 class _Core:
     """Nodes of a graph and the dimension along which each is cut, in the order of the graph."""
 
     dims: dict[fx.Node, int]
     size: int
-    inputs: dict[fx.Node, int | None] = field(default_factory=dict)
+    seed: fx.Node
+    inputs: list[_Input] = field(default_factory=list)
     outs: list[fx.Node] = field(default_factory=list)
-    sizes: dict[fx.Node, int] = field(default_factory=dict)
 
 
 def core_program(recording: Recording, path: str, parting: Parting, known: Known) -> CoreProgram:
@@ -96,8 +105,7 @@ def core_program(recording: Recording, path: str, parting: Parting, known: Known
     Raises:
         CaptureError: it has none, or does what a graph cannot repeat; the message is a short reason.
     """
-    host = build_graph(recording, set())
-    return _Search(host, known).program(path, parting)
+    return _searched(recording, known).program(path, parting)
 
 
 def calls_with_cores(flow: Flow, host: int, region: Iterable[int], known: Known) -> dict[int, Sizes]:
@@ -113,14 +121,33 @@ def calls_with_cores(flow: Flow, host: int, region: Iterable[int], known: Known)
     found: dict[int, Sizes] = {}
     for number in sorted(region):
         around = [call for call in recording.calls_around(number) if call > host]
-        if not _multiplies_activations(flow, recording.events[number]) or not found.keys().isdisjoint(around):
+        if not _multiplies_activations(flow, recording.events[number]) or any(found.get(call) for call in around):
             continue
         for call in reversed(around):
-            sizes = _sizes(recording, call, known)
-            if sizes:
-                found[call] = sizes
+            if call not in found:
+                found[call] = _sizes(recording, call, known)
+            if found[call]:
                 break
-    return found
+    return {call: sizes for call, sizes in found.items() if sizes}
+
+
+def _searched(recording: Recording, known: Known) -> _Search:
+    """The search in the code of the root of a recording, with the modules opened that own nothing, if that can be."""
+    inline = set[int]()
+    for e in recording.events[1:]:
+        if e.is_module and (e.parent == 0 or e.parent in inline) and not e.hooked and _owns_nothing(e.target) and not _acts(recording, e):
+            inline.add(e.number)
+    try:
+        return _Search(build_graph(recording, inline), known)
+    except CaptureError:
+        if not inline:
+            raise
+        return _Search(build_graph(recording, set()), known)
+
+
+def _acts(recording: Recording, event: Event) -> bool:
+    """Whether the own code of a module call does what a graph cannot hold."""
+    return bool(event.changes) or any(read.parent == event.number and read.kind in HIDDEN for read in recording.reads)
 
 
 def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
@@ -128,7 +155,7 @@ def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
     if recording.events[call].hooked or any(_is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)):
         return ()
     try:
-        return tuple(core.size for core in _Search(build_graph(recording.cut(call), set()), known).found())
+        return tuple(core.size for core in _searched(recording.cut(call), known).found())
     except CaptureError:
         return ()
 
@@ -154,127 +181,176 @@ class _Search:
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.value_of: dict[fx.Node, Value] = {n: host.recording.values[v] for v, n in host.node_of.items()}
         self.written = {s for storages in host.writes.values() for s in storages}
-        self.silent = {n for n, module in host.elided.items() if self.is_silent(n, module)}
+        self.maker: dict[fx.Node, Any] = {n: n.args[0] for n in self.nodes if self.is_result(n)}
+        self.above: dict[fx.Node, int] = {}  # the places of all that a node comes from, as bits
+        for node in self.nodes:
+            bits = 0
+            for i in node.all_input_nodes:
+                bits |= self.above[i] | 1 << self.order[i]
+            self.above[node] = bits
+        self.belongs: dict[fx.Node, bool] = {}
+        self.relations: dict[tuple[fx.Node, int], Relation | None] = {}
 
-    def is_silent(self, node: fx.Node, module: nn.Module) -> bool:
-        """Whether a module only hands its input on (dropout that drops nothing): it is called where that is made."""
-        return not node.users and len(node.all_input_nodes) == 1 and _owns_nothing(module)
+    def is_result(self, node: fx.Node) -> bool:
+        """Whether a node is one of several results of a call."""
+        made = (
+            node.target is operator.getitem and node in self.value_of and node not in self.host.event_of and isinstance(node.args[1], int)
+        )
+        return made and node.args[0] in self.host.event_of and node.args[0] not in self.value_of
+
+    def call(self, node: fx.Node) -> fx.Node:
+        """The node of the call that a value comes from."""
+        made: fx.Node = self.maker.get(node, node)
+        return made
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        return self.call(node).all_input_nodes
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        return [user for user in node.users if user not in self.silent]
+        """The nodes that need a value; instead of calls with several results, those results."""
+        found: list[fx.Node] = []
+        for user in node.users:
+            results = [r for r in user.users if self.maker.get(r) is user]
+            found += results if results and len(results) == len(user.users) else [user]
+        return found
 
     # -- finding ---------------------------------------------------------------------------------------------------
 
     def found(self) -> list[_Core]:
-        """The core that is largest compared with what goes in, along each dimension along which it may be cut.
+        """The core that is largest compared with what goes in, along each dimension along which it may be cut, best first.
 
         Raises:
             CaptureError: there is none.
         """
-        best: list[_Core] = []
-        for seed in [n for n in self.nodes if n in self.host.event_of and n in self.value_of]:
-            if _multiplies_activations(self.flow, self.event(seed)) and not (best and seed in best[0].dims):
-                cores = [self.grown(seed, dim) for dim in self.dimensions(self.value_of[seed].shape)]
-                good = [core for core in cores if core is not None and self.gain(core) > 1]
-                if good and (not best or self.gain(good[0]) > self.gain(best[0])):
-                    best = good
-        if not best:
+        seeds = [n for n in self.nodes if n in self.host.event_of and n in self.value_of]
+        seen: set[tuple[fx.Node, int]] = set()
+        good: list[_Core] = []
+        for seed in [n for n in seeds if _multiplies_activations(self.flow, self.event(n))][:_MOST_SEEDS]:
+            for dim in self.dimensions(self.value_of[seed].shape):
+                core = None if (seed, dim) in seen else self.grown(seed, dim)
+                if core is not None:
+                    seen.update(core.dims.items())
+                    good += [core] if self.gain(core) > 1 else []
+        if not good:
             raise CaptureError("holds no core that may run in parts")
-        return best
+        best = max(good, key=self.gain)
+        order = self.dimensions(self.value_of[best.seed].shape)
+        same = {core.dims[best.seed]: core for core in reversed(good) if best.seed in core.dims and core.dims[best.seed] in order}
+        return [same[dim] for dim in order if dim in same]
 
     def dimensions(self, shape: tuple[int, ...]) -> list[int]:
         """Those along which a core may be cut, best first: heads, then queries, then samples. The last one is what is summed over."""
         return [*range(1, len(shape) - 1), 0] if len(shape) > 3 else [*range(len(shape) - 1)]
 
     def event(self, node: fx.Node) -> Event:
-        return self.host.recording.events[self.host.event_of[node]]
+        return self.host.recording.events[self.host.event_of[self.call(node)]]
 
     def grown(self, seed: fx.Node, dim: int) -> _Core | None:
         """The core around a product, cut along one of its dimensions; None if it is none."""
         size = self.value_of[seed].shape[dim]
         if size < 2 or self.relation(seed, dim) is None:
             return None
-        dims, grows = {seed: dim}, True
-        while grows:
-            grows = self.grow_down(dims, size) or self.grow_up(dims, size)
-        core = _Core({n: dims[n] for n in self.nodes if n in dims}, size)
+        dims, todo = {seed: dim}, [seed]
+        for node in todo:  # grows
+            todo += [*self.grow_down(dims, node, size), *self.grow_up(dims, node, size)]
+        core = _Core({n: dims[n] for n in self.nodes if n in dims}, size, seed)
         for node in core.dims:
-            relation = self.relation(node, dims[node])
-            assert relation is not None
-            if relation.size is not None:
-                core.sizes[node] = relation.size
-            for i, d in zip(node.all_input_nodes, relation.dims, strict=True):
+            for i, d in zip(self.inputs(node), self.related(node, dims[node]).dims, strict=True):
                 if i in dims and dims[i] != d:
                     return None
-                if i not in dims and core.inputs.setdefault(i, d) != d:
-                    return None
-        if self.writes_outside(core):
-            return None
+                if i not in dims and (i, d) not in core.inputs:
+                    core.inputs.append((i, d))
         core.outs = [n for n in core.dims if any(u not in dims for u in self.users(n))]
         floats = all(self.value_of[n].dtype.is_floating_point for n in core.outs)
-        return core if core.outs and floats else None
+        return core if core.outs and floats and not self.writes_outside(core) and self.has_a_moment(core) else None
 
     def writes_outside(self, core: _Core) -> bool:
         """Whether anything writes to memory that is seen from inside of the core and from outside."""
         storages = self.host.storage_of
-        touched = {storages[n] for n in (*core.dims, *core.inputs) if n in storages} & self.written
+        touched = {storages[n] for n in (*core.dims, *(i for i, _ in core.inputs)) if n in storages} & self.written
         return any(storage in touched and n not in core.dims for n, storage in storages.items())
 
-    def grow_down(self, dims: dict[fx.Node, int], size: int) -> bool:
-        """Take in a call that goes on from the core, if there is one."""
-        for node in list(dims):
-            for user in self.users(node):
-                if user in dims or not self.may_belong(user):
-                    continue
-                for d, s in enumerate(self.value_of[user].shape):
-                    relation = self.relation(user, d) if s == size else None
-                    if relation is not None and self.fits(user, relation, dims):
-                        dims[user] = d
-                        return True
-        return False
+    def has_a_moment(self, core: _Core) -> bool:
+        """Whether all that goes in is there before anything else needs what comes out."""
+        return self.moment(core) < min(self.order[u] for n in core.outs for u in self.outside(n, core))
 
-    def fits(self, node: fx.Node, relation: Relation, dims: dict[fx.Node, int]) -> bool:
-        return all(dims.get(i, d) == d for i, d in zip(node.all_input_nodes, relation.dims, strict=True))
+    def moment(self, core: _Core) -> int:
+        """The place of the last node that the core needs."""
+        return max(self.order[i] for i, _ in core.inputs)
 
-    def grow_up(self, dims: dict[fx.Node, int], size: int) -> bool:
-        """Take in a call that only the core needs, if there is one."""
-        for node in list(dims):
-            relation = self.relation(node, dims[node])
-            assert relation is not None
-            for i, d in zip(node.all_input_nodes, relation.dims, strict=True):
-                if i in dims or d is None or not self.may_belong(i) or any(u not in dims for u in self.users(i)):
-                    continue
-                if self.value_of[i].shape[d] == size and self.relation(i, d) is not None:
-                    dims[i] = d
-                    return True
-        return False
+    def outside(self, node: fx.Node, core: _Core) -> list[fx.Node]:
+        """The calls outside of a core that need a value of it."""
+        return [self.call(u) for u in self.users(node) if u not in core.dims]
+
+    def grow_down(self, dims: dict[fx.Node, int], node: fx.Node, size: int) -> list[fx.Node]:
+        """Take in the calls that go on from a node of the core, and need nothing that comes from it by a way outside."""
+        new: list[fx.Node] = []
+        if any(user in self.host.elided for user in node.users):  # a module hands it on, and may act on it, or on its gradient
+            return new
+        for user in self.users(node):
+            if user in dims or not self.may_belong(user) or self.comes_back(user, dims):
+                continue
+            for d, s in enumerate(self.value_of[user].shape):
+                relation = self.relation(user, d) if s == size else None
+                if relation is not None and all(dims.get(i, at) == at for i, at in zip(self.inputs(user), relation.dims, strict=True)):
+                    dims[user] = d
+                    new.append(user)
+                    break
+        return new
+
+    def comes_back(self, node: fx.Node, dims: dict[fx.Node, int]) -> bool:
+        mask = 0
+        for inside in dims:
+            mask |= 1 << self.order[inside]
+        return any(i not in dims and self.above[i] & mask for i in self.inputs(node))
+
+    def grow_up(self, dims: dict[fx.Node, int], node: fx.Node, size: int) -> list[fx.Node]:
+        """Take in the calls that a node of the core needs, if only the core needs them, along one dimension."""
+        new = []
+        for i, d in zip(self.inputs(node), self.related(node, dims[node]).dims, strict=True):
+            if i in dims or d is None or not self.may_belong(i) or self.value_of[i].shape[d] != size:
+                continue
+            if all(u in dims and self.wants(u, dims[u], i) == {d} for u in self.users(i)) and self.relation(i, d) is not None:
+                dims[i] = d
+                new.append(i)
+        return new
+
+    def wants(self, node: fx.Node, dim: int, i: fx.Node) -> set[int | None]:
+        """Along which dimensions a node of the core needs its input ``i``."""
+        return {d for other, d in zip(self.inputs(node), self.related(node, dim).dims, strict=True) if other is i}
 
     def may_belong(self, node: fx.Node) -> bool:
-        """Whether a call may be computed again in parts: it owns nothing, and does not multiply by weights; see also `writes_outside`."""
-        if node not in self.host.event_of or node not in self.value_of or any(i not in self.value_of for i in node.all_input_nodes):
+        """Whether a call may be computed again in parts: it is one of torch's, and does not multiply by weights; see `writes_outside`."""
+        if node not in self.belongs:
+            self.belongs[node] = self._may_belong(node)
+        return self.belongs[node]
+
+    def _may_belong(self, node: fx.Node) -> bool:
+        call = self.call(node)
+        if call not in self.host.event_of or node not in self.value_of or any(i not in self.value_of for i in self.inputs(node)):
             return False
-        event, events = self.event(node), self.host.recording.events
-        if node in self.host.writes and not event.is_pointwise:
+        event = self.event(node)
+        if event.is_module or event.opaque or (call in self.host.writes and not event.is_pointwise):
             return False
-        inner = [e for e in events[event.number : event.end] if not e.is_module] if event.is_module else [event]
-        if event.is_module and not _owns_nothing(event.target):
-            return False
-        return not any(e.is_product and not _multiplies_activations(self.flow, e) for e in inner) and not any(e.opaque for e in inner)
+        return not event.is_product or _multiplies_activations(self.flow, event)
 
     def gain(self, core: _Core) -> float:
         """How much larger the largest that is made inside is than what goes in: that is kept instead of it.
 
-        What is handed in, and enters by element-wise calls only (a bias, a mask), is there anyway. Where more comes out than stays
-        inside (a map of attention, at each of its stages), nothing is gained.
+        What is handed in, and enters by element-wise calls only (a bias, a mask), is there anyway. Where much comes out of what is
+        made inside (maps of attention), little is gained.
         """
-        inside = [self.bytes_of(n) for n in core.dims if n not in core.outs and not self.event(n).view]
-        hidden = [max(0, self.event(n).saved - sum(map(self.bytes_of, (n, *n.all_input_nodes)))) for n in core.outs]
-        if sum(inside) + sum(hidden) < sum(map(self.bytes_of, core.outs)):
+        inside = [self.bytes_of(n) for n in core.dims if n not in core.outs and not self.is_view(n)]
+        hidden = [max(0, self.event(n).saved - sum(map(self.bytes_of, (n, *self.inputs(n))))) for n in core.outs]
+        if sum(inside) + sum(hidden) <= 2 * sum(map(self.bytes_of, core.outs)):
             return 0.0
-        returned = self.nodes[-1].all_input_nodes
-        there = [i for i in core.inputs if i.op in ("placeholder", "get_attr") or i in returned]
-        light = [i for i in there if all(self.event(u).is_pointwise for u in self.users(i) if u in core.dims)]
-        return max([*inside, *hidden]) / max(1, sum(self.bytes_of(i) for i in core.inputs if i not in light))
+        inputs, returned = {i for i, _ in core.inputs}, self.nodes[-1].all_input_nodes
+        there = [i for i in inputs if i.op in ("placeholder", "get_attr") or i in returned]
+        light = {i for i in there if all(self.event(u).is_pointwise for u in self.users(i) if u in core.dims)}
+        return max([*inside, *hidden]) / max(1, sum(map(self.bytes_of, inputs - light)))
+
+    def is_view(self, node: fx.Node) -> bool:
+        return any(self.value_of[i].storage == self.value_of[node].storage for i in self.inputs(node))
 
     def bytes_of(self, node: fx.Node) -> int:
         value = self.value_of[node]
@@ -282,44 +358,65 @@ class _Search:
 
     # -- relations -------------------------------------------------------------------------------------------------
 
+    def related(self, node: fx.Node, dim: int) -> Relation:
+        """That of a node of the core."""
+        relation = self.relation(node, dim)
+        assert relation is not None
+        return relation
+
     def relation(self, node: fx.Node, dim: int) -> Relation | None:
         """What a part of a call's result along a dimension needs; None where that is not a part of its inputs."""
-        if not self.may_belong(node):
-            return None
+        if (node, dim) not in self.relations:
+            self.relations[node, dim] = self.known_relation(node, dim) if self.may_belong(node) else None
+        return self.relations[node, dim]
+
+    def known_relation(self, node: fx.Node, dim: int) -> Relation | None:
         key = self.key(node), dim
         if key not in self.known:
+            if len(self.known) >= _MOST_KNOWN:
+                self.known.clear()
             self.known[key] = self.looked_up(node, dim)
         return self.known[key]
 
     def key(self, node: fx.Node) -> Any:
-        target = self.event(node).target
-        if isinstance(target, nn.Module):
-            target = type(target), repr(target), target.training
-        inputs = node.all_input_nodes
-        shapes = [(self.value_of[i].shape, self.value_of[i].dtype) for i in inputs]
-        return target, tuple(shapes), repr(fx.map_arg((node.args, node.kwargs), lambda n: f"<{inputs.index(n)}>"))
+        call, inputs = self.call(node), self.inputs(node)
+        values = [self.value_of[i] for i in inputs]
+        constants = repr(fx.map_arg((call.args, call.kwargs), lambda n: f"<{inputs.index(n)}>"))
+        return self.event(node).target, self.index(node), tuple((v.shape, v.dtype) for v in values), constants, self.event(node).modes
+
+    def index(self, node: fx.Node) -> int | None:
+        """Which of several results of its call it is."""
+        return node.args[1] if node in self.maker else None  # type: ignore[return-value]
 
     def looked_up(self, node: fx.Node, dim: int) -> Relation | None:
         event, shape = self.event(node), self.value_of[node].shape
-        drops = event.target in _DROPS or type(event.target) in _DROPS
-        if event.is_pointwise or drops:
-            return Relation(tuple(_aligned(self.value_of[i].shape, shape, dim) for i in node.all_input_nodes))
-        try:
-            with torch.no_grad(), preserved_random_state(() if self.device.type == "cpu" else (self.device,)):
-                return self.tried(node, dim)
-        except Exception:  # noqa: BLE001 - a call that knows its sizes fails on a part in any way
-            return None
+        if event.is_pointwise or event.target in _DROPS:
+            return Relation(tuple(_aligned(self.value_of[i].shape, shape, dim) for i in self.inputs(node)))
+        with torch.no_grad(), preserved_random_state(() if self.device.type == "cpu" else (self.device,)):
+            for most in self.largest_integers(node):
+                try:
+                    return self.tried(node, dim, most)
+                except Exception:  # noqa: BLE001 - a call that knows its sizes, or is given no valid index, fails in any way
+                    continue
+        return None
 
-    def tried(self, node: fx.Node, dim: int) -> Relation | None:
+    def largest_integers(self, node: fx.Node) -> list[int]:
+        """Up to which to draw integers for a call: they may be any, or indices into its other inputs."""
+        values = [self.value_of[i] for i in self.inputs(node)]
+        sizes = [s for v in values if v.dtype.is_floating_point or v.dtype.is_complex for s in v.shape]
+        return [100, min(sizes, default=1)] if any(_is_integer(v.dtype) for v in values) else [100]
+
+    def tried(self, node: fx.Node, dim: int, most: int) -> Relation | None:
         """Run the call on random tensors, whole and in halves, and see which parts of them a half needs."""
-        given = [_random(self.value_of[i], self.device) for i in node.all_input_nodes]
-        size = self.value_of[node].shape[dim]
-        half = size // 2
+        shape = self.value_of[node].shape
+        wide = sum(torch.Size(self.value_of[n].shape).numel() for n in (node, *self.inputs(node))) <= _EXACT
+        given = [_random(self.value_of[i], self.device, most, wide=wide) for i in self.inputs(node)]
+        half = shape[dim] // 2
         whole = self.run(node, given)
-        if not isinstance(whole, Tensor) or whole.shape != self.value_of[node].shape:
-            return None
+        if not isinstance(whole, Tensor) or whole.shape != shape or not whole.numel() or bool((whole == whole.flatten()[0]).all()):
+            return None  # the last: what is the same everywhere shows nothing
         for relation in self.ways(node, dim):
-            if all(self.holds(node, given, relation, whole, dim, *part) for part in ((0, half), (half, size - half))):
+            if all(self.holds(node, given, relation, whole, dim, *part) for part in ((0, half), (half, shape[dim] - half))):
                 return relation
         return None
 
@@ -327,7 +424,7 @@ class _Search:
         """The relations that may hold, the likely ones first."""
         shape = self.value_of[node].shape
         options: list[list[int | None]] = []
-        for i in node.all_input_nodes:
+        for i in self.inputs(node):
             own = self.value_of[i].shape
             good = [d for d in range(len(own)) if own[d] == shape[dim]]
             good.sort(key=lambda d: (len(own) - d != len(shape) - dim, d != dim))
@@ -335,7 +432,8 @@ class _Search:
         names = getattr(self.event(node).target, "__name__", "")
         numbers: list[int | None] = [None]
         if names in _SIZED:
-            numbers += [k for k, constant in enumerate(_constants(node)) if type(constant) is int and constant == shape[dim]]
+            constants = _constants(self.call(node))
+            numbers += [k for k, constant in enumerate(constants) if type(constant) is int and constant == shape[dim]]
         for count, dims in enumerate(product(*options)):
             if count < _MOST_WAYS and any(d is not None for d in dims):
                 yield from (Relation(dims, number) for number in numbers)
@@ -346,13 +444,17 @@ class _Search:
             found = self.run(node, part, relation.size, length)
         except Exception:  # noqa: BLE001 - as in `looked_up`
             return False
-        return isinstance(found, Tensor) and alike(found, whole.narrow(dim, start, length))
+        return isinstance(found, Tensor) and _same(found, whole.narrow(dim, start, length))
 
     def run(self, node: fx.Node, given: list[Tensor], number: int | None = None, size: int = 0) -> Any:
-        tensors = dict(zip(node.all_input_nodes, given, strict=True))
-        args, kwargs = fx.map_arg(_with_size(node, number, size), lambda n: tensors[n])
-        call: Any = self.event(node).target if node.op == "call_module" else node.target
-        return call(*args, **kwargs)
+        """The call on these inputs, without dropout."""
+        call: Any = self.call(node)
+        tensors = dict(zip(call.all_input_nodes, given, strict=True))
+        args, kwargs = fx.map_arg(_with_size(call, number, size), lambda n: tensors[n])
+        if "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        out = call.target(*args, **kwargs)
+        return out if node is call else out[self.index(node)]
 
     @property
     def device(self) -> torch.device:
@@ -365,52 +467,44 @@ class _Search:
         """The module's graph with its core in parts."""
         cores = self.found()
         core = cores[which(tuple(core.size for core in cores), parting.count)]
-        shapes = tuple(torch.Size(self.value_of[i].shape) for i in core.inputs)
-        border = Border(shapes, tuple(core.inputs.values()), core.size, tuple(core.dims[n] for n in core.outs))
+        shapes = tuple(torch.Size(self.value_of[i].shape) for i, _ in core.inputs)
+        border = Border(shapes, tuple(d for _, d in core.inputs), core.size, tuple(core.dims[n] for n in core.outs))
         call = InParts(Compiled(self.inner(core)).run, border, parting, path)
-        modules = [self.event(n).target for n in core.dims if n.op == "call_module"]  # whose hooks would not be called as they are
-        return CoreProgram(Compiled(self.outer(core, call)), (*self.host.opened, *self.host.elided.values(), *modules))
-
-    def is_within(self, node: fx.Node, core: _Core) -> bool:
-        """Whether a call that only hands on what the core makes goes into it."""
-        return node in self.silent and node.all_input_nodes[0] in core.dims
+        return CoreProgram(Compiled(self.outer(core, call)), (*self.host.opened, *self.host.elided.values()))
 
     def inner(self, core: _Core) -> fx.Graph:
         """The graph of the core: ``f(module, size, *inputs)``."""
         graph = fx.Graph()
         size = graph.placeholder("size")
-        env = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(core.inputs)}
-        for node in self.nodes:
-            if node in core.dims or self.is_within(node, core):
-                env[node] = graph.node_copy(node, lambda n: env[n])
-            if node in core.sizes:
-                copied = env[node]
-                copied.args, copied.kwargs = _with_size(copied, core.sizes[node], size)
+        given = {both: graph.placeholder(f"input_{i}") for i, both in enumerate(core.inputs)}
+        env: dict[fx.Node, fx.Node] = {}
+        made: dict[tuple[fx.Node, Relation], fx.Node] = {}
+        for node, dim in core.dims.items():
+            call, relation = self.call(node), self.related(node, dim)
+            if (call, relation) not in made:
+                needs = {i: env[i] if i in env else given[i, d] for i, d in zip(self.inputs(node), relation.dims, strict=True)}
+                copied = graph.node_copy(call, needs.__getitem__)
+                if relation.size is not None:
+                    copied.args, copied.kwargs = _with_size(copied, relation.size, size)
+                made[call, relation] = copied
+            env[node] = made[call, relation]
+            if node is not call:
+                env[node] = graph.call_function(operator.getitem, (env[node], self.index(node)))
         graph.output(tuple(env[n] for n in core.outs))
         return graph
 
     def outer(self, core: _Core, call: InParts) -> fx.Graph:
-        """The module's graph, with one call for its core."""
-        graph = fx.Graph()
+        """The module's graph, in its order, with one call for its core."""
+        graph, last = fx.Graph(), self.moment(core)
         module = graph.placeholder("module")
         env: dict[fx.Node, fx.Node] = {}
-        last = max(core.dims, key=self.order.__getitem__)
-        waiting: list[fx.Node | None] = []
+        within = {m for m in self.maker.values() if all(r in core.dims for r in m.users)}
         for node in self.nodes:
-            waiting += [None] if node is last else [] if node in core.dims or self.is_within(node, core) else [node]
-            progress = True
-            while progress:
-                ready = [w for w in waiting if all(i in env for i in (core.inputs if w is None else w.all_input_nodes))]
-                for item in ready:
-                    if item is None:
-                        both = graph.call_function(call, (module, *(env[i] for i in core.inputs)))
-                        env.update({n: graph.call_function(operator.getitem, (both, i)) for i, n in enumerate(core.outs)})
-                    else:
-                        env[item] = graph.node_copy(item, lambda n: env[n])
-                waiting = [w for w in waiting if w not in ready]
-                progress = bool(ready)
-        if waiting:
-            raise CaptureError("interleaves its core with what needs a part of it")
+            if node not in core.dims and node not in within:
+                env[node] = graph.node_copy(node, lambda n: env[n])
+            if self.order[node] == last:
+                both = graph.call_function(call, (module, *(env[i] for i, _ in core.inputs)))
+                env.update({n: graph.call_function(operator.getitem, (both, i)) for i, n in enumerate(core.outs)})
         return graph
 
 
@@ -425,12 +519,38 @@ def _aligned(own: Sequence[int], shape: Sequence[int], dim: int) -> int | None:
     return d if d >= 0 and own[d] == shape[dim] else None
 
 
-def _random(value: Value, device: torch.device) -> Tensor:
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        return torch.randn(value.shape, dtype=value.dtype, device=device)
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _random(value: Value, device: torch.device, most: int, *, wide: bool) -> Tensor:
+    """Random values, larger towards the end of each dimension; integers below ``most``."""
     if value.dtype is torch.bool:
         return torch.rand(value.shape, device=device) < 0.5
-    return torch.zeros(value.shape, dtype=value.dtype, device=device)
+    if _is_integer(value.dtype):
+        return torch.randint(0, max(1, most), value.shape, dtype=value.dtype, device=device)
+    if value.dtype.is_complex:
+        dtype = torch.complex128 if wide or value.dtype == torch.complex128 else torch.complex64
+    else:
+        dtype = torch.float64 if wide or value.dtype == torch.float64 else torch.float32
+    out = torch.randn(value.shape, dtype=dtype, device=device)
+    for d, size in enumerate(value.shape):
+        out *= torch.linspace(1, 3, size, device=device).view([-1 if i == d else 1 for i in range(out.dim())])
+    return out
+
+
+def _same(part: Tensor, whole: Tensor) -> bool:
+    """Whether they are equal, up to the rounding of products of another size."""
+    if part.shape != whole.shape or part.dtype != whole.dtype:
+        return False
+    if part.is_complex():
+        part, whole = torch.view_as_real(part), torch.view_as_real(whole)
+    if not part.is_floating_point():
+        return torch.equal(part, whole)
+    finite = whole[whole.isfinite()]
+    size = float(finite.abs().amax()) if finite.numel() else 0.0
+    allowed = size * (1e-7 if part.dtype == torch.float64 else 1e-4)
+    return torch.allclose(part, whole, rtol=0, atol=allowed, equal_nan=True)
 
 
 def _constants(node: fx.Node) -> list[Any]:

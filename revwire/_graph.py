@@ -12,11 +12,12 @@ Note [What a graph cannot hold]
 from __future__ import annotations
 
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ class _Builder:
         target, name = event.target, getattr(event.target, "__name__", "")
         if name == "__get__":
             target, args = getattr, (args[0], event.target.__self__.__name__)
-        elif isinstance(target, (torch.jit.ScriptFunction, MethodType)):  # fx would look for them in a module of torch's
+        elif isinstance(target, (torch.jit.ScriptFunction, MethodType)) or not _is_found(target):  # fx would look in a module of torch's
             target = Spelled(target, str(name or "scripted"))
         if event.modes != self.top.modes:
             target = self.moded(event, target, name or "call")
@@ -249,7 +250,7 @@ class _Builder:
         if isinstance(structure, Opaque):
             return self.object_node(structure)
         if is_named_tuple(structure):
-            return type(structure)(*(self.argument(s) for s in structure))
+            return self.graph.call_function(Spelled(type(structure), type(structure).__name__), tuple(map(self.argument, structure)))
         if type(structure) in (list, tuple, torch.Size):
             items = [self.argument(s) for s in structure]
             return (
@@ -333,6 +334,16 @@ class _Builder:
         if not names:
             raise CaptureError(f"calls a {type(module).__name__} that is not registered below it")
         return names[0]
+
+
+def _is_found(target: Any) -> bool:
+    """Whether a Python function is what stands under its name in its module, where fx will look for it."""
+    if not isinstance(target, FunctionType) or not target.__module__.startswith("torch"):
+        return True
+    found: Any = sys.modules.get(target.__module__)
+    for name in target.__name__.split("."):
+        found = getattr(found, name, None)
+    return found is target
 
 
 def _key(key: Any) -> Any:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from revwire._chunks import alike
 from revwire._cores import CoreProgram, Known, Sizes, core_program, which
 from revwire._errors import CaptureError
 from revwire._forwards import put_on, standing_forward
+from revwire._fresh import fresh_arguments
 from revwire._graph import input_leaves
 from revwire._intercept import is_recording
 from revwire._module import Chain
 from revwire._parts import Parting, parts_of
 from revwire._programs import MAX_PROGRAMS, ProgramForward
-from revwire._replay import exporting, transformed
-from revwire._trace import record
+from revwire._recording import tensors_in
+from revwire._replay import accelerators_of, exporting, random_states, transformed
+from revwire._trace import left_alone, record
+from revwire._watch import context_of_its_own
 
 
 class PartedForward(ProgramForward[CoreProgram]):
@@ -38,6 +42,7 @@ class PartedForward(ProgramForward[CoreProgram]):
         self.sizes = sizes
         self.known = known
         self.whole: set[Any] = set()  # signatures of calls without a core
+        self.largest = 0  # elements of what it was given with gradients
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "known": {}, "whole": set()}
@@ -64,6 +69,8 @@ class PartedForward(ProgramForward[CoreProgram]):
         if self.count == 1 or self.parting.chain.original or is_recording() or exporting() or transformed():
             return self.plain(*args, **kwargs)
         leaves = input_leaves((args, kwargs))
+        if self.is_small(leaves):
+            return self.plain(*args, **kwargs)
         key = self.key(args, kwargs, leaves)
         program = self.programs.get(key)
         if program is None and key not in self.whole:
@@ -78,8 +85,32 @@ class PartedForward(ProgramForward[CoreProgram]):
         except CaptureError:
             self.keep_whole(args, kwargs, leaves)
             return None
+        if not self.agrees(program, args, kwargs):
+            self.keep_whole(args, kwargs, leaves)
+            return None
         self.keep(program, args, kwargs, leaves)
         return program
+
+    def is_small(self, leaves: list[Any]) -> bool:
+        """Whether a call without gradients is smaller than those with: what a step has room for, it has; and generation has many shapes."""
+        size = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
+        if torch.is_grad_enabled():
+            self.largest = max(self.largest, size)
+            return False
+        return size < self.largest
+
+    def agrees(self, program: CoreProgram, args: Any, kwargs: Any) -> bool:
+        """Whether the core in parts gives, in this call, what it gives whole; as far as that can be told where it draws random numbers."""
+        devices = accelerators_of([*tensors_in((args, kwargs)), *self.module.parameters()])
+        outs: list[Any] = []
+        for run in (lambda given: self.plain(*given[0], **given[1]), lambda given: program(self.module, input_leaves(given))):
+            with torch.no_grad(), left_alone(self.module, devices):
+                before = random_states(devices)
+                outs.append(context_of_its_own().run(run, fresh_arguments((args, kwargs))))
+                if not all(torch.equal(state, before[device]) for device, state in random_states(devices).items()):
+                    return True
+        pairs = zip(*map(tensors_in, outs), strict=True)
+        return all(a.shape == b.shape and (alike(b, a) if a.is_floating_point() else torch.equal(a, b)) for a, b in pairs)
 
     def keep_whole(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Remember that such a call, of these shapes, has no program."""

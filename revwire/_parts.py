@@ -90,9 +90,9 @@ class InParts:
             return self.joined(self.run(module, part[1], *self.given(inputs, part)) for part in parts)
         if self.parting.chain.stored:
             lengths, dims = [length for _, length in parts], self.border.dims
-            split = [x if d is None else torch.split(x, lengths, d) for x, d in zip(inputs, dims, strict=True)]
+            split = [x.view_as(x) if d is None else torch.split(x, lengths, d) for x, d in zip(inputs, dims, strict=True)]
             found = []
-            for i, length in enumerate(lengths):  # a view for each part, so that gradients are added up part by part
+            for i, length in enumerate(lengths):  # views for the core and for each part: gradients are added up part by part
                 given = [x.view_as(x) if isinstance(x, Tensor) else x[i] for x in split]
                 found.append(self.run(module, length, *given))
             return tuple(torch.cat(outs, d).contiguous() for outs, d in zip(zip(*found, strict=True), self.border.outs, strict=True))
@@ -149,6 +149,7 @@ class _Parts(torch.autograd.Function):
     def forward(ctx: Any, core: InParts, module: nn.Module, parts: list[tuple[int, int]], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.core, ctx.module, ctx.parts = core, module, parts
         ctx.surroundings, ctx.looks = [], []
+        wanted: list[bool] = []  # of the outputs
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
 
@@ -159,9 +160,12 @@ class _Parts(torch.autograd.Function):
             around.settle()
             ctx.surroundings.append(around)
             ctx.looks += _glances(outs)
+            wanted[:] = [out.requires_grad for out in outs]
             return tuple(out.detach() for out in outs)
 
-        return core.joined(map(run, parts))
+        found = core.joined(map(run, parts))
+        ctx.mark_non_differentiable(*(out for out, wants in zip(found, wanted, strict=True) if not wants))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -13,8 +13,8 @@ Note [Nothing is kept alive]
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -58,13 +58,7 @@ def record(
         stack.enter_context(torch.set_grad_enabled(gradients))
         args, kwargs = fresh_arguments((args, kwargs))
         recorder = Recorder(module, tuple(sorted({"cpu", *(d.type for d in devices)})))
-        stack.enter_context(preserved_random_state(devices))
-        stack.enter_context(_watch.python_random_kept())
-        stack.enter_context(_watch.attributes_kept(module))
-        stack.enter_context(_watch.shards_kept(module))
-        stack.enter_context(_watch.nothing_compiled())
-        stack.enter_context(buffers_kept([module]))
-        stack.enter_context(_watch.counters_kept(module))
+        stack.enter_context(left_alone(module, devices))
         recorder.name_all()
         stack.enter_context(recorder.watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))
@@ -78,6 +72,21 @@ def record(
             body = forward
             context.run(recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True)
     return recorder.recording
+
+
+@contextmanager
+def left_alone(module: nn.Module, devices: tuple[torch.device, ...]) -> Iterator[None]:
+    """A run of a module inside of this leaves nothing behind: no random state, attribute, shard or buffer is another one."""
+    with (
+        preserved_random_state(devices),
+        _watch.python_random_kept(),
+        _watch.attributes_kept(module),
+        _watch.shards_kept(module),
+        _watch.nothing_compiled(),
+        buffers_kept([module]),
+        _watch.counters_kept(module),
+    ):
+        yield
 
 
 def _refuse_lazy(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """`convert` and `revert`: in place, and undone to the bit."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -186,3 +187,41 @@ class Convolution(nn.Module):
 
     def forward(self, x):
         return torch.relu(x + self.n(self.c(x)))
+
+
+class Result(NamedTuple):
+    out: torch.Tensor
+    map: torch.Tensor
+
+
+class Spelling(nn.Module):
+    """Operators that stand under another name in their module, and a named tuple inside of a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.linear(self.norm(x) ** 2)
+        h = 2.0 ** h.tanh() + 1.0 / (1 + h**2) - (3 - h) * 2
+        y = x + h
+        return {"result": Result(y, h), "list": [Result(h, y)]}
+
+
+class Spelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Spelling() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            found = block(x)
+            assert isinstance(found["result"], Result)
+            x = found["result"].out
+        return x
+
+
+def test_operators_and_named_tuples_in_the_code_of_a_host():
+    model, reference = twin(Spelled().double())
+    assert len(revwire.report(model).units) == 3
+    assert_same_step(model, reference, X)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import revwire
+from revwire import _cores as cores
 from revwire._convert import converted
 from revwire._parts import parts_of
 from revwire.measure import peak_bytes
@@ -384,13 +385,30 @@ def test_forward_mode_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["stored", "reversible"])
-def test_another_mode_in_backward_is_an_error(mode):
+def test_another_mode_in_backward_is_an_error_or_does_not_matter(mode):
     model = net(lambda: Attention(0.5), memory_budget="1GB" if mode == "stored" else None)
     assert {u.mode for u in revwire.report(model).units} == {mode}
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(model(INPUTS).sum(), list(model.parameters()))
+    torch.manual_seed(0)
     loss = model(INPUTS).sum()
     for block in model.blocks:
         block.branch.drop.eval()
+    if mode == "stored":  # the core is computed as it was captured
+        assert all(map(torch.equal, expected, torch.autograd.grad(loss, list(model.parameters()))))
+        return
     with pytest.raises(revwire.ReconstructionError, match="between forward and backward"):
+        loss.backward()
+
+
+def test_a_core_that_computes_other_values_in_backward_is_an_error(monkeypatch):
+    model = net(memory_budget="1GB")
+    loss = model(INPUTS).sum()
+    forward = converted(model).parted[1].forward
+    (program,) = forward.programs.values()
+    (call,) = [v for v in program.compiled.run.__globals__.values() if type(v).__name__ == "InParts"]
+    monkeypatch.setattr(call, "run", lambda module, size, *inputs, run=call.run: tuple(2 * out for out in run(module, size, *inputs)))
+    with pytest.raises(revwire.ReconstructionError, match="a core in parts computed other values"):
         loss.backward()
 
 
@@ -609,3 +627,345 @@ def test_looking_for_chunks_leaves_what_a_branch_writes_to():
     model = revwire.convert(Net(Cached), (INPUTS, cache), chunks=2)
     assert not cache.keys
     assert model(INPUTS, Cache()).shape == INPUTS.shape
+
+
+# -- what is told apart by comparing with whole cores ------------------------------------------------------------------
+
+
+def assert_as_whole(make, chunks, x=INPUTS, before=lambda model: None, runs=True, allowed=1e-5, repeats=True):
+    """The step of a converted model is that of one with whole cores, and to the bit that of stored activations."""
+    whole, model = (revwire.convert(Net(make).to(x.dtype).train(), x, chunks=count, coupling="re2tal") for count in (1, chunks))
+    for m in (whole, model):
+        before(m)
+    found, expected = step(model, x), step(whole, x)
+    for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        assert (a - b).abs().max() <= allowed * b.abs().max()
+    ran = [bool(p.forward.programs) for p in converted(model).parted]
+    assert ran == [True] * 3 if runs else not any(ran)
+    with revwire.stored_activations(model):
+        if repeats:
+            assert_equal(found, step(model, x))
+    return model
+
+
+def scored(scores, init=lambda module: None):
+    """Attention with other scores."""
+
+    class Scored(Attention):
+        def __init__(self):
+            super().__init__()
+            init(self)
+
+        def scores(self, q, k):
+            return scores(self, super().scores(q, k))
+
+    return Scored
+
+
+def with_module(make, factor=1.0):
+    return scored(lambda self, a: self.inner(a * factor), lambda self: setattr(self, "inner", make()))
+
+
+def places(_=None):
+    return torch.arange(TOKENS)
+
+
+INTEGERS = {
+    "flip": lambda _, a: a - 0.1 * (places().flip(0)[:, None] - places()).abs(),
+    "roll": lambda _, a: a + torch.arange(HEADS).roll(1)[:, None, None] * places() * 0.1,
+    "index": lambda _, a: a - 0.1 * (places().mul(2)[places().mul(7).remainder(TOKENS)][:, None] - places()).abs(),
+    "cumsum": lambda _, a: a + 0.1 * (a.mean(-1) > 0).long().cumsum(-1)[..., None],
+    "tril": lambda _, a: a.masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.long).tril() == 0, float("-inf")),
+    "sort": lambda _, a: a + 0.01 * a.mean(-1).argsort(-1)[..., None],
+}
+
+
+@pytest.mark.parametrize("chunks", [2, 8])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_cut_where_each_part_stands_alone(name, chunks):
+    model = assert_as_whole(scored(INTEGERS[name]), chunks)
+    assert set(parts(model).values()) == {chunks if name not in ("cumsum", "sort") else min(chunks, HEADS)}
+
+
+class Softmax(nn.Module):
+    """What its repr does not say: the dimension."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, a):
+        return a.softmax(self.dim)
+
+
+def test_modules_that_look_alike_are_told_apart():
+    dims = iter((-1, 1, 1) * 2)
+    model = assert_as_whole(with_module(lambda: Softmax(next(dims))), 2)
+    assert model(INPUTS).shape == INPUTS.shape
+
+
+def test_what_is_changed_below_a_module_after_a_step_counts():
+    def change(model):
+        step(model, INPUTS)
+        for block in model.blocks:
+            block.branch.inner[0].dim = 1
+
+    assert_as_whole(with_module(lambda: nn.Sequential(Softmax(-1), nn.Identity())), 2, before=change)
+
+
+def test_hooks_below_a_module_after_a_step_see_the_whole():
+    def hook(model):
+        step(model, INPUTS)
+        for block in model.blocks:
+            block.branch.inner[0].register_forward_hook(lambda m, args, out: out / out.max())
+
+    assert_as_whole(with_module(lambda: nn.Sequential(Softmax(-1), nn.Identity())), 2, before=hook, allowed=1e-4)
+
+
+class Held(nn.Module):
+    """Uses a weight that it did not register."""
+
+    weight = nn.Parameter(torch.tensor([1.3]))
+
+    def __init__(self):
+        super().__init__()
+        self.held = [self.weight]
+
+    def forward(self, a):
+        return a * self.held[0]
+
+
+def test_weights_that_are_not_registered_get_their_gradient():
+    model = net(with_module(Held))
+
+    def gradient():
+        return torch.autograd.grad(model(INPUTS).square().sum(), Held.weight)[0]
+
+    found = gradient()
+    with revwire.stored_activations(model):
+        assert torch.equal(found, gradient())
+
+
+class WriteAfterRead(Attention):
+    """Reads a statistic of the step before, by a longer way than that by which it writes the new one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("stat", torch.full((), 5.0))
+
+    def forward(self, x):
+        q, k, v = self.mix(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        a = self.scores(q, k).softmax(-1)
+        with torch.no_grad():
+            energy = a.detach().square().sum()
+            read = energy.log().exp().mul(2).sub(energy) * self.stat
+            self.stat.copy_(energy)
+        return self.out((a @ v).transpose(1, 2).flatten(2)) + read / 100
+
+
+def test_reads_stay_before_writes():
+    assert_as_whole(WriteAfterRead, 4, repeats=False)
+
+
+class Clipped(nn.Module):
+    def forward(self, a):
+        return a * (6 / a.abs().max()) if a.abs().max().item() > 6 else a
+
+
+class Scaling(nn.Module):
+    """Acts on the gradient by a hook."""
+
+    def forward(self, a):
+        if a.requires_grad:
+            a.register_hook(lambda g: g / g.norm())
+        return a
+
+
+@pytest.mark.parametrize(("make", "factor"), [(Clipped, 10.0), (Scaling, 1.0)])
+def test_modules_whose_code_does_more_stay_whole(make, factor):
+    assert_as_whole(with_module(make, factor), 2, runs=False)
+
+
+class Saving(nn.Module):
+    """Keeps what it was given, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, a):
+        self.map = a.detach()
+        self.seen.append(a.shape)
+        return a * 2
+
+
+def test_looking_for_cores_calls_no_module():
+    model = net(with_module(Saving))
+    assert not model.blocks[0].branch.inner.seen
+    model(INPUTS)
+    assert model.blocks[0].branch.inner.map.shape == (1, HEADS, TOKENS, TOKENS)
+    assert set(model.blocks[0].branch.inner.seen) == {(1, HEADS, TOKENS, TOKENS)}
+
+
+class Averaging(Attention):
+    """Keeps a moving average of what its map holds, detached."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("stat", torch.zeros(()))
+
+    def forward(self, x):
+        q, k, v = self.mix(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        a = self.scores(q, k).softmax(-1)
+        self.stat.mul_(0.9).add_(a.detach().amax(), alpha=0.1)
+        return self.out((a @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_needs_no_gradient_inside_needs_none_outside():
+    model = net(Averaging)
+    for _ in range(2):
+        model(INPUTS).sum().backward()
+        assert not model.blocks[0].branch.stat.requires_grad
+    copy.deepcopy(model)
+
+
+def test_statistics_of_all_heads_are_not_those_of_each():
+    def norm(self, a):
+        return 8 * F.group_norm(a * torch.tensor([1.0, 4, 16, 64], dtype=a.dtype)[:, None, None], 1)
+
+    x = torch.randn(1, 128, WIDTH)
+    assert_as_whole(scored(norm), 4, x, runs=False)
+    assert_as_whole(scored(norm), 4, x.bfloat16(), runs=False, allowed=0)
+
+
+@pytest.mark.parametrize("chunks", [2, 8])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda _, a: a**2,
+        lambda _, a: a - a.max(-1, keepdim=True).values,
+        lambda _, a: a - a.topk(3, -1).values[..., -1:],
+        lambda _, a: torch.cat(a.chunk(2, -1)[::-1], -1),
+        lambda _, a: a - a.detach().logsumexp(-1, keepdim=True),
+    ],
+    ids=["power", "max", "topk", "chunks", "logsumexp"],
+)
+def test_calls_with_several_results_and_operators_belong_to_a_core(scores, chunks):
+    assert_as_whole(scored(scores), chunks)
+
+
+def test_a_statistic_of_all_that_goes_in_again_leaves_less_or_nothing_of_a_core():
+    model = assert_as_whole(scored(lambda _, a: a / (a.std() + 1)), 2, runs=False)
+    assert not parts(model)
+
+
+def test_a_weight_that_is_used_outside_too_has_the_gradient_of_stored_activations():
+    class Tempered(Attention):
+        def __init__(self):
+            super().__init__()
+            self.t = nn.Parameter(torch.full((1,), 1.7))
+
+        def scores(self, q, k):
+            return super().scores(q, k) * self.t
+
+        def forward(self, x):
+            return super().forward(x) * self.t
+
+    for chunks in (4, 8, 16):
+        assert_as_whole(Tempered, chunks)
+
+
+def test_one_input_may_be_cut_along_two_dimensions():
+    def scores(self, a):
+        d = self.distance.sin()
+        return a + d.unsqueeze(0) + d.T.unsqueeze(0)
+
+    def init(module):
+        module.register_buffer("distance", torch.randn(TOKENS, TOKENS))
+
+    assert_as_whole(scored(scores, init), 8)
+
+
+def test_dropout_inside_of_a_call_does_not_hide_how_it_may_be_cut():
+    class Fused(Masked):
+        def forward(self, x):
+            q, k, v = self.mix(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS) + TOKENS - 1
+            f = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, distance], dropout_p=0.2)
+            return self.out(f.transpose(1, 2).flatten(2))
+
+    model = net(Fused)
+    assert parts(model)
+    found = step(model, INPUTS)
+    with revwire.stored_activations(model):
+        assert_equal(found, step(model, INPUTS))
+
+
+def test_many_products_are_looked_through_in_no_time(monkeypatch):
+    class Iterating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            q = self.q(x)
+            a = (q @ q.mT).softmax(-1)
+            for _ in range(16):
+                a = 0.25 * a @ (13 * torch.eye(a.shape[-1]) - a @ a)
+            return a @ q
+
+    grown, original = [], cores._Search.grown
+    monkeypatch.setattr(cores._Search, "grown", lambda self, *args: grown.append(args) or original(self, *args))
+    revwire.plan(Net(Iterating), INPUTS, chunks=2)
+    assert len(grown) <= 3 * 34 * 2
+
+
+def test_a_module_whose_code_stands_in_its_hosts_program_is_no_part():
+    """The residual add lies inside of the attention, so the block's program holds its code."""
+
+    class Adding(Attention):
+        def forward(self, x, residual):
+            return residual + super().forward(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.attention = nn.LayerNorm(WIDTH), Adding()
+
+        def forward(self, x):
+            return self.attention(self.norm(x), x)
+
+    model = revwire.convert(nn.Sequential(*(Outer() for _ in range(3))), INPUTS, chunks=2)
+    assert not parts(model)
+    assert {u.parts for u in revwire.report(model).units} == {1}
+
+
+def test_shorter_inputs_without_gradients_run_whole():
+    model = net(chunks=8).eval()
+    model(INPUTS).sum().backward()
+    forward = converted(model).parted[0].forward
+    with torch.no_grad():
+        for n in (5, 6, 7):
+            model(INPUTS[:, :n])
+        assert len(forward.programs) == 1
+        model(INPUTS)
+    assert len(forward.programs) == 2
+
+
+def test_what_is_known_of_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(cores, "_MOST_KNOWN", 10)
+    model = net(chunks=2)
+    for n in (20, 21, 22):
+        step(model, torch.randn(1, n, WIDTH))
+    assert len(converted(model).parted[0].forward.known) <= 10
+
+
+def test_a_program_that_gives_something_else_is_not_kept(monkeypatch):
+    """The last line of defence: relations that do not hold."""
+    monkeypatch.setattr(cores, "_same", lambda part, whole: part.shape == whole.shape)
+    scores = scored(lambda _, a: a.cumsum(1).flip(1))
+    model = net(scores)
+    assert parts(model)
+    found = step(model, INPUTS)
+    assert not any(p.forward.programs for p in converted(model).parted)
+    assert torch.equal(found[0], step(net(scores, chunks=1), INPUTS)[0])
