@@ -444,7 +444,7 @@ class _Search:
             found = self.run(node, part, relation.size, length)
         except Exception:  # noqa: BLE001 - as in `looked_up`
             return False
-        return isinstance(found, Tensor) and _same(found, whole.narrow(dim, start, length))
+        return isinstance(found, Tensor) and equal_values(found, whole.narrow(dim, start, length))
 
     def run(self, node: fx.Node, given: list[Tensor], number: int | None = None, size: int = 0) -> Any:
         """The call on these inputs, without dropout."""
@@ -539,7 +539,7 @@ def _random(value: Value, device: torch.device, most: int, *, wide: bool) -> Ten
     return out
 
 
-def _same(part: Tensor, whole: Tensor) -> bool:
+def equal_values(part: Tensor, whole: Tensor) -> bool:
     """Whether they are equal, up to the rounding of products of another size."""
     if part.shape != whole.shape or part.dtype != whole.dtype:
         return False
@@ -549,7 +549,7 @@ def _same(part: Tensor, whole: Tensor) -> bool:
         return torch.equal(part, whole)
     finite = whole[whole.isfinite()]
     size = float(finite.abs().amax()) if finite.numel() else 0.0
-    allowed = size * (1e-7 if part.dtype == torch.float64 else 1e-4)
+    allowed = size * {torch.float64: 1e-7, torch.float32: 1e-4}.get(part.dtype, 2e-2)
     return torch.allclose(part, whole, rtol=0, atol=allowed, equal_nan=True)
 
 
