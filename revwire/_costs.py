@@ -26,7 +26,6 @@ Note [Forms]
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ Form = Literal["r", "c", "s", "z", "a"]
 MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "s": "stored", "z": "stored", "a": "stored"}
 
 
-_OWN = ("enter", "grad", "complete", "rebuilt")
+_OWN = ("enter", "grad", "complete", "rebuilt", "undone")
 """Marks after which a stretch is a unit's own."""
 
 
@@ -110,8 +109,8 @@ class UnitCost:
 class _Levels:
     """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward.
 
-    ``complete``: of its rebuilding until its gradient had all that it needs. ``spared``: by how much the level grew after that, until its
-    input was rebuilt, where it is rebuilt at once; a recompute that stops there makes neither the branch's result nor a state.
+    ``complete``: of its rebuilding until its gradient had all that it needs. ``undone``: of its backward from when the branch's result has
+    gone. A recompute that stops has nothing between these.
     """
 
     start: int = 0
@@ -120,7 +119,7 @@ class _Levels:
     rebuild: int = 0
     backward: int = 0
     complete: int = 0
-    spared: int = 0
+    undone: int = 0
 
     def moved(self, by: int) -> _Levels:
         """Those where so many more bytes lie before the run."""
@@ -131,6 +130,7 @@ class _Levels:
             rebuild=self.rebuild + by,
             backward=self.backward + by,
             complete=self.complete + by,
+            undone=self.undone + by,
         )
 
 
@@ -219,8 +219,6 @@ class Costs:
     def _read(self) -> None:
         """Sort the stretches of the step; see Note [Bytes by prefix]."""
         alive: set[int] = set()
-        before: Stretch | None = None
-        once = {run for run, n in Counter(s.mark.run for s in self.measured.stretches if s.mark.kind == "rebuilt").items() if n == 1}
         for stretch in self.measured.stretches:
             kind, run = stretch.mark
             if kind in _OWN:
@@ -236,12 +234,11 @@ class Costs:
                 self.levels[run].rebuild = max(self.levels[run].rebuild, stretch.peak)
                 if kind == "grad":
                     self.levels[run].complete = max(self.levels[run].complete, stretch.peak)
-                before = stretch
                 continue
-            elif kind == "rebuilt":
+            elif kind in ("rebuilt", "undone"):
                 self.levels[run].backward = max(self.levels[run].backward, stretch.peak)
-                if before is not None and before.mark == ("complete", run) and run in once:
-                    self.levels[run].spared = max(0, stretch.level - before.level)
+                if kind == "undone":
+                    self.levels[run].undone = max(self.levels[run].undone, stretch.peak)
                 continue
             p = max(alive, default=-1) + 1
             self.waiting[p] = max(self.waiting[p], stretch.peak)
@@ -250,7 +247,7 @@ class Costs:
         """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
         unit, at = self.units[run], self.levels[run]
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it is there anyway, but for the last unit
-            return max(at.forward + (unit.state if unit.ends else 0), at.complete, at.backward - max(0, at.spared - unit.state))
+            return max(at.forward + (unit.state if unit.ends else 0), at.complete, at.undone or at.backward)
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
         stored = at.start + unit.saved + max(0, at.grown - unit.kept)

@@ -32,11 +32,12 @@ from revwire.measure import _standard_error_closed
 _NAME = "revwire mark "
 
 
-Kind = Literal["begin", "enter", "leave", "grad", "complete", "rebuilt"]
+Kind = Literal["begin", "enter", "leave", "grad", "complete", "rebuilt", "undone"]
 
 
 class Mark(NamedTuple):
-    """A moment of a step: a unit begins, has ended, gets its gradient, has all that this needs, or has its input rebuilt.
+    """A moment of a step: a unit begins, has ended, gets its gradient, has all that this needs, has its input rebuilt, or
+    only what its gradient needs is left of that.
 
     ``run`` counts runs of units.
     """
@@ -160,6 +161,9 @@ class _Marker:
 
     def complete(self, tape: Tape, position: int) -> None:
         self.mark("complete", self.runs[id(tape), position])
+
+    def undone(self, tape: Tape, position: int) -> None:
+        self.mark("undone", self.runs[id(tape), position])
 
     def backward(self, tape: Tape, position: int, state: Tensor) -> None:
         run = self.runs[id(tape), position]

@@ -89,13 +89,15 @@ Mode = Literal["stored", "checkpointed", "reversible"]
 
 
 class Meter(Protocol):
-    """Sees where a unit begins and ends, and when a recompute has saved all that its gradient needs."""
+    """Sees where a unit begins and ends, when a recompute has saved all that its gradient needs, and when it is over."""
 
     def enter(self, chain: Chain, unit: Unit) -> None: ...
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None: ...
 
     def complete(self, tape: Tape, position: int) -> None: ...
+
+    def undone(self, tape: Tape, position: int) -> None: ...
 
 
 class Monitor(Protocol):

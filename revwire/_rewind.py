@@ -164,6 +164,8 @@ class Rewind:
             self.previous, self.current = self._anchored(record)
         else:
             self._undo_unit(position, self._unit(position))
+            if self.tape.chain.meter:
+                self.tape.chain.meter.undone(self.tape, position)
         self.position = position
         if not self.retained:
             if isinstance(record, UnitRecord):

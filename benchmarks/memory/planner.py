@@ -28,6 +28,7 @@ from revwire.measure import paired_seconds, peak_bytes
 CASES: dict[str, tuple[int, int, int]] = {  # depth, batch, length
     "ViT-S/16": (4, 2, 224),
     "GPT": (4, 2, 200),
+    "ViT-S/16, attention maps": (2, 1, 448),
     "swin3d_t": (0, 1, 4),
     "convnext_tiny": (0, 2, 64),
     "slowfast_r101": (0, 1, 8),
