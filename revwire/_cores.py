@@ -251,8 +251,10 @@ class _Search:
         if size < 2 or self.relation(seed, dim) is None:
             return None
         dims, todo = {seed: dim}, [seed]
-        for node in todo:  # grows
-            todo += [*self.grow_down(dims, node, size), *self.grow_up(dims, node, size)]
+        while todo:
+            for node in todo:  # grows
+                todo += [*self.grow_down(dims, node, size), *self.grow_up(dims, node, size)]
+            todo = [new for node in list(dims) for new in self.grow_up(dims, node, size)]  # what others had to come before
         core = _Core({n: dims[n] for n in self.nodes if n in dims}, size, seed)
         for node in core.dims:
             for i, d in zip(self.inputs(node), self.related(node, dims[node]).dims, strict=True):
@@ -310,10 +312,19 @@ class _Search:
         for i, d in zip(self.inputs(node), self.related(node, dims[node]).dims, strict=True):
             if i in dims or d is None or not self.may_belong(i) or self.value_of[i].shape[d] != size:
                 continue
-            if all(u in dims and self.wants(u, dims[u], i) == {d} for u in self.users(i)) and self.relation(i, d) is not None:
+            if self.serves_only(dims, i, d) and self.relation(i, d) is not None and not self.is_cut_out(dims, i, d):
                 dims[i] = d
                 new.append(i)
         return new
+
+    def serves_only(self, dims: dict[fx.Node, int], node: fx.Node, dim: int) -> bool:
+        """Whether only the core needs a node, and only along this dimension."""
+        return all(u in dims and self.wants(u, dims[u], node) == {dim} for u in self.users(node))
+
+    def is_cut_out(self, dims: dict[fx.Node, int], node: fx.Node, dim: int) -> bool:
+        """Whether a node is a view of a part of something whose other parts stay outside: the gradient of that would be larger."""
+        larger = [i for i in self.inputs(node) if self.bytes_of(i) > self.bytes_of(node)] if self.is_view(node) else []
+        return any(u not in dims and not self.serves_only(dims, u, dim) for i in larger for u in self.users(i))
 
     def wants(self, node: fx.Node, dim: int, i: fx.Node) -> set[int | None]:
         """Along which dimensions a node of the core needs its input ``i``."""

@@ -984,3 +984,13 @@ def test_rows_that_see_nothing_are_alike():
     with torch.no_grad():
         assert torch.allclose(model(INPUTS), whole(INPUTS), atol=1e-5)
     assert converted(model).parted[0].forward.programs
+
+
+@pytest.mark.parametrize("chunks", [4, 8])
+def test_a_core_by_queries_takes_in_no_view_whose_gradient_would_be_larger(chunks):
+    model = net(chunks=chunks)
+    step(model, INPUTS)
+    (program,) = converted(model).parted[0].forward.programs.values()
+    (call,) = [v for v in program.compiled.run.__globals__.values() if type(v).__name__ == "InParts"]
+    sizes = sorted(shape.numel() for shape in call.border.shapes)
+    assert sizes == ([3 * TOKENS * WIDTH] if chunks == 4 else [TOKENS * WIDTH] * 3)
