@@ -228,7 +228,7 @@ def _least(ways: Sequence[Costs]) -> tuple[int, list[list[int]]]:
     lowest = _lowest(ways)
     first = least(_mixed(ways, lowest))
     coarsest = _coarsest(ways, first)  # which may keep less
-    return min(first, least(_mixed(ways, coarsest))), [lowest, coarsest]
+    return min(first, least(_mixed(ways, coarsest))), [coarsest, lowest]
 
 
 class _Mix(NamedTuple):
@@ -240,16 +240,13 @@ class _Mix(NamedTuple):
 
 
 def _found(ways: Sequence[Costs], choices: Sequence[Sequence[int]], size: int) -> _Mix | None:
-    """The fastest of several choices of a way for each run, with the best forms that fit; see Note [Ways to cut]."""
-    best: tuple[float, _Mix] | None = None
+    """The first of several choices of a way for each run that has forms that fit, with the best of them; see Note [Ways to cut]."""
     for choice in choices:
         costs = _mixed(ways, choice)
         forms = search(costs, size)
         if forms is not None:
-            seconds = costs.forecast(forms)[1]
-            if best is None or seconds < best[0]:
-                best = seconds, _Mix(choice, costs, forms)
-    return None if best is None else best[1]
+            return _Mix(choice, costs, forms)
+    return None
 
 
 def _mixed(ways: Sequence[Costs], choice: Sequence[int]) -> Costs:
