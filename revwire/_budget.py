@@ -210,17 +210,22 @@ def fit(
     assert best is not None
     assert stored is not None
     if size is not None and best > size:
-        rival = "".join(f"; {line}" for line in _rival(None, Point(best, 0.0), checkpoint))
-        raise BudgetError(
-            f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {best} "
-            f"({_rounded_up(best)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
-            f"memory_budget={best} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
-            best,
-        )
+        raise _too_small(plan, budget, size, best, checkpoint)
     found = _found(ways, _least(ways)[1], best if size is None else size)
     assert found is not None
     mix(_by_place(ways, found.ways))
     return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
+
+
+def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint: Point | None) -> BudgetError:
+    """The error that says that no mix fits."""
+    rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
+    return BudgetError(
+        f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {smallest} "
+        f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
+        f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
+        smallest,
+    )
 
 
 def _least(ways: Sequence[Costs]) -> tuple[int, list[list[int]]]:

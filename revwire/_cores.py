@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from revwire._chunks import alike
 from revwire._errors import CaptureError
 from revwire._flow import Flow
 from revwire._graph import HostGraph, build_graph
@@ -455,7 +456,7 @@ class _Search:
             found = self.run(node, part, relation.size, length)
         except Exception:  # noqa: BLE001 - as in `looked_up`
             return False
-        return isinstance(found, Tensor) and equal_values(found, whole.narrow(dim, start, length))
+        return isinstance(found, Tensor) and alike(found, whole.narrow(dim, start, length))
 
     def run(self, node: fx.Node, given: list[Tensor], number: int | None = None, size: int = 0) -> Any:
         """The call on these inputs, without dropout."""
@@ -548,20 +549,6 @@ def _random(value: Value, device: torch.device, most: int, *, wide: bool) -> Ten
     for d, size in enumerate(value.shape):
         out *= torch.linspace(1, 3, size, device=device).view([-1 if i == d else 1 for i in range(out.dim())])
     return out
-
-
-def equal_values(part: Tensor, whole: Tensor) -> bool:
-    """Whether they are equal, up to the rounding of products of another size."""
-    if part.shape != whole.shape or part.dtype != whole.dtype:
-        return False
-    if part.is_complex():
-        part, whole = torch.view_as_real(part), torch.view_as_real(whole)
-    if not part.is_floating_point():
-        return torch.equal(part, whole)
-    finite = whole[whole.isfinite()]
-    size = float(finite.abs().amax()) if finite.numel() else 0.0
-    allowed = size * {torch.float64: 1e-7, torch.float32: 1e-4}.get(part.dtype, 2e-2)
-    return torch.allclose(part, whole, rtol=0, atol=allowed, equal_nan=True)
 
 
 def _constants(node: fx.Node) -> list[Any]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from revwire._cores import CoreProgram, Known, Sizes, core_program, equal_values, which
+from revwire._chunks import alike
+from revwire._cores import CoreProgram, Known, Sizes, core_program, which
 from revwire._errors import CaptureError
 from revwire._forwards import put_on, standing_forward
 from revwire._fresh import fresh_arguments
@@ -109,7 +110,7 @@ class PartedForward(ProgramForward[CoreProgram]):
                 if not all(torch.equal(state, before[device]) for device, state in random_states(devices).items()):
                     return True
         whole, parts = (list(tensors_in(out)) for out in outs)
-        return len(whole) == len(parts) and all(map(equal_values, parts, whole))
+        return len(whole) == len(parts) and all(map(alike, parts, whole))
 
     def keep_whole(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Remember that such a call, of these shapes, has no program."""

@@ -59,10 +59,6 @@ class Border:
     size: int
     outs: tuple[int, ...]
 
-    def parts(self, count: int) -> list[tuple[int, int]]:
-        """(start, length) of at most ``count`` parts."""
-        return parts_of(self.size, count)
-
 
 class InParts:
     """What the program of a module calls for its core.
@@ -83,7 +79,7 @@ class InParts:
         self.path = path
 
     def __call__(self, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
-        parts = self.border.parts(self.parting.count)
+        parts = parts_of(self.border.size, self.parting.count)
         if len(parts) < 2 or tuple(x.shape for x in inputs) != self.border.shapes:
             return self.run(module, self.border.size, *inputs)
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):

@@ -60,17 +60,18 @@ class ProgramForward(InstanceForward, Generic[P]):
         signature, standing, last = call_signature(args, kwargs, leaves), self.standing(), self.last
         if last is not None and last[1] is standing and last[0] == signature:  # as below, without hashing
             return last[2]
-        key = signature, standing
-        if key in self.by_shape:
-            return self.programs.get((key, details(self.module, leaves)))
+        key = self.keyed((signature, standing), leaves)
         program = self.programs.get(key)
-        self.last = None if program is None else (signature, standing, program)
+        if program is not None and not program.shape_dependent:
+            self.last = signature, standing, program
         return program
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         """The signature of a call, with shapes where a program of that signature looks at them."""
-        key = call_signature(args, kwargs, leaves), self.standing()
-        return (key, details(self.module, leaves)) if key in self.by_shape else key
+        return self.keyed((call_signature(args, kwargs, leaves), self.standing()), leaves)
+
+    def keyed(self, signature: Any, leaves: list[Any]) -> Any:
+        return (signature, details(self.module, leaves)) if signature in self.by_shape else signature
 
     def note_shapes(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Let calls of such a signature be told apart by their shapes."""

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from revwire._choice import Choice, Couplings
-from revwire._convert import FirstCall, converted, with_costs
+from revwire._convert import FirstCall, converted
 from revwire._couplings import Coupling, coupling_from
 from revwire._errors import CouplingError
 from revwire._module import Chain
 from revwire._plan import PlannedChain
+from revwire._prepare import with_costs
 from revwire._rewrite import rewired_of
 
 Shape = Literal["linear", "cosine", "step"]

@@ -17,7 +17,7 @@ from revwire._recording import tensors_in
 from revwire._replay import accelerators_of, buffers_kept, deterministic_kernels, preserved_random_state
 from revwire._watch import counters_kept, python_random_kept
 
-_REPEATS = 8
+_REPEATS = 32
 """Runs with stored activations that tell a gradient that varies by itself from one that was rebuilt wrongly."""
 
 

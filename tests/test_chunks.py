@@ -13,7 +13,7 @@ from cases import CASES
 from revwire._chunks import Chunk, Cut
 from revwire._convert import chains_of
 from revwire.measure import peak_bytes
-from toys import KINDS, inputs_of, stored, toy
+from toys import KINDS, Blocks, inputs_of, stored, toy
 
 WIDTH = 16
 INPUTS = torch.randn(6, 12, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -32,18 +32,11 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-class Net(nn.Module):
-    """Blocks in a row, all with the same extra inputs."""
+class Net(Blocks):
+    """Blocks with such branches."""
 
     def __init__(self, make, depth=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(make()) for _ in range(depth))
-
-    def forward(self, x, *extras):
-        for block in self.blocks:
-            x = block(x, *extras)
-        return x
+        super().__init__(lambda: Block(make()), depth)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ from revwire import _cores as cores
 from revwire._convert import converted
 from revwire._parts import parts_of
 from revwire.measure import peak_bytes
+from toys import Blocks
 
 WIDTH, HEADS, TOKENS = 16, 4, 48
 INPUTS = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -116,16 +117,9 @@ class Block(nn.Module):
         return x + self.branch(self.norm(x), *extras)
 
 
-class Net(nn.Module):
+class Net(Blocks):
     def __init__(self, make=Attention, depth=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(make()) for _ in range(depth))
-
-    def forward(self, x, *extras):
-        for block in self.blocks:
-            x = block(x, *extras)
-        return x
+        super().__init__(lambda: Block(make()), depth)
 
 
 def net(make=Attention, chunks=2, x=INPUTS, depth=3, **options):
@@ -210,7 +204,7 @@ def test_heads_come_before_queries(chunks, sizes):
     found = step(model, INPUTS)
     program = next(iter(converted(model).parted[0].forward.programs.values()))
     call = next(v for v in vars(program)["compiled"].run.__globals__.values() if type(v).__name__ == "InParts")
-    assert [length for _, length in call.border.parts(chunks)] == sizes
+    assert [length for _, length in parts_of(call.border.size, chunks)] == sizes
     with revwire.stored_activations(model):
         assert_equal(found, step(model, INPUTS))
 
@@ -962,7 +956,7 @@ def test_what_is_known_of_calls_is_bounded(monkeypatch):
 
 def test_a_program_that_gives_something_else_is_not_kept(monkeypatch):
     """The last line of defence: relations that do not hold."""
-    monkeypatch.setattr(cores, "equal_values", lambda part, whole: part.shape == whole.shape)
+    monkeypatch.setattr(cores, "alike", lambda part, whole: part.shape == whole.shape)
     scores = scored(lambda _, a: a.cumsum(1).flip(1))
     model = net(scores)
     assert parts(model)

@@ -139,6 +139,20 @@ class Toy(nn.Module):
         return (out, *sides) if sides else out
 
 
+class Blocks(nn.Module):
+    """Blocks in a row, all with the same extra inputs."""
+
+    def __init__(self, make, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x, *extras):
+        for block in self.blocks:
+            x = block(x, *extras)
+        return x
+
+
 class Oracle(nn.Module):
     """The oracle of a toy as a module with the same parameters and buffers."""
 
