@@ -350,13 +350,15 @@ class _Search:
         """How much larger the largest that is made inside is than what goes in: that is kept instead of it.
 
         What is handed in, and enters by element-wise calls only (a bias, a mask), is there anyway. Where much comes out of what is
-        made inside (maps of attention), little is gained.
+        made inside (maps of attention), little is gained; more where that is only returned, and may be dropped, than where it is used.
         """
+        end = self.nodes[-1]
         inside = [self.bytes_of(n) for n in core.dims if n not in core.outs and not self.is_view(n)]
         hidden = [max(0, self.event(n).saved - sum(map(self.bytes_of, (n, *self.inputs(n))))) for n in core.outs]
-        if sum(inside) + sum(hidden) <= 2 * sum(map(self.bytes_of, core.outs)):
+        outside = [self.bytes_of(n) * (1 if self.outside(n, core) == [end] else 2) for n in core.outs]
+        if sum(inside) + sum(hidden) <= sum(outside):
             return 0.0
-        inputs, returned = {i for i, _ in core.inputs}, self.nodes[-1].all_input_nodes
+        inputs, returned = {i for i, _ in core.inputs}, end.all_input_nodes
         there = [i for i in inputs if i.op in ("placeholder", "get_attr") or i in returned]
         light = {i for i in there if all(self.event(u).is_pointwise for u in self.users(i) if u in core.dims)}
         return max([*inside, *hidden]) / max(1, sum(map(self.bytes_of, inputs - light)))

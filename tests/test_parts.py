@@ -258,6 +258,31 @@ class WithMaps(Net):
         return x, *found
 
 
+class ScaledMap(Attention):
+    """As most of Hugging Face's: scores, their scaling, and a map that is returned, without dropout."""
+
+    def forward(self, x):
+        q, k, v = self.mix(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        a = F.dropout((torch.matmul(q, k.transpose(2, 3)) * 0.5).softmax(-1), 0.0, self.training)
+        return self.out((a @ v).transpose(1, 2).flatten(2)), a
+
+
+def test_a_map_that_is_returned_and_dropped_leaves_a_core():
+    class Dropping(Attention):
+        def __init__(self):
+            super().__init__()
+            self.inner = ScaledMap()
+
+        def forward(self, x):
+            return self.inner(x)[0]
+
+    model = net(Dropping)
+    assert set(parts(model)) == {f"blocks.{i}.branch.inner" for i in range(3)}
+    found = step(model, INPUTS)
+    with revwire.stored_activations(model):
+        assert_equal(found, step(model, INPUTS))
+
+
 def test_where_all_that_is_made_is_returned_nothing_is_gained():
     model = revwire.convert(WithMaps(Maps), INPUTS, chunks=2)
     assert not parts(model)
