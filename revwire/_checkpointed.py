@@ -35,7 +35,7 @@ from revwire._replay import (
     put_back,
     transformed,
     undisturbed,
-    version_of,
+    versions_of,
 )
 
 
@@ -111,13 +111,13 @@ class _Run:
         Raises:
             ReconstructionError: a weight was written to since.
         """
-        for weight, version in self.owned.weights:
-            if version_of(weight) != version:
+        for weight, version, now in zip(self.owned.weights, self.owned.versions, versions_of(self.owned.weights), strict=True):
+            if now != version:
                 name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
         exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
-        with put_back(lent(self.owned.places, self.forward.homes)), exchanged:
+        with put_back(lent(self.owned.tables, self.forward.homes)), exchanged:
             yield
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:

@@ -47,10 +47,10 @@ def available() -> bool:
 def suits(*tensors: Tensor) -> bool:
     """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
     layout = tensors[0].stride()
-    return all(type(t) is Tensor and t.dtype in _DTYPES and t.is_cpu and t.stride() == layout for t in tensors)
-
-
-_DTYPES = (torch.int32, torch.float32)
+    for t in tensors:
+        if not (type(t) is Tensor and (t.dtype is torch.int32 or t.dtype is torch.float32) and t.is_cpu and t.stride() == layout):
+            return False
+    return True
 
 
 def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool) -> Advanced:
@@ -162,7 +162,9 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 def _in_parts(kernel: Callable[..., bool], numbers: tuple[float, ...], n: int, addresses: tuple[int, ...]) -> bool:
     """Run a kernel on the segments of a stream, shared by threads if there is enough to do; whether it says True of all."""
-    threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD, SEGMENTS) if n >= 2 * _LEAST_PER_THREAD else 1
+    if n < 2 * _LEAST_PER_THREAD:
+        return kernel(*numbers, n, 0, SEGMENTS, *addresses)
+    threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD, SEGMENTS)
     if threads < 2:
         return kernel(*numbers, n, 0, SEGMENTS, *addresses)
     bounds = [SEGMENTS * i // threads for i in range(threads + 1)]

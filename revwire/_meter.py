@@ -103,8 +103,8 @@ def _saved(tape: Tape, position: int) -> int:
     """Bytes that a recompute has just saved, but for what was there anyway: weights, buffers and extra inputs."""
     record = tape.records[position]
     assert isinstance(record, UnitRecord)
-    owned = (t for _, _, t, _ in record.owned.places if type(t) in (Tensor, torch.nn.Parameter))
-    there = {t.untyped_storage().data_ptr() for t in (*owned, *(t for t, _ in (*record.owned.weights, *record.inputs)))}
+    owned = (t for _, then, _ in record.owned.tables for t in then.values() if type(t) in (Tensor, torch.nn.Parameter))
+    there = {t.untyped_storage().data_ptr() for t in (*owned, *record.owned.weights, *(t for t, _ in record.inputs))}
     cache = tape.passes[running_pass()].cache.values()
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in cache if t.layout is torch.strided}
     return sum(size for address, size in found.items() if address not in there)

@@ -245,7 +245,8 @@ class FloatStreams(Streams):
         return torch.cat([means, _spread(state, _FOLD)])
 
     def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
-        return Sample(_spread(f, _FOLD).to(stream_dtype(f.dtype), copy=True), f.dtype)
+        with torch.no_grad():
+            return Sample(_spread(f, _FOLD).to(stream_dtype(f.dtype), copy=True), f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         if not before.branch.numel():
@@ -364,7 +365,10 @@ class FixedStreams(Streams):
         Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of that layer is not.
         """
         values = _kernels.sampled(f, saved, _FOLD, _FEWER) if self.compiled else None
-        return Sample(torch.cat([_spread(f, _FOLD), *(_spread(t, _FEWER) for t in saved)]) if values is None else values, f.dtype)
+        if values is None:
+            with torch.no_grad():
+                values = torch.cat([_spread(f, _FOLD), *(_spread(t, _FEWER) for t in saved)])
+        return Sample(values, f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         a, b = before.branch, after.branch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,17 +20,12 @@ from revwire._snapshot import snapshot
 if TYPE_CHECKING:
     from revwire._chunks import Chunk
     from revwire._module import Chain, Unit
-    from revwire._tape import Tape
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
 Versions = list[tuple[Tensor, int]]
 MISSING = object()
 """Stands for an attribute that is not there."""
-
-
-Placeholder = tuple["Tape", int, int]
-"""Stands in an autograd graph for a tensor that a branch saved: (tape, position of the unit, number of the tensor)."""
 
 
 class Anchor(NamedTuple):
@@ -48,6 +43,21 @@ class Before(NamedTuple):
 
 
 @dataclass(slots=True)
+class Stop:
+    """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in `_tape`.
+
+    Attributes:
+        looked: the numbers of those among the saved tensors that were looked at.
+        looks: what was seen: glances.
+        constants: leaves among them, with their version counters.
+    """
+
+    looked: list[int] = field(default_factory=list)
+    looks: list[Tensor] = field(default_factory=list)
+    constants: list[tuple[ReferenceType[Tensor], int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class UnitRecord:
     """What is kept of one unit's forward: no activation, only what a recompute needs."""
 
@@ -60,20 +70,17 @@ class UnitRecord:
     inputs: Versions
     owned: Inventory
     surroundings: Surroundings
-    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # that the branch assigns to, as it found them
+    attributes: Sequence[tuple[nn.Module, str, Any]] = ()  # that the branch assigns to, as it found them
     buffers: Copies | None = None  # that the branch reads and writes, as it found them
     saved: list[TensorMeta] = field(default_factory=list)
-    witnesses: list[int] = field(default_factory=list)
+    witnesses: Sequence[int] = ()
     sample: Sample | None = None  # until the unit's step completes the fingerprint
     fingerprint: Fingerprint | None = None
     bits: Tensor | None = None
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
     anchor: Anchor | None = None
     before: Before | None = None  # x_{k-1} alone, where x_k is rebuilt to the bit anyway
-    looked: list[int] = field(default_factory=list)  # the numbers of those among them that were looked at, where its recompute may stop
-    looks: list[Tensor] = field(default_factory=list)  # and what was seen: glances
-    constants: list[tuple[ReferenceType[Tensor], int]] = field(default_factory=list)  # leaves among them, with their version counters
-    stops: bool = False  # its recompute stops when all is there that its gradient needs; see Note [What need not be rebuilt] in `_tape`
+    stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
@@ -146,7 +153,7 @@ def held(value: Any, found: Versions) -> Any:
 
 
 @contextmanager
-def attributes_as_found(attributes: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+def attributes_as_found(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no trace."""
     now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
     try:

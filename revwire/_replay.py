@@ -16,8 +16,9 @@ Note [Buffers that are read and written]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from threading import RLock
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
@@ -127,22 +128,45 @@ class Surroundings:
             return
         self.randomness = {d: s for d, s in self.randomness.items() if not _same_bytes(s, after[d])}
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> AbstractContextManager[None]:
         """Run a recompute as the forward ran; afterwards the generators are as they were before it."""
-        outside = random_states(self.devices)
-        try:
-            set_random_states(self.randomness)
-            with ExitStack() as stack:
-                for kind, enabled, dtype in self._casts():
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache_enabled))
-                yield
-        finally:
-            set_random_states(outside)
+        return _Restored(self)
 
-    def _casts(self) -> list[tuple[str, bool, torch.dtype]]:
+    def casts(self) -> list[tuple[str, bool, torch.dtype]]:
         """(device type, enabled, dtype) of the casts that a recompute must switch, on or off."""
         return [(kind, *cast) for kind, cast in self.autocast.items() if cast[0] or torch.is_autocast_enabled(kind)]
+
+
+class _Restored:
+    """A run in the surroundings of another one."""
+
+    __slots__ = ("outside", "stack", "surroundings")
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self.surroundings = surroundings
+
+    def __enter__(self) -> None:
+        there = self.surroundings
+        self.outside = random_states(there.devices)
+        self.stack: ExitStack | None = None
+        try:
+            set_random_states(there.randomness)
+            casts = there.casts()
+            if casts:
+                with ExitStack() as stack:
+                    for kind, enabled, dtype in casts:
+                        stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=there.cache_enabled))
+                    self.stack = stack.pop_all()
+        except BaseException:
+            set_random_states(self.outside)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self.stack is not None:
+                self.stack.__exit__(*error)
+        finally:
+            set_random_states(self.outside)
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -150,8 +174,13 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int64), b.view(torch.int64)) if words else torch.equal(a, b)
 
 
-Place = tuple[dict[str, Any], str, Tensor, bool]
-"""Where a module holds a tensor: (its table of parameters or of buffers, the name, the tensor, whether it is a parameter)."""
+Table = dict[str, Any]
+"""The parameters of one module, or its buffers, by name."""
+
+Place = tuple[Table, str, Tensor, bool]
+"""Where a module holds a tensor: (its table, the name, the tensor, whether it is a parameter)."""
+
+_VERSION = attrgetter("_version")
 
 
 @dataclass(slots=True)
@@ -159,38 +188,43 @@ class Inventory:
     """What the modules of a branch own.
 
     Attributes:
-        weights: their parameters, each with its version counter at the time.
+        weights: their parameters.
+        versions: the version counter of each at the time.
         writers: those that a forward may write buffers of.
-        places: where their parameters and buffers stand.
+        tables: where their parameters and buffers stand: (the table, what stood in it, whether it is of parameters).
     """
 
-    weights: list[tuple[Tensor, int]]
+    weights: list[Tensor]
+    versions: list[int]
     writers: list[nn.Module]
-    places: list[Place]
+    tables: list[tuple[Table, Table, bool]]
 
     @classmethod
     def of(cls, roots: Iterable[nn.Module]) -> Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
-        out, seen = cls([], [], []), set[int]()
-        places, versions = out.places.append, out.weights.append
+        weights, writers, tables = list[Tensor](), list[nn.Module](), list[tuple[Table, Table, bool]]()
         todo: list[nn.Module | None] = list(roots)
-        while todo:
-            module = todo.pop()
+        seen = set[int]()
+        for module in todo:  # grows
             if module is None or id(module) in seen:
                 continue
             seen.add(id(module))
-            table = module._parameters
-            for name, weight in table.items():
-                if weight is not None:
-                    places((table, name, weight, True))
-                    versions((weight, -1 if weight.is_inference() else weight._version))
-            if module._buffers:
-                if any(_is_written(b) for b in module._buffers.values()):
-                    out.writers.append(module)
-                out.places += [(module._buffers, name, b, False) for name, b in module._buffers.items() if b is not None]
-            if module._modules:
-                todo.extend(module._modules.values())
-        return out
+            table, buffers, below = module._parameters, module._buffers, module._modules
+            if table:
+                tables.append((table, table.copy(), True))
+                weights += [w for w in table.values() if w is not None]
+            if buffers:
+                if any(map(_is_written, buffers.values())):
+                    writers.append(module)
+                tables.append((buffers, buffers.copy(), False))
+            if below:
+                todo += below.values()
+        return cls(weights, versions_of(weights), writers, tables)
+
+    def note(self, weight: Tensor) -> None:
+        """Take up one that the branch uses, which no module of it owns."""
+        self.weights.append(weight)
+        self.versions.append(version_of(weight))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -203,6 +237,14 @@ def hooked(module: nn.Module) -> bool:
 def version_of(x: Tensor) -> int:
     """The count of in-place writes to ``x``; inference tensors have none."""
     return -1 if x.is_inference() else x._version
+
+
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """`version_of` each of them."""
+    try:
+        return [*map(_VERSION, tensors)]
+    except RuntimeError:  # inference tensors
+        return [*map(version_of, tensors)]
 
 
 def _is_written(buffer: Tensor | None) -> bool:
@@ -229,9 +271,14 @@ class Homes(dict[int, ReferenceType[Tensor]]):
         return known is not None and known() is t
 
 
-def lent(places: list[Place], homes: Homes) -> list[Place]:
+def lent(tables: list[tuple[Table, Table, bool]], homes: Homes) -> list[Place]:
     """The places in which a tensor stood that was only lent, and has gone; see Note [Weights that are exchanged]."""
-    return [place for place in places if place[0].get(place[1]) is not place[2] and _was_lent(place, homes)]
+    out: list[Place] = []
+    for table, then, is_weight in tables:
+        if len(table) != len(then) or not all(map(is_, table.values(), then.values())):
+            places = ((table, name, t, is_weight) for name, t in then.items() if t is not None and table.get(name) is not t)
+            out += [place for place in places if _was_lent(place, homes)]
+    return out
 
 
 def _was_lent(place: Place, homes: Homes) -> bool:

@@ -8,8 +8,8 @@ Note [Which backward is this]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from revwire._chunks import joined
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._numerics import Fingerprint, glance, same_glances
-from revwire._records import Anchor, Before, Placeholder, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
-from revwire._replay import NOTHING, buffers_exchanged, lent, put_back, version_of
+from revwire._records import Anchor, Before, UnitRecord, ViewRecord, attributes_as_found, evaluate, recalled
+from revwire._replay import NOTHING, Place, buffers_exchanged, lent, put_back, version_of, versions_of
 
 if TYPE_CHECKING:
     from revwire._tape import Tape
@@ -46,14 +46,19 @@ class _Enough(BaseException):
 
 
 class _UntilEnough:
-    """Around a recompute: when there is ``enough``, whatever ends it does (TorchScript makes another exception of `_Enough`)."""
+    """Around a recompute, which makes a graph: when there is ``enough``, whatever ends it does (TorchScript hides `_Enough` in another)."""
 
-    enough = False
+    __slots__ = ("before", "enough")
 
-    def __enter__(self) -> _UntilEnough:
-        return self
+    def __init__(self) -> None:
+        self.enough = False
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        torch._C._set_grad_enabled(self.before)
         return self.enough and kind is not None and not issubclass(kind, (KeyboardInterrupt, SystemExit))
 
 
@@ -236,7 +241,7 @@ class Rewind:
     def _evaluated(self, position: int, record: UnitRecord, state: Tensor) -> _Again:
         """The branch on the state x_k again, as far as that is needed; where what it saved seems to differ, to its end."""
         again = self._recompute(position, record, state)
-        if again.f is None and not same_glances(record.looks, again.looks):
+        if again.f is None and record.stop and not same_glances(record.stop.looks, again.looks):
             self.tape.chain.run_whole.add(record.unit.path)
             again = self._recompute(position, record, state, whole=True)
         return again
@@ -245,12 +250,14 @@ class Rewind:
         """Evaluate the branch again, as in forward, on the state x_k, as far as it is needed, or all of it; fills the cache."""
         self._check_versions(record)
         wide = self.tape.streams.read(state)
-        x = wide.to(record.dtype).detach().requires_grad_(record.input_requires_grad)
+        x = (wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach()
+        if record.input_requires_grad:
+            x.requires_grad_()
         version = x._version
         cache: dict[int, tuple[Tensor, int]] = {}
         saved, meter, until = record.saved, self.tape.chain.meter, _UntilEnough()
-        looks, stops = list[Tensor](), record.stops and not whole
-        looked = {*record.looked} if stops else ()
+        looks, stop = list[Tensor](), None if whole else record.stop
+        looked = {*stop.looked} if stop else ()
 
         def pack(t: Tensor) -> None:
             if until.enough:  # a handler in the branch took it for a fault, and goes on
@@ -264,24 +271,15 @@ class Rewind:
             if len(cache) == len(saved):
                 if meter:
                     meter.complete(self.tape, position)
-                if stops and not gone:
+                if stop and not gone:
                     until.enough = True
                     raise _Enough
 
-        gone = lent(record.owned.places, self.tape.chain.homes)
+        gone = lent(record.owned.tables, self.tape.chain.homes)
         watch = _CheckpointWatch() if gone else None
         f: Tensor | None = None
-        with (
-            until,
-            torch.enable_grad(),
-            record.surroundings.restored(),
-            put_back(gone) if gone else NOTHING,
-            buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else NOTHING,
-            attributes_as_found(record.attributes) if record.attributes else NOTHING,
-            saved_tensors_hooks(pack, _never),
-            watch or NOTHING,
-        ):
-            f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)))
+        with until, record.surroundings.restored(), _modules_as_found(record, gone), saved_tensors_hooks(pack, _never), watch or NOTHING:
+            f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
         if x._version != version:
             raise self._fault(record, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
         if len(cache) != len(record.saved):
@@ -300,13 +298,15 @@ class Rewind:
         for tensor, version in record.inputs:
             if tensor._version != version:
                 raise self._fault(record, "an extra input of it was modified in place", "no in-place write before backward")
-        for reference, version in record.constants:
+        for reference, version in record.stop.constants if record.stop else ():
             constant = reference()
             if constant is not None and constant._version != version:
                 raise self._fault(record, "a constant that it uses was modified in place", "no in-place write before backward")
-        for weight, version in record.owned.weights:
-            if weight._version != version:
-                raise self._fault(record, f"its weight {_name(record, weight)!r} was modified in place", "the weights of the forward pass")
+        owned = record.owned
+        now = versions_of(owned.weights)
+        if now != owned.versions:
+            weight = next(w for w, a, b in zip(owned.weights, owned.versions, now, strict=True) if a != b)
+            raise self._fault(record, f"its weight {_name(record, weight)!r} was modified in place", "the weights of the forward pass")
 
     # -- checking --------------------------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class Rewind:
         if again.f is None:  # it was compared
             return
         streams = self.tape.streams
-        if record.stops:
+        if record.stop:
             summary = record.fingerprint.state
         after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
         if self.tape.deferred:
@@ -361,22 +361,47 @@ def _is_checkpointed(f: Tensor) -> bool:
 
 
 @contextmanager
-def recording_nothing() -> Iterator[None]:
-    """``no_grad``, but never inference mode (in which a backward pass may run): a recompute needs a graph."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else NOTHING, torch.no_grad():
+def _modules_found(record: UnitRecord, gone: list[Place]) -> Iterator[None]:
+    with (
+        put_back(gone) if gone else NOTHING,
+        buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else NOTHING,
+        attributes_as_found(record.attributes) if record.attributes else NOTHING,
+    ):
         yield
 
 
-def unpack(placeholder: Placeholder) -> Tensor:
-    """The tensor behind a placeholder, recomputed if need be."""
-    tape, position, index = placeholder
-    here = tape.passes.get(running_pass())
-    if here is not None and here.position == position:  # as `saved` does it, in the common case
-        found = here.cache.get(index)
-        if found is not None and found[0]._version == found[1]:
-            del here.cache[index]
-            return found[0]
-    return Rewind.of(tape).saved(position, index)
+def _modules_as_found(record: UnitRecord, gone: list[Place]) -> AbstractContextManager[None]:
+    """Let a recompute find weights, buffers and attributes as the forward did, where anything of these may be another."""
+    return _modules_found(record, gone) if gone or record.owned.writers or record.attributes else NOTHING
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def recording_nothing() -> AbstractContextManager[None]:
+    """``no_grad``, but never inference mode (in which a backward pass may run): a recompute needs a graph."""
+    if torch.is_inference_mode_enabled():
+        return _plain_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else NOTHING
+
+
+def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:
+    """The hook that gives the tensors that the branch of the unit at ``position`` saved, by their numbers: recomputed if need be."""
+    passes, running = tape.passes, torch._C._current_graph_task_id
+
+    def unpack(number: int) -> Tensor:
+        here = passes.get(running())
+        if here is not None and here.position == position:  # as `saved` does it, in the common case
+            found = here.cache.get(number)
+            if found is not None and found[0]._version == found[1]:
+                del here.cache[number]
+                return found[0]
+        return Rewind.of(tape).saved(position, number)
+
+    return unpack
 
 
 def _name(record: UnitRecord, weight: Tensor) -> str:

@@ -62,9 +62,9 @@ from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance
-from revwire._records import MISSING, Anchor, Before, Placeholder, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import NOTHING, Inventory, Surroundings, Written, hooked, undisturbed, version_of
-from revwire._rewind import Rewind, unpack
+from revwire._records import MISSING, Anchor, Before, Stop, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
+from revwire._replay import Inventory, Surroundings, Written, hooked, undisturbed, version_of
+from revwire._rewind import Rewind, unpacker
 
 if TYPE_CHECKING:
     from revwire._chunks import Chunk, Cut
@@ -121,12 +121,9 @@ class Tape:
         return PLAIN[unit.kind] if self.plain else self.couplings[place].rule(unit.kind, x)
 
     def shares(self, unit: Unit) -> bool:
-        """Whether the gradient that the next step gives x_{k-1} is made of that of its branch.
-
-        Not where b < 0: gradients of steps cancel in part then, and one more rounding of them would count.
-        """
+        """Whether the gradient that the next step gives x_{k-1} is made of that of its branch."""
         place = unit.place(self.position)
-        return not self.plain and place is not None and self.couplings[place].coefficients.b > 0
+        return not self.plain and place is not None and self.couplings[place].shares
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -154,20 +151,21 @@ class Tape:
         version = version_of(x)
         record = self._record(unit, host, x, extras)
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
-        writers = [m for m in record.owned.writers if m.training]
+        writers = [m for m in record.owned.writers if m.training] if record.owned.writers else None
         try:
-            with saved_tensors_hooks(self._packer(record, x, last), unpack), undisturbed(writers) if writers else NOTHING:
-                written = Written(writers) if writers else None
-                f, sides = evaluate(unit, host, x, extras)
-                record.buffers = written.copies() if written else None
+            with saved_tensors_hooks(self._packer(record, x, last), unpacker(self, len(self.records))):
+                if writers:
+                    with undisturbed(writers):
+                        written = Written(writers)
+                        f, sides = evaluate(unit, host, x, extras)
+                        record.buffers = written.copies()
+                else:
+                    f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
                 raise record.fault(self.chain, *_WROTE_INPUT)
             record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
-            with torch.no_grad():
-                record.sample = self.streams.sample(f, [t for _, t in last])
-            if not record.stops:
-                record.looks.clear()
+            record.sample = self.streams.sample(f, [t for _, t in last])
         finally:
             last.clear()  # see `_packer`
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
@@ -199,9 +197,9 @@ class Tape:
 
     def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
         inputs: Versions = []
-        kept = tuple(detached(e, inputs) for e in extras)
+        kept = tuple([detached(e, inputs) for e in extras]) if extras else ()
         owned = Inventory.of(unit.modules(host))
-        modules = ((host.get_submodule(path), name) for path, name in unit.assigned)
+        modules = [(host.get_submodule(path), name) for path, name in unit.assigned] if unit.assigned else ()
         return UnitRecord(
             unit=unit,
             host=host,
@@ -213,50 +211,51 @@ class Tape:
             owned=owned,
             attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
             chunk=self._chunk,
-            stops=self._may_stop(unit, host),
-            surroundings=Surroundings.capture([x, *(t for t, _ in inputs), *(t for t, _ in owned.weights)]),
+            stop=Stop() if self._may_stop(unit, host) else None,
+            surroundings=Surroundings.capture([x, *[t for t, _ in inputs], *owned.weights]),
         )
 
-    def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], Placeholder]:
+    def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
         """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
 
         ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
         which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the recompute stops early,
         all but its input is looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
         """
-        position, saved, weights = len(self.records), record.saved, record.owned.weights
+        saved, owned, stop = record.saved, record.owned, record.stop
         inputs = {id(x), id(x._base)}
-        known = {*inputs, *[id(t) for t, _ in weights]}
-        buffers = {id(t) for _, _, t, is_weight in record.owned.places if not is_weight} if record.stops else set[int]()
+        known = inputs.union(map(id, owned.weights))
+        buffers = {id(t) for _, then, is_weight in owned.tables if not is_weight for t in then.values()} if stop else ()
 
-        def pack(t: Tensor) -> Placeholder:
-            number, base = len(saved), t._base
-            owner = t if base is None else base
+        def pack(t: Tensor) -> int:
+            number, owner = len(saved), t._base
+            if owner is None:
+                owner = t
             if id(owner) not in known:
                 if not owner.is_leaf:
                     if can_be_sampled(t):
                         last.append((number, t))
                 elif owner.requires_grad or id(owner) in buffers:  # a weight from outside of the unit's modules, or a buffer
                     known.add(id(owner))
-                    weights.append((owner, version_of(owner)))
-                elif record.stops:
-                    record.constants.append((ref(owner), version_of(owner)))
-            if record.stops and id(owner) not in inputs:
-                self._look(record, number, t)
+                    owned.note(owner)
+                elif stop:
+                    stop.constants.append((ref(owner), version_of(owner)))
+            if stop and id(owner) not in inputs:
+                self._look(record, stop, number, t)
             saved.append((t.shape, t.dtype, t.device))
-            return self, position, number
+            return number
 
         return pack
 
     @staticmethod
-    def _look(record: UnitRecord, number: int, t: Tensor) -> None:
+    def _look(record: UnitRecord, stop: Stop, number: int, t: Tensor) -> None:
         """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its recompute."""
-        found = glance(t)
+        found = glance(t) if record.stop else None
         if found is None:
-            record.stops = False
+            record.stop = None
         else:
-            record.looked.append(number)
-            record.looks.append(found)
+            stop.looked.append(number)
+            stop.looks.append(found)
 
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         """Advance both streams by one unit; returns the float value of x_{k+1}."""
@@ -389,7 +388,7 @@ class Tape:
         """That of the state of x_{k-1}, where the record of the unit that has just run will be kept; empty where it is known anyway."""
         if self.start is None or self._open is None:
             return known
-        if self._open.stops:
+        if self._open.stop:
             return previous.new_empty(0)
         return self.streams.summary(previous) if known is None else known
 
@@ -522,4 +521,8 @@ def stalls(device: torch.device) -> bool:
 
 
 def _versions(state: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    return version_of(state[0]), version_of(state[1])
+    a, b = state
+    try:
+        return a._version, b._version
+    except RuntimeError:  # inference tensors
+        return version_of(a), version_of(b)

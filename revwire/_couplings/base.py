@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property
 from math import log2
 from typing import ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -173,7 +173,20 @@ class Coupling(ABC):
 
     def rule(self, kind: Kind, x: Tensor) -> Rule:
         """The coefficients by which one unit enters the step of the stream ``x``, drawn anew where they are random."""
-        return _constant(self.coefficients, kind)
+        return self._rules[kind]
+
+    @cached_property
+    def _rules(self) -> dict[Kind, Rule]:
+        """The constant rules, by kind of unit: a property is quicker than a cache that must hash the coefficients."""
+        return {"residual": Rule.of(self.coefficients), "block": Rule.of(self.coefficients.for_block)}
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether the gradient that a step gives x_{k-1} may be made of that of its branch: not where b < 0.
+
+        Gradients of steps cancel in part then, and one more rounding of them would count.
+        """
+        return self.coefficients.b > 0
 
     def float_error(self, units: int) -> float:
         """Expected relative error of the rebuilt input of a chain of ``units`` units in float32."""
@@ -202,11 +215,6 @@ class Coupling(ABC):
 
 PLAIN = {"residual": Rule(1.0, 0.0, 1.0, None), "block": Rule(0.0, 0.0, 1.0, None)}
 """The original network, by kind of unit."""
-
-
-@lru_cache(maxsize=1024)
-def _constant(coefficients: Coefficients, kind: Kind) -> Rule:
-    return Rule.of(coefficients if kind == "residual" else coefficients.for_block)
 
 
 def named(value: float) -> str:
