@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from revwire._prepare import AUTO, Options, Planner, Prepared, chunks_of, with_c
 from revwire._recording import tensors_in
 from revwire._replay import accelerators_of
 from revwire._rewrite import install
-from revwire._step import device_of, left_as_found, mean_square, own_leaves, run_model
+from revwire._step import autocast_left, device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire._trace import left_alone, record
 from revwire._unready import refuse_unready
 
@@ -261,6 +261,7 @@ class _Ways:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
         self.tried: list[tuple[Prober, Chunks]] = []
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
         refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in self.names for n in several])
 
     def __iter__(self) -> Iterator[Cutting]:
@@ -285,7 +286,7 @@ class _Ways:
 
     def run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))
-        with left_alone(self.model, accelerators_of([*tensors_in(given), *self.model.parameters()])):
+        with self.around(), left_alone(self.model, accelerators_of([*tensors_in(given), *self.model.parameters()])):
             run_model(self.model, given)
 
     def switched(self, on: bool) -> Callable[[], None]:
@@ -314,15 +315,18 @@ class _Ways:
 def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: _Ways) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
+    device = device_of(model, leaves)
 
     def step() -> None:
-        loss = mean_square(run_model(model, leaves))
+        with entered():
+            loss = mean_square(run_model(model, leaves))
         if not loss.requires_grad:
             raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
         loss.backward()  # type: ignore[no-untyped-call]
 
-    with left_as_found(model), torch.enable_grad():
-        return fit(state.plan, state.chains, step, device_of(model, leaves), budget, ways, ways.mix)
+    with left_as_found(model), torch.enable_grad(), autocast_left(device) as entered:
+        ways.around = entered
+        return fit(state.plan, state.chains, step, device, budget, ways, ways.mix)
 
 
 def report(model: nn.Module) -> Plan:

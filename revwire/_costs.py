@@ -17,7 +17,8 @@ Note [Forms]
 
     ===  ============  =============================================================================
     r    reversible    the kept bits: what was measured
-    c    checkpointed  one state, and samples; in float streams one state more where the unit before is not checkpointed
+    c    checkpointed  one state, and samples; in float streams one state more where the unit before is not checkpointed. Where the branch
+                       gives fewer bits than a state has: that result, beside the kept bits, instead of a state
     s    stored        its activations; where the run of such units begins, the two states before it
     z    stored        likewise, in a run that ends the chain: its two states replace those of the end
     a    stored        likewise, in a chain that is stored as a whole: no states at all
@@ -54,6 +55,7 @@ class UnitCost:
         state: bytes of one of its chain's states.
         exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
         looks: bytes of samples that are kept of what a checkpointed unit saved, where its recompute stops.
+        result: bytes of what its branch gives, where a checkpointed unit keeps that instead of a state; else 0.
         gain: seconds by which a step is shorter when it is stored.
         relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
         arithmetic: those of them that its kept bits and the way back take.
@@ -69,6 +71,7 @@ class UnitCost:
     state: int
     exact: bool
     looks: int
+    result: int
     gain: float
     relief: float
     arithmetic: float
@@ -91,6 +94,8 @@ class UnitCost:
         """Bytes kept beyond those of its reversible form, from its forward to its backward."""
         if form == "r":
             return 0
+        if form == "c" and self.result:
+            return self.result + self.looks
         if form == "c":
             return (1 if self.exact or before == "c" else 2) * self.state + self.looks - self.kept
         states = 0
@@ -177,6 +182,8 @@ class Costs:
             again = rebuilt.get(run, _Rebuilding(0.0, None))
             both = arithmetic.keep + arithmetic.undo
             stops = exact[c] and again.rest is not None
+            result = measured.results[run] if measured.results and exact[c] else 0
+            rest = (again.rest or 0.0) * again.chunks
             unit = UnitCost(
                 chain=c,
                 unit=u,
@@ -186,8 +193,9 @@ class Costs:
                 state=state[c],
                 exact=exact[c],
                 looks=measured.looks[run] if measured.looks and stops else 0,
+                result=result,
                 gain=again.seconds * again.chunks + arithmetic.keep,
-                relief=arithmetic.keep + (again.rest or 0.0) * again.chunks if stops else both,
+                relief=(0.0 if result else arithmetic.keep) + rest if stops else 0.0 if result else both,
                 arithmetic=both,
                 ends=u == len(kept[c]) - 1,
                 fixed=run not in rebuilt or measured.places.count((c, u)) > 1,
@@ -247,7 +255,7 @@ class Costs:
         """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
         unit, at = self.units[run], self.levels[run]
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it is there anyway, but for the last unit
-            return max(at.forward + (unit.state if unit.ends else 0), at.complete, at.undone or at.backward)
+            return max(at.forward + ((unit.result or unit.state) if unit.ends else 0), at.complete, at.undone or at.backward)
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
         stored = at.start + unit.saved + max(0, at.grown - unit.kept)

@@ -89,6 +89,7 @@ class Measured:
         held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
         arithmetic: of each run.
         looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
+        results: bytes of what the branch of a run gave, where that is narrower than a state.
     """
 
     places: tuple[Place, ...]
@@ -97,6 +98,7 @@ class Measured:
     arithmetic: tuple[Arithmetic, ...]
     held: tuple[int, ...] = ()
     looks: tuple[int, ...] = ()
+    results: tuple[int, ...] = ()
 
 
 def _saved(tape: Tape, position: int) -> int:
@@ -115,6 +117,14 @@ def _looks(tape: Tape, position: int) -> int:
     record = tape.records[position]
     assert isinstance(record, UnitRecord)
     return sum(size_of_glance(shape.numel(), dtype) for shape, dtype, _ in record.saved)
+
+
+def _result(tape: Tape, position: int, state: Tensor) -> int:
+    """Bytes of what a branch gave, if a checkpointed unit keeps that instead of a state."""
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    assert record.fingerprint is not None
+    return state.numel() * record.fingerprint.dtype.itemsize if record.narrow else 0
 
 
 class _Sample(NamedTuple):
@@ -138,6 +148,7 @@ class _Marker:
         self.saved: dict[int, int] = {}
         self.held: dict[int, int] = {}  # of the largest of its chunks
         self.looks: dict[int, int] = {}
+        self.results: dict[int, int] = {}
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
 
     def mark(self, kind: Kind, run: int = -1) -> None:
@@ -171,6 +182,7 @@ class _Marker:
         self.saved[run] = self.saved.get(run, 0) + found
         self.held[run] = max(self.held.get(run, 0), found)
         self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
+        self.results[run] = self.results.get(run, 0) + _result(tape, position, state)
         self.mark("rebuilt", run)
 
 
@@ -192,8 +204,10 @@ def measured(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
     runs = range(len(marker.places))
-    saved, held, looks = (tuple(found.get(run, 0) for run in runs) for found in (marker.saved, marker.held, marker.looks))
-    return Measured(tuple(marker.places), stretches, saved, tuple(timed[marker.samples[p]] for p in marker.places), held, looks)
+    by_run = (marker.saved, marker.held, marker.looks, marker.results)
+    saved, held, looks, results = (tuple(found.get(run, 0) for run in runs) for found in by_run)
+    arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
+    return Measured(tuple(marker.places), stretches, saved, arithmetic, held, looks, results)
 
 
 @contextmanager

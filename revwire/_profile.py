@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revwire._convert import as_call, report, revert, stored_activations
-from revwire._step import Loss, device_of, left_as_found, mean_square, own_leaves, run_model
+from revwire._step import Loss, autocast_left, device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 
 REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
@@ -106,16 +106,21 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     original = _checkpointed_twin(model)
     call = as_call(example_inputs)
     leaves = own_leaves((call.args, call.kwargs))
+
+    def forward(net: nn.Module) -> Tensor:
+        with entered():
+            return criterion(run_model(net, leaves))
+
     forwards: dict[str, Callable[[], Tensor]] = {
-        REVWIRE: lambda: criterion(run_model(model, leaves)),
-        STORED: lambda: _stored(model, lambda: criterion(run_model(model, leaves))),
-        CHECKPOINT: lambda: criterion(run_model(original, leaves)),
+        REVWIRE: lambda: forward(model),
+        STORED: lambda: _stored(model, lambda: forward(model)),
+        CHECKPOINT: lambda: forward(original),
     }
-    steps = {name: partial(_step, forward) for name, forward in forwards.items()}
+    steps = {name: partial(_step, run) for name, run in forwards.items()}
     device = device_of(model, leaves)
-    with left_as_found(model):
+    with left_as_found(model), autocast_left(device) as entered:
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-        saved = {name: saved_bytes(forward, device) for name, forward in forwards.items()}
+        saved = {name: saved_bytes(run, device) for name, run in forwards.items()}
         timings = paired_seconds(steps, repeats, device)
     costs = {n: Cost(saved[n], peaks[n], timings.seconds(n), timings.ratio(n, STORED)) for n in steps}
     return Profile(costs, str(device), repeats)

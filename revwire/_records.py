@@ -42,6 +42,21 @@ class Before(NamedTuple):
     version: int
 
 
+class Result(NamedTuple):
+    """What the branch of a unit gave, with its version counter."""
+
+    value: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, f: Tensor) -> Result:
+        """It keeps no more memory than ``f`` has elements."""
+        value = f.detach()
+        if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+            value = value.clone()
+        return cls(value, version_of(value))
+
+
 @dataclass(slots=True)
 class Stop:
     """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in `_tape`.
@@ -80,6 +95,9 @@ class UnitRecord:
     begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
     anchor: Anchor | None = None
     before: Before | None = None  # x_{k-1} alone, where x_k is rebuilt to the bit anyway
+    narrow: bool = False  # what its branch gave has fewer bits than a state
+    by_result: bool = False  # so that is kept, and not x_{k-1}
+    result: Result | None = None  # until it has served
     stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 

@@ -199,11 +199,15 @@ class Rewind:
         whole = self.previous if anchor is None else anchor[1]
         current = whole if chunk is None else chunk.of(whole)
         before = self._kept(record.before) if anchor is None else anchor[0]
-        if before is not None and chunk is None and not self.retained:
+        summary = None
+        if record.by_result:
+            rebuilt, summary = self._from_result(record, current)
+        if (record.by_result or before is not None) and chunk is None and not self.retained:
             self.current = None  # x_{k+1} has served
         again = self._evaluated(position, record, current)
-        summary = None
-        if record.begins:
+        if record.by_result:
+            pass
+        elif record.begins:
             rebuilt = current
         elif before is not None:
             rebuilt = before if chunk is None else chunk.of(before)
@@ -224,6 +228,17 @@ class Rewind:
             if before is None:
                 before = whole if record.begins else joined(parts, chunk.dim, whole)
             self.previous, self.current = before, whole
+
+    def _from_result(self, record: UnitRecord, current: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x_{k-1}, or a chunk of it, and its summary, by the kept result of the branch; see Note [Results in 16 bits] in `_tape`."""
+        assert record.result is not None
+        value, version = record.result
+        if version_of(value) != version:
+            raise self._fault(record, "the result of its branch was modified in place", "no in-place write before backward")
+        following = self._now() if record.chunk is None else record.chunk.of(self._now())
+        if not self.retained:
+            record.result = None
+        return self.tape.streams.unstep(following, self.tape.streams.read(current), value, record.rule, record.bits)
 
     def _before(self, record: UnitRecord) -> tuple[Tensor, Tensor]:
         """The states (x_{k-1}, x_k) that a unit, or its chunk, begins with; the walk stands before it."""
@@ -312,12 +327,13 @@ class Rewind:
 
     def _compare(self, record: UnitRecord, previous: Tensor, again: _Again, summary: Tensor | None = None) -> None:
         assert record.fingerprint is not None
-        if again.f is None:  # it was compared
+        if again.f is None and not record.by_result:  # it was compared
             return
         streams = self.tape.streams
-        if record.stop:
+        if record.stop and not record.by_result:
             summary = record.fingerprint.state
-        after = Fingerprint(streams.summary(previous) if summary is None else summary, *streams.sample(again.f, again.witnesses))
+        branch = record.fingerprint[1:] if again.f is None else streams.sample(again.f, again.witnesses)
+        after = Fingerprint(streams.summary(previous) if summary is None else summary, *branch)
         if self.tape.deferred:
             self.pending.append((record, after, self.tape.streams.difference(record.fingerprint, after)))
         elif not record.fingerprint.same_bits(after):

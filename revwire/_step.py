@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +30,39 @@ def run_model(model: nn.Module, leaves: tuple[Any, Any]) -> Any:
 def own_leaves(inputs: Any) -> Any:
     """The inputs on the same storage, with a ``.grad`` of their own: the caller's stays as it is."""
     return tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, inputs)
+
+
+@contextmanager
+def autocast_left(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Leave the autocast around this call for a while. Yields what enters it again, as a training step does for its forward alone.
+
+    While it is on, autocast keeps its casts of weights; they go when the outermost context ends, which is before a backward pass begins.
+    """
+    kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.is_autocast_enabled(kind)]
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
+    kept = torch.is_autocast_cache_enabled()
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype in casts:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=kept))
+            yield
+
+    try:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        for _ in range(depth):
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        yield entered
+    finally:
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
 
 
 def device_of(model: nn.Module, inputs: Any) -> torch.device:

@@ -33,6 +33,11 @@ Note [What need not be rebuilt]
     ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units with anchors, whose gain is
     small, and float streams, which see the result only.
 
+Note [Results in 16 bits]
+    Under autocast, and in networks of 16-bit weights, a branch gives half as many bits as a state has. There a checkpointed unit keeps that
+    result instead of x_{k-1}, and its few bits: from both x_{k-1} is made again to the bit, before the recompute, which stops early just as
+    well. It costs half of what checkpointing keeps for a stream in 32 bits, and one step of the streams.
+
 Note [Chunks]
     A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a record, a branch
     and a step of its own, so that a backward pass rebuilds, and holds, the activations of one chunk at a time. The states change for all of
@@ -62,7 +67,7 @@ from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance
-from revwire._records import MISSING, Anchor, Before, Stop, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
+from revwire._records import MISSING, Anchor, Before, Result, Stop, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
 from revwire._replay import Inventory, Surroundings, Written, hooked, undisturbed, version_of
 from revwire._rewind import Rewind, unpacker
 
@@ -166,12 +171,19 @@ class Tape:
             record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
             record.sample = self.streams.sample(f, [t for _, t in last])
+            if self.chain.modes is not None or self.chain.meter:
+                record.narrow = self._is_narrow(f, sides)
         finally:
             last.clear()  # see `_packer`
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
             self.start = len(self.records)
         self._open = record
         return f, sides
+
+    def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
+        """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its memory."""
+        state = self.intact_state()[0]
+        return bool(self.streams.witnesses) and not sides and type(f) is Tensor and f.element_size() < state.element_size()
 
     def _keeps(self, place: int) -> bool:
         """Whether autograd keeps what the unit at this place saves; see Note [The last unit] and Note [Stored units]."""
@@ -265,7 +277,7 @@ class Tape:
         place = unit.place(self.position)
         assert place is not None
         anchored = self.chain.anchored(place)
-        undone = self.rewinds and self.kept is None and previous is not current and not anchored
+        undone = self.rewinds and self.kept is None and previous is not current and (not anchored or self._by_result(place))
         following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
         if not (in_range or self._in_range(out)):
             if self.keep:
@@ -280,7 +292,7 @@ class Tape:
             self._pass_over((current, following), ends=place == self.chain.length - 1)
         else:
             if self.rewinds:
-                self._keep_record(bits, self._summary(previous, summary), previous is current, anchored)
+                self._keep_record(bits, self._summary(previous, summary), f, previous is current, anchored)
             self._advance((current, following))
         self.position = place + 1
         return out
@@ -321,7 +333,7 @@ class Tape:
         assert place is not None
         anchored, begins = self.chain.anchored(place), whole[0] is whole[1]
         rebuilt = self.rewinds and self.kept is None
-        undone = rebuilt and not begins and not anchored
+        undone = rebuilt and not begins and (not anchored or self._by_result(place))
         following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
         if not (in_range or self._in_range(out)):
             raise self._out_of_range(unit)
@@ -329,7 +341,7 @@ class Tape:
         if rebuilt:
             if self.chain.monitor:
                 self.chain.monitor.forward(self, len(self.records), previous)
-            self._keep_record(bits, self._summary(previous, summary), begins, anchored)
+            self._keep_record(bits, self._summary(previous, summary), f, begins, anchored)
         self._parts.append(following)
         return out
 
@@ -384,22 +396,32 @@ class Tape:
         """Whether the newest record stands for a run of units that are never rebuilt."""
         return bool(self.records) and isinstance(self.records[-1], Anchor)
 
+    def _by_result(self, place: int) -> bool:
+        """Whether the unit that has just run keeps what its branch gave; see Note [Results in 16 bits]."""
+        record = self._open
+        if record is None or not record.narrow or not self.chain.checkpoints(place):
+            return False
+        record.by_result = True
+        return True
+
     def _summary(self, previous: Tensor, known: Tensor | None) -> Tensor | None:
         """That of the state of x_{k-1}, where the record of the unit that has just run will be kept; empty where it is known anyway."""
         if self.start is None or self._open is None:
             return known
-        if self._open.stop:
+        if self._open.stop and not self._open.by_result:
             return previous.new_empty(0)
         return self.streams.summary(previous) if known is None else known
 
-    def _keep_record(self, bits: Tensor | None, summary: Tensor | None, begins: bool, anchored: bool) -> None:
+    def _keep_record(self, bits: Tensor | None, summary: Tensor | None, f: Tensor, begins: bool, anchored: bool) -> None:
         record, self._open = self._open, None
         if self.start is not None and record is not None:
             assert summary is not None
             assert record.sample is not None
             record.fingerprint, record.sample = Fingerprint(summary, *record.sample), None
             record.bits, record.begins = bits, begins
-            if anchored and not begins:
+            if record.by_result:
+                record.result = Result.of(f)
+            elif anchored and not begins:
                 states = self.intact_state()
                 if self.streams.witnesses:  # x_k will be rebuilt to the bit
                     record.before = Before(states[0], self.versions[0])

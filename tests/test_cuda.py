@@ -55,6 +55,23 @@ def test_autocast(case, dtype):
     check_gradients(Autocast(), on_device(inputs_of(model, case)), stored=lambda m: stored(model))
 
 
+@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_units_that_keep_what_their_branches_gave_in_16_bits(case, dtype):
+    model, x = toy(case, Dropped, depth=6).cuda(), torch.randn(Dropped.shape, device="cuda", requires_grad=True)
+    model.chain.modes = tuple("checkpointed" if mark == "c" else "reversible" for mark in "rccrcc")
+
+    def gradients():
+        torch.manual_seed(3)
+        with torch.autocast("cuda", dtype=dtype):
+            out = model(x)
+        return torch.autograd.grad(out.float().square().sum(), [x, *model.parameters()])
+
+    rebuilt = gradients()
+    with stored(model):
+        assert all(map(torch.equal, rebuilt, gradients()))
+
+
 @each_fast_case
 def test_a_changed_weight_is_an_error_at_the_end_of_the_backward(case):
     model = toy(case, Linear).cuda()

@@ -1,0 +1,343 @@
+"""Checkpointed units whose branches give fewer bits than a state has: they keep that result, and all stays equal to the bit."""
+
+import copy
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+import revwire
+from cases import FAST, each_exact_case
+from revwire._convert import chains_of
+from revwire._costs import Costs
+from revwire._errors import ReconstructionError
+from revwire._meter import measured
+from revwire._records import Result
+from revwire._step import autocast_left
+from revwire.measure import peak_bytes, saved_bytes
+from toys import KINDS, WIDTH, Attention, Blocks, PreNorm, Toy, attention_extras, stored, toy
+
+LETTERS = {"s": "stored", "c": "checkpointed", "r": "reversible"}
+SHAPE = (16, 64, WIDTH)
+STREAM = 16 * 64 * WIDTH * 4
+each_fast_exact_case = pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+in_bfloat16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+class Narrow(PreNorm):
+    """A branch in bfloat16, whatever is around it."""
+
+    def forward(self, x):
+        with in_bfloat16():
+            return super().forward(x)
+
+
+def mixed(case, mix, kind=Narrow, **options):
+    model = toy(case, kind, depth=len(mix), **options)
+    model.chain.modes = tuple(LETTERS[letter] for letter in mix)
+    return model
+
+
+def gradients(model, x, *extras):
+    torch.manual_seed(3)
+    out = model(x, *extras)
+    loss = sum(t.float().square().sum() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+    return torch.autograd.grad(loss, [x, *model.parameters()])
+
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+
+def tape_of(loss):
+    node = loss.grad_fn
+    while not hasattr(node, "tape"):
+        node = node.next_functions[0][0]
+    return node.tape
+
+
+def results_of(loss):
+    return [r.result for r in tape_of(loss).records if r is not None and r.result is not None]
+
+
+@each_fast_exact_case
+@pytest.mark.parametrize("mix", ["".join(letters) for letters in product("scr", repeat=4)])
+def test_every_mix_of_four_units_has_the_gradients_of_stored_activations(case, mix):
+    model, x = mixed(case, mix), torch.randn(PreNorm.shape, requires_grad=True)
+    rebuilt = gradients(model, x)
+    with stored(model):
+        assert same(rebuilt, gradients(model, x))
+
+
+@each_exact_case
+def test_every_coupling_comes_back_by_results(case):
+    class Single(PreNorm):
+        def forward(self, x):
+            return super().forward(x.to(case.dtype)).to(torch.bfloat16)
+
+    model, x = mixed(case, "rccrcc", Single), torch.randn(SHAPE, dtype=case.dtype, requires_grad=True)
+    assert len(results_of(model(x).square().sum())) == 4
+    rebuilt = gradients(model, x)
+    with stored(model):
+        assert same(rebuilt, gradients(model, x))
+
+
+@each_fast_exact_case
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_random_state_and_buffers_are_those_of_stored_activations(case, kind, dtype):
+    model = mixed(case, "rccrssrcs", kind)
+    twin = copy.deepcopy(model)
+    x = torch.randn(kind.shape, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        rebuilt, state = gradients(model, x), torch.get_rng_state()
+        with stored(twin):
+            true = gradients(twin, x)
+    assert same(rebuilt, true)
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(model.buffers(), twin.buffers())
+
+
+@each_fast_exact_case
+@pytest.mark.parametrize("kind", ["residual", "block"])
+def test_a_network_of_16_bits_keeps_results_of_16_bits(case, kind):
+    model = toy(case, depth=6, kind=kind).bfloat16()
+    model.chain.modes = tuple(LETTERS[letter] for letter in "rccrcc")
+    x = torch.randn(SHAPE).bfloat16().requires_grad_()
+    assert [r.value.dtype for r in results_of(model(x).square().sum())] == [torch.bfloat16] * 4
+    rebuilt = gradients(model, x)
+    with stored(model):
+        assert same(rebuilt, gradients(model, x))
+
+
+@each_fast_exact_case
+def test_it_costs_half_a_state_and_the_bits(case):
+    def held(mix):
+        model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
+        return saved_bytes(lambda: model(x))
+
+    looks = 4096  # samples of what a checkpointed unit saves
+    for mix, count in {"rrrcr": 1, "rcrcr": 2, "rccrr": 2, "rrcsr": 1, "rrsscr": 1}.items():
+        assert abs(held(mix) - held(mix.replace("c", "r")) - count * STREAM / 2) < count * looks
+
+
+@each_fast_exact_case
+def test_a_recompute_stops_as_early_as_with_a_kept_state(case, monkeypatch):
+    model, runs = mixed(case, "rrcrcr"), []
+
+    def run(x, number, forward):
+        out = forward(x)
+        runs.append(number)
+        return out
+
+    for i, branch in enumerate(model.branches):
+        monkeypatch.setattr(branch.down, "forward", partial(run, number=i, forward=branch.down.forward))
+    gradients(model, torch.randn(SHAPE, requires_grad=True))
+    assert [runs.count(i) for i in range(6)] == [2, 2, 1, 2, 1, 2]
+
+
+@each_fast_exact_case
+@pytest.mark.parametrize("mix", ["rccr", "crsc", "rccc"])
+def test_a_retained_backward_can_be_repeated(case, mix):
+    model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
+    loss = model(x).square().sum()
+    leaves = [x, *model.parameters()]
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert same(once, torch.autograd.grad(loss, leaves, retain_graph=True))
+    assert same(once, torch.autograd.grad(loss, leaves))
+
+
+@each_fast_exact_case
+def test_results_go_as_soon_as_they_have_served(case):
+    model, x = mixed(case, "rcccc"), torch.randn(SHAPE, requires_grad=True)
+    loss, left = model(x).square().sum(), []
+    tape = tape_of(loss)
+    model.branches[2].down.weight.register_hook(lambda _: left.append([r is not None and r.result is not None for r in tape.records]))
+    loss.backward()
+    assert left == [[False, True, False, False, False]]
+
+
+@each_fast_exact_case
+def test_a_result_that_is_written_to_is_an_error(case):
+    model, x = mixed(case, "rrcr"), torch.randn(SHAPE, requires_grad=True)
+    loss = model(x).square().sum()
+    (result,) = results_of(loss)
+    result.value.add_(1)
+    with pytest.raises(ReconstructionError, match=r"branches.2 .*the result of its branch was modified in place"):
+        loss.backward()
+
+
+@each_fast_exact_case
+@pytest.mark.parametrize("unit", [0, 2], ids=["first", "checkpointed"])
+def test_a_recompute_that_computes_other_values_is_an_error(case, unit):
+    class Scaled(Narrow):
+        scale = 1.0
+
+        def forward(self, x):
+            with in_bfloat16():
+                return self.down(torch.nn.functional.gelu(self.up(self.norm(x) * self.scale)))
+
+    model, x = mixed(case, "rrcr", Scaled), torch.randn(SHAPE, requires_grad=True)
+    loss = model(x).square().sum()
+    model.branches[unit].scale = 1.5
+    with pytest.raises(ReconstructionError, match=rf"branches.{unit} .*its branch computed other values"):
+        loss.backward()
+
+
+@each_fast_exact_case
+def test_a_state_that_comes_back_wrong_is_an_error(case):
+    """Bits of a result that nobody wrote to, seen from PyTorch."""
+    model, x = mixed(case, "rrcr"), torch.randn(SHAPE, requires_grad=True)
+    loss = model(x).square().sum()
+    (result,) = results_of(loss)
+    result.value.data.view(torch.int16).flatten()[7] ^= 1 << 10
+    with pytest.raises(ReconstructionError, match=r"branches.2 .*its rebuilt input differs"):
+        loss.backward()
+
+
+@each_fast_exact_case
+def test_branches_with_side_outputs_keep_the_state(case):
+    """A side output may be the result, and its receiver may write to it."""
+    model = Toy([Attention() for _ in range(4)], case)
+    model.chain.modes = ("reversible", "checkpointed", "checkpointed", "reversible")
+    x, extras = torch.randn(Attention.shape, requires_grad=True), attention_extras()
+    with in_bfloat16():
+        loss = model(x, *extras)[0].square().sum()
+        assert results_of(loss) == []
+        rebuilt = gradients(model, x, *extras)
+        with stored(model):
+            assert same(rebuilt, gradients(model, x, *extras))
+
+
+def test_of_a_part_of_a_larger_tensor_only_the_part_is_kept():
+    whole = torch.randn(4, 30).bfloat16()
+    part, row = Result.of(whole[:, :10]), Result.of(torch.randn(1, 30).bfloat16().expand(4, 30))
+    assert torch.equal(part.value, whole[:, :10])
+    assert part.value.untyped_storage().nbytes() == 80
+    assert Result.of(whole.T).value.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    assert row.value.untyped_storage().nbytes() == 60
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def blocks():
+    return Blocks(lambda: nn.TransformerEncoderLayer(32, 4, 128, dropout=0.1, batch_first=True, norm_first=True), depth=5).train()
+
+
+INPUTS = torch.randn(8, 64, 32, generator=torch.Generator().manual_seed(0))
+
+
+def step(model):
+    """As in training: a forward under autocast, a backward pass outside of it."""
+    with in_bfloat16():
+        loss = model(INPUTS).float().square().mean()
+    loss.backward()
+
+
+def step_gradients(model):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    step(model)
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+def test_a_budget_that_is_planned_under_autocast_is_met(coupling, share):
+    with in_bfloat16():
+        limits = revwire.plan(blocks(), INPUTS, coupling=coupling, memory_budget="least", chunks=1).forecast
+        budget = int(limits.peak_bytes * 1.01 + share * (limits.stored.peak_bytes - limits.peak_bytes))
+        model = revwire.convert(blocks(), INPUTS, coupling=coupling, memory_budget=budget, chunks=1)
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    forecast = revwire.report(model).forecast
+    peak = peak_bytes(lambda: step(model))
+    assert forecast.peak_bytes <= budget
+    assert peak <= budget * 1.02
+    assert abs(forecast.peak_bytes / peak - 1) < 0.05
+    planned = step_gradients(model)
+    with revwire.stored_activations(model):
+        assert same(planned, step_gradients(model))
+
+
+@pytest.mark.parametrize("mix", ["rrrrcc", "rrrrcr", "rrrccc", "rccccc", "rsrccr", "rcrcrc"])
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+def test_a_unit_that_keeps_its_result_takes_what_was_predicted(mix, coupling):
+    x = torch.randn(64, 64, 8)
+    torch.manual_seed(0)
+    model = Blocks(lambda: Residual(8), depth=6)
+    with in_bfloat16():
+        revwire.convert(model, x, coupling=coupling, memory_budget="least", chunks=1)
+    (chain,) = chains_of(model)
+
+    def run():
+        with in_bfloat16():
+            loss = model(x).square().mean()
+        loss.backward()
+
+    plan = revwire.report(model)
+    bits = chain.couplings[0].kept_bits * x.nbytes // 32
+    kept = [[bits if i else 0 for i, _ in enumerate(c.units)] for c in plan.chains]
+    costs = Costs(measured([chain], run, torch.device("cpu")), kept, [c.stream_bytes // 2 for c in plan.chains], [True])
+    assert [u.result for u in costs.units] == [x.nbytes // 2] * 6
+    chain.modes, chain.keeps_last = tuple(LETTERS[letter] for letter in mix), False
+    run()
+    assert peak_bytes(run) == pytest.approx(costs.forecast(list(mix))[0], rel=0.02)
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+def test_in_chunks_each_keeps_its_own(coupling):
+    model = blocks()
+    with in_bfloat16():
+        revwire.convert(model, INPUTS, coupling=coupling, chunks=4)
+    whole = step_gradients(model)
+    for chain in chains_of(model):
+        chain.modes = tuple("reversible" if i % 3 == 0 else "checkpointed" for i in range(chain.length))
+    with in_bfloat16():
+        loss = model(INPUTS).square().mean()
+    results = results_of(loss)
+    assert len(results) == 4 * sum(mode == "checkpointed" for mode in chain.modes)
+    assert {r.value.untyped_storage().nbytes() for r in results} == {INPUTS.nbytes // 8}
+    assert same(whole, step_gradients(model))
+    with revwire.stored_activations(model):
+        assert same(whole, step_gradients(model))
+
+
+def test_the_autocast_around_a_call_is_left_and_entered_again():
+    x, layer = torch.randn(4, 8), nn.Linear(8, 8)
+    with in_bfloat16(), autocast_left(torch.device("cpu")) as entered:
+        assert not torch.is_autocast_enabled("cpu")
+        assert layer(x).dtype == torch.float32
+        for _ in range(2):
+            with entered():
+                assert layer(x).dtype == torch.bfloat16
+    with in_bfloat16():
+        with pytest.raises(ValueError, match="stop"), autocast_left(torch.device("cpu")):
+            raise ValueError("stop")
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+    with autocast_left(torch.device("cpu")) as entered, entered():
+        assert layer(x).dtype == torch.float32
+    assert torch.autocast_increment_nesting() == 1
+    torch.autocast_decrement_nesting()
+
+
+def test_a_profile_under_autocast_is_that_of_a_step_that_leaves_it_for_its_backward():
+    model = blocks()
+    with in_bfloat16():
+        revwire.convert(model, INPUTS)
+        profile = revwire.profile(model, INPUTS, repeats=1)
+    measured_ = peak_bytes(lambda: step(model))
+    assert profile.costs["revwire"].peak_bytes == pytest.approx(measured_, rel=0.02)
