@@ -93,7 +93,7 @@ def search(costs: Costs, budget: int) -> list[Form] | None:
     if costs.waiting[0] > budget:
         return None
     for run, unit in enumerate(costs.units):
-        own = {form: costs.own(run, form) for form in MODES}
+        own = {form: costs.own(run, form) for form in MODES if form != "p" or unit.selective}
         best: dict[tuple[_Open, int], _Choice] = {}
         for open_, choices in states.items():
             others = tuple((c, f) for c, f in open_ if c != unit.chain)
@@ -196,6 +196,7 @@ def fit(
         found = None if size is None else _found(tried, [_coarsest(tried, size), [len(tried) - 1] * len(costs.units)], size)
         if found is not None:
             mix(_by_place(tried, found.ways))
+            found = _with_selective(found, chains, step, device, size)
             return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
         smallest = _least(tried)[0]
         if size is not None and smallest <= size:
@@ -214,7 +215,23 @@ def fit(
     found = _found(ways, _least(ways)[1], best if size is None else size)
     assert found is not None
     mix(_by_place(ways, found.ways))
+    found = _with_selective(found, chains, step, device, size)
     return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
+
+
+def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, size: int | None) -> _Mix:
+    """The same ways to cut, with the best forms where some units may be selective: measured where a budget leaves something to buy."""
+    if size is None or not any(MODES[form] != "stored" for form in found.forms):
+        return found
+    runs = found.costs.samples(size)
+    if not runs:
+        return found
+    modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
+    for run in runs:
+        modes[found.costs.units[run].chain][found.costs.units[run].unit] = "selective"
+    costs = found.costs.with_selective(runs, measured(chains, step, device, modes=[tuple(mine) for mine in modes]))
+    forms = search(costs, size)
+    return found if forms is None else _Mix(found.ways, costs, forms)
 
 
 def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint: Point | None) -> BudgetError:

@@ -19,6 +19,7 @@ Note [Forms]
     r    reversible    the kept bits: what was measured
     c    checkpointed  one state, and samples; in float streams one state more where the unit before is not checkpointed. Where the branch
                        gives fewer bits than a state has: that result, beside the kept bits, instead of a state
+    p    selective     as checkpointed, and the results of its products: measured
     s    stored        its activations; where the run of such units begins, the two states before it
     z    stored        likewise, in a run that ends the chain: its two states replace those of the end
     a    stored        likewise, in a chain that is stored as a whole: no states at all
@@ -35,12 +36,27 @@ from typing import Literal
 from revwire._meter import Measured, Stretch
 from revwire._module import Mode
 
-Form = Literal["r", "c", "s", "z", "a"]
-MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "s": "stored", "z": "stored", "a": "stored"}
+Form = Literal["r", "c", "p", "s", "z", "a"]
+MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "p": "selective", "s": "stored", "z": "stored", "a": "stored"}
 
 
 _OWN = ("enter", "grad", "complete", "rebuilt", "undone")
 """Marks after which a stretch is a unit's own."""
+
+
+@dataclass(frozen=True)
+class Selective:
+    """What a unit costs when it is selective.
+
+    Attributes:
+        extra: bytes kept beyond those of its reversible form, from its forward to its backward.
+        own: by how many bytes the peak of its own stretches is higher.
+        seconds: by which a step is shorter.
+    """
+
+    extra: int
+    own: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class UnitCost:
         arithmetic: those of them that its kept bits and the way back take.
         ends: whether it is the last of its chain.
         fixed: it stays reversible: nothing is rebuilt for it, or it runs several times.
+        selective: what it costs in that form, where that was measured.
     """
 
     chain: int
@@ -77,6 +94,7 @@ class UnitCost:
     arithmetic: float
     ends: bool
     fixed: bool
+    selective: Selective | None = None
 
     def forms(self, before: Form | None) -> tuple[Form, ...]:
         """The forms that it may have after a unit of form ``before`` (None: it is the first of its chain)."""
@@ -86,20 +104,23 @@ class UnitCost:
             return ("r",)
         if before is None:
             return ("r", "a") if self.ends else ("r", "s", "a")
+        recomputed: tuple[Form, ...] = ("r", "c", "p") if self.selective else ("r", "c")
         if before == "s":
-            return ("r", "c") if self.ends else ("r", "c", "s")
-        return ("r", "c", "z") if self.ends else ("r", "c", "s", "z")
+            return recomputed if self.ends else (*recomputed, "s")
+        return (*recomputed, "z") if self.ends else (*recomputed, "s", "z")
 
     def extra(self, form: Form, before: Form | None) -> int:
         """Bytes kept beyond those of its reversible form, from its forward to its backward."""
         if form == "r":
             return 0
+        if form == "p":
+            return self.selective.extra if self.selective else 0
         if form == "c" and self.result:
             return self.result + self.looks
         if form == "c":
             return (1 if self.exact or before == "c" else 2) * self.state + self.looks - self.kept
         states = 0
-        if form == "s" and before in ("r", "c"):
+        if form == "s" and before in ("r", "c", "p"):
             states = 2 if self.exact or before == "r" else 1
         if form == "a" and self.ends:
             states = -2
@@ -107,7 +128,14 @@ class UnitCost:
 
     def seconds(self, form: Form) -> float:
         """Seconds by which a step is shorter than with the reversible form."""
+        if form == "p":
+            return self.selective.seconds if self.selective else 0.0
         return {"r": 0.0, "c": self.relief}.get(form, self.gain)
+
+
+def _kind(unit: UnitCost) -> tuple[int, ...]:
+    """What units have in common that are of one kind."""
+    return unit.saved, unit.held, unit.kept, unit.state, unit.looks, unit.result, int(unit.ends)
 
 
 @dataclass
@@ -170,9 +198,11 @@ class Costs:
 
     def __init__(self, measured: Measured, kept: Sequence[Sequence[int]], state: Sequence[int], exact: Sequence[bool]) -> None:
         self.measured = measured
+        self._sizes = kept, state, exact
         self.seconds = sum(s.seconds for s in measured.stretches)
         self.levels = [_Levels() for _ in measured.places]
         self.spent = [0.0] * len(measured.places)  # seconds of each run's own stretches
+        self.recomputing = [0.0] * len(measured.places)  # those of them that depend on the form: of its forward, and of rebuilding it
         self.waiting = [0] * (len(measured.places) + 1)  # the peak of stretches in which the first p units wait
         self._read()
         rebuilt = _rebuilding(measured.stretches)
@@ -180,6 +210,7 @@ class Costs:
         self.units = []
         for run, ((c, u), arithmetic) in enumerate(zip(measured.places, measured.arithmetic, strict=True)):
             again = rebuilt.get(run, _Rebuilding(0.0, None))
+            self.recomputing[run] += again.seconds * again.chunks
             both = arithmetic.keep + arithmetic.undo
             stops = exact[c] and again.rest is not None
             result = measured.results[run] if measured.results and exact[c] else 0
@@ -215,8 +246,37 @@ class Costs:
         out.levels = [costs.levels[run].moved(starts[run] - costs.starts[run]) for run, costs in enumerate(choices)]
         out.units = [costs.units[run] for run, costs in enumerate(choices)]
         out.spent = [costs.spent[run] for run, costs in enumerate(choices)]
+        out.recomputing = [costs.recomputing[run] for run, costs in enumerate(choices)]
         out.seconds += sum(out.spent) - sum(choices[0].spent)
         out.waiting = [max(c.waiting[p] + start - c.starts[p] for c in set(choices)) for p, start in enumerate(starts)]
+        return out
+
+    def samples(self, size: int) -> list[int]:
+        """Runs, one for each kind of unit, of which some may be selective within a budget: as many as one step may try together."""
+        kinds: dict[tuple[int, ...], int] = {}
+        peak, _ = self.forecast(self.uniform("reversible"))
+        for run, unit in enumerate(self.units):
+            if unit.exact and unit.unit and not unit.fixed:
+                kinds[_kind(unit)] = run
+        found = []
+        for run in sorted(kinds.values(), key=lambda run: self.units[run].saved):
+            peak += self.units[run].saved + self.units[run].state
+            if peak <= size:
+                found.append(run)
+        return found
+
+    def with_selective(self, runs: Sequence[int], measured: Measured) -> Costs:
+        """With what units cost that are of a kind with some runs, by a step in which those were selective."""
+        there = Costs(measured, *self._sizes)
+        found, before = dict[tuple[int, ...], Selective](), 0
+        for run in sorted(runs):
+            here, at = self.levels[run], there.levels[run]
+            extra = at.grown - here.grown
+            own = max(at.forward, at.rebuild, at.backward) - before - self.own(run, "r")
+            found[_kind(self.units[run])] = Selective(extra, own, self.recomputing[run] - there.recomputing[run])
+            before += extra
+        out = copy(self)
+        out.units = [replace(u, selective=None if u.fixed or not u.unit else found.get(_kind(u))) for u in self.units]
         return out
 
     @property
@@ -231,6 +291,8 @@ class Costs:
             kind, run = stretch.mark
             if kind in _OWN:
                 self.spent[run] += stretch.seconds
+            if kind == "enter":
+                self.recomputing[run] += stretch.seconds
             if kind == "enter":
                 self.levels[run].start, self.levels[run].forward = stretch.level, stretch.peak
                 continue
@@ -254,6 +316,8 @@ class Costs:
     def own(self, run: int, form: Form) -> int:
         """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
         unit, at = self.units[run], self.levels[run]
+        if form == "p":
+            return self.own(run, "r") + (unit.selective.own if unit.selective else 0)
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it is there anyway, but for the last unit
             return max(at.forward + ((unit.result or unit.state) if unit.ends else 0), at.complete, at.undone or at.backward)
         if MODES[form] != "stored":

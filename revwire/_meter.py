@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from revwire._couplings import Coupling
-from revwire._module import Chain, Unit
+from revwire._module import Chain, Mode, Unit
 from revwire._numerics import Streams, size_of_glance, stream_dtype
 from revwire._records import UnitRecord
 from revwire._rewind import running_pass
@@ -186,21 +186,31 @@ class _Marker:
         self.mark("rebuilt", run)
 
 
-def measured(chains: Sequence[Chain], step: Callable[[], None], device: torch.device, rounds: int = 2) -> Measured:
-    """Run ``step`` (forward and backward) a few times with every unit reversible, and measure its stretches.
+Modes = tuple[Mode, ...]
+"""Of the units of one chain."""
+
+
+def measured(
+    chains: Sequence[Chain],
+    step: Callable[[], None],
+    device: torch.device,
+    rounds: int = 2,
+    modes: Sequence[Modes | None] | None = None,
+) -> Measured:
+    """Run ``step`` (forward and backward) a few times with every unit reversible, or in these modes, and measure its stretches.
 
     ``step`` leaves nothing behind that was not there after it had run once.
     """
-    modes = [chain.modes for chain in chains]
+    found = [chain.modes for chain in chains]
     try:
-        for chain in chains:
-            chain.modes = None
+        for chain, mine in zip(chains, modes or [None] * len(chains), strict=True):
+            chain.modes = mine
         step()
         levels, marker = (_cuda_levels if device.type == "cuda" else _cpu_levels)(chains, step)
         seconds = _seconds(chains, step, device, rounds)
         timed = _arithmetic(marker.samples.values(), device)
     finally:
-        for chain, before in zip(chains, modes, strict=True):
+        for chain, before in zip(chains, found, strict=True):
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
     runs = range(len(marker.places))

@@ -84,8 +84,8 @@ class Unit:
         return next((i for i in self.later if i >= position), None)
 
 
-Mode = Literal["stored", "checkpointed", "reversible"]
-"""How a unit's activations come back: kept by autograd, recomputed from a kept input, or recomputed from a rebuilt one."""
+Mode = Literal["stored", "selective", "checkpointed", "reversible"]
+"""How a unit's activations come back: kept by autograd, recomputed (but for products) from a kept input, or all, or from a rebuilt one."""
 
 
 class Meter(Protocol):
@@ -210,7 +210,11 @@ class Chain:
 
     def checkpoints(self, place: int) -> bool:
         """Whether a memory budget lets the unit at this place be recomputed from a kept state."""
-        return self.modes is not None and self.modes[place] == "checkpointed" and place > 0
+        return self.modes is not None and self.modes[place] in ("checkpointed", "selective") and place > 0
+
+    def selects(self, place: int) -> bool:
+        """Whether its recompute finds what products gave in its forward; see Note [Selective units] in `_products`."""
+        return self.modes is not None and self.modes[place] == "selective" and place > 0
 
     def stores(self, place: int) -> bool:
         """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""

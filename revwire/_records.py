@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from revwire._couplings import Rule
 from revwire._errors import ReconstructionError
 from revwire._numerics import Fingerprint, Sample
+from revwire._products import Products
 from revwire._replay import Copies, Inventory, Surroundings, version_of
 from revwire._snapshot import snapshot
 
@@ -98,6 +99,7 @@ class UnitRecord:
     narrow: bool = False  # what its branch gave has fewer bits than a state
     by_result: bool = False  # so that is kept, and not x_{k-1}
     result: Result | None = None  # until it has served
+    products: Products | None = None  # what need not be computed again, where it is selective
     stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from revwire._tape import Tape
 
 _NO_PASS = -1
+_OTHER_CALLS = "its recompute made other calls", "those of the forward"
 
 
 class _Again(NamedTuple):
@@ -293,7 +295,9 @@ class Rewind:
         gone = lent(record.owned.tables, self.tape.chain.homes)
         watch = _CheckpointWatch() if gone else None
         f: Tensor | None = None
-        with until, record.surroundings.restored(), _modules_as_found(record, gone), saved_tensors_hooks(pack, _never), watch or NOTHING:
+        products = record.products.recalled(partial(self._fault, record, *_OTHER_CALLS)) if record.products else NOTHING
+        hooks = saved_tensors_hooks(pack, _never)
+        with until, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
             f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
         if x._version != version:
             raise self._fault(record, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
@@ -307,12 +311,16 @@ class Rewind:
                 "no checkpointing inside of this branch",
             )
         self.cache = cache
+        if not self.retained:
+            record.products = None
         return _Again(wide, None if f is None or until.enough else f.detach(), [cache[number][0] for number in record.witnesses], looks)
 
     def _check_versions(self, record: UnitRecord) -> None:
         for tensor, version in record.inputs:
             if tensor._version != version:
                 raise self._fault(record, "an extra input of it was modified in place", "no in-place write before backward")
+        if record.products and not record.products.intact:
+            raise self._fault(record, "the result of a product in it was modified in place", "no in-place write before backward")
         for reference, version in record.stop.constants if record.stop else ():
             constant = reference()
             if constant is not None and constant._version != version:

@@ -67,8 +67,9 @@ from revwire._couplings import Rule
 from revwire._couplings.base import PLAIN
 from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance
+from revwire._products import Products
 from revwire._records import MISSING, Anchor, Before, Result, Stop, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import Inventory, Surroundings, Written, hooked, undisturbed, version_of
+from revwire._replay import NOTHING, Inventory, Surroundings, Written, hooked, undisturbed, version_of
 from revwire._rewind import Rewind, unpacker
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ class Tape:
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
         writers = [m for m in record.owned.writers if m.training] if record.owned.writers else None
         try:
-            with saved_tensors_hooks(self._packer(record, x, last), unpacker(self, len(self.records))):
+            products = self._products(unit)
+            with saved_tensors_hooks(self._packer(record, x, last), unpacker(self, len(self.records))), products or NOTHING:
                 if writers:
                     with undisturbed(writers):
                         written = Written(writers)
@@ -168,6 +170,9 @@ class Tape:
                     f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
                 raise record.fault(self.chain, *_WROTE_INPUT)
+            if products:
+                products.settle(f)
+                record.products = products
             record.surroundings.settle()
             record.witnesses = [number for number, _ in last]
             record.sample = self.streams.sample(f, [t for _, t in last])
@@ -179,6 +184,11 @@ class Tape:
             self.start = len(self.records)
         self._open = record
         return f, sides
+
+    def _products(self, unit: Unit) -> Products | None:
+        """What keeps the products of the unit that runs now, if it is selective."""
+        place = unit.place(self.position)
+        return Products() if place is not None and self.streams.witnesses and self.chain.selects(place) else None
 
     def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
         """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its memory."""
