@@ -269,9 +269,12 @@ class Costs:
         """With what units cost that are of a kind with some runs, by a step in which those were selective."""
         there = Costs(measured, *self._sizes)
         found, before = dict[tuple[int, ...], Selective](), 0
+        here, then = self.starts, there.starts
         for run in sorted(runs):
-            here, at = self.levels[run], there.levels[run]
-            extra = at.grown - here.grown
+            at = there.levels[run]
+            extra = then[run + 1] - then[run] - here[run + 1] + here[run]
+            if run + 1 == len(self.units):
+                extra += self.units[run].result  # which is there in both, when the last run has just ended
             own = max(at.forward, at.rebuild, at.backward) - before - self.own(run, "r")
             found[_kind(self.units[run])] = Selective(extra, own, self.recomputing[run] - there.recomputing[run])
             before += extra
