@@ -23,7 +23,7 @@ import torch
 
 from revwire._costs import MODES, Costs, Form
 from revwire._errors import BudgetError
-from revwire._meter import measured
+from revwire._meter import Unsteady, measured
 from revwire._module import Chain, Mode
 from revwire._plan import Forecast, Plan, PlannedChain, Point
 
@@ -229,7 +229,10 @@ def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], Non
     modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
     for run in runs:
         modes[found.costs.units[run].chain][found.costs.units[run].unit] = "selective"
-    costs = found.costs.with_selective(runs, measured(chains, step, device, modes=[tuple(mine) for mine in modes]))
+    try:
+        costs = found.costs.with_selective(runs, measured(chains, step, device, modes=[tuple(mine) for mine in modes]))
+    except Unsteady:
+        return found
     forms = search(costs, size)
     return found if forms is None else _Mix(found.ways, costs, forms)
 

@@ -97,8 +97,9 @@ def plan(
             None: none, or under a memory budget, those that stay if it is better so; ``[]``: none in any case.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
             inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
-            the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed or reversible,
-            so that the step is fastest within the budget. ``plan.forecast`` has the prediction. None: every unit is reversible.
+            the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed (with or
+            without what its products gave) or reversible, so that the step is fastest within the budget. ``plan.forecast`` has the
+            prediction. None: every unit is reversible.
 
     Returns:
         The plan: chains, units, and each residual add that stays, with its reason.

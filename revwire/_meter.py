@@ -136,6 +136,13 @@ class _Sample(NamedTuple):
     coupling: Coupling
 
 
+_TRIES = 3
+
+
+class Unsteady(Exception):  # noqa: N818 (no fault of the caller)
+    """Steps are not alike: recomputes that stop early in one go on to their end in the next (what they saved differed)."""
+
+
 class _Marker:
     """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark."""
 
@@ -206,8 +213,13 @@ def measured(
         for chain, mine in zip(chains, modes or [None] * len(chains), strict=True):
             chain.modes = mine
         step()
-        levels, marker = (_cuda_levels if device.type == "cuda" else _cpu_levels)(chains, step)
-        seconds = _seconds(chains, step, device, rounds)
+        for _ in range(_TRIES):
+            levels, marker = (_cuda_levels if device.type == "cuda" else _cpu_levels)(chains, step)
+            seconds = _seconds(chains, step, device, rounds)
+            if len(seconds) == len(marker.marks):
+                break
+        else:
+            raise Unsteady
         timed = _arithmetic(marker.samples.values(), device)
     finally:
         for chain, before in zip(chains, found, strict=True):
@@ -298,6 +310,8 @@ def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
             step()
         note()
         lasted = [b - a for a, b in pairwise(times)]
+        if best and len(best) != len(lasted):
+            return []
         best = lasted if not best else [min(a, b) for a, b in zip(best, lasted, strict=True)]
     return best
 

@@ -20,7 +20,8 @@ class PlannedUnit:
         shape: shape of the stream in the example.
         saved_bytes: bytes that autograd would keep for this unit in the example.
         kept_bytes: bytes that are kept for it instead.
-        mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose, ``"checkpointed"`` or ``"stored"``.
+        mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose, ``"checkpointed"``, ``"selective"``
+            (checkpointed, with what its products gave) or ``"stored"``.
         chunks: into how many chunks it is cut, with the shape of the example.
         parts: in how many parts the core of its branch runs, the products of activations with each other (the heads of attention).
     """

@@ -268,6 +268,26 @@ def test_a_buffer_that_was_written_to_is_an_error(case):
         loss.backward()
 
 
+@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+def test_a_buffer_that_was_exchanged_is_an_error(case):
+    model, x = mixed(case, "rccr", Buffered), torch.randn(SHAPE, requires_grad=True)
+    loss = model(x).square().sum()
+    model.branches[1].factor = torch.full((WIDTH,), 0.7)
+    with pytest.raises(ReconstructionError, match=r"branches.1 .*its branch computed other values"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+def test_running_statistics_do_not_keep_a_recompute_from_stopping(case, mode):
+    """A forward changes them; its recompute finds others."""
+    model = mixed(case, "rccr", KINDS["convolution"])
+    x = torch.randn(KINDS["convolution"].shape, requires_grad=True)
+    for _ in range(3):
+        gradients(model.train(mode == "train"), x)
+    assert model.chain.run_whole == set()
+
+
 @pytest.mark.parametrize("unit", [0, 2], ids=["first", "checkpointed"])
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_recompute_that_stops_and_computes_other_values_is_an_error(case, unit):

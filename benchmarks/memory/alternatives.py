@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil, sqrt
 from typing import Any
@@ -205,6 +206,8 @@ COUPLINGS: dict[str, Method] = {f"revwire {spelling}": reversible(coupling=spell
 NOT_RUN = {"save_on_cpu": "moves saved tensors from an accelerator to the CPU: on the CPU there is nowhere to move them"}
 
 
-def step(model: nn.Module, example: Tensor) -> None:
-    """Forward and backward of a mean-square loss; gradients accumulate, so ``.grad`` stays allocated."""
-    model(example).square().mean().backward()
+def step(model: nn.Module, example: Tensor, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """Forward (in the context ``around``) and backward of a mean-square loss; gradients accumulate, so ``.grad`` stays allocated."""
+    with around():
+        loss = model(example).float().square().mean()
+    loss.backward()

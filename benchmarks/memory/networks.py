@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -23,12 +24,18 @@ class Network:
         example: (batch, length) → input; the length is that of ``axis``.
         containers: the names of the modules whose children are the blocks, in order.
         axis: what the length counts: the side of an image, frames of a clip, tokens.
+        autocast: the dtype of the autocast that it is trained under, if any.
     """
 
     build: Callable[[int], nn.Module]
     example: Callable[[int, int], Tensor]
     containers: Callable[[nn.Module], list[str]]
     axis: str
+    autocast: torch.dtype | None = None
+
+    def around(self) -> AbstractContextManager[Any]:
+        """Around a forward, and a conversion."""
+        return torch.autocast("cpu", self.autocast) if self.autocast else nullcontext()
 
     def blocks(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """(container, name in it, block) of each block."""
@@ -158,6 +165,7 @@ _CONVNEXT = _containers(*(f"stages.{i}.blocks" for i in range(4)))
 
 NETWORKS: dict[str, Network] = {
     "ViT-S/16": _vit("vit_small_patch16_224"),
+    "ViT-S/16, bfloat16 autocast": replace(_vit("vit_small_patch16_224"), autocast=torch.bfloat16),
     "ViT-S/16, attention maps": _with_maps("vit_small_patch16_224"),
     "ViT-B/16": _vit("vit_base_patch16_224"),
     "ViT-L/16": _vit("vit_large_patch16_224"),

@@ -31,15 +31,17 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
     example = NETWORKS[name].example(batch, length)
     models: dict[str, nn.Module] = {}
     rows: dict[str, Row] = {}
-    rival = peak_bytes(partial(step, METHODS[CHECKPOINT](name, network(name, depth), example), example))
+    around = NETWORKS[name].around
+    rival = peak_bytes(partial(step, METHODS[CHECKPOINT](name, network(name, depth), example), example, around))
     methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example, rival)
     for method, make in methods.items():
         try:
-            models[method] = make(name, network(name, depth), example)
+            with around():
+                models[method] = make(name, network(name, depth), example)
             rows[method] = {
                 "network": name,
                 "method": method,
-                "peak_bytes": peak_bytes(partial(step, models[method], example)),
+                "peak_bytes": peak_bytes(partial(step, models[method], example, around)),
                 "reason": None,
             }
         except (Unsuited, RuntimeError, ValueError, TypeError) as error:
@@ -49,7 +51,7 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
         bar = progress.add_task("steps", total=(rounds + 1) * len(models))
 
         def counted(method: str) -> None:
-            step(models[method], example)
+            step(models[method], example, around)
             progress.advance(bar)
 
         timings = paired_seconds({method: partial(counted, method) for method in models}, rounds)
@@ -61,7 +63,8 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
 
 def _budgets(name: str, depth: int, example: torch.Tensor, rival: int) -> dict[str, Method]:
     """The planner at budgets between the least and that of stored activations; and at ``rival``, the bytes that checkpointing needs."""
-    forecast = revwire.plan(network(name, depth), example, memory_budget="least").forecast
+    with NETWORKS[name].around():
+        forecast = revwire.plan(network(name, depth), example, memory_budget="least").forecast
     assert forecast is not None
     low, high = forecast.peak_bytes, forecast.stored.peak_bytes
     shares = {f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low))) for share in SHARES}

@@ -27,6 +27,7 @@ from revwire.measure import paired_seconds, peak_bytes
 
 CASES: dict[str, tuple[int, int, int]] = {  # depth, batch, length
     "ViT-S/16": (4, 2, 224),
+    "ViT-S/16, bfloat16 autocast": (4, 8, 224),
     "GPT": (4, 2, 200),
     "ViT-S/16, attention maps": (2, 1, 448),
     "swin3d_t": (0, 1, 4),
@@ -42,13 +43,15 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
     """One row per budget: predicted and measured bytes, predicted seconds over those of stored activations; with ``rounds`` measured."""
     depth, batch, length = CASES[name]
     rival: Row = {}
+    around = NETWORKS[name].around
     example = NETWORKS[name].example(batch, length)
     models: dict[str, nn.Module] = {}
     rows: list[Row] = []
     low = high = 0
     for share in (0.0, *shares):
         budget = int(low + share * (high - low)) if share else "least"
-        model = revwire.convert(network(name, depth), example, memory_budget=budget)
+        with around():
+            model = revwire.convert(network(name, depth), example, memory_budget=budget)
         plan = revwire.report(model)
         assert plan.forecast is not None
         if not share:
@@ -56,7 +59,7 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
             assert plan.forecast.checkpoint is not None
             rival = {
                 "checkpoint_predicted_bytes": plan.forecast.checkpoint.peak_bytes,
-                "checkpoint_measured_bytes": peak_bytes(partial(step, checkpointed(network(name, depth), plan.hosts), example)),
+                "checkpoint_measured_bytes": peak_bytes(partial(step, checkpointed(network(name, depth), plan.hosts), example, around)),
             }
         modes = [u.mode for u in plan.units]
         rows.append(
@@ -65,10 +68,10 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
                 "share": share,
                 "budget": plan.forecast.budget,
                 "predicted_bytes": plan.forecast.peak_bytes,
-                "measured_bytes": peak_bytes(partial(step, model, example)),
+                "measured_bytes": peak_bytes(partial(step, model, example, around)),
                 "predicted_time_ratio": plan.forecast.seconds / plan.forecast.stored.seconds if rounds else None,
                 "chunks": max(u.chunks for u in plan.units),
-                **{mode: modes.count(mode) for mode in ("stored", "checkpointed", "reversible")},
+                **{mode: modes.count(mode) for mode in ("stored", "selective", "checkpointed", "reversible")},
                 **rival,
             }
         )
@@ -86,7 +89,8 @@ def checkpointed(model: nn.Module, paths: Sequence[str]) -> nn.Module:
 
 def _timed(rows: list[Row], models: dict[str, nn.Module], example: Any, rounds: int) -> list[Row]:
     """Seconds over those of the budget that holds everything (share 1)."""
-    timings = paired_seconds({share: partial(step, model, example) for share, model in models.items()}, rounds)
+    steps = {share: partial(step, model, example, NETWORKS[rows[0]["network"]].around) for share, model in models.items()}
+    timings = paired_seconds(steps, rounds)
     return [{**row, "measured_time_ratio": timings.ratio(str(row["share"]), "1.0").median} for row in rows]
 
 
