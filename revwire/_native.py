@@ -104,6 +104,15 @@ def read(one, n, first, last, state, value):
 
 
 @_compiled
+def same(n, a, b):
+    """Whether two tables of words are equal."""
+    mine, others, differs = carray(_at(a), n, _int64), carray(_at(b), n, _int64), _int64(0)
+    for j in range(n):
+        differs |= mine[j] ^ others[j]
+    return differs == 0
+
+
+@_compiled
 def summed(n, first, last, state, sums):
     """The sums of a state."""
     states, totals = carray(_at(state), n, _int32), carray(_at(sums), SEGMENTS, _int32)

@@ -26,6 +26,8 @@ from weakref import ReferenceType, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
+from revwire._kernels import same_bytes
+
 NOTHING = nullcontext()
 """A context that does nothing; one serves all."""
 
@@ -123,10 +125,10 @@ class Surroundings:
         """
         after = random_states(self.devices)
         if not self.devices:  # as below, in the common case
-            if _same_bytes(self.randomness[None], after[None]):
+            if same_bytes(self.randomness[None], after[None]):
                 self.randomness = {}
             return
-        self.randomness = {d: s for d, s in self.randomness.items() if not _same_bytes(s, after[d])}
+        self.randomness = {d: s for d, s in self.randomness.items() if not same_bytes(s, after[d])}
 
     def restored(self) -> AbstractContextManager[None]:
         """Run a recompute as the forward ran; afterwards the generators are as they were before it."""
@@ -167,11 +169,6 @@ class _Restored:
                 self.stack.__exit__(*error)
         finally:
             set_random_states(self.outside)
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    words = a.numel() % 8 == 0  # comparing words is four times as fast
-    return torch.equal(a.view(torch.int64), b.view(torch.int64)) if words else torch.equal(a, b)
 
 
 Table = dict[str, Any]

@@ -152,3 +152,19 @@ def test_every_coupling_declares_what_the_kernels_need():
         assert isinstance(rule.c, float)
         assert rule.bits == coupling.kept_bits
     assert revwire.Bdia().kept_bits == 4
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("size", [8, 5056, 16, 13])
+def test_bytes_are_compared_to_the_last(size, compiled, monkeypatch):
+    if compiled:
+        _kernels._native()
+    else:
+        monkeypatch.delitem(sys.modules, "revwire._native", raising=False)
+    a = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    assert _kernels.same_bytes(a, a.clone())
+    for place in {0, size // 2, size - 1}:
+        b = a.clone()
+        b[place] ^= 128
+        assert not _kernels.same_bytes(a, b)
+    assert not _kernels.same_bytes(a, torch.cat([a, a]))
