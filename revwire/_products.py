@@ -7,7 +7,8 @@ Note [Selective units]
     same bargain.
     A call is seen below autograd, by a dispatch mode, in forward and again in the recompute: which makes a graph as ever, as autograd does
     not ask where results come from. Calls that draw random numbers run again, so that those after them draw what they drew. So does one
-    whose result the branch goes on to write to; and the last one, if its result is the branch's: a recompute stops before it.
+    whose result the branch goes on to write to (which version counters do not always tell: recurrent cells write through views that have
+    counters of their own); and the last one, if its result is the branch's: a recompute stops before it.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -46,6 +47,12 @@ def _dropout(func: Any) -> tuple[int, float] | None:
     return None
 
 
+@lru_cache(maxsize=1024)
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that a call writes to."""
+    return tuple((i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
 def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     place = _dropout(func)
     if place is None:
@@ -67,7 +74,7 @@ class _Call:
 
     def __init__(self, func: Any, out: Any) -> None:
         leaves, self.structure = tree_flatten(out)
-        plain = all(type(leaf) is Tensor for leaf in leaves if isinstance(leaf, Tensor))
+        plain = all(type(leaf) is Tensor and leaf.layout == torch.strided for leaf in leaves if isinstance(leaf, Tensor))
         self.func = func
         self.leaves: list[Any] | None = [_shared(t) if isinstance(t, Tensor) else t for t in leaves] if plain else None
         self.versions = self._now()
@@ -81,9 +88,11 @@ class _Call:
         return self._now() == self.versions
 
     def shares(self, t: Tensor) -> bool:
-        """Whether part of it lies in the memory of ``t``."""
-        address = t.untyped_storage().data_ptr()
-        return any(isinstance(own, Tensor) and own.untyped_storage().data_ptr() == address for own in self.leaves or ())
+        """Whether part of it lies in the memory of ``t``, or that cannot be told."""
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
+            return True
+        memory = t.untyped_storage()._cdata
+        return any(isinstance(own, Tensor) and own.untyped_storage()._cdata == memory for own in self.leaves or ())
 
     def again(self) -> Any:
         """What it gave, for another graph."""
@@ -98,15 +107,24 @@ class Products(TorchDispatchMode):
         self.calls: list[_Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for place, name in _written(func) if self.calls else ():
+            target = args[place] if place < len(args) else (kwargs or {}).get(name)
+            self._forget([t for t in tree_flatten(target)[0] if isinstance(t, Tensor)])
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and not _draws(func, args, kwargs or {}):
             self.calls.append(_Call(func, out))
         return out
 
+    def _forget(self, tensors: Sequence[Tensor]) -> None:
+        for call in self.calls:
+            if any(call.shares(t) for t in tensors):
+                call.leaves = None
+
     def settle(self, f: Tensor) -> None:
         """After the forward, which gave ``f``."""
+        self._forget([f])
         for call in self.calls:
-            if not call.intact or call.shares(f):
+            if not call.intact:
                 call.leaves = None
 
     @property

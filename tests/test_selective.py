@@ -167,6 +167,44 @@ def test_a_product_that_its_branch_writes_to_runs_again(case):
     assert is_right(case, Written)
 
 
+class Recurrent(PreNorm):
+    """A recurrent layer, whose kernels write to products through views that have version counters of their own."""
+
+    def __init__(self, kind=nn.GRU):
+        super().__init__()
+        self.layer = kind(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x):
+        return self.down(self.up(self.layer(self.norm(x))[0]))
+
+
+class Unsafe(PreNorm):
+    """The same, in the open."""
+
+    def forward(self, x):
+        a, b = self.up(self.norm(x)).unsafe_chunk(2, -1)
+        return self.down(torch.cat([a.tanh().detach() * a.relu_(), b.sigmoid_()], -1))
+
+
+@pytest.mark.parametrize(
+    "kind", [Recurrent, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.RNN), Unsafe], ids=["gru", "lstm", "rnn", "chunk"]
+)
+@each_fast_exact_case
+def test_writes_that_no_version_counter_tells(case, kind):
+    assert is_right(case, kind)
+    model = mixed(case, "rpp", kind)
+    gradients(model, torch.randn(SHAPE, requires_grad=True))
+    assert model.chain.run_whole == set()
+
+
+def test_what_a_normalisation_reads_is_kept():
+    """It writes to its statistics, not to its input."""
+    case = next(c for c in FAST if c.exact)
+    model, x = mixed(case, "rprr", KINDS["convolution"]), torch.randn(KINDS["convolution"].shape, requires_grad=True)
+    (record,) = [r for r in records_of(model(x).square().sum()) if r.products]
+    assert [leaves is not None for leaves in kept_of(record)] == [True]
+
+
 class Attended(PreNorm):
     """Attention with dropout of its map, and dropout behind it."""
 
