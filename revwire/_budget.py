@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from revwire._costs import MODES, Costs, Form
-from revwire._errors import BudgetError
+from revwire._errors import BudgetError, ReconstructionError
 from revwire._meter import Unsteady, measured
 from revwire._module import Chain, Mode
 from revwire._plan import Forecast, Plan, PlannedChain, Point
@@ -188,7 +188,13 @@ def fit(
     stored: Point | None = None  # of the first way, in which nothing is given up for memory
     for cut in cuttings:
         cut.apply()
-        costs = Costs(measured(chains, step, device), kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
+        try:
+            measured_ = measured(chains, step, device)
+        except Unsteady:
+            raise _unsteady(plan) from None
+        if ways and measured_.places != ways[0].measured.places:
+            raise _unsteady(plan)
+        costs = Costs(measured_, kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
         tried = [*(ways if cut.undo is None else ways[:-1]), costs]
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
@@ -230,11 +236,22 @@ def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], Non
     for run in runs:
         modes[found.costs.units[run].chain][found.costs.units[run].unit] = "selective"
     try:
-        costs = found.costs.with_selective(runs, measured(chains, step, device, modes=[tuple(mine) for mine in modes]))
-    except Unsteady:
+        there = measured(chains, step, device, modes=[tuple(mine) for mine in modes])
+    except (Unsteady, ReconstructionError):  # what cannot be measured so is not among the choices
         return found
+    if there.places != found.costs.measured.places:
+        return found
+    costs = found.costs.with_selective(runs, there)
     forms = search(costs, size)
     return found if forms is None else _Mix(found.ways, costs, forms)
+
+
+def _unsteady(plan: Plan) -> BudgetError:
+    """The error that says that steps cannot be compared."""
+    return BudgetError(
+        f"{plan.model}: got steps that are not alike, though each drew the same random numbers: units run in one, and not in another; "
+        "expected the same ones in each; pass no memory_budget, or switch off what leaves layers out (layer drop) while you convert"
+    )
 
 
 def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint: Point | None) -> BudgetError:

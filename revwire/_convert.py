@@ -25,11 +25,12 @@ from revwire._parted import PartedForward, install_parts
 from revwire._plan import Forecast, Plan, PlannedChain
 from revwire._prepare import AUTO, Options, Planner, Prepared, chunks_of, with_costs
 from revwire._recording import tensors_in
-from revwire._replay import accelerators_of
+from revwire._replay import accelerators_of, random_states, set_random_states
 from revwire._rewrite import install
 from revwire._step import autocast_left, device_of, left_as_found, mean_square, own_leaves, run_model
 from revwire._trace import left_alone, record
 from revwire._unready import refuse_unready
+from revwire._watch import python_random_kept, python_random_state, set_python_random_state
 
 M = TypeVar("M", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -317,15 +318,18 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
     device = device_of(model, leaves)
+    drawn, python_drawn = random_states(accelerators_of(model.parameters())), python_random_state()
 
     def step() -> None:
+        set_random_states(drawn)  # each draws the same: which layers it leaves out, say
+        set_python_random_state(python_drawn)
         with entered():
             loss = mean_square(run_model(model, leaves))
         if not loss.requires_grad:
             raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
         loss.backward()  # type: ignore[no-untyped-call]
 
-    with left_as_found(model), torch.enable_grad(), autocast_left(device) as entered:
+    with left_as_found(model), python_random_kept(), torch.enable_grad(), autocast_left(device) as entered:
         ways.around = entered
         return fit(state.plan, state.chains, step, device, budget, ways, ways.mix)
 

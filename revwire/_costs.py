@@ -322,7 +322,11 @@ class Costs:
         if form == "p":
             return self.own(run, "r") + (unit.selective.own if unit.selective else 0)
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it is there anyway, but for the last unit
-            return max(at.forward + ((unit.result or unit.state) if unit.ends else 0), at.complete, at.undone or at.backward)
+            share = min(1.0, unit.held / unit.saved) if unit.saved else 1.0  # of its largest chunk
+            part = int(unit.state * share) if unit.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
+            forward = at.forward + ((unit.result or unit.state) if unit.ends else 0)
+            rebuilding = at.complete + int(unit.looks * share)  # as long as they are compared
+            return max(forward, max(rebuilding, at.undone or at.backward) + part) + unit.looks
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
         stored = at.start + unit.saved + max(0, at.grown - unit.kept)

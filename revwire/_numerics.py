@@ -367,7 +367,8 @@ class FixedStreams(Streams):
         values = _kernels.sampled(f, saved, _FOLD, _FEWER) if self.compiled else None
         if values is None:
             with torch.no_grad():
-                values = torch.cat([_spread(f, _FOLD), *(_spread(t, _FEWER) for t in saved)])
+                wide = torch.float64 if any(t.dtype == torch.float64 for t in (f, *saved)) else torch.float32  # autocast mixes no others
+                values = torch.cat([_spread(f, _FOLD).to(wide), *(_spread(t, _FEWER).to(wide) for t in saved)])
         return Sample(values, f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:

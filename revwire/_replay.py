@@ -25,6 +25,7 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from revwire._kernels import same_bytes
 
@@ -272,7 +273,7 @@ def lent(tables: list[tuple[Table, Table, bool]], homes: Homes) -> list[Place]:
     """The places in which a tensor stood that was only lent, and has gone; see Note [Weights that are exchanged]."""
     out: list[Place] = []
     for table, then, is_weight in tables:
-        if len(table) != len(then) or not all(map(is_, table.values(), then.values())):
+        if [*table] != [*then] or not all(map(is_, table.values(), then.values())):
             places = ((table, name, t, is_weight) for name, t in then.items() if t is not None and table.get(name) is not t)
             out += [place for place in places if _was_lent(place, homes)]
     return out
@@ -333,6 +334,17 @@ class Written:
             elif not (loud or quiet):
                 _QUIET.add(module)
         return found
+
+
+def statistics_of(modules: Iterable[nn.Module]) -> Copies:
+    """Copies of the running statistics of those among these modules that are in train mode.
+
+    Batch normalisation saves them for a gradient that does not use them, and its forward changes them: a recompute that is compared finds
+    those of the forward.
+    """
+    found = [m for m in modules if m.training and isinstance(m, _NormBase)]
+    named = [(m, name, m._buffers.get(name)) for m in found for name in ("running_mean", "running_var")]
+    return {(id(m), name): b.detach().clone() for m, name, b in named if b is not None}
 
 
 def _with_copies(module: nn.Module, copied: bool) -> list[tuple[str, Tensor, int, Tensor | None]]:

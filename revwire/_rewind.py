@@ -204,7 +204,7 @@ class Rewind:
         summary = None
         if record.by_result:
             rebuilt, summary = self._from_result(record, current)
-        if (record.by_result or before is not None) and chunk is None and not self.retained:
+        if (before is not None or (record.by_result and chunk is None)) and not self.retained:
             self.current = None  # x_{k+1} has served
         again = self._evaluated(position, record, current)
         if record.by_result:
@@ -260,6 +260,7 @@ class Rewind:
         again = self._recompute(position, record, state)
         if again.f is None and record.stop and not same_glances(record.stop.looks, again.looks):
             self.tape.chain.run_whole.add(record.unit.path)
+            record.products = None
             again = self._recompute(position, record, state, whole=True)
         return again
 

@@ -53,7 +53,7 @@ Note [What the checks see]
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -61,7 +61,6 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.batchnorm import _NormBase
 
 from revwire._chunks import SharedDraws, joined, parts_of
 from revwire._couplings import Rule
@@ -70,7 +69,7 @@ from revwire._errors import RangeError, ReconstructionError
 from revwire._numerics import Fingerprint, FloatStreams, Streams, can_be_sampled, glance
 from revwire._products import Products
 from revwire._records import MISSING, Anchor, Before, Result, Stop, UnitRecord, Versions, ViewRecord, detached, evaluate, fault, held
-from revwire._replay import NOTHING, Inventory, Surroundings, Written, hooked, undisturbed, version_of
+from revwire._replay import NOTHING, Inventory, Surroundings, Written, hooked, statistics_of, undisturbed, version_of
 from revwire._rewind import Rewind, unpacker
 
 if TYPE_CHECKING:
@@ -165,8 +164,9 @@ class Tape:
                 if writers:
                     with undisturbed(writers):
                         written = Written(writers)
+                        statistics = statistics_of(writers) if record.stop else {}
                         f, sides = evaluate(unit, host, x, extras)
-                        record.buffers = written.copies()
+                        record.buffers = {**statistics, **written.copies()}
                 else:
                     f, sides = evaluate(unit, host, x, extras)
             if version_of(x) != version:
@@ -188,8 +188,8 @@ class Tape:
 
     def _products(self, unit: Unit) -> Products | None:
         """What keeps the products of the unit that runs now, if it is selective."""
-        place = unit.place(self.position)
-        return Products() if place is not None and self.streams.witnesses and self.chain.selects(place) else None
+        place, whole = unit.place(self.position), unit.path in self.chain.run_whole
+        return Products() if place is not None and self.streams.witnesses and self.chain.selects(place) and not whole else None
 
     def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
         """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its memory."""
@@ -243,13 +243,11 @@ class Tape:
 
         ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
         which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the recompute stops early,
-        all but its input is looked at, and running statistics, which a forward changes in passing, and no gradient uses; and buffers that
-        are saved must not be written to, which the version counters tell, as in autograd.
+        all but its input is looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
         """
         saved, owned, stop = record.saved, record.owned, record.stop
         inputs = {id(x), id(x._base)}
         known = inputs.union(map(id, owned.weights))
-        unseen = inputs.union(map(id, _statistics(owned.writers))) if stop else inputs
         buffers = {id(t) for _, then, is_weight in owned.tables if not is_weight for t in then.values()} if stop else ()
 
         def pack(t: Tensor) -> int:
@@ -265,7 +263,7 @@ class Tape:
                     owned.note(owner)
                 elif stop:
                     stop.constants.append((ref(owner), version_of(owner)))
-            if stop and id(owner) not in unseen:
+            if stop and id(owner) not in inputs:
                 self._look(record, stop, number, t)
             saved.append((t.shape, t.dtype, t.device))
             return number
@@ -538,13 +536,6 @@ class Tape:
             "expected the streams to stay within 2^5 times the range they were scaled for; convert with an example whose values are of "
             "the magnitude you train on, lower the learning rate, or pass exact=False"
         )
-
-
-def _statistics(modules: Iterable[nn.Module]) -> Iterator[Tensor | None]:
-    """The running statistics among the buffers of modules in train mode."""
-    for module in modules:
-        if module.training and isinstance(module, _NormBase):
-            yield from (module.running_mean, module.running_var)
 
 
 def _hooked() -> bool:

@@ -213,9 +213,14 @@ def python_random_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(before[0])
-        if before[1] is not None:
-            sys.modules["numpy"].random.set_state(before[1])
+        set_python_random_state(before)
+
+
+def set_python_random_state(state: tuple[Any, Any]) -> None:
+    """The inverse of `python_random_state`."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
 
 
 # -- objects among the arguments ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from functools import partial
 from itertools import product
 
@@ -331,6 +332,39 @@ def checkpointed(model, plan):
         module = model.get_submodule(path)
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     return model
+
+
+class Dropping(nn.Module):
+    """A stack that leaves layers out at random; ``draw`` draws by which generator."""
+
+    def __init__(self, draw):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.draw = nn.ModuleList(Several(1) for _ in range(6)), draw
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.draw() >= 0.3:
+                x = layer(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*got a tensor that something between two units made")
+@pytest.mark.parametrize("draw", [random.random, lambda: float(torch.rand(()))], ids=["python", "torch"])
+@pytest.mark.parametrize("budget", ["least", 400_000])
+def test_steps_that_leave_layers_out_are_measured_alike(draw, budget):
+    for seed in range(4):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        model = revwire.convert(Dropping(draw).train(), torch.randn(8, 16, 32), memory_budget=budget)
+        assert revwire.report(model).forecast.peak_bytes > 0
+        model(torch.randn(8, 16, 32)).sum().backward()
+
+
+def test_steps_that_are_not_alike_are_refused():
+    turns = iter(range(10**9))
+    with pytest.raises(revwire.BudgetError, match=r"Dropping: got steps that are not alike.*pass no memory_budget"):
+        revwire.convert(Dropping(lambda: next(turns) % 7 / 6).train(), torch.randn(8, 16, 32), memory_budget="least")
 
 
 class Several(nn.Module):

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from cases import FAST, each_fast_case
 from revwire._errors import ReconstructionError
 from revwire.measure import saved_bytes
-from toys import KINDS, WIDTH, PreNorm, stored, toy
+from toys import KINDS, WIDTH, PreNorm, Toy, stored, toy
 
-LETTERS = {"s": "stored", "c": "checkpointed", "r": "reversible"}
+LETTERS = {"s": "stored", "p": "selective", "c": "checkpointed", "r": "reversible"}
 MIXES = ["".join(letters) for letters in product("scr", repeat=4)]
 FLOAT = next(c for c in FAST if not c.exact)
 SHAPE = (16, 64, WIDTH)
@@ -285,6 +285,39 @@ def test_running_statistics_do_not_keep_a_recompute_from_stopping(case, mode):
     x = torch.randn(KINDS["convolution"].shape, requires_grad=True)
     for _ in range(3):
         gradients(model.train(mode == "train"), x)
+    assert model.chain.run_whole == set()
+
+
+class Statistics(torch.nn.BatchNorm2d):
+    """A normalisation that goes on to use its running statistics."""
+
+    def forward(self, x):
+        return super().forward(x) + x * self.running_var[:, None, None]
+
+
+class Statistical(KINDS["convolution"]):
+    def __init__(self):
+        super().__init__()
+        self.norm = Statistics(WIDTH)
+
+    def forward(self, x):
+        return self.norm(self.convolution(x))
+
+
+@pytest.mark.parametrize("mix", ["rcrr", "rprr", "rccp"])
+@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+def test_running_statistics_are_those_of_the_forward(case, mix):
+    kinds = {"r": KINDS["convolution"], "c": Statistical, "p": Statistical}
+    torch.manual_seed(0)
+    model = Toy([kinds[letter]() for letter in mix], case)
+    model.chain.modes = tuple(LETTERS[letter] for letter in mix)
+    x = torch.randn(Statistical.shape, requires_grad=True)
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        rebuilt = gradients(model, x)
+        with stored(twin):
+            assert same(rebuilt, gradients(twin, x))
+    assert same(model.buffers(), twin.buffers())
     assert model.chain.run_whole == set()
 
 

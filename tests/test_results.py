@@ -315,6 +315,61 @@ def test_in_chunks_each_keeps_its_own(coupling):
         assert same(whole, step_gradients(model))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+@pytest.mark.parametrize("mix", ["rrrrcrrrrr", "rcrcrcrcrc", "rrrrrrrrrc", "rccccccccc"])
+def test_chunks_of_a_checkpointed_unit_take_what_was_predicted(mix, coupling, autocast):
+    model = Blocks(lambda: Residual(8), depth=10)
+    x = torch.randn(64, 64, 8)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(x).square().mean()
+        loss.backward()
+
+    revwire.convert(model, x, coupling=coupling, chunks=4)
+    (chain,) = chains_of(model)
+    bits = chain.couplings[0].kept_bits * x.nbytes // 32
+    costs = Costs(measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(10)]], [x.nbytes], [True])
+    chain.modes, chain.keeps_last = tuple(LETTERS[letter] for letter in mix), False
+    run()
+    peak = peak_bytes(run)
+    assert 0.999 * peak < costs.forecast(list(mix))[0] < 1.02 * peak + x.nbytes  # at most a state too many, which a reversible unit has
+
+
+class Mixed(nn.Module):
+    """A block that ends under another autocast than the one around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.up(self.norm(x))
+        with torch.autocast("cpu", dtype=torch.float16):
+            return x + self.down(y)
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpointed", "selective"])
+def test_results_of_several_16_bit_dtypes(mode):
+    x = torch.randn(8, 16)
+    with in_bfloat16():
+        model = revwire.convert(Blocks(Mixed, depth=4), x)
+
+    def found():
+        model.zero_grad()
+        with in_bfloat16():
+            loss = model(x).float().square().sum()
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with revwire.stored_activations(model):
+        true = found()
+    for chain in chains_of(model):
+        chain.modes = (mode,) * chain.length
+    assert same(true, found())
+
+
 def test_the_autocast_around_a_call_is_left_and_entered_again():
     x, layer = torch.randn(4, 8), nn.Linear(8, 8)
     with in_bfloat16(), autocast_left(torch.device("cpu")) as entered:
