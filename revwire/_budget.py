@@ -227,7 +227,7 @@ def fit(
 
 def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, size: int | None) -> _Mix:
     """The same ways to cut, with the best forms where some units may be selective: measured where a budget leaves something to buy."""
-    if size is None or not any(MODES[form] != "stored" for form in found.forms):
+    if size is None or all(unit.fixed or MODES[form] == "stored" for unit, form in zip(found.costs.units, found.forms, strict=True)):
         return found
     runs = found.costs.samples(size)
     if not runs:

@@ -44,6 +44,10 @@ _OWN = ("enter", "grad", "complete", "rebuilt", "undone")
 """Marks after which a stretch is a unit's own."""
 
 
+_STORED_IS_FASTER = 0.99
+"""The most of what storing a unit gains that a selective one can gain: clocks are noisy, and this is certain."""
+
+
 @dataclass(frozen=True)
 class Selective:
     """What a unit costs when it is selective.
@@ -276,7 +280,8 @@ class Costs:
             if run + 1 == len(self.units):
                 extra += self.units[run].result  # which is there in both, when the last run has just ended
             own = max(at.forward, at.rebuild, at.backward) - before - self.own(run, "r")
-            found[_kind(self.units[run])] = Selective(extra, own, self.recomputing[run] - there.recomputing[run])
+            seconds = min(self.recomputing[run] - there.recomputing[run], _STORED_IS_FASTER * self.units[run].gain)
+            found[_kind(self.units[run])] = Selective(extra, own, seconds)
             before += extra
         out = copy(self)
         out.units = [replace(u, selective=None if u.fixed or not u.unit else found.get(_kind(u))) for u in self.units]
@@ -321,12 +326,11 @@ class Costs:
         unit, at = self.units[run], self.levels[run]
         if form == "p":
             return self.own(run, "r") + (unit.selective.own if unit.selective else 0)
-        if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it is there anyway, but for the last unit
+        if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it (or the result) is there anyway, but for the last unit
             share = min(1.0, unit.held / unit.saved) if unit.saved else 1.0  # of its largest chunk
             part = int(unit.state * share) if unit.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
-            forward = at.forward + ((unit.result or unit.state) if unit.ends else 0)
-            rebuilding = at.complete + int(unit.looks * share)  # as long as they are compared
-            return max(forward, max(rebuilding, at.undone or at.backward) + part) + unit.looks
+            forward = at.forward + (unit.state if unit.ends and not unit.result else 0)
+            return max(forward, max(at.complete, at.undone or at.backward) + part) + unit.looks
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
         stored = at.start + unit.saved + max(0, at.grown - unit.kept)
