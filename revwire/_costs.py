@@ -329,7 +329,7 @@ class Costs:
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it (or the result) is there anyway, but for the last unit
             share = min(1.0, unit.held / unit.saved) if unit.saved else 1.0  # of its largest chunk
             part = int(unit.state * share) if unit.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
-            forward = at.forward + (unit.state if unit.ends and not unit.result else 0)
+            forward = at.forward + (int(unit.result * (1 - share)) if unit.result else unit.state if unit.ends else 0)
             return max(forward, max(at.complete, at.undone or at.backward) + part) + unit.looks
         if MODES[form] != "stored":
             return max(at.forward, at.rebuild, at.backward)
