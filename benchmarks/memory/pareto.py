@@ -2,6 +2,7 @@
 
 python -m benchmarks.memory.pareto                          # ViT-S/16, depth 12
 python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1
+python -m benchmarks.memory.pareto --network "ViT-S/16, bfloat16 autocast" --batch 16 --rounds 3
 """
 
 from __future__ import annotations

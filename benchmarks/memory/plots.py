@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.harness.memory_tables import BUDGETS_GIB, fit
+from benchmarks.harness.memory_tables import BUDGETS_GIB, PARETO, fit
 from benchmarks.harness.record import RESULTS, Record, Row, read
 
 mpl.use("Agg")
@@ -79,7 +79,7 @@ def _saved(figure: Any, axes: Any, record: Record) -> Path:
 def main() -> None:
     """Draw what there are records of."""
     records: list[Row] = []
-    for name in (*AXES, "memory_fit", *(f"memory_pareto_{n}" for n in ("vit_s_16", "gpt", "swin3d_t"))):
+    for name in (*AXES, "memory_fit", *(f"memory_pareto_{n}" for n in PARETO)):
         for record in read(name)[:1]:
             if record.results:
                 draw = by_axis if name in AXES else largest if name == "memory_fit" else pareto
