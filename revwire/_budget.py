@@ -181,30 +181,22 @@ def fit(
         BudgetError: no mix fits; names the smallest budget that one does.
     """
     size = parse_budget(budget)
-    kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
     best: int | None = None
     ways: list[Costs] = []  # to cut units, the coarsest first
     checkpoint: Point | None = None
     stored: Point | None = None  # of the first way, in which nothing is given up for memory
+    found: _Mix | None = None
     for cut in cuttings:
         cut.apply()
-        try:
-            measured_ = measured(chains, step, device)
-        except Unsteady:
-            raise _unsteady(plan) from None
-        if ways and measured_.places != ways[0].measured.places:
+        costs = _costs(plan, chains, step, device)
+        if ways and costs.measured.places != ways[0].measured.places:
             raise _unsteady(plan)
-        costs = Costs(measured_, kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
         tried = [*(ways if cut.undo is None else ways[:-1]), costs]
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
         stored = stored or Point(*costs.forecast(costs.uniform("stored")))
         found = None if size is None else _found(tried, [_coarsest(tried, size), [len(tried) - 1] * len(costs.units)], size)
-        if found is not None:
-            mix(_by_place(tried, found.ways))
-            found = _with_selective(found, chains, step, device, size)
-            return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
-        smallest = _least(tried)[0]
+        smallest = size if found and size else _least(tried)[0]
         if size is not None and smallest <= size:
             best, ways = smallest, tried
             break
@@ -218,11 +210,21 @@ def fit(
     assert stored is not None
     if size is not None and best > size:
         raise _too_small(plan, budget, size, best, checkpoint)
-    found = _found(ways, _least(ways)[1], best if size is None else size)
+    found = found or _found(ways, _least(ways)[1], best if size is None else size)
     assert found is not None
     mix(_by_place(ways, found.ways))
     found = _with_selective(found, chains, step, device, size)
     return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
+
+
+def _costs(plan: Plan, chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> Costs:
+    """Measure a step of the model as it is cut now."""
+    kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
+    try:
+        found = measured(chains, step, device)
+    except Unsteady:
+        raise _unsteady(plan) from None
+    return Costs(found, kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
 
 
 def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, size: int | None) -> _Mix:

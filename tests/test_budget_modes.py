@@ -9,62 +9,31 @@ import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from cases import FAST, each_fast_case
+from mixes import LOOKS, SHAPE, STREAM, can_be_repeated, gradients, is_right, leaves_no_other_trace, mixed, modes_of, records_of, same
 from revwire._errors import ReconstructionError
 from revwire.measure import saved_bytes
-from toys import KINDS, WIDTH, PreNorm, Toy, stored, toy
+from toys import KINDS, WIDTH, PreNorm, Toy, stored
 
-LETTERS = {"s": "stored", "p": "selective", "c": "checkpointed", "r": "reversible"}
 MIXES = ["".join(letters) for letters in product("scr", repeat=4)]
 FLOAT = next(c for c in FAST if not c.exact)
-SHAPE = (16, 64, WIDTH)
-STREAM = 16 * 64 * WIDTH * 4
-
-
-def mixed(case, mix, kind=PreNorm):
-    model = toy(case, kind, depth=len(mix))
-    model.chain.modes = tuple(LETTERS[letter] for letter in mix)
-    return model
-
-
-def gradients(model, x):
-    torch.manual_seed(3)
-    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-
-
-def same(a, b):
-    return all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 @pytest.mark.parametrize("mix", MIXES)
 def test_every_mix_of_four_units_has_the_gradients_of_stored_activations(case, mix):
-    model, x = mixed(case, mix), torch.randn(PreNorm.shape, requires_grad=True)
-    rebuilt = gradients(model, x)
-    with stored(model):
-        assert same(rebuilt, gradients(model, x))
+    assert is_right(mixed(case, mix), torch.randn(PreNorm.shape, requires_grad=True))
 
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_random_state_and_buffers_are_those_of_stored_activations(case, kind):
-    model = mixed(case, "rscrssrcs", kind)
-    twin = copy.deepcopy(model)
-    x = torch.randn(kind.shape, requires_grad=True)
-    rebuilt, state = gradients(model, x), torch.get_rng_state()
-    with stored(twin):
-        true = gradients(twin, x)
-    assert same(rebuilt, true)
-    assert torch.equal(state, torch.get_rng_state())
-    assert same(model.buffers(), twin.buffers())
+    assert leaves_no_other_trace(mixed(case, "rscrssrcs", kind), torch.randn(kind.shape, requires_grad=True))
 
 
 @each_fast_case
 @pytest.mark.parametrize("mix", ["srsr", "rsss", "sssr", "crsc"])
 def test_a_retained_backward_can_be_repeated(case, mix):
-    model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
-    loss = model(x).square().sum()
-    once = torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True)
-    assert same(once, torch.autograd.grad(loss, [x, *model.parameters()]))
+    assert can_be_repeated(mixed(case, mix), torch.randn(SHAPE, requires_grad=True))
 
 
 @each_fast_case
@@ -86,10 +55,9 @@ def test_a_run_of_stored_units_costs_its_activations_and_two_states(case):
     unit = held("ssss") - held("sss")
     assert abs(held("rsssr") - held("rssr") - unit) < 2048
     assert abs(held("rsrrr") - held("rrrrr") - (unit - bits + 2 * STREAM)) < 4096
-    looks = 4096  # samples of what a checkpointed unit saves
     for mix, count in {"rrrcr": 1, "rcrcr": 2, "rccrr": 2, "rrcsr": 1, "rrsscr": 1, "rrscr": 0}.items():
         without, units = mix.replace("c", "r"), mix.count("c")  # a single stored unit before it keeps that state as well
-        assert abs(held(mix) - held(without) - (count * STREAM - units * bits)) < units * looks
+        assert abs(held(mix) - held(without) - (count * STREAM - units * bits)) < units * LOOKS
 
 
 def test_float_streams_keep_two_states_for_a_checkpointed_unit():
@@ -310,7 +278,7 @@ def test_running_statistics_are_those_of_the_forward(case, mix):
     kinds = {"r": KINDS["convolution"], "c": Statistical, "p": Statistical}
     torch.manual_seed(0)
     model = Toy([kinds[letter]() for letter in mix], case)
-    model.chain.modes = tuple(LETTERS[letter] for letter in mix)
+    model.chain.modes = modes_of(mix)
     x = torch.randn(Statistical.shape, requires_grad=True)
     twin = copy.deepcopy(model)
     for _ in range(2):
@@ -335,10 +303,7 @@ def test_a_recompute_that_stops_and_computes_other_values_is_an_error(case, unit
 def test_a_kept_state_that_is_written_to_is_an_error(case):
     model, x = mixed(case, "rrcr"), torch.randn(SHAPE, requires_grad=True)
     loss = model(x).square().sum()
-    node = loss.grad_fn
-    while not hasattr(node, "tape"):
-        node = node.next_functions[0][0]
-    kept = [r.before for r in node.tape.records if r is not None and r.before is not None]
+    kept = [r.before for r in records_of(loss) if r.before is not None]
     assert len(kept) == 1
     kept[0].state.add_(1)
     with pytest.raises(ReconstructionError, match="a stream that was written in place"):

@@ -11,12 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from cases import FAST, each_fast_case
+from mixes import SHAPE, STREAM, leaves_no_other_trace, same
 from revwire._convert import chains_of
 from revwire.measure import saved_bytes
-from toys import KINDS, WIDTH, PreNorm, stored, toy
-
-SHAPE = (16, 64, WIDTH)
-STREAM = 16 * 64 * WIDTH * 4
+from toys import KINDS, PreNorm, toy
 
 
 def kept_toy(case, kind=PreNorm, depth=4):
@@ -35,10 +33,6 @@ def gradients(model, x, run=None):
     return torch.autograd.grad(loss, [x, *model.parameters()])
 
 
-def same(a, b):
-    return all(map(torch.equal, a, b))
-
-
 def nothing_recomputed_of(branch, monkeypatch):
     """Counts how often a branch runs."""
     runs, forward = [], branch.forward
@@ -49,15 +43,7 @@ def nothing_recomputed_of(branch, monkeypatch):
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_gradients_buffers_and_random_state_are_those_of_stored_activations(case, kind):
-    model = kept_toy(case, kind)
-    twin = copy.deepcopy(model)
-    x = torch.randn(kind.shape, requires_grad=True)
-    rebuilt, state = gradients(model, x), torch.get_rng_state()
-    with stored(twin):
-        true = gradients(twin, x)
-    assert same(rebuilt, true)
-    assert torch.equal(state, torch.get_rng_state())
-    assert same(model.buffers(), twin.buffers())
+    assert leaves_no_other_trace(kept_toy(case, kind), torch.randn(kind.shape, requires_grad=True))
 
 
 @each_fast_case

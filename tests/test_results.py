@@ -1,6 +1,5 @@
 """Checkpointed units whose branches give fewer bits than a state has: they keep that result, and all stays equal to the bit."""
 
-import copy
 from functools import partial
 from itertools import product
 
@@ -8,8 +7,23 @@ import pytest
 import torch
 from torch import nn
 
+import mixes
 import revwire
-from cases import FAST, each_exact_case
+from cases import each_exact_case
+from mixes import (
+    LOOKS,
+    SHAPE,
+    STREAM,
+    Residual,
+    can_be_repeated,
+    each_fast_exact_case,
+    gradients,
+    is_right,
+    leaves_no_other_trace,
+    modes_of,
+    records_of,
+    same,
+)
 from revwire._convert import chains_of
 from revwire._costs import Costs
 from revwire._errors import ReconstructionError
@@ -17,12 +31,8 @@ from revwire._meter import measured
 from revwire._records import Result
 from revwire._step import autocast_left
 from revwire.measure import peak_bytes, saved_bytes
-from toys import KINDS, WIDTH, Attention, Blocks, PreNorm, Toy, attention_extras, stored, toy
+from toys import KINDS, Attention, Blocks, PreNorm, Toy, attention_extras, toy
 
-LETTERS = {"s": "stored", "c": "checkpointed", "r": "reversible"}
-SHAPE = (16, 64, WIDTH)
-STREAM = 16 * 64 * WIDTH * 4
-each_fast_exact_case = pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 in_bfloat16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
 
@@ -34,41 +44,17 @@ class Narrow(PreNorm):
             return super().forward(x)
 
 
-def mixed(case, mix, kind=Narrow, **options):
-    model = toy(case, kind, depth=len(mix), **options)
-    model.chain.modes = tuple(LETTERS[letter] for letter in mix)
-    return model
-
-
-def gradients(model, x, *extras):
-    torch.manual_seed(3)
-    out = model(x, *extras)
-    loss = sum(t.float().square().sum() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
-    return torch.autograd.grad(loss, [x, *model.parameters()])
-
-
-def same(a, b):
-    return all(map(torch.equal, a, b))
-
-
-def tape_of(loss):
-    node = loss.grad_fn
-    while not hasattr(node, "tape"):
-        node = node.next_functions[0][0]
-    return node.tape
+mixed = partial(mixes.mixed, kind=Narrow)
 
 
 def results_of(loss):
-    return [r.result for r in tape_of(loss).records if r is not None and r.result is not None]
+    return [r.result for r in records_of(loss) if r.result is not None]
 
 
 @each_fast_exact_case
 @pytest.mark.parametrize("mix", ["".join(letters) for letters in product("scr", repeat=4)])
 def test_every_mix_of_four_units_has_the_gradients_of_stored_activations(case, mix):
-    model, x = mixed(case, mix), torch.randn(PreNorm.shape, requires_grad=True)
-    rebuilt = gradients(model, x)
-    with stored(model):
-        assert same(rebuilt, gradients(model, x))
+    assert is_right(mixed(case, mix), torch.randn(PreNorm.shape, requires_grad=True))
 
 
 @each_exact_case
@@ -77,39 +63,27 @@ def test_every_coupling_comes_back_by_results(case):
         def forward(self, x):
             return super().forward(x.to(case.dtype)).to(torch.bfloat16)
 
-    model, x = mixed(case, "rccrcc", Single), torch.randn(SHAPE, dtype=case.dtype, requires_grad=True)
+    model, x = mixed(case, "rccrcc", kind=Single), torch.randn(SHAPE, dtype=case.dtype, requires_grad=True)
     assert len(results_of(model(x).square().sum())) == 4
-    rebuilt = gradients(model, x)
-    with stored(model):
-        assert same(rebuilt, gradients(model, x))
+    assert is_right(model, x)
 
 
 @each_fast_exact_case
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_random_state_and_buffers_are_those_of_stored_activations(case, kind, dtype):
-    model = mixed(case, "rccrssrcs", kind)
-    twin = copy.deepcopy(model)
-    x = torch.randn(kind.shape, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
-        rebuilt, state = gradients(model, x), torch.get_rng_state()
-        with stored(twin):
-            true = gradients(twin, x)
-    assert same(rebuilt, true)
-    assert torch.equal(state, torch.get_rng_state())
-    assert same(model.buffers(), twin.buffers())
+        assert leaves_no_other_trace(mixed(case, "rccrssrcs", kind=kind), torch.randn(kind.shape, requires_grad=True))
 
 
 @each_fast_exact_case
 @pytest.mark.parametrize("kind", ["residual", "block"])
 def test_a_network_of_16_bits_keeps_results_of_16_bits(case, kind):
     model = toy(case, depth=6, kind=kind).bfloat16()
-    model.chain.modes = tuple(LETTERS[letter] for letter in "rccrcc")
+    model.chain.modes = modes_of("rccrcc")
     x = torch.randn(SHAPE).bfloat16().requires_grad_()
     assert [r.value.dtype for r in results_of(model(x).square().sum())] == [torch.bfloat16] * 4
-    rebuilt = gradients(model, x)
-    with stored(model):
-        assert same(rebuilt, gradients(model, x))
+    assert is_right(model, x)
 
 
 @each_fast_exact_case
@@ -118,9 +92,8 @@ def test_it_costs_half_a_state_and_the_bits(case):
         model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
         return saved_bytes(lambda: model(x))
 
-    looks = 4096  # samples of what a checkpointed unit saves
     for mix, count in {"rrrcr": 1, "rcrcr": 2, "rccrr": 2, "rrcsr": 1, "rrsscr": 1}.items():
-        assert abs(held(mix) - held(mix.replace("c", "r")) - count * STREAM / 2) < count * looks
+        assert abs(held(mix) - held(mix.replace("c", "r")) - count * STREAM / 2) < count * LOOKS
 
 
 @each_fast_exact_case
@@ -141,20 +114,15 @@ def test_a_recompute_stops_as_early_as_with_a_kept_state(case, monkeypatch):
 @each_fast_exact_case
 @pytest.mark.parametrize("mix", ["rccr", "crsc", "rccc"])
 def test_a_retained_backward_can_be_repeated(case, mix):
-    model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
-    loss = model(x).square().sum()
-    leaves = [x, *model.parameters()]
-    once = torch.autograd.grad(loss, leaves, retain_graph=True)
-    assert same(once, torch.autograd.grad(loss, leaves, retain_graph=True))
-    assert same(once, torch.autograd.grad(loss, leaves))
+    assert can_be_repeated(mixed(case, mix), torch.randn(SHAPE, requires_grad=True))
 
 
 @each_fast_exact_case
 def test_results_go_as_soon_as_they_have_served(case):
     model, x = mixed(case, "rcccc"), torch.randn(SHAPE, requires_grad=True)
     loss, left = model(x).square().sum(), []
-    tape = tape_of(loss)
-    model.branches[2].down.weight.register_hook(lambda _: left.append([r is not None and r.result is not None for r in tape.records]))
+    records = records_of(loss)
+    model.branches[2].down.weight.register_hook(lambda _: left.append([r.result is not None for r in records]))
     loss.backward()
     assert left == [[False, True, False, False, False]]
 
@@ -179,7 +147,7 @@ def test_a_recompute_that_computes_other_values_is_an_error(case, unit):
             with in_bfloat16():
                 return self.down(torch.nn.functional.gelu(self.up(self.norm(x) * self.scale)))
 
-    model, x = mixed(case, "rrcr", Scaled), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrcr", kind=Scaled), torch.randn(SHAPE, requires_grad=True)
     loss = model(x).square().sum()
     model.branches[unit].scale = 1.5
     with pytest.raises(ReconstructionError, match=rf"branches.{unit} .*its branch computed other values"):
@@ -206,9 +174,7 @@ def test_branches_with_side_outputs_keep_the_state(case):
     with in_bfloat16():
         loss = model(x, *extras)[0].square().sum()
         assert results_of(loss) == []
-        rebuilt = gradients(model, x, *extras)
-        with stored(model):
-            assert same(rebuilt, gradients(model, x, *extras))
+        assert is_right(model, x, *extras)
 
 
 def test_of_a_part_of_a_larger_tensor_only_the_part_is_kept():
@@ -283,18 +249,9 @@ def test_a_unit_that_keeps_its_result_takes_what_was_predicted(mix, coupling):
     kept = [[bits if i else 0 for i, _ in enumerate(c.units)] for c in plan.chains]
     costs = Costs(measured([chain], run, torch.device("cpu")), kept, [c.stream_bytes // 2 for c in plan.chains], [True])
     assert [u.result for u in costs.units] == [x.nbytes // 2] * 6
-    chain.modes, chain.keeps_last = tuple(LETTERS[letter] for letter in mix), False
+    chain.modes, chain.keeps_last = modes_of(mix), False
     run()
     assert peak_bytes(run) == pytest.approx(costs.forecast(list(mix))[0], rel=0.02)
-
-
-class Residual(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.branch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, x):
-        return x + self.branch(x)
 
 
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
@@ -331,7 +288,7 @@ def test_chunks_of_a_checkpointed_unit_take_what_was_predicted(mix, coupling, au
     (chain,) = chains_of(model)
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
     costs = Costs(measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(10)]], [x.nbytes], [True])
-    chain.modes, chain.keeps_last = tuple(LETTERS[letter] for letter in mix), False
+    chain.modes, chain.keeps_last = modes_of(mix), False
     run()
     peak = peak_bytes(run)
     assert 0.999 * peak < costs.forecast(list(mix))[0] < 1.02 * peak + x.nbytes  # at most a state too many, which a reversible unit has

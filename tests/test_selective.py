@@ -1,7 +1,7 @@
 """Selective units: what products gave in forward is handed out again in the recompute. The same gradients to the bit; what is kept."""
 
-import copy
 from collections import Counter
+from functools import partial
 from itertools import product
 
 import pytest
@@ -12,74 +12,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revwire
 from cases import FAST, each_fast_case
+from mixes import (
+    LOOKS,
+    SHAPE,
+    STREAM,
+    Residual,
+    can_be_repeated,
+    each_fast_exact_case,
+    gradients,
+    is_right,
+    leaves_no_other_trace,
+    mixed,
+    modes_of,
+    records_of,
+    same,
+)
 from revwire._budget import search
 from revwire._convert import chains_of
 from revwire._costs import Costs
 from revwire._errors import ReconstructionError
 from revwire._meter import measured
 from revwire.measure import peak_bytes, saved_bytes
-from toys import KINDS, WIDTH, Blocks, PreNorm, stored, toy
-
-LETTERS = {"s": "stored", "p": "selective", "c": "checkpointed", "r": "reversible"}
-SHAPE = (16, 64, WIDTH)
-STREAM = 16 * 64 * WIDTH * 4
-LOOKS = 4096  # samples of what a unit saves
-each_fast_exact_case = pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
-
-
-def mixed(case, mix, kind=PreNorm, **options):
-    model = toy(case, kind, depth=len(mix), **options)
-    model.chain.modes = tuple(LETTERS[letter] for letter in mix)
-    return model
-
-
-def gradients(model, x):
-    torch.manual_seed(3)
-    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-
-
-def same(a, b):
-    return all(map(torch.equal, a, b))
-
-
-def records_of(loss):
-    node = loss.grad_fn
-    while not hasattr(node, "tape"):
-        node = node.next_functions[0][0]
-    return [r for r in node.tape.records if r is not None]
+from toys import KINDS, WIDTH, Blocks, PreNorm
 
 
 def kept_of(record):
     return [call.leaves for call in record.products.calls]
 
 
-def is_right(case, kind, mix="rpprp", shape=SHAPE):
-    model, x = mixed(case, mix, kind), torch.randn(shape, requires_grad=True)
-    rebuilt = gradients(model, x)
-    with stored(model):
-        return same(rebuilt, gradients(model, x))
+def is_right_with(case, kind, mix="rpprp", shape=SHAPE):
+    return is_right(mixed(case, mix, kind), torch.randn(shape, requires_grad=True))
 
 
 @each_fast_exact_case
 @pytest.mark.parametrize("mix", [m for m in map("".join, product("spcr", repeat=4)) if "p" in m])
 def test_every_mix_of_four_units_has_the_gradients_of_stored_activations(case, mix):
-    assert is_right(case, PreNorm, mix, PreNorm.shape)
+    assert is_right_with(case, PreNorm, mix, PreNorm.shape)
 
 
 @each_fast_exact_case
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_random_state_and_buffers_are_those_of_stored_activations(case, kind, autocast):
-    model = mixed(case, "rpprsspcp", kind)
-    twin = copy.deepcopy(model)
-    x = torch.randn(kind.shape, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        rebuilt, state = gradients(model, x), torch.get_rng_state()
-        with stored(twin):
-            true = gradients(twin, x)
-    assert same(rebuilt, true)
-    assert torch.equal(state, torch.get_rng_state())
-    assert same(model.buffers(), twin.buffers())
+        assert leaves_no_other_trace(mixed(case, "rpprsspcp", kind), torch.randn(kind.shape, requires_grad=True))
 
 
 class Counted(TorchDispatchMode):
@@ -128,12 +104,7 @@ def test_what_was_kept_goes_when_it_has_served(case):
 
 @each_fast_exact_case
 def test_a_retained_backward_can_be_repeated(case):
-    model, x = mixed(case, "rpspp"), torch.randn(SHAPE, requires_grad=True)
-    loss = model(x).square().sum()
-    leaves = [x, *model.parameters()]
-    once = torch.autograd.grad(loss, leaves, retain_graph=True)
-    assert same(once, torch.autograd.grad(loss, leaves, retain_graph=True))
-    assert same(once, torch.autograd.grad(loss, leaves))
+    assert can_be_repeated(mixed(case, "rpspp"), torch.randn(SHAPE, requires_grad=True))
 
 
 @each_fast_case
@@ -143,7 +114,7 @@ def test_float_streams_take_it_for_checkpointed(case):
     model, x = mixed(case, "rpprp"), torch.randn(SHAPE, requires_grad=True)
     rebuilt = gradients(model, x)
     assert not any(r.products for r in records_of(model(x).square().sum()))
-    model.chain.modes = tuple(LETTERS[letter] for letter in "rccrc")
+    model.chain.modes = modes_of("rccrc")
     assert same(rebuilt, gradients(model, x))
 
 
@@ -164,7 +135,7 @@ def test_a_product_that_its_branch_writes_to_runs_again(case):
     with Counted() as counted:
         gradients(model, x)
     assert counted.counts[torch.ops.aten.addmm.default] == 18
-    assert is_right(case, Written)
+    assert is_right_with(case, Written)
 
 
 class Recurrent(PreNorm):
@@ -191,7 +162,7 @@ class Unsafe(PreNorm):
 )
 @each_fast_exact_case
 def test_writes_that_no_version_counter_tells(case, kind):
-    assert is_right(case, kind)
+    assert is_right_with(case, kind)
     model = mixed(case, "rpp", kind)
     gradients(model, torch.randn(SHAPE, requires_grad=True))
     assert model.chain.run_whole == set()
@@ -220,7 +191,7 @@ class Attended(PreNorm):
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_what_follows_draws_what_it_drew(case, rate, monkeypatch):
     monkeypatch.setattr(Attended, "rate", rate)
-    assert is_right(case, Attended)
+    assert is_right_with(case, Attended)
 
 
 class Last(PreNorm):
@@ -239,7 +210,7 @@ def test_the_last_product_is_kept_where_something_follows_it(case):
     model, x = mixed(case, "rprr", Last), torch.randn(SHAPE, requires_grad=True)
     (record,) = [r for r in records_of(model(x).square().sum()) if r.products]
     assert [leaves is not None for leaves in kept_of(record)] == [True, True]
-    assert is_right(case, Last)
+    assert is_right_with(case, Last)
     (record,) = [r for r in records_of(mixed(case, "rprr")(x).square().sum()) if r.products]
     assert [leaves is not None for leaves in kept_of(record)] == [True, False]
 
@@ -279,7 +250,7 @@ class Inner(nn.Module):
 @each_fast_exact_case
 @pytest.mark.parametrize("kind", [Handled, Inner])
 def test_branches_of_all_kinds(case, kind):
-    assert is_right(case, kind)
+    assert is_right_with(case, kind)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -391,13 +362,7 @@ def test_what_is_compiled(part):
         assert same(rebuilt, step_gradients(compiled))
 
 
-class Residual(nn.Module):
-    def __init__(self, width=8):
-        super().__init__()
-        self.branch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x):
-        return x + self.branch(x)
+Wide = partial(Residual, factor=2)
 
 
 @pytest.mark.parametrize("mix", ["rrrrrp", "rrrprr", "rppppp", "rsrppr", "rprcps", "rcppss"])
@@ -405,7 +370,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
     x = torch.randn(64, 64, 8)
-    model = revwire.convert(Blocks(Residual, depth=6), x, coupling=coupling)
+    model = revwire.convert(Blocks(Wide, depth=6), x, coupling=coupling)
     (chain,) = chains_of(model)
 
     def run():
@@ -420,7 +385,7 @@ def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
     modes = [tuple("selective" if i in runs else "reversible" for i in range(6))]
     costs = costs.with_selective(runs, measured([chain], run, torch.device("cpu"), modes=modes))
     assert [u.selective is not None for u in costs.units] == [False] + [True] * 5
-    chain.modes, chain.keeps_last = tuple(LETTERS[letter] for letter in mix), False
+    chain.modes, chain.keeps_last = modes_of(mix), False
     run()
     forms = ["z" if letter == "s" and not mix[i:].strip("s") else letter for i, letter in enumerate(mix)]
     assert peak_bytes(run) == pytest.approx(costs.forecast(forms)[0], rel=0.02)
@@ -428,7 +393,7 @@ def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
 
 def test_samples_are_tried_only_as_far_as_the_budget_goes():
     x = torch.randn(64, 64, 8)
-    model = revwire.convert(Blocks(Residual, depth=6), x, coupling="re2tal")
+    model = revwire.convert(Blocks(Wide, depth=6), x, coupling="re2tal")
     (chain,) = chains_of(model)
     step = measured([chain], lambda: model(x).square().mean().backward(), torch.device("cpu"))
     costs = Costs(step, [[0] * 6], [x.nbytes], [True])
@@ -442,7 +407,7 @@ def test_samples_are_tried_only_as_far_as_the_budget_goes():
 
 def test_float_chains_have_none():
     x = torch.randn(64, 64, 8)
-    model = revwire.convert(Blocks(Residual, depth=6), x, coupling="re2tal", exact=False)
+    model = revwire.convert(Blocks(Wide, depth=6), x, coupling="re2tal", exact=False)
     (chain,) = chains_of(model)
     costs = Costs(measured([chain], lambda: model(x).square().mean().backward(), torch.device("cpu")), [[0] * 6], [x.nbytes], [False])
     assert costs.samples(2**40) == []
