@@ -75,9 +75,16 @@ def _parsed(text: str) -> int:
 
 
 class _Choice(NamedTuple):
-    """A choice of forms for the first units."""
+    """A choice of forms for the first units.
+
+    Attributes:
+        kept: bytes beyond those of their reversible forms.
+        early: those of them that are there in any form until the forward pass ends.
+        gain: seconds.
+    """
 
     kept: int
+    early: int
     gain: float
     forms: _Linked
 
@@ -89,23 +96,23 @@ _Open = tuple[tuple[int, Form], ...]
 def search(costs: Costs, budget: int) -> list[Form] | None:
     """The fastest forms whose predicted peak is at most ``budget``; None if there are none."""
     width = max(1, budget // _CLASSES)
-    states: dict[_Open, list[_Choice]] = {(): [_Choice(0, 0.0, None)]}
-    if costs.waiting[0] > budget:
+    states: dict[_Open, list[_Choice]] = {(): [_Choice(0, 0, 0.0, None)]}
+    if max(costs.waiting[0]) > budget:
         return None
     for run, unit in enumerate(costs.units):
-        own = {form: costs.own(run, form) for form in MODES if form != "p" or unit.selective}
+        own = {form: costs.peaks(run, form) for form in MODES if form != "p" or unit.selective}
         best: dict[tuple[_Open, int], _Choice] = {}
         for open_, choices in states.items():
             others = tuple((c, f) for c, f in open_ if c != unit.chain)
             before = dict(open_).get(unit.chain) if unit.unit else None
             for form in unit.forms(before):
-                extra, gain = unit.extra(form, before), unit.seconds(form)
+                extra, there, gain = unit.extra(form, before), unit.before_turn(form), unit.seconds(form)
                 then: _Open = others if unit.ends else tuple(sorted((*others, (unit.chain, form))))
                 for choice in choices:
-                    kept = choice.kept + extra
-                    if choice.kept + own[form] > budget or kept + costs.waiting[run + 1] > budget:
+                    kept, early = choice.kept + extra, choice.early + there
+                    if own[form].over(choice.kept, choice.early) > budget or costs.waiting[run + 1].over(kept, early) > budget:
                         continue
-                    new = _Choice(kept, choice.gain + gain, (form, choice.forms))
+                    new = _Choice(kept, early, choice.gain + gain, (form, choice.forms))
                     for key in ((then, kept // width), (then, -(10**12))):  # the second: that which keeps least
                         old = best.get(key)
                         if old is None or _better(new, old, least=key[1] == -(10**12)):

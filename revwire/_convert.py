@@ -20,6 +20,7 @@ from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, ConversionError, RevwireError
 from revwire._forwards import InstanceForward, standing_forward, take_off
 from revwire._fresh import fresh_arguments
+from revwire._meter import turn
 from revwire._module import Chain
 from revwire._parted import PartedForward, install_parts
 from revwire._plan import Forecast, Plan, PlannedChain
@@ -327,6 +328,7 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
             loss = mean_square(run_model(model, leaves))
         if not loss.requires_grad:
             raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
+        turn(state.chains)
         loss.backward()  # type: ignore[no-untyped-call]
 
     with left_as_found(model), python_random_kept(), torch.enable_grad(), autocast_left(device) as entered:

@@ -5,6 +5,9 @@ Note [Bytes by prefix]
     of them. A stretch of the step then holds what was measured, plus what those p units keep beyond their reversible form. In its own
     backward a unit has its activations in any mode: kept, or just recomputed.
 
+    Under autocast, the 16-bit casts of weights are among the activations, and autocast holds them until the forward pass ends, in any
+    mode. So up to that moment, the *turn*, a stored unit keeps so much less beyond its reversible form.
+
 Note [Checkpointing each block]
     What `torch.utils.checkpoint` around each block of the original network that has units would need is estimated from the same
     measurement. A step holds the inputs of the blocks so far (that of the last one is an activation of its first unit); in the backward of
@@ -31,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from revwire._meter import Measured, Stretch
 from revwire._module import Mode
@@ -75,6 +78,7 @@ class UnitCost:
         state: bytes of one of its chain's states.
         exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
         looks: bytes of samples that are kept of what a checkpointed unit saved, where its recompute stops.
+        casts: bytes, of those saved, of weights that autocast has cast, and holds until the forward pass ends.
         result: bytes of what its branch gives, where a checkpointed unit keeps that instead of a state; else 0.
         gain: seconds by which a step is shorter when it is stored.
         relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
@@ -92,6 +96,7 @@ class UnitCost:
     state: int
     exact: bool
     looks: int
+    casts: int
     result: int
     gain: float
     relief: float
@@ -130,6 +135,10 @@ class UnitCost:
             states = -2
         return self.saved - self.kept + states * self.state
 
+    def before_turn(self, form: Form) -> int:
+        """How many of them are there in its reversible form, too, until the forward pass ends."""
+        return self.casts if MODES[form] == "stored" else 0
+
     def seconds(self, form: Form) -> float:
         """Seconds by which a step is shorter than with the reversible form."""
         if form == "p":
@@ -146,8 +155,9 @@ def _kind(unit: UnitCost) -> tuple[int, ...]:
 class _Levels:
     """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward.
 
-    ``complete``: of its rebuilding until its gradient had all that it needs. ``undone``: of its backward from when the branch's result has
-    gone. A recompute that stops has nothing between these.
+    ``again``: by how much its rebuilding, or that of its last chunk, rose above what was there. ``complete``: of its rebuilding until
+    its gradient had all that it needs. ``undone``: of its backward from when the branch's result has gone. A recompute that stops has
+    nothing between these.
     """
 
     start: int = 0
@@ -155,6 +165,7 @@ class _Levels:
     grown: int = 0
     rebuild: int = 0
     backward: int = 0
+    again: int = 0
     complete: int = 0
     undone: int = 0
 
@@ -192,6 +203,21 @@ def _rebuilding(stretches: Sequence[Stretch]) -> dict[int, _Rebuilding]:
     return found
 
 
+class Peaks(NamedTuple):
+    """The most bytes at a time before, and after, the forward pass ended."""
+
+    forward: int
+    backward: int
+
+    def over(self, kept: int, early: int) -> int:
+        """The peak where so much more is kept, of which ``early`` is in both forms until the forward pass ends."""
+        return max(self.forward + kept - early, self.backward + kept)
+
+    def moved(self, by: int) -> Peaks:
+        """Those where so many more bytes lie before."""
+        return Peaks(self.forward + by, self.backward + by)
+
+
 class Costs:
     """Bytes and seconds of a step by the forms of its units.
 
@@ -207,7 +233,7 @@ class Costs:
         self.levels = [_Levels() for _ in measured.places]
         self.spent = [0.0] * len(measured.places)  # seconds of each run's own stretches
         self.recomputing = [0.0] * len(measured.places)  # those of them that depend on the form: of its forward, and of rebuilding it
-        self.waiting = [0] * (len(measured.places) + 1)  # the peak of stretches in which the first p units wait
+        self.waiting = [Peaks(0, 0)] * (len(measured.places) + 1)  # of stretches in which the first p units wait
         self._read()
         rebuilt = _rebuilding(measured.stretches)
         held = measured.held or measured.saved
@@ -228,6 +254,7 @@ class Costs:
                 state=state[c],
                 exact=exact[c],
                 looks=measured.looks[run] if measured.looks and stops else 0,
+                casts=measured.casts[run] if measured.casts else 0,
                 result=result,
                 gain=again.seconds * again.chunks + arithmetic.keep,
                 relief=(0.0 if result else arithmetic.keep) + rest if stops else 0.0 if result else both,
@@ -244,6 +271,7 @@ class Costs:
         What lies before a run, and waits for its backward, is that of the runs before it, whichever way those go.
         """
         out = copy(choices[0])
+        out.waiting = [*out.waiting]
         starts = [choices[0].starts[0]]
         for run, costs in enumerate(choices):
             starts.append(starts[-1] + costs.starts[run + 1] - costs.starts[run])
@@ -252,7 +280,10 @@ class Costs:
         out.spent = [costs.spent[run] for run, costs in enumerate(choices)]
         out.recomputing = [costs.recomputing[run] for run, costs in enumerate(choices)]
         out.seconds += sum(out.spent) - sum(choices[0].spent)
-        out.waiting = [max(c.waiting[p] + start - c.starts[p] for c in set(choices)) for p, start in enumerate(starts)]
+        several = {id(c): c for c in choices}.values()
+        for p, start in enumerate(starts):
+            forward, backward = zip(*(c.waiting[p].moved(start - c.starts[p]) for c in several), strict=True)
+            out.waiting[p] = Peaks(max(forward), max(backward))
         return out
 
     def samples(self, size: int) -> list[int]:
@@ -295,6 +326,8 @@ class Costs:
     def _read(self) -> None:
         """Sort the stretches of the step; see Note [Bytes by prefix]."""
         alive: set[int] = set()
+        rebuilding = 0  # bytes alive where the gradient came for which a unit is rebuilt
+        turned = all(stretch.mark.kind != "turn" for stretch in self.measured.stretches)
         for stretch in self.measured.stretches:
             kind, run = stretch.mark
             if kind in _OWN:
@@ -304,12 +337,16 @@ class Costs:
             if kind == "enter":
                 self.levels[run].start, self.levels[run].forward = stretch.level, stretch.peak
                 continue
-            if kind == "leave":
+            if kind == "turn":
+                turned = True
+            elif kind == "leave":
                 alive.add(run)
                 self.levels[run].grown = stretch.level - self.levels[run].start
             elif kind in ("grad", "complete"):
                 alive.discard(run)
                 self.levels[run].rebuild = max(self.levels[run].rebuild, stretch.peak)
+                rebuilding = stretch.level if kind == "grad" else rebuilding
+                self.levels[run].again = max(self.levels[run].again, stretch.peak - rebuilding)
                 if kind == "grad":
                     self.levels[run].complete = max(self.levels[run].complete, stretch.peak)
                 continue
@@ -319,32 +356,40 @@ class Costs:
                     self.levels[run].undone = max(self.levels[run].undone, stretch.peak)
                 continue
             p = max(alive, default=-1) + 1
-            self.waiting[p] = max(self.waiting[p], stretch.peak)
+            forward, backward = self.waiting[p]
+            self.waiting[p] = Peaks(forward, max(backward, stretch.peak)) if turned else Peaks(max(forward, stretch.peak), backward)
 
     def own(self, run: int, form: Form) -> int:
         """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
+        return max(self.peaks(run, form))
+
+    def peaks(self, run: int, form: Form) -> Peaks:
+        """Likewise, by the phase of the step."""
         unit, at = self.units[run], self.levels[run]
         if form == "p":
-            return self.own(run, "r") + (unit.selective.own if unit.selective else 0)
+            return self.peaks(run, "r").moved(unit.selective.own if unit.selective else 0)
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it (or the result) is there anyway, but for the last unit
             share = min(1.0, unit.held / unit.saved) if unit.saved else 1.0  # of its largest chunk
             part = int(unit.state * share) if unit.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
             forward = at.forward + (int(unit.result * (1 - share)) if unit.result else unit.state if unit.ends else 0)
-            return max(forward, max(at.complete, at.undone or at.backward) + part) + unit.looks
+            return Peaks(forward, max(at.complete, at.undone or at.backward) + part).moved(unit.looks)
         if MODES[form] != "stored":
-            return max(at.forward, at.rebuild, at.backward)
-        stored = at.start + unit.saved + max(0, at.grown - unit.kept)
-        backward = at.backward + unit.saved - unit.held  # the chunks that wait for their turn
-        return max(at.forward, stored, backward - (2 * unit.state if form == "a" else 0))
+            return Peaks(at.forward, max(at.rebuild, at.backward))
+        waits = unit.saved - unit.held  # of other chunks
+        stored = at.start + unit.saved + max(0, at.grown - unit.kept - unit.casts)
+        meanwhile = at.start + waits + at.again - unit.state  # as in its rebuilding, for which x_k is read
+        forward = min(max(at.forward, meanwhile), at.forward + unit.saved - unit.casts)
+        return Peaks(max(forward, stored), at.backward + waits - (2 * unit.state if form == "a" else 0))
 
     def forecast(self, forms: Sequence[Form]) -> tuple[int, float]:
         """(peak bytes of a step above rest, seconds of a step) with these forms of the runs, in forward order."""
         before: dict[int, Form] = {}
-        kept, peak, seconds = 0, self.waiting[0], self.seconds
+        kept, early, peak, seconds = 0, 0, max(self.waiting[0]), self.seconds
         for run, (unit, form) in enumerate(zip(self.units, forms, strict=True)):
-            peak = max(peak, kept + self.own(run, form))
+            peak = max(peak, self.peaks(run, form).over(kept, early))
             kept += unit.extra(form, before.get(unit.chain) if unit.unit else None)
-            peak = max(peak, kept + self.waiting[run + 1])
+            early += unit.before_turn(form)
+            peak = max(peak, self.waiting[run + 1].over(kept, early))
             seconds -= unit.seconds(form)
             before[unit.chain] = form
         return peak, seconds
@@ -354,7 +399,7 @@ class Costs:
 
         See Note [Checkpointing each block].
         """
-        peak, bits, inputs, seconds = self.waiting[0], 0, 0, self.seconds
+        peak, bits, inputs, seconds = max(self.waiting[0]), 0, 0, self.seconds
         chains: dict[tuple[int, int], int] = {}  # two states of each chain so far, each time that it ran
         times, place = dict[int, int](), dict[int, int]()
         inside = 0  # activations of the units of the same block that ran before
@@ -373,7 +418,7 @@ class Costs:
             chains[key] = 2 * unit.state
             bits += unit.kept
             inside += unit.saved
-            peak = max(peak, self.waiting[run + 1] + inputs - bits - sum(chains.values()))
+            peak = max(peak, max(self.waiting[run + 1]) + inputs - bits - sum(chains.values()))
             last = run + 1 == len(self.units) or blocks[run + 1] != blocks[run]
             seconds -= unit.relief if last else unit.arithmetic  # it, too, stops early, once for each block
         return peak, seconds

@@ -25,6 +25,7 @@ from revwire._couplings import Coupling
 from revwire._module import Chain, Mode, Unit
 from revwire._numerics import Streams, size_of_glance, stream_dtype
 from revwire._records import UnitRecord
+from revwire._replay import Surroundings
 from revwire._rewind import running_pass
 from revwire._tape import Tape
 from revwire.measure import _standard_error_closed
@@ -32,12 +33,12 @@ from revwire.measure import _standard_error_closed
 _NAME = "revwire mark "
 
 
-Kind = Literal["begin", "enter", "leave", "grad", "complete", "rebuilt", "undone"]
+Kind = Literal["begin", "enter", "leave", "turn", "grad", "complete", "rebuilt", "undone"]
 
 
 class Mark(NamedTuple):
-    """A moment of a step: a unit begins, has ended, gets its gradient, has all that this needs, has its input rebuilt, or
-    only what its gradient needs is left of that.
+    """A moment of a step: a unit begins, has ended, the backward pass is about to begin, a unit gets its gradient, has all that this
+    needs, has its input rebuilt, or only what its gradient needs is left of that.
 
     ``run`` counts runs of units.
     """
@@ -90,6 +91,7 @@ class Measured:
         arithmetic: of each run.
         looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
         results: bytes of what the branch of a run gave, where that is narrower than a state.
+        casts: bytes, among those saved, of weights that autocast has cast for this run, and keeps until the forward pass ends.
     """
 
     places: tuple[Place, ...]
@@ -99,6 +101,24 @@ class Measured:
     held: tuple[int, ...] = ()
     looks: tuple[int, ...] = ()
     results: tuple[int, ...] = ()
+    casts: tuple[int, ...] = ()
+
+
+def turn(chains: Sequence[Chain]) -> None:
+    """To be called by a step that is measured, between its forward and its backward pass, when it has left autocast."""
+    for chain in chains:
+        if isinstance(chain.meter, _Marker):
+            chain.meter.turn()
+            return
+
+
+def _is_cast_weight(t: Tensor) -> bool:
+    """Whether ``t`` was made of a leaf by a cast."""
+    node = t.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    below = node.next_functions[0][0]
+    return below is not None and below.name() == "torch::autograd::AccumulateGrad"
 
 
 def _saved(tape: Tape, position: int) -> int:
@@ -156,6 +176,8 @@ class _Marker:
         self.held: dict[int, int] = {}  # of the largest of its chunks
         self.looks: dict[int, int] = {}
         self.results: dict[int, int] = {}
+        self.casts: dict[int, int] = {}
+        self.cast: set[int] = set()  # addresses of those that autocast keeps
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
 
     def mark(self, kind: Kind, run: int = -1) -> None:
@@ -165,6 +187,24 @@ class _Marker:
     def enter(self, chain: Chain, unit: Unit) -> None:
         self.places.append(Place(self.numbers[id(chain)], unit.index))
         self.mark("enter", len(self.places) - 1)
+
+    def turn(self) -> None:
+        self.cast.clear()
+        self.mark("turn")
+
+    def seeing(self, pack: Callable[[Tensor], int], surroundings: Surroundings) -> Callable[[Tensor], int]:
+        run, kinds = len(self.places) - 1, [kind for kind, (enabled, _) in surroundings.autocast.items() if enabled]
+        if not kinds or not surroundings.cache_enabled:
+            return pack
+
+        def seen(t: Tensor) -> int:
+            owner = t if t._base is None else t._base
+            if owner.device.type in kinds and _is_cast_weight(owner) and owner.untyped_storage().data_ptr() not in self.cast:
+                self.cast.add(owner.untyped_storage().data_ptr())
+                self.casts[run] = self.casts.get(run, 0) + owner.untyped_storage().nbytes()
+            return pack(t)
+
+        return seen
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
         run = len(self.places) - 1
@@ -186,7 +226,7 @@ class _Marker:
     def backward(self, tape: Tape, position: int, state: Tensor) -> None:
         run = self.runs[id(tape), position]
         found = _saved(tape, position)
-        self.saved[run] = self.saved.get(run, 0) + found
+        self.saved[run] = self.saved[run] + found - self.casts.get(run, 0) if run in self.saved else found  # chunks share the casts
         self.held[run] = max(self.held.get(run, 0), found)
         self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
         self.results[run] = self.results.get(run, 0) + _result(tape, position, state)
@@ -226,10 +266,10 @@ def measured(
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
     runs = range(len(marker.places))
-    by_run = (marker.saved, marker.held, marker.looks, marker.results)
-    saved, held, looks, results = (tuple(found.get(run, 0) for run in runs) for found in by_run)
+    by_run = (marker.saved, marker.held, marker.looks, marker.results, marker.casts)
+    saved, held, looks, results, casts = (tuple(found.get(run, 0) for run in runs) for found in by_run)
     arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
-    return Measured(tuple(marker.places), stretches, saved, arithmetic, held, looks, results)
+    return Measured(tuple(marker.places), stretches, saved, arithmetic, held, looks, results, casts)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
-from revwire._replay import Homes, exporting, transformed, version_of
+from revwire._replay import Homes, Surroundings, exporting, transformed, version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
 
@@ -89,9 +89,12 @@ Mode = Literal["stored", "selective", "checkpointed", "reversible"]
 
 
 class Meter(Protocol):
-    """Sees where a unit begins and ends, when a recompute has saved all that its gradient needs, and when it is over."""
+    """Sees where a unit begins, what its branch saves, where it ends, when a recompute has saved all that its gradient needs, and when
+    it is over."""
 
     def enter(self, chain: Chain, unit: Unit) -> None: ...
+
+    def seeing(self, pack: Callable[[Tensor], int], surroundings: Surroundings) -> Callable[[Tensor], int]: ...
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None: ...
 

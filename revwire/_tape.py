@@ -159,8 +159,10 @@ class Tape:
         last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
         writers = [m for m in record.owned.writers if m.training] if record.owned.writers else None
         try:
-            products = self._products(unit)
-            with saved_tensors_hooks(self._packer(record, x, last), unpacker(self, len(self.records))), products or NOTHING:
+            products, pack = self._products(unit), self._packer(record, x, last)
+            if self.chain.meter:
+                pack = self.chain.meter.seeing(pack, record.surroundings)
+            with saved_tensors_hooks(pack, unpacker(self, len(self.records))), products or NOTHING:
                 if writers:
                     with undisturbed(writers):
                         written = Written(writers)
