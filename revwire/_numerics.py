@@ -74,28 +74,27 @@ def can_be_sampled(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided
 
 
-_COMPARED = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int8, torch.int16)
-_COMPARED_WIDE = (torch.float64, torch.int32, torch.int64)
+_COMPARED = frozenset(
+    (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
+)
 
 
 def glance(t: Tensor) -> Tensor | None:
-    """At most `_FOLD` of its own elements of a tensor that a branch saves, as floats; None where it cannot be compared.
+    """At most `_FOLD` of its own elements of a tensor that a branch saves; None where it cannot be compared.
 
     Bytes may be scratch space of a kernel, and so may one or two integers (an offset of a generator that was not used).
     """
-    wide = t.dtype in _COMPARED_WIDE
-    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or not (wide or t.dtype in _COMPARED):
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.dtype not in _COMPARED:
         return None
     if not t.is_floating_point() and t.dtype != torch.bool and t.numel() < 3:
         return None
-    dtype = torch.float64 if wide else torch.float32
-    with torch.no_grad():
-        return torch.take(t.detach(), _places(t.numel(), t.device)).to(dtype) if t.numel() else t.new_empty(0, dtype=dtype)
+    with torch._C._DisableTorchDispatch():  # no mode needs to see it, and the call of one takes longer
+        return torch.take(t.detach(), _places(t.numel(), t.device)) if t.numel() else t.detach().new_empty(0)
 
 
 def size_of_glance(numel: int, dtype: torch.dtype) -> int:
     """Bytes of a `glance` at a tensor of so many elements."""
-    return min(numel, _FOLD) * (8 if dtype in _COMPARED_WIDE else 4)
+    return min(numel, _FOLD) * dtype.itemsize
 
 
 @lru_cache(maxsize=256)
@@ -108,9 +107,12 @@ def _places(numel: int, device: torch.device) -> Tensor:
 
 def same_glances(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """Whether two runs of a branch saved the same, as far as was looked; this waits for the device."""
-    return len(before) == len(after) and all(
-        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(before, after, strict=True)
-    )
+    return len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are equal, and what is none is none in both."""
+    return torch.equal(a, b) or (a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 class Sample(NamedTuple):
