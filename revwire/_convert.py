@@ -20,7 +20,7 @@ from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import BudgetError, ConversionError, RevwireError
 from revwire._forwards import InstanceForward, standing_forward, take_off
 from revwire._fresh import fresh_arguments
-from revwire._meter import turn
+from revwire._meter import ended, turn
 from revwire._module import Chain
 from revwire._parted import PartedForward, install_parts
 from revwire._plan import Forecast, Plan, PlannedChain
@@ -325,7 +325,10 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
         set_random_states(drawn)  # each draws the same: which layers it leaves out, say
         set_python_random_state(python_drawn)
         with entered():
-            loss = mean_square(run_model(model, leaves))
+            output = run_model(model, leaves)
+            ended(state.chains)
+            loss = mean_square(output)
+            del output
         if not loss.requires_grad:
             raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
         turn(state.chains)

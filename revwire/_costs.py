@@ -5,8 +5,8 @@ Note [Bytes by prefix]
     of them. A stretch of the step then holds what was measured, plus what those p units keep beyond their reversible form. In its own
     backward a unit has its activations in any mode: kept, or just recomputed.
 
-    Under autocast, the 16-bit casts of weights are among the activations, and autocast holds them until the forward pass ends, in any
-    mode. So up to that moment, the *turn*, a stored unit keeps so much less beyond its reversible form.
+    Something else may hold part of what a unit saves, whatever its form: autocast its casts of weights until the forward pass ends (the
+    *turn*), the output of a model keys and values for a cache, or all hidden states. So much less is what a stored unit keeps beyond.
 
 Note [Checkpointing each block]
     What `torch.utils.checkpoint` around each block of the original network that has units would need is estimated from the same
@@ -78,7 +78,8 @@ class UnitCost:
         state: bytes of one of its chain's states.
         exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
         looks: bytes of samples that are kept of what a checkpointed unit saved, where its recompute stops.
-        casts: bytes, of those saved, of weights that autocast has cast, and holds until the forward pass ends.
+        early, lasting: bytes, of those saved, that something else holds until the forward pass ends, or beyond it (the former include the
+            latter).
         result: bytes of what its branch gives, where a checkpointed unit keeps that instead of a state; else 0.
         gain: seconds by which a step is shorter when it is stored.
         relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
@@ -96,7 +97,8 @@ class UnitCost:
     state: int
     exact: bool
     looks: int
-    casts: int
+    early: int
+    lasting: int
     result: int
     gain: float
     relief: float
@@ -133,11 +135,11 @@ class UnitCost:
             states = 2 if self.exact or before == "r" else 1
         if form == "a" and self.ends:
             states = -2
-        return self.saved - self.kept + states * self.state
+        return self.saved - self.lasting - self.kept + states * self.state
 
     def before_turn(self, form: Form) -> int:
         """How many of them are there in its reversible form, too, until the forward pass ends."""
-        return self.casts if MODES[form] == "stored" else 0
+        return self.early - self.lasting if MODES[form] == "stored" else 0
 
     def seconds(self, form: Form) -> float:
         """Seconds by which a step is shorter than with the reversible form."""
@@ -254,7 +256,8 @@ class Costs:
                 state=state[c],
                 exact=exact[c],
                 looks=measured.looks[run] if measured.looks and stops else 0,
-                casts=measured.casts[run] if measured.casts else 0,
+                early=max(measured.early[run], measured.lasting[run]) if measured.early else 0,
+                lasting=measured.lasting[run] if measured.lasting else 0,
                 result=result,
                 gain=again.seconds * again.chunks + arithmetic.keep,
                 relief=(0.0 if result else arithmetic.keep) + rest if stops else 0.0 if result else both,
@@ -376,10 +379,10 @@ class Costs:
         if MODES[form] != "stored":
             return Peaks(at.forward, max(at.rebuild, at.backward))
         waits = unit.saved - unit.held  # of other chunks
-        stored = at.start + unit.saved + max(0, at.grown - unit.kept - unit.casts)
-        meanwhile = at.start + waits + at.again - unit.state  # as in its rebuilding, for which x_k is read
-        forward = min(max(at.forward, meanwhile), at.forward + unit.saved - unit.casts)
-        return Peaks(max(forward, stored), at.backward + waits - (2 * unit.state if form == "a" else 0))
+        stored = at.start + unit.saved + max(0, at.grown - unit.kept - unit.early)
+        meanwhile = at.start + waits + at.again  # as in its rebuilding
+        forward = min(max(at.forward, meanwhile), at.forward + unit.saved - unit.early)
+        return Peaks(max(forward, stored), at.backward + waits - unit.lasting - (2 * unit.state if form == "a" else 0))
 
     def forecast(self, forms: Sequence[Form]) -> tuple[int, float]:
         """(peak bytes of a step above rest, seconds of a step) with these forms of the runs, in forward order."""

@@ -10,6 +10,7 @@ Note [Marks]
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from revwire._couplings import Coupling
 from revwire._module import Chain, Mode, Unit
 from revwire._numerics import Streams, size_of_glance, stream_dtype
 from revwire._records import UnitRecord
-from revwire._replay import Surroundings
 from revwire._rewind import running_pass
 from revwire._tape import Tape
 from revwire.measure import _standard_error_closed
@@ -91,7 +92,7 @@ class Measured:
         arithmetic: of each run.
         looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
         results: bytes of what the branch of a run gave, where that is narrower than a state.
-        casts: bytes, among those saved, of weights that autocast has cast for this run, and keeps until the forward pass ends.
+        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or beyond it.
     """
 
     places: tuple[Place, ...]
@@ -101,32 +102,50 @@ class Measured:
     held: tuple[int, ...] = ()
     looks: tuple[int, ...] = ()
     results: tuple[int, ...] = ()
-    casts: tuple[int, ...] = ()
+    early: tuple[int, ...] = ()
+    lasting: tuple[int, ...] = ()
+
+
+def ended(chains: Sequence[Chain]) -> None:
+    """To be called by a step that is measured, when the model has given its output: what is held until then is."""
+    for marker in _markers(chains):
+        marker.ended()
 
 
 def turn(chains: Sequence[Chain]) -> None:
-    """To be called by a step that is measured, between its forward and its backward pass, when it has left autocast."""
-    for chain in chains:
-        if isinstance(chain.meter, _Marker):
-            chain.meter.turn()
-            return
+    """To be called by a step that is measured, between its forward and its backward pass: when it has left autocast."""
+    for marker in _markers(chains):
+        marker.turn()
 
 
-def _is_cast_weight(t: Tensor) -> bool:
-    """Whether ``t`` was made of a leaf by a cast."""
-    node = t.grad_fn
-    if node is None or node.name() != "ToCopyBackward0":
-        return False
-    below = node.next_functions[0][0]
-    return below is not None and below.name() == "torch::autograd::AccumulateGrad"
+def _markers(chains: Sequence[Chain]) -> list[_Marker]:
+    return [*{id(chain.meter): chain.meter for chain in chains if isinstance(chain.meter, _Marker)}.values()]
+
+
+def _there_anyway(record: UnitRecord) -> set[int]:
+    """Addresses of weights, buffers and extra inputs of a unit."""
+    owned = (t for _, then, _ in record.owned.tables for t in then.values() if type(t) in (Tensor, torch.nn.Parameter))
+    return {t.untyped_storage().data_ptr() for t in (*owned, *record.owned.weights, *(t for t, _ in record.inputs))}
+
+
+class _Seen:
+    """Memory of which a run has saved something first: how large it is, and whether it is still there."""
+
+    def __init__(self, run: int, storage: torch.UntypedStorage) -> None:
+        self.run = run
+        self.size = storage.nbytes()
+        self.reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+    @property
+    def alive(self) -> bool:
+        return not self.reference.expired()  # type: ignore[no-untyped-call]
 
 
 def _saved(tape: Tape, position: int) -> int:
     """Bytes that a recompute has just saved, but for what was there anyway: weights, buffers and extra inputs."""
     record = tape.records[position]
     assert isinstance(record, UnitRecord)
-    owned = (t for _, then, _ in record.owned.tables for t in then.values() if type(t) in (Tensor, torch.nn.Parameter))
-    there = {t.untyped_storage().data_ptr() for t in (*owned, *record.owned.weights, *(t for t, _ in record.inputs))}
+    there = _there_anyway(record)
     cache = tape.passes[running_pass()].cache.values()
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in cache if t.layout is torch.strided}
     return sum(size for address, size in found.items() if address not in there)
@@ -176,8 +195,11 @@ class _Marker:
         self.held: dict[int, int] = {}  # of the largest of its chunks
         self.looks: dict[int, int] = {}
         self.results: dict[int, int] = {}
-        self.casts: dict[int, int] = {}
-        self.cast: set[int] = set()  # addresses of those that autocast keeps
+        self.seen: list[_Seen] = []  # what was saved in forward
+        self.newest: dict[int, _Seen] = {}  # of it, by address
+        self.shared: dict[int, int] = {}  # bytes that several chunks of a run have saved
+        self.early: dict[int, int] = {}
+        self.lasting: dict[int, int] = {}
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
 
     def mark(self, kind: Kind, run: int = -1) -> None:
@@ -188,23 +210,46 @@ class _Marker:
         self.places.append(Place(self.numbers[id(chain)], unit.index))
         self.mark("enter", len(self.places) - 1)
 
+    def ended(self) -> None:
+        self.early = self._still_held()
+
     def turn(self) -> None:
-        self.cast.clear()
+        self.lasting = self._still_held()
+        self.seen.clear()
+        self.newest.clear()
         self.mark("turn")
 
-    def seeing(self, pack: Callable[[Tensor], int], surroundings: Surroundings) -> Callable[[Tensor], int]:
-        run, kinds = len(self.places) - 1, [kind for kind, (enabled, _) in surroundings.autocast.items() if enabled]
-        if not kinds or not surroundings.cache_enabled:
-            return pack
+    def _still_held(self) -> dict[int, int]:
+        """Bytes of what each run has saved that are still there."""
+        self.seen = [seen for seen in self.seen if seen.alive]
+        found = Counter[int]()
+        for seen in self.seen:
+            found[seen.run] += seen.size
+        return found
 
-        def seen(t: Tensor) -> int:
-            owner = t if t._base is None else t._base
-            if owner.device.type in kinds and _is_cast_weight(owner) and owner.untyped_storage().data_ptr() not in self.cast:
-                self.cast.add(owner.untyped_storage().data_ptr())
-                self.casts[run] = self.casts.get(run, 0) + owner.untyped_storage().nbytes()
+    def seeing(self, pack: Callable[[Tensor], int], record: UnitRecord) -> Callable[[Tensor], int]:
+        run, there, mine = len(self.places) - 1, _there_anyway(record), set[int]()
+
+        def see(t: Tensor) -> int:
+            if type(t) is Tensor and t.layout is torch.strided and t.numel() and t.untyped_storage().data_ptr() not in there:
+                self._see(run, t, mine)
             return pack(t)
 
-        return seen
+        return see
+
+    def _see(self, run: int, t: Tensor, mine: set[int]) -> None:
+        """Note what a forward saves; ``mine`` are the addresses that the same call of a branch has saved."""
+        storage = t.untyped_storage()
+        address = storage.data_ptr()
+        if address in mine:
+            return
+        mine.add(address)
+        known = self.newest.get(address)
+        if known is None or not known.alive:
+            known = self.newest[address] = _Seen(run, storage)
+            self.seen.append(known)
+        elif known.run == run and t.numel() * t.element_size() == known.size:  # whole: not a chunk of a larger one
+            self.shared[run] = self.shared.get(run, 0) + known.size
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
         run = len(self.places) - 1
@@ -226,7 +271,7 @@ class _Marker:
     def backward(self, tape: Tape, position: int, state: Tensor) -> None:
         run = self.runs[id(tape), position]
         found = _saved(tape, position)
-        self.saved[run] = self.saved[run] + found - self.casts.get(run, 0) if run in self.saved else found  # chunks share the casts
+        self.saved[run] = self.saved.get(run, -self.shared.get(run, 0)) + found
         self.held[run] = max(self.held.get(run, 0), found)
         self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
         self.results[run] = self.results.get(run, 0) + _result(tape, position, state)
@@ -266,10 +311,10 @@ def measured(
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
     runs = range(len(marker.places))
-    by_run = (marker.saved, marker.held, marker.looks, marker.results, marker.casts)
-    saved, held, looks, results, casts = (tuple(found.get(run, 0) for run in runs) for found in by_run)
+    by_run = (marker.saved, marker.held, marker.looks, marker.results, marker.early, marker.lasting)
+    saved, held, looks, results, early, lasting = (tuple(found.get(run, 0) for run in runs) for found in by_run)
     arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
-    return Measured(tuple(marker.places), stretches, saved, arithmetic, held, looks, results, casts)
+    return Measured(tuple(marker.places), stretches, saved, arithmetic, held, looks, results, early, lasting)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ from revwire._couplings import Coupling
 from revwire._couplings.base import FLOAT_TOLERANCE
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._numerics import FixedStreams, FloatStreams, Streams, canonical, stream_dtype
-from revwire._replay import Homes, Surroundings, exporting, transformed, version_of
+from revwire._records import UnitRecord
+from revwire._replay import Homes, exporting, transformed, version_of
 from revwire._rewind import running_pass
 from revwire._tape import Kept, Tape
 
@@ -94,7 +95,7 @@ class Meter(Protocol):
 
     def enter(self, chain: Chain, unit: Unit) -> None: ...
 
-    def seeing(self, pack: Callable[[Tensor], int], surroundings: Surroundings) -> Callable[[Tensor], int]: ...
+    def seeing(self, pack: Callable[[Tensor], int], record: UnitRecord) -> Callable[[Tensor], int]: ...
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None: ...
 

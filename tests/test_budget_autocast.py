@@ -11,7 +11,7 @@ from mixes import Residual, modes_of
 from revwire._budget import search
 from revwire._convert import chains_of
 from revwire._costs import Costs
-from revwire._meter import measured, turn
+from revwire._meter import ended, measured, turn
 from revwire.measure import peak_bytes
 from toys import Blocks
 
@@ -40,6 +40,7 @@ def stepped(model, after=0, *, cached=True):
     def run():
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
             loss = model(X).square().mean()
+            ended(chains_of(model))
             torch.zeros(after)
         turn(chains_of(model))
         loss.backward()
@@ -94,19 +95,20 @@ def test_casts_that_autocast_does_not_keep_are_a_units_own(mix):
         def run(blocks=blocks, x=x, cached=cached):
             with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
                 loss = blocks(x).square().mean()
+                ended(chains_of(blocks))
             turn(chains_of(blocks))
             loss.backward()
 
         run()
         expected, peak = predicted_and_taken(blocks, run, mix)
-        assert [u.casts for u in costs_of(blocks, run).units] == [0] * 6
+        assert [u.early for u in costs_of(blocks, run).units] == [0] * 6
         assert expected == pytest.approx(peak, rel=0.03)
 
 
 def test_what_casts_a_unit_has_is_measured():
     model = converted()
     units = costs_of(model, stepped(model)).units
-    assert [u.casts for u in units] == [WEIGHTS] * 6
+    assert [u.early for u in units] == [WEIGHTS] * 6
     assert all(u.saved > WEIGHTS for u in units)
 
 
@@ -142,3 +144,60 @@ def test_a_budget_is_met_and_used(share):
     assert peak <= 1.01 * budget
     if share == 1:
         assert {u.mode for u in revwire.report(model).units} == {"stored"}
+
+
+class Cached(nn.Module):
+    """Units whose model gives out, beside its result, what they computed: keys and values for a cache, say."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Remembering() for _ in range(6))
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x, inside = block(x)
+            found.append(inside)
+        return x, found
+
+
+class Remembering(nn.Module):
+    """x + an MLP, which gives out what it has inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(32), nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x):
+        inside = self.first(self.norm(x))
+        return x + self.second(nn.functional.gelu(inside)), inside
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("mix", ["rrrrrr", "aaaaaa", "ssrrrr", "rrssrr", "srsrsr"])
+def test_what_a_model_gives_out_counts_once(mix, lasting):
+    """Until the forward pass ends, or as long as the step holds it."""
+    x = torch.randn(256, 32)
+    model = revwire.convert(Cached(), x, coupling="re2tal")
+    chains = chains_of(model)
+    assert [chain.length for chain in chains] == [6]
+
+    def run():
+        out, found = model(x)
+        ended(chains)
+        loss = out.square().mean()
+        held = found if lasting else None
+        del out, found
+        turn(chains)
+        loss.backward()
+        del held
+
+    (chain,) = chains
+    run()
+    costs = Costs(measured(chains, run, torch.device("cpu")), [[0] * 6], [x.nbytes], [True])
+    inside = 256 * 128 * 4
+    assert [(u.early, u.lasting) for u in costs.units] == [(inside, inside if lasting else 0)] * 6
+    chain.modes, chain.keeps_last = modes_of(mix.replace("a", "s")), False
+    run()
+    assert costs.forecast(list(mix))[0] == pytest.approx(peak_bytes(run), rel=0.04)
