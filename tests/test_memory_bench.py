@@ -1,6 +1,8 @@
 """The memory benchmarks: every method computes what it should, a failure is null and a reason, and tables say what records say."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,3 +182,35 @@ def test_plots_are_drawn_from_records(monkeypatch, tmp_path):
     assert path == tmp_path / "memory_vit.svg"
     assert "<svg" in first
     assert plots.by_axis(made).read_text() == first
+
+
+def test_a_front_has_plans_with_the_bytes_of_its_rivals(toy):
+    pareto = importlib.import_module("benchmarks.memory.pareto")
+    left = (STORED, CHECKPOINT, "selective checkpoint per block")
+    rows = {r["method"]: r for r in pareto.measured("GPT", 4, 8, 32, 1, tuple(m for m in METHODS if m not in left))}
+    assert {*left, *(f"revwire {c}, budget of {rival}" for c in pareto.COUPLINGS for rival in pareto.RIVALS)} < {*rows}
+    for rival, method in pareto.RIVALS.items():
+        row = rows[f"revwire re2tal, budget of {rival}"]
+        assert row["reason"] is not None or row["peak_bytes"] <= 1.02 * rows[method]["peak_bytes"]
+        assert row["reason"] is not None or row["to_checkpoint"]["median"] > 0
+
+
+FAULTS = """
+import resource, torch
+from benchmarks.harness.heap import keep_memory
+if {kept}:
+    keep_memory()
+for _ in range(16):  # until the heap has found its shape
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a switch of glibc")
+def test_kept_memory_costs_no_page_faults():
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=k)], check=True, capture_output=True, text=True).stdout)
+        for k in (False, True)
+    )
+    assert kept < plain / 10

@@ -158,7 +158,7 @@ def _quartiles(q: Row) -> str:
     return f"{q['median']:.2f} ({q['low']:.2f}–{q['high']:.2f})"
 
 
-PARETO = ("vit_s_16", "vit_s_16__bfloat16_autocast", "gpt", "swin3d_t")
+PARETO = ("vit_s_16", "vit_s_16_kept", "vit_s_16__bfloat16_autocast", "gpt", "swin3d_t")
 _SWEEPS = ("vit", "couplings", "gpt", "maps", "swin3d", "convnext", "resnet", "slowfast", "large")
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     **{f"memory_{name}": peaks for name in _SWEEPS},

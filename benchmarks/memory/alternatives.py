@@ -20,7 +20,7 @@ import revwire
 from benchmarks.memory.handwritten import Missing, reversible_swin
 from benchmarks.memory.networks import NETWORKS
 
-STORED, CHECKPOINT = "stored activations", "checkpoint per block"
+STORED, CHECKPOINT, SELECTIVE = "stored activations", "checkpoint per block", "selective checkpoint per block"
 Method = Callable[[str, nn.Module, Tensor], nn.Module]
 
 _aten = torch.ops.aten
@@ -179,7 +179,7 @@ METHODS: dict[str, Method] = {
     STORED: stored,
     CHECKPOINT: checkpointed,
     "checkpoint over √n segments": segmented,
-    "selective checkpoint per block": selective,
+    SELECTIVE: selective,
     "torch.compile, memory budget 0.1": compiled(0.1),
     "momentumnet": momentumnet,
     "memcnn": memcnn,

@@ -161,7 +161,7 @@ def _pathways(model: nn.Module) -> list[str]:
 
 _SWIN = _containers("features.0", "features.2", "features.4", "features.6")
 _STAGES = _containers("layer1", "layer2", "layer3", "layer4")
-_CONVNEXT = _containers(*(f"stages.{i}.blocks" for i in range(4)))
+_FOUR_STAGES = _containers(*(f"stages.{i}.blocks" for i in range(4)))
 
 NETWORKS: dict[str, Network] = {
     "ViT-S/16": _vit("vit_small_patch16_224"),
@@ -173,7 +173,8 @@ NETWORKS: dict[str, Network] = {
     "swin3d_t 224": Network(lambda _: swin3d_t(weights=None), _clips(224), _SWIN, "frames"),
     "swin3d_b": Network(lambda _: swin3d_b(weights=None), _clips(112), _SWIN, "frames"),
     "slowfast_r101": Network(slowfast, _clips(64), _pathways, "frames"),
-    "convnext_tiny": Network(lambda _: timm.create_model("convnext_tiny"), _images, _CONVNEXT, "side"),
+    "convnext_tiny": Network(lambda _: timm.create_model("convnext_tiny"), _images, _FOUR_STAGES, "side"),
+    "davit_tiny, bfloat16 autocast": Network(lambda _: timm.create_model("davit_tiny"), _images, _FOUR_STAGES, "side", torch.bfloat16),
     "GPT": Network(LanguageModel, _tokens, _containers("layers"), "tokens"),
     "inflated ResNet-152": Network(lambda _: inflated_resnet152(), _clips(64), _STAGES, "frames"),
 }

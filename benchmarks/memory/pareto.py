@@ -1,6 +1,7 @@
 """Seconds of a step against its peak bytes, all methods taking turns. On a machine that does nothing else.
 
 python -m benchmarks.memory.pareto                          # ViT-S/16, depth 12
+python -m benchmarks.memory.pareto --keep-memory            # the same without the page faults of freshly allocated memory
 python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1
 python -m benchmarks.memory.pareto --network "ViT-S/16, bfloat16 autocast" --batch 16 --rounds 3
 """
@@ -17,14 +18,16 @@ from rich.progress import Progress
 from torch import nn
 
 import revwire
+from benchmarks.harness.heap import keep_memory
 from benchmarks.harness.record import Row, run
-from benchmarks.memory.alternatives import CHECKPOINT, METHODS, STORED, Method, Unsuited, reversible, step
+from benchmarks.memory.alternatives import CHECKPOINT, METHODS, SELECTIVE, STORED, Method, Unsuited, reversible, step
 from benchmarks.memory.networks import NETWORKS, network
 from revwire.measure import paired_seconds, peak_bytes
 
 SHARES = (0.25, 0.5, 0.75)
 COUPLINGS = {"re2tal": "re2tal", "bdia 1/16": "bdia:1/16"}
-BUDGET_OF_RIVAL = "budget of checkpointing"
+RIVALS = {"checkpointing": CHECKPOINT, "selective checkpointing": SELECTIVE}
+"""Methods whose bytes a plan gets as its budget, to compare seconds at equal memory; by what the table calls them."""
 
 
 def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: tuple[str, ...] = ()) -> list[Row]:
@@ -33,8 +36,11 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
     models: dict[str, nn.Module] = {}
     rows: dict[str, Row] = {}
     around = NETWORKS[name].around
-    rival = peak_bytes(partial(step, METHODS[CHECKPOINT](name, network(name, depth), example), example, around))
-    methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example, rival)
+    rivals = {
+        text: peak_bytes(partial(step, METHODS[method](name, network(name, depth), example), example, around))
+        for text, method in RIVALS.items()
+    }
+    methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example, rivals)
     for method, make in methods.items():
         try:
             with around():
@@ -62,14 +68,18 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
     return list(rows.values())
 
 
-def _budgets(name: str, depth: int, example: torch.Tensor, rival: int) -> dict[str, Method]:
-    """The planner at budgets between the least and that of stored activations; and at ``rival``, the bytes that checkpointing needs."""
+def _budgets(name: str, depth: int, example: torch.Tensor, rivals: dict[str, int]) -> dict[str, Method]:
+    """The planner at budgets between the least and that of stored activations; and at the bytes that ``rivals`` need."""
     with NETWORKS[name].around():
         forecast = revwire.plan(network(name, depth), example, memory_budget="least").forecast
     assert forecast is not None
     low, high = forecast.peak_bytes, forecast.stored.peak_bytes
     shares = {f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low))) for share in SHARES}
-    level = {f"revwire {text}, {BUDGET_OF_RIVAL}": reversible(coupling=c, memory_budget=rival) for text, c in COUPLINGS.items()}
+    level = {
+        f"revwire {text}, budget of {rival}": reversible(coupling=c, memory_budget=size)
+        for rival, size in rivals.items()
+        for text, c in COUPLINGS.items()
+    }
     return shares | level
 
 
@@ -81,10 +91,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--keep-memory", action="store_true", help="let the C library keep what is freed; see `benchmarks.harness.heap`")
     parser.add_argument("--skip", nargs="*", default=[], help="methods to leave out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     name = "memory_pareto_" + "".join(c if c.isalnum() else "_" for c in options.network.lower())
+    if options.keep_memory:
+        keep_memory()
+        name += "_kept"
     sizes = (options.network, options.depth, options.batch, options.length, options.rounds, tuple(options.skip))
     record = run(name, {"loss": "mean square", **vars(options)}, lambda: measured(*sizes))
     print(record.write(), record.status, record.reason or "")

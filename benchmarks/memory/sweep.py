@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.progress import track
 
 from benchmarks.harness.record import RESULTS, Record, Row, environment, read
-from benchmarks.memory.alternatives import CHECKPOINT, COUPLINGS, METHODS, NOT_RUN, STORED, Unsuited, step
+from benchmarks.memory.alternatives import CHECKPOINT, COUPLINGS, METHODS, NOT_RUN, SELECTIVE, STORED, Unsuited, step
 from benchmarks.memory.hollow import products_left_out
 from benchmarks.memory.networks import NETWORKS, network
 from revwire.measure import peak_bytes
@@ -29,7 +29,7 @@ from revwire.measure import peak_bytes
 _EVERY = {**COUPLINGS, **METHODS}
 RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
 HANDWRITTEN = "OpenTAD's Re2TAL Swin"
-SEGMENTS, SELECTIVE, COMPILED = "checkpoint over √n segments", "selective checkpoint per block", "torch.compile, memory budget 0.1"
+SEGMENTS, COMPILED = "checkpoint over √n segments", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
 CHUNKED = tuple(m for m in METHODS if m.endswith(" 4 chunks"))
 SIXTEEN = tuple(m for m in METHODS if m.endswith(" 16 chunks"))
