@@ -24,7 +24,9 @@ Note [Forms]
                        gives fewer bits than a state has: that result, beside the kept bits, instead of a state
     p    selective     as checkpointed, and the results of its products: measured
     s    stored        its activations; where the run of such units begins, the two states before it
-    z    stored        likewise, in a run that ends the chain: its two states replace those of the end
+    z    stored        likewise, where the run ends the chain: its two states replace those of the end
+    y    stored        the second unit of such a run: until that is over, there is one state besides those before it
+    x    stored        the third and those after it: two
     a    stored        likewise, in a chain that is stored as a whole: no states at all
     ===  ============  =============================================================================
 """
@@ -39,8 +41,11 @@ from typing import Literal, NamedTuple
 from revwire._meter import Measured, Stretch
 from revwire._module import Mode
 
-Form = Literal["r", "c", "p", "s", "z", "a"]
-MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "p": "selective", "s": "stored", "z": "stored", "a": "stored"}
+Form = Literal["r", "c", "p", "s", "z", "y", "x", "a"]
+MODES: dict[Form, Mode] = {"r": "reversible", "c": "checkpointed", "p": "selective"}
+MODES |= dict.fromkeys(("s", "z", "y", "x", "a"), "stored")
+_GOES_ON: dict[Form | None, Form] = {"z": "y", "y": "x", "x": "x", "a": "a"}
+"""The form of the next unit, where a run is stored to the end of its chain."""
 
 
 _OWN = ("enter", "grad", "complete", "rebuilt", "undone")
@@ -73,13 +78,15 @@ class UnitCost:
     Attributes:
         chain, unit: which one.
         saved: bytes that autograd keeps for it.
-        held: those that it holds at once when it is rebuilt: of one of its chunks, or all.
+        rebuilt: bytes that its recomputes save.
+        held: those of them that it holds at once: of one of its chunks, or all.
         kept: bytes that are kept for it when it is reversible.
         state: bytes of one of its chain's states.
         exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
         looks: bytes of samples that are kept of what a checkpointed unit saved, where its recompute stops.
-        early, lasting: bytes, of those saved, that something else holds until the forward pass ends, or beyond it (the former include the
-            latter).
+        early, lasting: bytes, of those saved, that something else holds until the forward pass ends, or until the unit's backward begins
+            (the former include the latter).
+        saves_state: whether it saves its input itself, as the float value of a state, which also carries a gradient to the next unit.
         result: bytes of what its branch gives, where a checkpointed unit keeps that instead of a state; else 0.
         gain: seconds by which a step is shorter when it is stored.
         relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
@@ -92,6 +99,7 @@ class UnitCost:
     chain: int
     unit: int
     saved: int
+    rebuilt: int
     held: int
     kept: int
     state: int
@@ -99,6 +107,7 @@ class UnitCost:
     looks: int
     early: int
     lasting: int
+    saves_state: bool
     result: int
     gain: float
     relief: float
@@ -109,8 +118,8 @@ class UnitCost:
 
     def forms(self, before: Form | None) -> tuple[Form, ...]:
         """The forms that it may have after a unit of form ``before`` (None: it is the first of its chain)."""
-        if before in ("z", "a"):
-            return () if self.fixed else (before,)
+        if before in _GOES_ON:
+            return () if self.fixed else (_GOES_ON[before],)
         if self.fixed:
             return ("r",)
         if before is None:
@@ -238,7 +247,7 @@ class Costs:
         self.waiting = [Peaks(0, 0)] * (len(measured.places) + 1)  # of stretches in which the first p units wait
         self._read()
         rebuilt = _rebuilding(measured.stretches)
-        held = measured.held or measured.saved
+        held, again_saved = measured.held or measured.saved, measured.rebuilt or measured.saved
         self.units = []
         for run, ((c, u), arithmetic) in enumerate(zip(measured.places, measured.arithmetic, strict=True)):
             again = rebuilt.get(run, _Rebuilding(0.0, None))
@@ -251,6 +260,7 @@ class Costs:
                 chain=c,
                 unit=u,
                 saved=measured.saved[run],
+                rebuilt=again_saved[run],
                 held=held[run],
                 kept=kept[c][u],
                 state=state[c],
@@ -258,6 +268,7 @@ class Costs:
                 looks=measured.looks[run] if measured.looks and stops else 0,
                 early=max(measured.early[run], measured.lasting[run]) if measured.early else 0,
                 lasting=measured.lasting[run] if measured.lasting else 0,
+                saves_state=bool(measured.saves_state and measured.saves_state[run]),
                 result=result,
                 gain=again.seconds * again.chunks + arithmetic.keep,
                 relief=(0.0 if result else arithmetic.keep) + rest if stops else 0.0 if result else both,
@@ -372,7 +383,7 @@ class Costs:
         if form == "p":
             return self.peaks(run, "r").moved(unit.selective.own if unit.selective else 0)
         if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it (or the result) is there anyway, but for the last unit
-            share = min(1.0, unit.held / unit.saved) if unit.saved else 1.0  # of its largest chunk
+            share = min(1.0, unit.held / unit.rebuilt) if unit.rebuilt else 1.0  # of its largest chunk
             part = int(unit.state * share) if unit.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
             forward = at.forward + (int(unit.result * (1 - share)) if unit.result else unit.state if unit.ends else 0)
             return Peaks(forward, max(at.complete, at.undone or at.backward) + part).moved(unit.looks)
@@ -382,7 +393,10 @@ class Costs:
         stored = at.start + unit.saved + max(0, at.grown - unit.kept - unit.early)
         meanwhile = at.start + waits + at.again  # as in its rebuilding
         forward = min(max(at.forward, meanwhile), at.forward + unit.saved - unit.early)
-        return Peaks(max(forward, stored), at.backward + waits - unit.lasting - (2 * unit.state if form == "a" else 0))
+        besides = {"y": 1, "x": 2}.get(form, 0) * unit.state
+        if besides and unit.saves_state:  # as the unit before it did, whose float value of the state is there in any form
+            besides -= unit.state
+        return Peaks(max(forward, stored) + besides, at.backward + waits - unit.lasting - (2 * unit.state if form == "a" else 0))
 
     def forecast(self, forms: Sequence[Form]) -> tuple[int, float]:
         """(peak bytes of a step above rest, seconds of a step) with these forms of the runs, in forward order."""

@@ -10,7 +10,6 @@ Note [Marks]
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,20 +87,24 @@ class Measured:
         places: the unit of each run, in the order of the forward pass.
         stretches: the pieces of the step, in order.
         saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
+        rebuilt: bytes that its recomputes save, all together: fewer, where autocast keeps one cast of x_k, which is a leaf there.
         held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
         arithmetic: of each run.
         looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
         results: bytes of what the branch of a run gave, where that is narrower than a state.
-        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or beyond it.
+        saves_state: whether a run saves its input itself, as the float value of a state, which nothing else holds.
+        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or until the run is rebuilt.
     """
 
     places: tuple[Place, ...]
     stretches: tuple[Stretch, ...]
     saved: tuple[int, ...]
     arithmetic: tuple[Arithmetic, ...]
+    rebuilt: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
     looks: tuple[int, ...] = ()
     results: tuple[int, ...] = ()
+    saves_state: tuple[int, ...] = ()
     early: tuple[int, ...] = ()
     lasting: tuple[int, ...] = ()
 
@@ -124,15 +127,16 @@ def _markers(chains: Sequence[Chain]) -> list[_Marker]:
 
 def _there_anyway(record: UnitRecord) -> set[int]:
     """Addresses of weights, buffers and extra inputs of a unit."""
-    owned = (t for _, then, _ in record.owned.tables for t in then.values() if type(t) in (Tensor, torch.nn.Parameter))
-    return {t.untyped_storage().data_ptr() for t in (*owned, *record.owned.weights, *(t for t, _ in record.inputs))}
+    owned = (t for _, then, _ in record.owned.tables for t in then.values() if t is not None)
+    found = (*owned, *record.owned.weights, *(t for t, _ in record.inputs))
+    plain = (t for t in found if type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided)
+    return {t.untyped_storage().data_ptr() for t in plain}
 
 
 class _Seen:
-    """Memory of which a run has saved something first: how large it is, and whether it is still there."""
+    """Memory of which a run has saved something: how large it is, and whether it is still there."""
 
-    def __init__(self, run: int, storage: torch.UntypedStorage) -> None:
-        self.run = run
+    def __init__(self, storage: torch.UntypedStorage) -> None:
         self.size = storage.nbytes()
         self.reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
@@ -141,7 +145,7 @@ class _Seen:
         return not self.reference.expired()  # type: ignore[no-untyped-call]
 
 
-def _saved(tape: Tape, position: int) -> int:
+def _rebuilt(tape: Tape, position: int) -> int:
     """Bytes that a recompute has just saved, but for what was there anyway: weights, buffers and extra inputs."""
     record = tape.records[position]
     assert isinstance(record, UnitRecord)
@@ -191,13 +195,14 @@ class _Marker:
         self.marks: list[Mark] = []
         self.places: list[Place] = []
         self.samples: dict[Place, _Sample] = {}
-        self.saved: dict[int, int] = {}
+        self.rebuilt: dict[int, int] = {}
         self.held: dict[int, int] = {}  # of the largest of its chunks
         self.looks: dict[int, int] = {}
         self.results: dict[int, int] = {}
-        self.seen: list[_Seen] = []  # what was saved in forward
-        self.newest: dict[int, _Seen] = {}  # of it, by address
-        self.shared: dict[int, int] = {}  # bytes that several chunks of a run have saved
+        self.seen: dict[int, list[_Seen]] = {}  # what each run saved in forward
+        self.newest: dict[int, _Seen] = {}  # of what the present run has saved, by address
+        self.states: dict[int, _Seen] = {}  # the inputs that runs have saved themselves, as float values of states
+        self.saves_state: dict[int, int] = {}
         self.early: dict[int, int] = {}
         self.lasting: dict[int, int] = {}
         self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
@@ -208,57 +213,50 @@ class _Marker:
 
     def enter(self, chain: Chain, unit: Unit) -> None:
         self.places.append(Place(self.numbers[id(chain)], unit.index))
+        self.newest.clear()
         self.mark("enter", len(self.places) - 1)
 
     def ended(self) -> None:
-        self.early = self._still_held()
+        self.early = {run: self._held(run) for run in self.seen}
+        self.saves_state = {run: not seen.alive for run, seen in self.states.items()}
 
     def turn(self) -> None:
-        self.lasting = self._still_held()
-        self.seen.clear()
-        self.newest.clear()
         self.mark("turn")
 
-    def _still_held(self) -> dict[int, int]:
-        """Bytes of what each run has saved that are still there."""
-        self.seen = [seen for seen in self.seen if seen.alive]
-        found = Counter[int]()
-        for seen in self.seen:
-            found[seen.run] += seen.size
-        return found
+    def grad(self, run: int) -> None:
+        self.lasting[run] = self._held(run)
+        self.mark("grad", run)
 
-    def seeing(self, pack: Callable[[Tensor], int], record: UnitRecord) -> Callable[[Tensor], int]:
+    def _held(self, run: int) -> int:
+        """Bytes of what a run has saved in forward that are still there."""
+        return sum(seen.size for seen in self.seen.get(run, ()) if seen.alive)
+
+    def seeing(self, pack: Callable[[Tensor], int], record: UnitRecord, x: Tensor) -> Callable[[Tensor], int]:
         if self.times:
             return pack
-        run, there, mine = len(self.places) - 1, _there_anyway(record), set[int]()
+        run, there = len(self.places) - 1, _there_anyway(record)
+        seen, state = self.seen.setdefault(run, []), x.untyped_storage().data_ptr() if x.dtype == stream_dtype(x.dtype) else None
 
         def see(t: Tensor) -> int:
-            if type(t) is Tensor and t.layout is torch.strided and t.numel() and t.untyped_storage().data_ptr() not in there:
-                self._see(run, t, mine)
+            if t.layout is torch.strided and t.numel():
+                storage = t.untyped_storage()
+                address = storage.data_ptr()
+                known = self.newest.get(address)
+                if address == state:
+                    self.states[run] = _Seen(storage)
+                if address not in there and (known is None or not known.alive):  # else it is gone, and its memory used again
+                    self.newest[address] = _Seen(storage)
+                    seen.append(self.newest[address])
             return pack(t)
 
         return see
-
-    def _see(self, run: int, t: Tensor, mine: set[int]) -> None:
-        """Note what a forward saves; ``mine`` are the addresses that the same call of a branch has saved."""
-        storage = t.untyped_storage()
-        address = storage.data_ptr()
-        if address in mine:
-            return
-        mine.add(address)
-        known = self.newest.get(address)
-        if known is None or not known.alive:
-            known = self.newest[address] = _Seen(run, storage)
-            self.seen.append(known)
-        elif known.run == run and t.numel() * t.element_size() == known.size:  # whole: not a chunk of a larger one
-            self.shared[run] = self.shared.get(run, 0) + known.size
 
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
         run = len(self.places) - 1
         place = self.places[run] = Place(self.numbers[id(chain)], tape.position - 1)
         self.samples[place] = _Sample(tape.streams, out.shape, stream_dtype(out.dtype), tape.couplings[place.unit])
         if out.requires_grad:
-            out.register_hook(lambda _: self.mark("grad", run))  # type: ignore[no-untyped-call]
+            out.register_hook(lambda _: self.grad(run))  # type: ignore[no-untyped-call]
         self.mark("leave", run)
 
     def forward(self, tape: Tape, position: int, state: Tensor) -> None:
@@ -272,8 +270,8 @@ class _Marker:
 
     def backward(self, tape: Tape, position: int, state: Tensor) -> None:
         run = self.runs[id(tape), position]
-        found = _saved(tape, position)
-        self.saved[run] = self.saved.get(run, -self.shared.get(run, 0)) + found
+        found = _rebuilt(tape, position)
+        self.rebuilt[run] = self.rebuilt.get(run, 0) + found
         self.held[run] = max(self.held.get(run, 0), found)
         self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
         self.results[run] = self.results.get(run, 0) + _result(tape, position, state)
@@ -313,10 +311,11 @@ def measured(
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
     runs = range(len(marker.places))
-    by_run = (marker.saved, marker.held, marker.looks, marker.results, marker.early, marker.lasting)
-    saved, held, looks, results, early, lasting = (tuple(found.get(run, 0) for run in runs) for found in by_run)
+    sizes = {run: sum(seen.size for seen in marker.seen.get(run, ())) for run in marker.rebuilt}
+    by_run = (sizes, marker.rebuilt, marker.held, marker.looks, marker.results, marker.saves_state, marker.early, marker.lasting)
+    saved, rebuilt, held, looks, results, saves_state, early, lasting = (tuple(found.get(run, 0) for run in runs) for found in by_run)
     arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
-    return Measured(tuple(marker.places), stretches, saved, arithmetic, held, looks, results, early, lasting)
+    return Measured(tuple(marker.places), stretches, saved, arithmetic, rebuilt, held, looks, results, saves_state, early, lasting)
 
 
 @contextmanager

@@ -112,7 +112,8 @@ def same_glances(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether all numbers are equal, and what is none is none in both."""
-    return torch.equal(a, b) or (a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 class Sample(NamedTuple):

@@ -161,7 +161,7 @@ class Tape:
         try:
             products, pack = self._products(unit), self._packer(record, x, last)
             if self.chain.meter:
-                pack = self.chain.meter.seeing(pack, record)
+                pack = self.chain.meter.seeing(pack, record, x)
             with saved_tensors_hooks(pack, unpacker(self, len(self.records))), products or NOTHING:
                 if writers:
                     with undisturbed(writers):

@@ -20,6 +20,9 @@ WEIGHTS = 2 * 32 * 512 * 2
 """Bytes of the 16-bit casts of the weights of one unit: several times what it saves of its activations."""
 
 
+STORED = str.maketrans("zyxa", "ssss")
+
+
 class Wide(nn.Module):
     """Units of which those numbered ``frozen`` have no weights to train."""
 
@@ -63,13 +66,13 @@ def costs_of(model, run, kept=0):
 def predicted_and_taken(model, run, mix, kept=0):
     costs = costs_of(model, run, kept)
     (chain,) = chains_of(model)
-    chain.modes, chain.keeps_last = modes_of(mix.replace("z", "s").replace("a", "s")), False
+    chain.modes, chain.keeps_last = modes_of(mix.translate(STORED)), False
     run()
     return costs.forecast(list(mix))[0], peak_bytes(run)
 
 
 @pytest.mark.parametrize("after", [0, 2**18], ids=["", "a peak before the backward pass"])
-@pytest.mark.parametrize("mix", ["rrrrrr", "aaaaaa", "ssrrrr", "rrssrr", "rrrrzz", "ssrczz", "srsrsr"])
+@pytest.mark.parametrize("mix", ["rrrrrr", "aaaaaa", "ssrrrr", "rrssrr", "rrrrzy", "rrzyxx", "ssrczy", "srsrsr"])
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
 def test_casts_count_once_while_autocast_holds_them(coupling, mix, after):
     bits = 0 if coupling == "re2tal" else X.nbytes // 8
@@ -78,7 +81,7 @@ def test_casts_count_once_while_autocast_holds_them(coupling, mix, after):
     assert expected == pytest.approx(peak, rel=0.03)
 
 
-@pytest.mark.parametrize("mix", ["aaaaaa", "rrssrr", "ssrczz"])
+@pytest.mark.parametrize("mix", ["aaaaaa", "rrssrr", "ssrczy"])
 def test_in_chunks_too_they_are_there_once(mix):
     """A chunk may wait while those gradients of casts are there that another has already given: counted together, they are too many."""
     model = converted(chunks=2)
@@ -116,7 +119,7 @@ def test_what_casts_a_unit_has_is_measured():
 def test_the_search_counts_as_the_forecast_does(after):
     model = converted("bdia:1/16")
     costs = costs_of(model, stepped(model, after), X.nbytes // 8)
-    mixes = [list(m) for m in itertools.product("rcsza", repeat=6) if allowed(costs, m)]
+    mixes = [list(m) for m in itertools.product("rcszyxa", repeat=6) if allowed(costs, m)]
     points = [costs.forecast(forms) for forms in mixes]
     low, high = min(p for p, _ in points), max(p for p, _ in points)
     for share in (0.0, 0.3, 0.6, 1.0):
@@ -140,7 +143,7 @@ def test_a_budget_is_met_and_used(share):
     run = stepped(model)
     run()
     forecast, peak = revwire.report(model).forecast, peak_bytes(run)
-    assert forecast.peak_bytes == pytest.approx(peak, rel=0.02)
+    assert forecast.peak_bytes == pytest.approx(peak, rel=0.03)
     assert peak <= 1.01 * budget
     if share == 1:
         assert {u.mode for u in revwire.report(model).units} == {"stored"}
@@ -175,7 +178,7 @@ class Remembering(nn.Module):
 
 
 @pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize("mix", ["rrrrrr", "aaaaaa", "ssrrrr", "rrssrr", "srsrsr"])
+@pytest.mark.parametrize("mix", ["rrrrrr", "aaaaaa", "ssrrrr", "rrssrr", "rrzyxx", "srsrsr"])
 def test_what_a_model_gives_out_counts_once(mix, lasting):
     """Until the forward pass ends, or as long as the step holds it."""
     x = torch.randn(256, 32)
@@ -198,6 +201,162 @@ def test_what_a_model_gives_out_counts_once(mix, lasting):
     costs = Costs(measured(chains, run, torch.device("cpu")), [[0] * 6], [x.nbytes], [True])
     inside = 256 * 128 * 4
     assert [(u.early, u.lasting) for u in costs.units] == [(inside, inside if lasting else 0)] * 6
-    chain.modes, chain.keeps_last = modes_of(mix.replace("a", "s")), False
+    chain.modes, chain.keeps_last = modes_of(mix.translate(STORED)), False
     run()
     assert costs.forecast(list(mix))[0] == pytest.approx(peak_bytes(run), rel=0.04)
+
+
+class Deep(nn.Module):
+    """Gives out, or keeps, what every block gave."""
+
+    def __init__(self, keeps=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Residual(32) for _ in range(8))
+        self.keeps = keeps
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x = block(x)
+            found.append(x)
+        if self.keeps:
+            self.found = found
+            return x
+        return found
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_what_only_the_loss_holds_is_gone_when_a_unit_has_its_turn(share):
+    """A square holds its input until its own backward, which comes first."""
+    x = torch.randn(512, 32)
+    limits = revwire.plan(Deep(), x, coupling="re2tal", memory_budget="least", chunks=1).forecast
+    budget = int(limits.peak_bytes + share * (limits.stored.peak_bytes - limits.peak_bytes))
+    model = revwire.convert(Deep(), x, coupling="re2tal", memory_budget=budget, chunks=1)
+
+    def run():
+        torch.stack([out.square().mean() for out in model(x)]).mean().backward()
+
+    run()
+    peak = peak_bytes(run)
+    assert peak <= 1.02 * budget
+    assert revwire.report(model).forecast.peak_bytes == pytest.approx(peak, rel=0.1)
+
+
+def test_a_run_that_is_stored_to_the_end_has_its_states_besides():
+    """Hidden states that a model keeps, in 16 bits, and a stored run of many units: the streams it has come to are there in forward."""
+    x = torch.randn(512, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = revwire.convert(Deep(keeps=True), x, coupling="re2tal", chunks=1)
+    (chain,) = chains = chains_of(model)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).square().mean()
+            ended(chains)
+        turn(chains)
+        loss.backward()
+
+    run()
+    costs = Costs(measured(chains, run, torch.device("cpu")), [[0] * 8], [x.nbytes], [True])
+    for mix in ("rrzyxxxx", "rrrrrrzy", "rrrrrzyx"):
+        chain.modes, chain.keeps_last = modes_of(mix.translate(STORED)), False
+        run()
+        assert 0.99 * peak_bytes(run) < costs.forecast(list(mix))[0] < 1.12 * peak_bytes(run)
+
+
+class Several(nn.Module):
+    """x + many layers, one after the other: memory of what one has saved is used again by the next."""
+
+    def __init__(self, width=64, layers=8):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x):
+        y = self.norm(x)
+        for layer in self.layers:
+            y = torch.relu(layer(y))
+        return x + y
+
+
+def test_memory_that_is_used_again_within_a_branch_is_seen_again():
+    x = torch.randn(64, 64)  # activations as large as casts
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = revwire.convert(Blocks(Several, depth=4), x, coupling="re2tal", chunks=1)
+    chains = chains_of(model)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).square().mean()
+            ended(chains)
+        turn(chains)
+        loss.backward()
+
+    run()
+    units = Costs(measured(chains, run, torch.device("cpu")), [[0] * 4], [x.nbytes], [True]).units
+    assert [u.early for u in units] == [8 * 64 * 64 * 2] * 4
+
+
+def test_casts_of_an_input_are_one_in_a_recompute_and_several_when_stored():
+    """Autocast keeps casts of leaves, such as x_k in a recompute, for their next use."""
+
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x):
+            a, b, c = (layer(x) for layer in self.layers)
+            return x + a * b * c
+
+    x = torch.randn(256, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = revwire.convert(Blocks(Thrice, depth=4), x, coupling="re2tal", chunks=1)
+    chains = chains_of(model)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).square().mean()
+            ended(chains)
+        turn(chains)
+        loss.backward()
+
+    run()
+    costs = Costs(measured(chains, run, torch.device("cpu")), [[0] * 4], [x.nbytes], [True])
+    assert [u.saved - u.rebuilt for u in costs.units] == [0, *[2 * x.nbytes // 2] * 3]  # the first needs no gradient of x
+    (chain,) = chains
+    chain.modes, chain.keeps_last = ("stored",) * 4, False
+    run()
+    assert costs.forecast(list("aaaa"))[0] == pytest.approx(peak_bytes(run), rel=0.06)
+
+
+class Front(nn.Module):
+    """A unit that nothing rebuilds, on an extra input that is sparse."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x, graph):
+        return x + torch.sparse.mm(graph, self.linear(self.norm(x)))
+
+
+class Graphs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.front = nn.ModuleList(Front() for _ in range(3)).requires_grad_(requires_grad=False)
+        self.between = nn.Linear(16, 16)
+        self.blocks = Blocks(lambda: Residual(16, 4), depth=4)
+
+    def forward(self, x, graph):
+        for block in self.front:
+            x = block(x, graph)
+        return self.blocks(self.between(x))
+
+
+def test_sparse_extra_inputs_have_no_memory_to_look_at():
+    x, graph = torch.randn(32, 16), torch.eye(32).to_sparse()
+    plan = revwire.plan(Graphs(), (x, graph), memory_budget="least")
+    assert plan.forecast.peak_bytes > 0
