@@ -340,7 +340,7 @@ class Costs:
     def _read(self) -> None:
         """Sort the stretches of the step; see Note [Bytes by prefix]."""
         alive: set[int] = set()
-        rebuilding = 0  # bytes alive where the gradient came for which a unit is rebuilt
+        rebuilding = dict[int, int]()  # bytes alive where the gradient came for which a run is rebuilt
         turned = all(stretch.mark.kind != "turn" for stretch in self.measured.stretches)
         for stretch in self.measured.stretches:
             kind, run = stretch.mark
@@ -359,8 +359,8 @@ class Costs:
             elif kind in ("grad", "complete"):
                 alive.discard(run)
                 self.levels[run].rebuild = max(self.levels[run].rebuild, stretch.peak)
-                rebuilding = stretch.level if kind == "grad" else rebuilding
-                self.levels[run].again = max(self.levels[run].again, stretch.peak - rebuilding)
+                before = rebuilding.setdefault(run, stretch.level)
+                self.levels[run].again = max(self.levels[run].again, stretch.peak - before)
                 if kind == "grad":
                     self.levels[run].complete = max(self.levels[run].complete, stretch.peak)
                 continue

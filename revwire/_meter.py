@@ -129,8 +129,17 @@ def _there_anyway(record: UnitRecord) -> set[int]:
     """Addresses of weights, buffers and extra inputs of a unit."""
     owned = (t for _, then, _ in record.owned.tables for t in then.values() if t is not None)
     found = (*owned, *record.owned.weights, *(t for t, _ in record.inputs))
-    plain = (t for t in found if type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided)
-    return {t.untyped_storage().data_ptr() for t in plain}
+    return {address for t in found if (address := _address(t)) is not None}
+
+
+def _address(t: Tensor) -> int | None:
+    """Where the memory of a tensor begins; None where it has none of its own: sparse tensors, wrappers."""
+    if t.layout is not torch.strided:
+        return None
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 class _Seen:
@@ -151,7 +160,7 @@ def _rebuilt(tape: Tape, position: int) -> int:
     assert isinstance(record, UnitRecord)
     there = _there_anyway(record)
     cache = tape.passes[running_pass()].cache.values()
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in cache if t.layout is torch.strided}
+    found = {address: t.untyped_storage().nbytes() for t, _ in cache if (address := _address(t)) is not None}
     return sum(size for address, size in found.items() if address not in there)
 
 
@@ -235,17 +244,16 @@ class _Marker:
         if self.times:
             return pack
         run, there = len(self.places) - 1, _there_anyway(record)
-        seen, state = self.seen.setdefault(run, []), x.untyped_storage().data_ptr() if x.dtype == stream_dtype(x.dtype) else None
+        seen, state = self.seen.setdefault(run, []), _address(x) if x.dtype == stream_dtype(x.dtype) else None
 
         def see(t: Tensor) -> int:
-            if t.layout is torch.strided and t.numel():
-                storage = t.untyped_storage()
-                address = storage.data_ptr()
+            address = _address(t)
+            if address:  # not so where nothing was allocated
                 known = self.newest.get(address)
                 if address == state:
-                    self.states[run] = _Seen(storage)
-                if address not in there and (known is None or not known.alive):  # else it is gone, and its memory used again
-                    self.newest[address] = _Seen(storage)
+                    self.states[run] = _Seen(t.untyped_storage())
+                if address not in there and (known is None or not known.alive):  # what was there is gone, and its memory used again
+                    self.newest[address] = _Seen(t.untyped_storage())
                     seen.append(self.newest[address])
             return pack(t)
 
