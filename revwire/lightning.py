@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from revwire._convert import converted
-from revwire._couplings import Coupling
+from revwire._api.schedule import CouplingSchedule, Shape
 from revwire._errors import ConversionError, CouplingError
-from revwire._recouple import CouplingSchedule, Shape
+from revwire._forwards.converted import converted
+from revwire.couplings.base import Coupling
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[import-not-found, unused-ignore]

@@ -18,14 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from revwire._bits import pack_bits
-from revwire._convert import as_call, convert, report, revert, stored_activations
-from revwire._couplings import Coupling
-from revwire._numerics import FixedStreams, FloatStreams, Streams, stream_dtype
-from revwire._replay import accelerators_of, preserved_random_state, random_states
+from revwire._api.convert import convert, revert, stored_activations
+from revwire._capture.arguments import as_call
+from revwire._forwards.converted import report
+from revwire._streams.base import Streams, stream_dtype
+from revwire._streams.bits import pack_bits
+from revwire._streams.fixed import FixedStreams
+from revwire._streams.floats import FloatStreams
+from revwire._surroundings.randomness import accelerators_of, preserved_random_state, random_states
+from revwire.couplings.base import Coupling
 from revwire.measure import saved_bytes
 
 Loss = Callable[[Any], Tensor]
+
+
 Stored = Callable[[nn.Module], AbstractContextManager[None]]
 
 

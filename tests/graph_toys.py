@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import revwire
 from revwire import Coupling
-from revwire._couplings.base import Coefficients
+from revwire.couplings.base import Coefficients
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}  # float64: another order of summation, nothing else
 

@@ -13,12 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import swin3d_t
 
 import revwire
-from revwire import _budget as budgets
-from revwire._budget import _rival, least, parse_budget, search
-from revwire._convert import chains_of
-from revwire._costs import MODES, Costs
-from revwire._meter import Arithmetic, Mark, Measured, Place, Stretch, measured
-from revwire._plan import Point
+from revwire._budget import fit as budgets
+from revwire._budget.advice import _rival
+from revwire._budget.costs import Costs
+from revwire._budget.forms import MODES
+from revwire._budget.marker import Mark, Place
+from revwire._budget.meter import Arithmetic, Measured, Stretch, measured
+from revwire._budget.search import least, search
+from revwire._forwards.converted import chains_of
+from revwire._plan.options import parse_budget
+from revwire._plan.plan import Point
 from revwire.measure import peak_bytes
 
 
@@ -435,7 +439,7 @@ def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, mo
     def never(*_):
         raise AssertionError("it was looked at")
 
-    monkeypatch.setattr("revwire._convert.probed", never)
+    monkeypatch.setattr("revwire._budget.ways.probed", never)
     revwire.plan(transformer(2), INPUTS, **options)
     with pytest.raises(AssertionError, match="it was looked at"):
         revwire.plan(transformer(2), INPUTS, memory_budget="least")

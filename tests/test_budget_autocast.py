@@ -8,10 +8,11 @@ from torch import nn
 
 import revwire
 from mixes import Residual, modes_of
-from revwire._budget import search
-from revwire._convert import chains_of
-from revwire._costs import Costs
-from revwire._meter import ended, measured, turn
+from revwire._budget.costs import Costs
+from revwire._budget.marker import ended, turn
+from revwire._budget.meter import measured
+from revwire._budget.search import search
+from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes
 from toys import Blocks
 

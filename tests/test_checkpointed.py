@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import revwire
-from revwire._checkpointed import checkpointed_of
+from revwire._forwards.checkpointed import checkpointed_of
 from revwire.measure import peak_bytes, saved_bytes
 
 X = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import revwire
 from cases import CASES
-from revwire._chunks import Chunk, Cut
-from revwire._convert import chains_of
+from revwire._forwards.converted import chains_of
+from revwire._runtime.chunks import Chunk, Cut
 from revwire.measure import peak_bytes
 from toys import KINDS, Blocks, inputs_of, stored, toy
 

@@ -10,9 +10,8 @@ from torch import nn
 import revwire
 from cases import Case
 from revwire import Bdia, ConversionError, Coupling, CouplingError, Dr2Net, Momentum, RandomBdia, Re2TAL, ReconstructionError
-from revwire._convert import chains_of
-from revwire._couplings import Rule
-from revwire._couplings.base import Coefficients, random_signs
+from revwire._forwards.converted import chains_of
+from revwire.couplings.base import Coefficients, Rule, random_signs
 from revwire.measure import saved_bytes
 from toys import KINDS, WIDTH, Dropped, PreNorm, inputs_of, stored, toy
 

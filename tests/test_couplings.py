@@ -7,8 +7,9 @@ import torch
 
 from cases import CASES, Case, each_case
 from revwire import Bdia, Coupling, CouplingError, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
-from revwire._choice import Choice
-from revwire._couplings import Coefficients, coupling_from
+from revwire._plan.options import Choice
+from revwire.couplings import coupling_from
+from revwire.couplings.base import Coefficients
 from revwire.testing import check_consistent, check_error_growth, check_invertible, check_kept_bits
 from toys import inputs_of, toy
 

@@ -14,7 +14,7 @@ SINGLE = pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.f
 
 @pytest.fixture(autouse=True)
 def deferred(monkeypatch):
-    monkeypatch.setattr("revwire._tape.stalls", lambda device: True)
+    monkeypatch.setattr("revwire._runtime.tape.stalls", lambda device: True)
 
 
 @each_case
@@ -22,7 +22,7 @@ def test_gradients_are_the_same(case, monkeypatch):
     model = toy(case, Attention)
     inputs = (inputs_of(model, case), *attention_extras(case.dtype))
     step = check_gradients(model, inputs, tolerance=3 * case.stored, stored=stored)
-    monkeypatch.setattr("revwire._tape.stalls", lambda device: False)
+    monkeypatch.setattr("revwire._runtime.tape.stalls", lambda device: False)
     step.assert_like(Step.of(model, inputs))
 
 
@@ -42,7 +42,7 @@ class Reads(TorchDispatchMode):
 
 @each_fast_case
 def test_the_host_waits_as_often_for_a_deep_chain_as_for_a_shallow_one(case, monkeypatch):
-    monkeypatch.setattr("revwire._replay.same_bytes", lambda a, b: True)  # random states lie on the host
+    monkeypatch.setattr("revwire._surroundings.surroundings.same_bytes", lambda a, b: True)  # random states lie on the host
     lists = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(1) or tolist(t))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cases import Case
 from revwire import CouplingError, Dr2Net, Midpoint, Momentum, Re2TAL, ReconstructionError
-from revwire._choice import Choice
+from revwire._plan.options import Choice
 from toys import inputs_of, stored, toy
 
 TOLERANCE = 1e-4  # of a rebuilt state, the default

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import revwire
-from revwire import Bdia, Dr2Net, Momentum, Re2TAL, _kernels
-from revwire._bits import pack_bits
-from revwire._couplings import Rule
-from revwire._numerics import FixedStreams
+from revwire import Bdia, Dr2Net, Momentum, Re2TAL
+from revwire._streams import kernels as _kernels
+from revwire._streams.bits import pack_bits
+from revwire._streams.fixed import FixedStreams
+from revwire.couplings.base import Rule
 
 pytest.importorskip("numba")
 
@@ -160,7 +161,7 @@ def test_bytes_are_compared_to_the_last(size, compiled, monkeypatch):
     if compiled:
         _kernels._native()
     else:
-        monkeypatch.delitem(sys.modules, "revwire._native", raising=False)
+        monkeypatch.delitem(sys.modules, "revwire._streams.native", raising=False)
     a = torch.randint(0, 256, (size,), dtype=torch.uint8)
     assert _kernels.same_bytes(a, a.clone())
     for place in {0, size // 2, size - 1}:

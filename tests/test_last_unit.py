@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import revwire
 from cases import FAST, each_fast_case
 from mixes import SHAPE, STREAM, leaves_no_other_trace, same
-from revwire._convert import chains_of
+from revwire._forwards.converted import chains_of
 from revwire.measure import saved_bytes
 from toys import KINDS, PreNorm, toy
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cases import each_exact_case, each_fast_case
-from revwire._records import ViewRecord
+from revwire._runtime.entries import ViewRecord
 from toys import SHAPE, WIDTH, Linear, Weightless, inputs_of, stored, toy
 
 

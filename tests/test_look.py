@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from graph_toys import X, assert_same_step, stack, twin
-from revwire._rewrite import rewired_of
-from revwire._signature import Look, Standing, call_signature
+from revwire._forwards.guards import Look, Standing
+from revwire._forwards.rewired import rewired_of
+from revwire._forwards.signature import call_signature
 
 
 class Config:

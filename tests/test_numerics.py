@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revwire import Bdia, RangeError, Re2TAL
-from revwire._bits import pack_bits, unpack_bits
-from revwire._couplings import Rule
-from revwire._numerics import FixedStreams, FloatStreams, can_be_sampled, canonical, stream_dtype
+from revwire._streams.base import canonical, stream_dtype
+from revwire._streams.bits import pack_bits, unpack_bits
+from revwire._streams.fixed import FixedStreams
+from revwire._streams.floats import FloatStreams
+from revwire._streams.samples import can_be_sampled
+from revwire.couplings.base import Rule
 
 RULE = Rule.of(Bdia(1 / 16).coefficients)
 NO_BITS = Rule.of(Re2TAL().coefficients)

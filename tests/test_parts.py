@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import revwire
-from revwire import _cores as cores
-from revwire._convert import converted
-from revwire._parts import parts_of
+from revwire._forwards.converted import converted
+from revwire._splitting import core_search as cores
+from revwire._splitting.core_function import parts_of
 from revwire.measure import peak_bytes
 from toys import Blocks
 

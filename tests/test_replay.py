@@ -10,8 +10,10 @@ from torch.nn import functional as F
 import revwire
 from cases import Case, each_fast_case
 from revwire import Bdia, Re2TAL
-from revwire._convert import chains_of
-from revwire._replay import Surroundings, Written, buffers_kept, preserved_random_state
+from revwire._forwards.converted import chains_of
+from revwire._surroundings.buffers import Written, buffers_kept
+from revwire._surroundings.randomness import preserved_random_state
+from revwire._surroundings.surroundings import Surroundings
 from revwire.testing import Step, check_gradients
 from toys import WIDTH, Convolution, Dropped, Linear, Oracle, PreNorm, Toy, inputs_of, stored, toy
 

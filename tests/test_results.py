@@ -24,13 +24,13 @@ from mixes import (
     records_of,
     same,
 )
-from revwire._convert import chains_of
-from revwire._costs import Costs
+from revwire._budget.costs import Costs
+from revwire._budget.meter import measured
 from revwire._errors import ReconstructionError
-from revwire._meter import measured
-from revwire._records import Result
-from revwire._step import autocast_left
+from revwire._forwards.converted import chains_of
+from revwire._runtime.entries import Result
 from revwire.measure import peak_bytes, saved_bytes
+from revwire.measure._training_step import autocast_left
 from toys import KINDS, Attention, Blocks, PreNorm, Toy, attention_extras, toy
 
 in_bfloat16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)

@@ -27,11 +27,12 @@ from mixes import (
     records_of,
     same,
 )
-from revwire._budget import search
-from revwire._convert import chains_of
-from revwire._costs import Costs
+from revwire._budget.costs import Costs
+from revwire._budget.marker import ended
+from revwire._budget.meter import measured
+from revwire._budget.search import search
 from revwire._errors import ReconstructionError
-from revwire._meter import ended, measured
+from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes, saved_bytes
 from toys import KINDS, WIDTH, Blocks, PreNorm
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 import revwire
 from graph_toys import Plain, X, assert_same_step, block, pre_norm, stack, twin
-from revwire._recording import refs
-from revwire._trace import record
+from revwire._capture.run import record
+from revwire._structures import refs
 
 
 def patchable():

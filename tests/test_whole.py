@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import revwire
-from revwire._convert import chains_of
+from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes
 
 X = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import DEPTH
-from revwire._module import Chain, Unit
+from revwire._runtime.run import Chain
+from revwire._runtime.unit import Unit
 
 WIDTH = 8
 SHAPE = (3, 5, WIDTH)  # (batch, tokens, channels)

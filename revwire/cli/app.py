@@ -26,33 +26,62 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
 errors = Console(stderr=True, highlight=False)
 
+
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, pytorchvideo:NAME or package.module:factory")]
+
+
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", metavar="SHAPE", help="shape of an input, such as 1,3,224,224; repeat for several")
 ]
+
+
 AsList = Annotated[bool, typer.Option("--as-list", help="pass the inputs as one list instead of as arguments")]
+
+
 CouplingName = Annotated[str | None, typer.Option("--coupling", help="re2tal, bdia, bdia:1/16 …; the default is the library's")]
+
+
 Exact = Annotated[
     bool | None, typer.Option("--exact/--no-exact", help="fixed-point or floating-point streams; by default what the coupling needs")
 ]
+
+
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="only these modules; repeatable")]
+
+
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="not these modules; repeatable")]
+
+
 Whole = Annotated[
     list[str] | None,
     typer.Option("--whole", metavar="GLOB", help="these modules one unit each; repeatable; auto: if a budget is better so"),
 ]
+
+
 ChunkCount = Annotated[int | None, typer.Option("--chunks", help="run units in so many chunks of the batch, or of tokens")]
+
+
 Checkpoint = Annotated[
     list[str] | None,
     typer.Option("--checkpoint", metavar="GLOB", help="checkpoint these modules, outside of chains; stays: the blocks that stay"),
 ]
+
+
 MemoryBudget = Annotated[
     str | None, typer.Option("--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits")
 ]
+
+
 Train = Annotated[bool, typer.Option("--train/--eval", help="the mode the model is in")]
+
+
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="load the zoo's weights (from its hub)")]
+
+
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

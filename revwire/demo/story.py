@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import revwire
-from revwire._replay import deterministic_kernels
+from revwire._surroundings.modes import deterministic_kernels
 from revwire.cli.verdict import holds
 from revwire.demo import clips, photos
 from revwire.demo.finetune import Batch, accuracy, fine_tune

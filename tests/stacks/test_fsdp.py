@@ -23,8 +23,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from training import Run, assert_trains_as_stored, batches, converted, train, watched, with_backward_hooks
 
 import revwire
-from revwire._convert import chains_of
-from revwire._module import Mode
+from revwire._forwards.converted import chains_of
+from revwire._runtime.unit import Mode
 
 STACK = "FSDP2"
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -1,0 +1,236 @@
+"""`verify`: measure on a converted model what the library promises: rebuilt states, and gradients, against stored activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire._api.convert import stored_activations
+from revwire._capture.arguments import as_call, fresh_arguments
+from revwire._forwards.converted import chains_of, report
+from revwire._runtime.tape import Tape
+from revwire._structures import tensors_in
+from revwire._surroundings.buffers import buffers_kept, counters_kept
+from revwire._surroundings.modes import deterministic_kernels
+from revwire._surroundings.randomness import accelerators_of, preserved_random_state, python_random_kept
+
+_REPEATS = 32
+"""Runs with stored activations that tell a gradient that varies by itself from one that was rebuilt wrongly."""
+
+
+@dataclass(frozen=True)
+class UnitCheck:
+    """One unit of one forward pass: the largest error of its rebuilt input, relative to the largest true value."""
+
+    path: str
+    reconstruction_error: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `verify` measured.
+
+    Attributes:
+        bit_exact: every rebuilt state, the outputs and every gradient equal those of stored activations to the bit.
+        reconstruction_error: largest relative error of a rebuilt state.
+        gradient_error: largest relative error of a gradient (each tensor by its own largest magnitude).
+        output_equal: outputs equal to the bit.
+        function_change: difference of the outputs to those of the original network, relative to their size (of the vectors of all
+            outputs, in the mode that the model is in; random numbers as in the other runs). A measure, no fault.
+        units: per unit, in the order of the backward pass.
+        inexact: names of the parameters and inputs whose gradients differ.
+        unstable: names of those whose gradients differ between runs with stored activations too (a kernel of the network
+            itself is not deterministic); they are not compared.
+    """
+
+    bit_exact: bool
+    reconstruction_error: float
+    gradient_error: float
+    output_equal: bool
+    units: tuple[UnitCheck, ...]
+    inexact: tuple[str, ...]
+    unstable: tuple[str, ...] = ()
+    function_change: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The check as plain data (JSON-ready)."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        verdict = "bit-exact" if self.bit_exact else "not bit-exact"
+        return (
+            f"{verdict}: {len(self.units)} states rebuilt, largest error {self.reconstruction_error:.2g}; "
+            f"gradients differ from stored activations by at most {self.gradient_error:.2g}; "
+            f"the output differs from the original network's by {self.function_change:.2%}"
+            + (f" ({len(self.inexact)} tensors: {', '.join(self.inexact[:3])} ...)" if self.inexact else "")
+            + (f"; not compared, as they vary with stored activations too: {', '.join(self.unstable)}" if self.unstable else "")
+        )
+
+
+class _Witness:
+    """Keeps every state that a tape drops, and compares it with the one that is rebuilt."""
+
+    def __init__(self) -> None:
+        self.states: dict[tuple[int, int], Tensor] = {}
+        self.units: list[UnitCheck] = []
+        self.equal = True
+
+    def forward(self, tape: Tape, position: int, state: Tensor) -> None:
+        self.states[id(tape), position] = state.clone()
+
+    def backward(self, tape: Tape, position: int, state: Tensor) -> None:
+        true = self.states.pop((id(tape), position))
+        self.equal = self.equal and torch.equal(true, state)
+        record = tape.records[position]
+        path = getattr(getattr(record, "unit", None), "path", "")
+        self.units.append(UnitCheck(path, relative_error(tape.streams.read(state), tape.streams.read(true))))
+
+
+def verify(model: nn.Module, example_inputs: Any) -> Check:
+    """Run one forward and backward reversibly, and one with stored activations, and compare.
+
+    The loss is a fixed random projection of all floating-point outputs. Both runs use deterministic kernels where PyTorch
+    has them. The model's mode is used as it is; its gradients, buffers, and the random state are left as found.
+
+    Args:
+        model: a converted model.
+        example_inputs: as for `convert`.
+
+    Raises:
+        ConversionError: the model is not converted.
+        ReconstructionError: the run itself detected that a state was rebuilt wrongly.
+
+    Example:
+        >>> import torch, revwire
+        >>> net = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        >>> x = torch.randn(2, 5, 16)
+        >>> revwire.verify(revwire.convert(net, x), x).bit_exact
+        True
+    """
+    report(model)
+    witness = _Witness()
+    with _left_as_found(model, example_inputs):
+        with stored_activations(model):
+            true_out, true_grads = _step(model, example_inputs)
+        with _watched(model, witness):
+            out, grads = _step(model, example_inputs)
+        with stored_activations(model):
+            unstable = _unstable(model, example_inputs, grads, true_grads)
+        with _original(model):
+            original = _step(model, example_inputs)[0]
+    same_out = len(out) == len(true_out) and all(torch.equal(a, b) for a, b in zip(out, true_out, strict=True))
+    compared = {name: true for name, true in true_grads.items() if name not in unstable}
+    errors = {name: relative_error(grads[name], true) for name, true in compared.items()}
+    inexact = tuple(name for name, true in compared.items() if not torch.equal(grads[name], true))
+    return Check(
+        bit_exact=witness.equal and same_out and not inexact,
+        reconstruction_error=max((u.reconstruction_error for u in witness.units), default=0.0),
+        gradient_error=max(errors.values(), default=0.0),
+        output_equal=same_out,
+        units=tuple(witness.units),
+        inexact=inexact,
+        unstable=unstable,
+        function_change=_distance(out, original),
+    )
+
+
+def _unstable(model: nn.Module, example_inputs: Any, grads: dict[str, Tensor], true: dict[str, Tensor]) -> tuple[str, ...]:
+    """Where gradients differ: the names of those that also differ between runs with stored activations.
+
+    Some kernels rarely differ from themselves, so runs are repeated until each difference is explained, or `_REPEATS` times.
+    """
+    left = {name for name, g in true.items() if not torch.equal(grads[name], g)}
+    found = set[str]()
+    for _ in range(_REPEATS):
+        if not left - found:
+            break
+        again = _step(model, example_inputs)[1]
+        found |= {name for name, g in true.items() if not torch.equal(again[name], g)}
+    return tuple(name for name in true if name in found)
+
+
+def relative_error(got: Tensor, true: Tensor) -> float:
+    """Largest difference, relative to the largest true magnitude."""
+    if not true.numel():
+        return 0.0
+    scale = true.detach().double().abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((got.detach().double() - true.detach().double()).abs().amax() / scale)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    call = as_call(example_inputs)
+    grads = [(p, p.grad) for p in model.parameters()]
+    devices = accelerators_of([*tensors_in((call.args, call.kwargs)), *model.parameters()])
+    try:
+        with deterministic_kernels(), preserved_random_state(devices), buffers_kept([model], only_training=False):
+            yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+
+
+def _distance(got: list[Tensor], true: list[Tensor]) -> float:
+    """Norm of the difference of all outputs, relative to that of the true ones; infinite where other outputs come."""
+    if [t.shape for t in got] != [t.shape for t in true]:
+        return float("inf")
+    change, size = (sum(float(t.double().square().sum()) for t in ts) for ts in ([a - b for a, b in zip(got, true, strict=True)], true))
+    return float((change / size) ** 0.5) if size else float(change > 0)
+
+
+@contextmanager
+def _original(model: nn.Module) -> Iterator[None]:
+    chains = chains_of(model)
+    try:
+        for chain in chains:
+            chain.original = True
+        yield
+    finally:
+        for chain in chains:
+            chain.original = False
+
+
+@contextmanager
+def _watched(model: nn.Module, witness: _Witness) -> Iterator[None]:
+    chains = chains_of(model)
+    before = [c.monitor for c in chains]
+    try:
+        for c in chains:
+            c.monitor = witness
+        yield
+    finally:
+        for c, monitor in zip(chains, before, strict=True):
+            c.monitor = monitor
+
+
+def _step(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """One step: (floating-point outputs, gradients by name, those of the inputs that require them included)."""
+    call = as_call(example_inputs)
+    args, kwargs = fresh_arguments((call.args, call.kwargs))
+    for p in model.parameters():
+        p.grad = None
+    inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+    with (
+        preserved_random_state(accelerators_of([*inputs, *model.parameters()])),
+        buffers_kept([model]),
+        counters_kept(model),
+        python_random_kept(),
+        torch.enable_grad(),
+    ):
+        outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()]
+        loss = sum(((t * _projection(t)).sum() for t in outputs if t.requires_grad), torch.zeros(()))
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads.update({f"input {i}": t.grad for i, t in enumerate(inputs) if t.grad is not None})
+    return [t.detach() for t in outputs], grads
+
+
+def _projection(t: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(t.numel())
+    return torch.randn(t.shape, generator=generator).to(t)

@@ -1,0 +1,1 @@
+"""Forms of units, their costs, and the fastest mix within a budget."""

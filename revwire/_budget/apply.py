@@ -1,0 +1,82 @@
+"""Give each unit of a converted model its mode and its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from revwire._budget.fit import fit
+from revwire._budget.marker import ended, turn
+from revwire._budget.ways import _Ways
+from revwire._capture.arguments import _Call
+from revwire._errors import BudgetError
+from revwire._forwards.base import take_off
+from revwire._forwards.converted import Converted, Parted, _switch, converted
+from revwire._plan.costed import with_costs
+from revwire._plan.options import Budget, Options
+from revwire._plan.plan import Plan, PlannedChain
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.randomness import (
+    accelerators_of,
+    python_random_kept,
+    python_random_state,
+    random_states,
+    set_python_random_state,
+    set_random_states,
+)
+from revwire.measure._training_step import autocast_left, device_of, mean_square, own_leaves, run_model
+
+
+def _spend_less(model: nn.Module, call: _Call, options: Options) -> None:
+    """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
+    state = converted(model)
+    if options.budget is None:
+        next(iter(_Ways(model, state, call, options.chunks))).apply()
+        found = state.plan
+    else:
+        wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
+        _switch(state.checkpointed, on=not wanted)
+        found = _fitted(model, state, call, options.budget, _Ways(model, state, call, options.chunks, choose=wanted))
+    for forward in [f for f in state.checkpointed if not f.on]:
+        take_off(forward.module)
+        state.checkpointed.remove(forward)
+    for one in [p for p in state.parted if p.forward.count == 1]:
+        take_off(one.forward.module)
+        state.parted.remove(one)
+    names = tuple(forward.path for forward in state.checkpointed)
+    planned = map(with_costs, found.chains, state.chains)
+    chains = tuple(_with_parts(chain, number, state.parted) for number, chain in enumerate(planned))
+    state.plan = replace(found, chains=chains, checkpointed=names)
+
+
+def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: _Ways) -> Plan:
+    """The plan in which each unit has the mode, and the chunks, that the planner picks."""
+    leaves = own_leaves((call.args, call.kwargs))
+    device = device_of(model, leaves)
+    drawn, python_drawn = random_states(accelerators_of(model.parameters())), python_random_state()
+
+    def step() -> None:
+        set_random_states(drawn)  # each draws the same: which layers it leaves out, say
+        set_python_random_state(python_drawn)
+        with entered():
+            output = run_model(model, leaves)
+            ended(state.chains)
+            loss = mean_square(output)
+            del output
+        if not loss.requires_grad:
+            raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
+        turn(state.chains)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    with left_as_found(model), python_random_kept(), torch.enable_grad(), autocast_left(device) as entered:
+        ways.around = entered
+        return fit(state.plan, state.chains, step, device, budget, ways, ways.mix)
+
+
+def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:
+    """The plan of a chain with the parts of its cores."""
+    parts = {p.place: p.forward.parts for p in parted if p.chain == number}
+    return replace(planned, units=tuple(replace(u, parts=parts.get(i, 1)) for i, u in enumerate(planned.units)))

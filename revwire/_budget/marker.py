@@ -1,0 +1,209 @@
+"""Marks of a forward: what it saves, and what something else holds meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from revwire._runtime.autograd_graph import running_pass
+from revwire._runtime.entries import UnitRecord
+from revwire._runtime.run import Chain
+from revwire._runtime.tape import Tape
+from revwire._runtime.unit import Unit
+from revwire._streams.base import Streams, stream_dtype
+from revwire._streams.samples import size_of_glance
+from revwire.couplings.base import Coupling
+
+Kind = Literal["begin", "enter", "leave", "turn", "grad", "complete", "rebuilt", "undone"]
+
+
+class Mark(NamedTuple):
+    """A moment of a step: a unit begins, has ended, the backward pass is about to begin, a unit gets its gradient, has all that this
+    needs, has its input rebuilt, or only what its gradient needs is left of that.
+
+    ``run`` counts runs of units.
+    """
+
+    kind: Kind
+    run: int
+
+
+class Place(NamedTuple):
+    """Which unit ran: the number of its chain, and its place in it."""
+
+    chain: int
+    unit: int
+
+
+def ended(chains: Sequence[Chain]) -> None:
+    """To be called by a step that is measured, when the model has given its output: what is held until then is."""
+    for marker in _markers(chains):
+        marker.ended()
+
+
+def turn(chains: Sequence[Chain]) -> None:
+    """To be called by a step that is measured, between its forward and its backward pass: when it has left autocast."""
+    for marker in _markers(chains):
+        marker.turn()
+
+
+def _markers(chains: Sequence[Chain]) -> list[_Marker]:
+    return [*{id(chain.meter): chain.meter for chain in chains if isinstance(chain.meter, _Marker)}.values()]
+
+
+def _there_anyway(record: UnitRecord) -> set[int]:
+    """Addresses of weights, buffers and extra inputs of a unit."""
+    owned = (t for _, then, _ in record.owned.tables for t in then.values() if t is not None)
+    found = (*owned, *record.owned.weights, *(t for t, _ in record.inputs))
+    return {address for t in found if (address := _address(t)) is not None}
+
+
+def _address(t: Tensor) -> int | None:
+    """Where the memory of a tensor begins; None where it has none of its own: sparse tensors, wrappers."""
+    if t.layout is not torch.strided:
+        return None
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+class _Seen:
+    """Memory of which a run has saved something: how large it is, and whether it is still there."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.size = storage.nbytes()
+        self.reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+    @property
+    def alive(self) -> bool:
+        return not self.reference.expired()  # type: ignore[no-untyped-call]
+
+
+def _rebuilt(tape: Tape, position: int) -> int:
+    """Bytes that a recompute has just saved, but for what was there anyway: weights, buffers and extra inputs."""
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    there = _there_anyway(record)
+    cache = tape.passes[running_pass()].cache.values()
+    found = {address: t.untyped_storage().nbytes() for t, _ in cache if (address := _address(t)) is not None}
+    return sum(size for address, size in found.items() if address not in there)
+
+
+def _looks(tape: Tape, position: int) -> int:
+    """Bytes of samples of what a recompute has just saved."""
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    return sum(size_of_glance(shape.numel(), dtype) for shape, dtype, _ in record.saved)
+
+
+def _result(tape: Tape, position: int, state: Tensor) -> int:
+    """Bytes of what a branch gave, if a checkpointed unit keeps that instead of a state."""
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    assert record.fingerprint is not None
+    return state.numel() * record.fingerprint.dtype.itemsize if record.narrow else 0
+
+
+class _Sample(NamedTuple):
+    """What the arithmetic of a unit works on."""
+
+    streams: Streams
+    shape: torch.Size
+    dtype: torch.dtype
+    coupling: Coupling
+
+
+class _Marker:
+    """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark; unless it only ``times``, sees what is saved."""
+
+    def __init__(self, chains: Sequence[Chain], note: Callable[[], None], *, times: bool = False) -> None:
+        self.numbers = {id(chain): i for i, chain in enumerate(chains)}
+        self.note, self.times = note, times
+        self.marks: list[Mark] = []
+        self.places: list[Place] = []
+        self.samples: dict[Place, _Sample] = {}
+        self.rebuilt: dict[int, int] = {}
+        self.held: dict[int, int] = {}  # of the largest of its chunks
+        self.looks: dict[int, int] = {}
+        self.results: dict[int, int] = {}
+        self.seen: dict[int, list[_Seen]] = {}  # what each run saved in forward
+        self.newest: dict[int, _Seen] = {}  # of what the present run has saved, by address
+        self.states: dict[int, _Seen] = {}  # the inputs that runs have saved themselves, as float values of states
+        self.saves_state: dict[int, int] = {}
+        self.early: dict[int, int] = {}
+        self.lasting: dict[int, int] = {}
+        self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
+
+    def mark(self, kind: Kind, run: int = -1) -> None:
+        self.marks.append(Mark(kind, run))
+        self.note()
+
+    def enter(self, chain: Chain, unit: Unit) -> None:
+        self.places.append(Place(self.numbers[id(chain)], unit.index))
+        self.newest.clear()
+        self.mark("enter", len(self.places) - 1)
+
+    def ended(self) -> None:
+        self.early = {run: self._held(run) for run in self.seen}
+        self.saves_state = {run: not seen.alive for run, seen in self.states.items()}
+
+    def turn(self) -> None:
+        self.mark("turn")
+
+    def grad(self, run: int) -> None:
+        self.lasting[run] = self._held(run)
+        self.mark("grad", run)
+
+    def _held(self, run: int) -> int:
+        """Bytes of what a run has saved in forward that are still there."""
+        return sum(seen.size for seen in self.seen.get(run, ()) if seen.alive)
+
+    def seeing(self, pack: Callable[[Tensor], int], record: UnitRecord, x: Tensor) -> Callable[[Tensor], int]:
+        if self.times:
+            return pack
+        run, there = len(self.places) - 1, _there_anyway(record)
+        seen, state = self.seen.setdefault(run, []), _address(x) if x.dtype == stream_dtype(x.dtype) else None
+
+        def see(t: Tensor) -> int:
+            address = _address(t)
+            if address:  # not so where nothing was allocated
+                known = self.newest.get(address)
+                if address == state:
+                    self.states[run] = _Seen(t.untyped_storage())
+                if address not in there and (known is None or not known.alive):  # what was there is gone, and its memory used again
+                    self.newest[address] = _Seen(t.untyped_storage())
+                    seen.append(self.newest[address])
+            return pack(t)
+
+        return see
+
+    def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
+        run = len(self.places) - 1
+        place = self.places[run] = Place(self.numbers[id(chain)], tape.position - 1)
+        self.samples[place] = _Sample(tape.streams, out.shape, stream_dtype(out.dtype), tape.couplings[place.unit])
+        if out.requires_grad:
+            out.register_hook(lambda _: self.grad(run))  # type: ignore[no-untyped-call]
+        self.mark("leave", run)
+
+    def forward(self, tape: Tape, position: int, state: Tensor) -> None:
+        self.runs[id(tape), position] = len(self.places) - 1
+
+    def complete(self, tape: Tape, position: int) -> None:
+        self.mark("complete", self.runs[id(tape), position])
+
+    def undone(self, tape: Tape, position: int) -> None:
+        self.mark("undone", self.runs[id(tape), position])
+
+    def backward(self, tape: Tape, position: int, state: Tensor) -> None:
+        run = self.runs[id(tape), position]
+        found = _rebuilt(tape, position)
+        self.rebuilt[run] = self.rebuilt.get(run, 0) + found
+        self.held[run] = max(self.held.get(run, 0), found)
+        self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
+        self.results[run] = self.results.get(run, 0) + _result(tape, position, state)
+        self.mark("rebuilt", run)

@@ -1,0 +1,103 @@
+"""The fastest mix within a budget."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from revwire._budget.costs import Costs
+from revwire._budget.forms import MODES, Form
+
+_CLASSES = 256
+
+
+_MOST = 3000  # partial choices that go on; only chains that run side by side make so many
+
+
+class _Choice(NamedTuple):
+    """A choice of forms for the first units.
+
+    Attributes:
+        kept: bytes beyond those of their reversible forms.
+        early: those of them that are there in any form until the forward pass ends.
+        gain: seconds.
+    """
+
+    kept: int
+    early: int
+    gain: float
+    forms: _Linked
+
+
+_Linked = Any  # None, or (the newest form, those before it in the same way)
+
+
+_Open = tuple[tuple[int, Form], ...]
+
+
+def search(costs: Costs, budget: int) -> list[Form] | None:
+    """The fastest forms whose predicted peak is at most ``budget``; None if there are none."""
+    width = max(1, budget // _CLASSES)
+    states: dict[_Open, list[_Choice]] = {(): [_Choice(0, 0, 0.0, None)]}
+    if max(costs.waiting[0]) > budget:
+        return None
+    for run, unit in enumerate(costs.units):
+        own = {form: costs.peaks(run, form) for form in MODES if form != "p" or unit.selective}
+        best: dict[tuple[_Open, int], _Choice] = {}
+        for open_, choices in states.items():
+            others = tuple((c, f) for c, f in open_ if c != unit.chain)
+            before = dict(open_).get(unit.chain) if unit.unit else None
+            for form in unit.forms(before):
+                extra, there, gain = unit.extra(form, before), unit.before_turn(form), unit.seconds(form)
+                then: _Open = others if unit.ends else tuple(sorted((*others, (unit.chain, form))))
+                for choice in choices:
+                    kept, early = choice.kept + extra, choice.early + there
+                    if own[form].over(choice.kept, choice.early) > budget or costs.waiting[run + 1].over(kept, early) > budget:
+                        continue
+                    new = _Choice(kept, early, choice.gain + gain, (form, choice.forms))
+                    for key in ((then, kept // width), (then, -(10**12))):  # the second: that which keeps least
+                        old = best.get(key)
+                        if old is None or _better(new, old, least=key[1] == -(10**12)):
+                            best[key] = new
+        states = _grouped(best)
+        if not states:
+            return None
+    last = max((c for choices in states.values() for c in choices), key=lambda c: c.gain)
+    return _unrolled(last.forms)
+
+
+def _better(new: _Choice, old: _Choice, *, least: bool) -> bool:
+    if least:
+        return (new.kept, -new.gain) < (old.kept, -old.gain)
+    return (-new.gain, new.kept) < (-old.gain, old.kept)
+
+
+def _grouped(best: dict[tuple[_Open, int], _Choice]) -> dict[_Open, list[_Choice]]:
+    out: dict[_Open, list[_Choice]] = {}
+    items = list(best.items())
+    if len(items) > _MOST:
+        items = sorted(items, key=lambda item: (item[0][1] >= 0, -item[1].gain))[:_MOST]
+    for (open_, _), choice in items:
+        out.setdefault(open_, []).append(choice)
+    return out
+
+
+def _unrolled(forms: _Linked) -> list[Form]:
+    out: list[Form] = []
+    while forms is not None:
+        form, forms = forms
+        out.append(form)
+    return out[::-1]
+
+
+def least(costs: Costs) -> int:
+    """The smallest budget, within a thousandth, that some forms fit."""
+    high = min(costs.forecast(costs.uniform(mode))[0] for mode in ("reversible", "stored"))
+    low = 0
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        forms = search(costs, middle)
+        if forms is None:
+            low = middle
+        else:
+            high = min(middle, costs.forecast(forms)[0])
+    return high

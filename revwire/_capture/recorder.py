@@ -1,0 +1,354 @@
+"""The recorder: what a run does, written down call by call; see `_trace`.
+
+Note [Writes]
+    A write in place makes a new value of every tensor that shares the memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revwire._capture.aliasing import Memory, address_of, is_view
+from revwire._capture.intercept import active
+from revwire._capture.reads import kind_of, name_of, state_change
+from revwire._capture.recording import ASSIGNS, Event, Modes, Read, Recording, Value
+from revwire._capture.watch import Watch
+from revwire._structures import Opaque, Ref, is_constant, mapped, plain, tensors_in
+from revwire._surroundings.attributes import attributes_of, changed, containers_in, refilled
+from revwire._surroundings.inventory import has_hooks, version_of
+from revwire._surroundings.modes import backward_hooks_left_out
+from revwire._surroundings.randomness import python_random_state, same_random_state
+
+
+class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which kernels the current event runs."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args)
+        for event in self.recorder.open_events:
+            event.kernels.append(func)
+            event.dynamic |= dynamic
+        return func(*args, **(kwargs or {}))
+
+
+def _indexes_by_numbers(func: Any, args: Any) -> bool:
+    """Whether this is an index by numbers, whose result has a shape that the shapes of its arguments tell."""
+    return func is torch.ops.aten.index.Tensor and not any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
+
+
+class Recorder(TorchFunctionMode):
+    """Sees every torch call of Python's, and by `_intercept` every module call, and writes a `Recording`."""
+
+    def __init__(self, root: nn.Module, device_types: tuple[str, ...]) -> None:
+        super().__init__()
+        self.recording = Recording(root)
+        self.device_types = device_types
+        self.names: dict[int, tuple[str, ...]] = {}
+        self.memory = Memory()
+        self.stack: list[Event] = []
+        self.open_events: list[Event] = []
+        self.owned: set[int] = set()
+        self.counted: set[tuple[int, int]] = set()
+        self.drawn = python_random_state()
+        self.watch = Watch(self.note_look)
+        self.quiet = False
+
+    def name_all(self) -> None:
+        """Learn the qualified names of the root's modules and of all tensors they hold (as they are during the run)."""
+        for name, module in self.recording.root.named_modules(remove_duplicate=False):
+            self.recording.module_names[id(module)] = (*self.recording.module_names.get(id(module), ()), name)
+            held = {**{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}, **module._parameters, **module._buffers}
+            for key, t in held.items():
+                if t is not None:
+                    self.names[id(t)] = (*self.names.get(id(t), ()), f"{name}.{key}" if name else key)
+                    if address_of(t) is not None:  # else it has no memory of its own that can be named: sharded, meta, sparse
+                        self.owned.add(t.untyped_storage().data_ptr())
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    def number_of(self, t: Tensor) -> int:
+        found = self.memory.number_of(t)
+        return self.bind(t, -1) if found is None else found
+
+    def bind(self, t: Tensor, event: int, dynamic: bool = False) -> int:
+        number = len(self.recording.values)
+        existing, names = (t, self.names.get(id(t), ())) if event < 0 else (None, ())
+        storage = self.memory.bind(t, number)
+        self.recording.values.append(Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic))
+        return number
+
+    def noted(self, structure: Any) -> Any:
+        """``structure`` with tensors as `Ref`, and what is no plain constant as `Opaque`."""
+        return mapped(structure, self.noted_leaf)
+
+    def noted_leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return Ref(self.number_of(leaf))
+        if is_constant(leaf):
+            return plain(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            return Opaque(leaf, {f.name: self.noted(getattr(leaf, f.name, None)) for f in dataclasses.fields(leaf) if f.init})
+        return Opaque(leaf)
+
+    def mark_custom(self, structure: Any) -> None:
+        """A custom function whose ``apply`` was bound to a name before the run is not intercepted, but its results show it."""
+        for t in tensors_in(structure):
+            number = self.memory.number_of(t)
+            if number is not None and issubclass(type(t.grad_fn), BackwardCFunction):
+                value = self.recording.values[number]
+                event = self.recording.events[value.event] if value.event >= 0 else None
+                value.custom |= event is not None and not (event.is_module or event.opaque)
+
+    def noted_output(self, structure: Any, event: Event, dynamic: bool) -> Any:
+        """As `noted`, where tensors that did not exist before the event are its results."""
+        for t in tensors_in(structure):
+            if self.memory.number_of(t) is None:
+                self.bind(t, event.number, dynamic)
+        return self.noted(structure)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    @property
+    def parent(self) -> int:
+        return self.stack[-1].number if self.stack else -1
+
+    @contextmanager
+    def bookkeeping(self) -> Iterator[None]:
+        """The recorder's own calls and looks are no events."""
+        quiet, self.quiet = self.quiet, True
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.quiet = quiet
+
+    def open(self, target: Any, is_module: bool, args: Any, kwargs: Any) -> tuple[Event, list[tuple[Tensor, int]]]:
+        versions = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
+        event = Event(len(self.recording.events), target, is_module, self.parent, self.noted(args), self.noted(kwargs))
+        event.modes = modes_now(self.device_types)
+        self.mark_custom((args, kwargs))
+        self.recording.events.append(event)
+        return event, versions
+
+    def close(self, event: Event, versions: list[tuple[Tensor, int]], out: Any) -> None:
+        inputs = (self.recording.values[n] for n in (self.number_of(t) for t, _ in versions))
+        dynamic = event.dynamic or any(v.dynamic for v in inputs)
+        writes: dict[int, tuple[int, int]] = {}
+        for t, version in versions:
+            produced = self.recording.values[self.number_of(t)].event
+            if version_of(t) != version and not (event.is_module and produced > event.number):  # else noted by a call inside
+                for alias in self.memory.aliases(t):
+                    if id(alias) not in writes:
+                        writes[id(alias)] = (self.number_of(alias), self.bind(alias, event.number, dynamic))
+        event.writes = tuple(writes.values())
+        self.mark_custom(out)
+        event.out = self.noted_output(out, event, dynamic)
+        event.end = len(self.recording.events)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.quiet or active() is not self:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.__iter__:
+            self.recording.reads.append(Read("shape", "__iter__", self.parent))
+            return iter(self.call(torch.Tensor.unbind, (args[0], 0), {}))
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        event, versions = self.open(func, False, args, kwargs)
+        self.open_events.append(event)
+        try:
+            out = func(*args, **kwargs)
+        except BaseException:
+            self.recording.events.pop()  # a call that raises made nothing; what caught the error decided on it
+            self.note_read(func, args)
+            raise
+        finally:
+            self.open_events.pop()
+        self.note_state(func)
+        if next(tensors_in(out), None) is None and all(version_of(t) == version for t, version in versions):
+            self.recording.events.pop()
+            self.note_read(func, args)
+            return out
+        self.close(event, versions, out)
+        event.view = not event.writes and is_view(args, out, event.kernels)
+        if event.is_addition:
+            self.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
+        return out
+
+    def module_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, body: bool = False) -> Any:
+        """A module call; ``body``: it is the forward alone, without the module's hooks."""
+        with self.bookkeeping():
+            self.note_draws()
+            event, versions = self.open(module, True, args, kwargs)
+            event.hooked = has_hooks(module) and not body
+            self.watch_objects(event, (args, kwargs))
+            family = [(m, attributes_of(m)) for m in (module, *module.children())]
+            containers = containers_in((args, kwargs))
+        self.stack.append(event)
+        try:
+            out = (self.hooked_call if event.hooked else _called)(original, module, args, kwargs)
+            with self.bookkeeping():
+                self.note_draws()
+        except BaseException:
+            self.stack.pop()
+            event.end = len(self.recording.events)
+            self.recording.reads.append(Read("data", "an exception", self.parent))
+            raise
+        self.stack.pop()
+        with self.bookkeeping():
+            self.close(event, versions, out)
+            event.assigned = self.assigned(event, family)
+            event.changes = self.changes(event, containers)
+        return out
+
+    def hooked_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces.
+
+        There is no backward pass here, so backward hooks are left out; in a step, chains go on through what they put between modules.
+        """
+        forward, own = module.forward, vars(module).get("forward", None)
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            back()
+            return self.module_call(lambda _, *a, **k: forward(*a, **k), module, args, kwargs, body=True)
+
+        def back() -> None:
+            if own is not None:
+                vars(module)["forward"] = own
+            else:
+                vars(module).pop("forward", None)
+
+        vars(module)["forward"] = body
+        try:
+            with backward_hooks_left_out(module):
+                return original(module, *args, **kwargs)
+        finally:
+            back()
+
+    def opaque_call(self, original: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
+        """One event, whatever it does inside: a custom autograd function, or a TorchScript function."""
+        with self.bookkeeping():
+            event, versions = self.open(target, False, args, kwargs)
+            event.opaque = True
+            self.open_events.append(event)
+            try:
+                out = original(*args, **kwargs)
+            finally:
+                self.open_events.pop()
+            self.close(event, versions, out)
+        return out
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    def note_read(self, func: Any, args: Any) -> None:
+        kind = kind_of(func)
+        values = [self.recording.values[self.number_of(t)] for t in tensors_in(args)]
+        if kind == "free" or not values or getattr(func, "__name__", "") == "__set__":
+            return
+        unseen = any(v.dynamic or self.is_foreign(v) for v in values)
+        self.recording.reads.append(Read("data" if unseen else kind, name_of(func), self.parent))
+
+    def is_foreign(self, v: Value) -> bool:
+        """Neither an argument, nor the model's own, nor computed: inside an object (a cache), or made unseen."""
+        return v.event < 0 and not v.names and not any(r == v.number for r in self.given)
+
+    @property
+    def given(self) -> list[int]:
+        top = self.recording.events[0]
+        return [leaf.value for leaf in _flat((top.args, top.kwargs)) if isinstance(leaf, Ref)]
+
+    def note_state(self, func: Any) -> None:
+        change = state_change(func)
+        if change is not None:
+            self.recording.reads.append(Read("state", change, self.parent))
+
+    def note_draws(self) -> None:
+        now = python_random_state()
+        if not same_random_state(self.drawn, now):
+            self.recording.reads.append(Read("random", "Python's random numbers", self.parent))
+            self.drawn = now
+
+    def note_look(self, obj: Any, name: str) -> None:
+        if not self.quiet and active() is self:
+            self.recording.reads.append(Read("object", type(obj).__name__, self.parent))
+
+    def watch_objects(self, event: Event, arguments: Any) -> None:
+        for leaf in _objects(arguments):
+            if not self.watch.add(leaf):
+                self.recording.reads.append(Read("object", type(leaf).__name__, event.number))
+
+    def assigned(self, event: Event, family: list[tuple[nn.Module, Any]]) -> tuple[tuple[nn.Module, str], ...]:
+        called = {id(e.target) for e in self.recording.events[event.number + 1 :] if e.is_module}
+        return tuple((m, n) for m, before in family if id(m) not in called for n in changed(before, m))
+
+    def changes(self, event: Event, containers: list[tuple[Any, Any]]) -> tuple[str, ...]:
+        names = [f"{ASSIGNS} {n!r}" for _, n in event.assigned]
+        if refilled(containers):
+            names.append("changes a list, dict or set that it is given")
+        return tuple(names)
+
+    # -- measurements ----------------------------------------------------------------------------------------------
+
+    def measure_largest(self, tensors: list[Tensor]) -> None:
+        for t in tensors:
+            if t.is_floating_point() and t.numel() and not t.is_meta and not t.is_nested:
+                value = self.recording.values[self.number_of(t)]
+                value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
+
+    def measure_saved(self, t: Tensor) -> None:
+        """Count what autograd would keep, once per tensor and module call; weights are there anyway."""
+        with self.bookkeeping():
+            self._measure_saved(t)
+
+    def _measure_saved(self, t: Tensor) -> None:
+        if t.layout != torch.strided or t.is_nested or not self.recording.events:
+            return
+        if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
+            return
+        sharing = self.memory.sharing.get(address_of(t) or 0)
+        if sharing is not None and any(r() is not None for r in sharing[1]):  # else the memory was another tensor's before
+            key = (sharing[0], t.numel())
+            if key in self.counted:
+                return
+            self.counted.add(key)
+        event = self.open_events[-1] if self.open_events else self.recording.events[-1]
+        event.saved += t.numel() * t.element_size()
+
+
+def _called(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return original(module, *args, **kwargs)
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return (-1,) * t.dim() if t.is_nested else tuple(t.shape)
+
+
+def _flat(structure: Any) -> list[Any]:
+    out: list[Any] = []
+    mapped(structure, out.append)
+    return out
+
+
+def _objects(structure: Any) -> list[Any]:
+    """What is neither tensor nor constant in real arguments."""
+    return [leaf for leaf in _flat(structure) if not isinstance(leaf, Tensor) and not is_constant(leaf)]
+
+
+def modes_now(device_types: tuple[str, ...]) -> Modes:
+    """The modes that change what a torch call does, as they are now."""
+    autocast = tuple((t, torch._C.is_autocast_enabled(t), torch._C.get_autocast_dtype(t)) for t in device_types)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast

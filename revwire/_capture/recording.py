@@ -1,0 +1,194 @@
+"""What a run of a module leaves behind: values, events, reads. Data only; `_trace` writes it, `_chains` and `_graph` read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire._structures import Ref, refs, renumbered
+from revwire._surroundings.inventory import has_hooks
+
+ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
+
+
+PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear", "convolution", "_convolution")
+)
+
+
+_CASTS = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default})
+
+
+HIDDEN = {
+    "data": "decides on the values of a tensor in Python ({})",
+    "state": "changes {}",
+    "object": "looks into the {} that it is given",
+    "random": "draws {}",
+}
+"""The kinds of `Read` that a graph cannot hold, and how to say so."""
+
+
+ASSIGNS = "assigns to its attribute"
+"""How the entries of `Event.changes` begin that are about attributes."""
+
+
+Modes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...]]
+"""(gradients enabled, inference mode, (device type, autocast enabled, its dtype) ...)."""
+
+
+@dataclass
+class Value:
+    """One tensor as it was between two writes to it.
+
+    ``event`` is its producer (-1: it existed before). ``existing`` is the tensor itself, and ``names`` its qualified
+    names in the root, where it existed before. ``storage`` is equal for tensors that share memory. ``dynamic``: its
+    shape may depend on the values of other tensors. ``custom``: a custom autograd function that was not seen gave it
+    another gradient than its producer would. ``largest`` is its largest magnitude, measured for what enters or
+    leaves an addition.
+    """
+
+    number: int
+    event: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    existing: Tensor | None = None
+    names: tuple[str, ...] = ()
+    storage: int = -1
+    dynamic: bool = False
+    custom: bool = False
+    largest: float = 0.0
+
+
+@dataclass
+class Event:
+    """A call of a torch function or of a module.
+
+    ``parent`` is the module call around it (-1: none). A module call ends before event ``end``. ``writes`` holds
+    (value before, value after) for each tensor that was written in place, under each of its names. ``view``: the result
+    is a re-reading of the input's storage with all its elements, or a copy of them in another shape or layout.
+    ``saved``: bytes that autograd would keep for it.
+    ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran under.
+    ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
+    around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides
+    tensors: attributes, containers; ``assigned`` holds the attributes.
+    """
+
+    number: int
+    target: Any
+    is_module: bool
+    parent: int
+    args: Any = ()
+    kwargs: Any = None
+    out: Any = None
+    end: int = 0
+    writes: tuple[tuple[int, int], ...] = ()
+    kernels: list[Any] = field(default_factory=list)
+    view: bool = False
+    saved: int = 0
+    modes: Modes = (True, False, ())
+    dynamic: bool = False
+    opaque: bool = False
+    hooked: bool = False
+    changes: tuple[str, ...] = ()
+    assigned: tuple[tuple[nn.Module, str], ...] = ()
+
+    @property
+    def is_addition(self) -> bool:
+        """Two tensors added element by element, nothing else."""
+        if self.is_module:
+            return False
+        kernels = [k for k in self.kernels if k not in _CASTS]
+        scaled = "alpha" in (self.kwargs or {}) or len(self.args) > 2
+        return len(kernels) == 1 and kernels[0] in ADDITIONS and not scaled and len(list(refs((self.args, self.kwargs)))) == 2
+
+    @property
+    def is_product(self) -> bool:
+        """Some kernel multiplies by a matrix or convolves."""
+        return any(k.overloadpacket in PRODUCTS for k in self.kernels if hasattr(k, "overloadpacket"))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Every kernel works element by element (by its own declaration)."""
+        kernels = [k for k in self.kernels if k not in _CASTS]
+        return bool(kernels) and all(torch.Tag.pointwise in k.tags for k in kernels)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What Python looked at, or did, that a graph does not hold, inside the module call ``parent``.
+
+    ``kind``: ``"shape"`` of a tensor, ``"data"`` in one, ``"state"`` of a tensor assigned, an ``"object"`` among the
+    arguments, ``"random"`` numbers of Python's own.
+    """
+
+    kind: str
+    name: str
+    parent: int
+
+
+@dataclass
+class Recording:
+    """All that one run did. ``events[0]`` is the call of the root module."""
+
+    root: nn.Module
+    module_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+
+    def cut(self, call: int) -> Recording:
+        """The recording of one module call, as if its module had been the root."""
+        top = self.events[call]
+        inside = self.events[call : top.end]
+        numbers = {r.value for e in inside for r in refs((e.args, e.kwargs, e.out, [Ref(w) for p in e.writes for w in p]))}
+        renumber = {old: new for new, old in enumerate(sorted(numbers))}
+        prefixes = [f"{n}." if n else "" for n in self.module_names.get(id(top.target), ())]
+        out = Recording(top.target, {k: _within(v, prefixes, "") for k, v in self.module_names.items()})
+        for old, new in renumber.items():
+            v = self.values[old]
+            event = v.event - call if call <= v.event < top.end else -1
+            out.values.append(dataclasses.replace(v, number=new, event=event, names=_within(v.names, prefixes)))
+        for e in inside:
+            args, kwargs, result = (renumbered(s, renumber) for s in (e.args, e.kwargs, e.out))
+            writes = tuple((renumber[a], renumber[b]) for a, b in e.writes)
+            copy = dataclasses.replace(e, args=args, kwargs=kwargs, out=result, writes=writes)
+            copy.number, copy.parent, copy.end = e.number - call, -1 if e is top else e.parent - call, e.end - call
+            out.events.append(copy)
+        out.reads = [dataclasses.replace(r, parent=r.parent - call) for r in self.reads if call <= r.parent < top.end]
+        return out
+
+    def hidden(self, calls: Iterable[int]) -> str | None:
+        """What these module calls do in their own code that a graph cannot hold, or None. The first one's hooks do not count."""
+        _, *others = calls = sorted(calls)
+        for read in self.reads:
+            if read.parent in calls and read.kind in HIDDEN:
+                return HIDDEN[read.kind].format(read.name)
+        for event in (self.events[n] for n in calls):
+            if event.changes:
+                return event.changes[0]
+        for module in (self.events[n].target for n in others):
+            if has_hooks(module):
+                return f"must open a {type(module).__name__} on which hooks are registered, and they would not run"
+        return None
+
+    def calls_around(self, number: int) -> tuple[int, ...]:
+        """The module calls around an event, outermost first."""
+        out = []
+        parent = self.events[number].parent
+        while parent >= 0:
+            out.append(parent)
+            parent = self.events[parent].parent
+        return tuple(reversed(out))
+
+
+def _within(names: tuple[str, ...], prefixes: list[str], own: str | None = None) -> tuple[str, ...]:
+    """Qualified names relative to a module whose own names, with a dot, are ``prefixes``."""
+    inside = [n[len(p) :] for p in prefixes for n in names if n.startswith(p)]
+    exact = [own for p in prefixes for n in names if own is not None and f"{n}." == p]
+    return tuple(dict.fromkeys([*exact, *inside]))

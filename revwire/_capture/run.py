@@ -1,0 +1,88 @@
+"""Observe a module at work: one run on real values, from which the graph of any of its parts can be cut.
+
+Note [Why a run on values]
+    Proxies that stand for values break on ``isinstance``, on control flow and on every C function that wants a number.
+    Here forward runs on copies of the caller's own tensors, and interception points write down what happens: a
+    `TorchFunctionMode` (every torch call that Python makes), wrappers of ``nn.Module.__call__``, of custom autograd
+    functions and of TorchScript functions, and a `TorchDispatchMode` (which kernels a call runs). Python decides as it
+    always does. What it decided *on* is written down too: reading a shape or a value of a tensor is a `Read`.
+
+Note [Nothing is kept alive]
+    What autograd saves is measured and dropped, and the recording holds weak references: memory stays that of inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from revwire._capture import watch as _watch
+from revwire._capture.arguments import fresh_arguments
+from revwire._capture.intercept import intercepted
+from revwire._capture.recorder import Kernels, Recorder
+from revwire._capture.recording import Recording
+from revwire._errors import CaptureError
+from revwire._structures import tensors_in
+from revwire._surroundings.as_found import left_alone
+from revwire._surroundings.randomness import accelerators_of
+
+
+def record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    gradients: bool = True,
+) -> Recording:
+    """Run ``module`` once on copies of its arguments and write down what happens; all is left as found.
+
+    Args:
+        module: the root of the recording.
+        args, kwargs: real arguments of its forward.
+        forward: called instead of the module itself, as the body of the root call (to record an original forward
+            under a rewired one).
+        gradients: whether the run has them enabled.
+
+    Raises:
+        CaptureError: the module has parameters that do not exist yet.
+    """
+    _refuse_lazy(module)
+    tensors = [*tensors_in((args, kwargs)), *module.parameters()]
+    devices = accelerators_of(tensors)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        args, kwargs = fresh_arguments((args, kwargs))
+        recorder = Recorder(module, tuple(sorted({"cpu", *(d.type for d in devices)})))
+        stack.enter_context(left_alone(module, devices))
+        recorder.name_all()
+        stack.enter_context(recorder.watch)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))
+        stack.enter_context(Kernels(recorder))
+        stack.enter_context(recorder)
+        stack.enter_context(intercepted(recorder))
+        context = _watch.context_of_its_own()
+        if forward is None:
+            context.run(module, *args, **kwargs)
+        else:
+            body = forward
+            context.run(recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True)
+    return recorder.recording
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, p in module.named_parameters():
+        if is_lazy(p):
+            raise CaptureError(
+                f"{type(module).__name__}: got the lazy parameter {name!r}; expected all weights to exist; call the model once first"
+            )
+
+
+def _dropped(_: Any) -> Tensor:
+    raise RuntimeError("internal: a backward pass through an observed run")

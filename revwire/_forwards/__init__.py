@@ -1,0 +1,1 @@
+"""What sits on a module instance in place of its forward."""

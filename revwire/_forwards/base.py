@@ -1,0 +1,75 @@
+"""A forward that stands as an attribute of its module, so that the module's class stays as it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+
+_FORWARD = "forward"
+
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+class InstanceForward(ABC):
+    """What `put_on` puts on a module, and `take_off` takes off again.
+
+    Args:
+        module: the module.
+        path: its qualified name in the model, for errors.
+        original: an instance attribute ``forward`` that was there before, or None.
+    """
+
+    def __init__(self, module: nn.Module, path: str, original: Any = None) -> None:
+        self.module = module
+        self.path = path
+        self.original = original
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+
+    @abstractmethod
+    def on_replica(self, replica: nn.Module) -> InstanceForward:
+        """Its counterpart for a copy of the module that `nn.DataParallel` made."""
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward as it was before conversion."""
+        forward = self.original if self.original is not None else type(self.module).forward.__get__(self.module)
+        return forward(*args, **kwargs)
+
+
+def standing_forward(module: nn.Module) -> Any:
+    """The instance attribute ``forward`` of a module, or None."""
+    return vars(module).get(_FORWARD)
+
+
+def put_on(forward: InstanceForward) -> None:
+    """Let a module run by this forward."""
+    vars(forward.module)[_FORWARD] = forward
+    vars(forward.module)[_REPLICATE] = _Replicate(forward.module)
+
+
+def take_off(module: nn.Module) -> None:
+    """Take it off again: the module's own forward, or the instance attribute that was there, serves."""
+    forward = vars(module).pop(_FORWARD)
+    vars(module).pop(_REPLICATE, None)
+    if forward.original is not None:
+        vars(module)[_FORWARD] = forward.original
+
+
+class _Replicate:
+    """`nn.DataParallel` copies a module's attributes; the copy's forward must run on the copy's weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        forward = standing_forward(self.module)
+        if isinstance(forward, InstanceForward):
+            vars(replica)[_FORWARD] = forward.on_replica(replica)
+            vars(replica).pop(_REPLICATE, None)
+        return replica

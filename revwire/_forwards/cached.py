@@ -1,0 +1,112 @@
+"""Forwards that run programs: graphs of their module, one for each signature of a call.
+
+Note [Programs and signatures]
+    A module keeps one program per *signature*: what Python could have decided on, apart from tensor values: the kinds of
+    the arguments and the constants among them, training flags, the submodules, the constants among the attributes of the
+    opened modules, autocast, whether gradients are enabled, and (only where the opened code looked at a shape) all shapes
+    and strides. A call with a new signature is captured anew and kept beside the others, so a program never runs on a
+    decision it has not seen. What no signature holds: variables outside of the module (globals, closures, the clock).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import nn
+
+from revwire._forwards.base import InstanceForward
+from revwire._forwards.guards import Look, Standing
+from revwire._forwards.signature import call_signature, details
+
+MAX_PROGRAMS = 64
+
+
+_MAX_LOOKS = 16
+
+
+class _Guarded(Protocol):
+    """A program, and what it holds for: all shapes or those of its capture, and the modules whose attributes its code depends on."""
+
+    @property
+    def shape_dependent(self) -> bool: ...
+
+    @property
+    def guarded(self) -> tuple[nn.Module, ...]: ...
+
+
+P = TypeVar("P", bound=_Guarded)
+
+
+class ProgramForward(InstanceForward, Generic[P]):
+    """A forward that has a program for each signature; see Note [Programs and signatures]."""
+
+    def __init__(self, module: nn.Module, path: str, original: Any = None) -> None:
+        super().__init__(module, path, original)
+        self.programs: dict[Any, P] = {}
+        self.by_shape: set[Any] = set()
+        self.guarded: dict[int, nn.Module] = {id(module): module}
+        self.look: Look | None = None
+        self.looks = 0  # in a row that showed a change
+        self.last: tuple[Any, Standing, P] | None = None  # the signature, what the modules were, and the program of the last call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Programs are compiled code for this module: a copy captures its own."""
+        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "look": None, "last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.guarded = {id(self.module): self.module}
+
+    def program_for(self, args: Any, kwargs: Any, leaves: list[Any]) -> P | None:
+        """The program for such a call, if there is one."""
+        signature, standing, last = call_signature(args, kwargs, leaves), self.standing(), self.last
+        if last is not None and last[1] is standing and last[0] == signature:  # as below, without hashing
+            return last[2]
+        key = self.keyed((signature, standing), leaves)
+        program = self.programs.get(key)
+        if program is not None and not program.shape_dependent:
+            self.last = signature, standing, program
+        return program
+
+    def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
+        """The signature of a call, with shapes where a program of that signature looks at them."""
+        return self.keyed((call_signature(args, kwargs, leaves), self.standing()), leaves)
+
+    def keyed(self, signature: Any, leaves: list[Any]) -> Any:
+        return (signature, details(self.module, leaves)) if signature in self.by_shape else signature
+
+    def note_shapes(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
+        """Let calls of such a signature be told apart by their shapes."""
+        self.last = None
+        self.by_shape.add((call_signature(args, kwargs, leaves), self.standing()))
+
+    def standing(self) -> Standing:
+        """What the modules are now; mostly, what they were at the last call."""
+        look = self.look
+        if look is not None and look.guards == len(self.guarded) and look.holds():
+            self.looks = 0
+            return look.standing
+        guarded = (*self.guarded.values(),)
+        standing = Standing(self.module, guarded)
+        self.look = None
+        if self.looks < _MAX_LOOKS:  # else something changes at every call
+            self.looks += 1
+            with suppress(TypeError):
+                self.look = Look(standing, self.module, guarded)
+        return standing
+
+    def keep(self, program: P, args: Any, kwargs: Any, leaves: list[Any]) -> None:
+        """Store a program under its signature."""
+        self.last = None
+        new = {id(m): m for m in program.guarded if id(m) not in self.guarded}
+        if new:  # from now on signatures hold these modules' attributes too, so no older one can be met again
+            self.guarded.update(new)
+            self.look = None
+            self.programs.clear()
+            self.by_shape.clear()
+        while len(self.programs) >= MAX_PROGRAMS:
+            self.programs.pop(next(iter(self.programs)))
+        if program.shape_dependent:
+            self.note_shapes(args, kwargs, leaves)
+        self.programs[self.key(args, kwargs, leaves)] = program

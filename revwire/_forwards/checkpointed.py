@@ -1,0 +1,151 @@
+"""Modules outside of chains under activation checkpointing: blocks that change shape, or whatever the caller names.
+
+Note [What checkpointing leaves to its caller]
+    `torch.utils.checkpoint` runs a module again in backward, with its random state and autocast. It does not see that weights were
+    written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own away), lets batch
+    normalisation count a batch twice, and believes what comes out. Here weights are compared by their version counters, those that
+    were lent are put back, the recompute writes to copies of the buffers and gets containers as the forward found them; it runs to its
+    end, and samples of its results must be those of the forward, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from revwire._capture.intercept import is_recording
+from revwire._errors import ReconstructionError
+from revwire._forwards.base import InstanceForward, put_on, standing_forward
+from revwire._streams.samples import glance, same_glances
+from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, undisturbed
+from revwire._surroundings.inventory import Inventory, versions_of
+from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.weights import Homes, lent, put_back
+
+
+class CheckpointedForward(InstanceForward):
+    """The forward of a checkpointed module.
+
+    Attributes:
+        on: whether it does so now; else the forward is as it was.
+    """
+
+    def __init__(self, module: nn.Module, path: str, original: Any = None) -> None:
+        super().__init__(module, path, original)
+        self.on = True
+        self.homes = Homes()
+        self.homes.note(module)
+
+    @_disable_dynamo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.on or not torch.is_grad_enabled() or is_recording() or exporting() or transformed():
+            return self.plain(*args, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        run = _Run(self, args, kwargs, structure)
+        with set_checkpoint_early_stop(False):
+            return checkpoint(run, *leaves, use_reentrant=False, context_fn=run.contexts)
+
+    def on_replica(self, replica: nn.Module) -> CheckpointedForward:
+        return CheckpointedForward(replica, self.path)
+
+
+class _Run:
+    """One forward of a checkpointed module, and its recomputes; see Note [What checkpointing leaves to its caller]."""
+
+    def __init__(self, forward: CheckpointedForward, args: Any, kwargs: Any, structure: TreeSpec) -> None:
+        self.forward = forward
+        self.call: Any = args, kwargs  # until it has run: then only tensors and objects are kept, by `checkpoint`
+        self.structure = structure
+        self.owned = Inventory.of([forward.module])
+        if not forward.homes:  # a copy, whose tensors are others
+            forward.homes.note(forward.module)
+        self.copies: Copies | None = None
+        self.glances: list[Tensor] = []
+
+    def __call__(self, *leaves: Any) -> Any:
+        """Run the module: the first time on what it was called with, then on the same leaves."""
+        if self.call is not None:
+            (args, kwargs), self.call = self.call, None
+            out = self.forward.plain(*args, **kwargs)
+            self.glances = _glances(out)
+            return out
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        out = self.forward.plain(*args, **kwargs)
+        if not same_glances(self.glances, _glances(out)):
+            raise self._fault("it computed other values", "the same as in the forward pass: no change of inputs, attributes or mode")
+        return out
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Those around the forward and around each recompute."""
+        return self.first(), _Each(self.again)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Around the forward."""
+        writers = [m for m in self.owned.writers if m.training]
+        with undisturbed(writers):
+            written = Written(writers, copied=True)
+            yield
+            self.copies = written.copies()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Around a recompute.
+
+        Raises:
+            ReconstructionError: a weight was written to since.
+        """
+        for weight, version, now in zip(self.owned.weights, self.owned.versions, versions_of(self.owned.weights), strict=True):
+            if now != version:
+                name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
+                raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
+        holders = [m for m in self.forward.module.modules() if m._buffers]
+        exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
+        with put_back(lent(self.owned.tables, self.forward.homes)), exchanged:
+            yield
+
+    def _fault(self, got: str, expected: str) -> ReconstructionError:
+        return ReconstructionError(
+            f"{self.forward.path} (checkpointed): between forward and backward, {got}; expected {expected}. Gradients of this pass are not "
+            "valid: zero them; then change nothing before backward, or leave the module as it is (convert(..., checkpoint=[]))"
+        )
+
+
+class _Each:
+    """A context that may be entered again and again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self.make()
+        context.__enter__()
+        self.entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
+
+
+def _glances(out: Any) -> list[Tensor]:
+    return [found for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and (found := glance(leaf)) is not None]
+
+
+def install_checkpoint(module: nn.Module, path: str) -> CheckpointedForward:
+    """Put the checkpointed forward on a module."""
+    forward = CheckpointedForward(module, path, standing_forward(module))
+    put_on(forward)
+    return forward
+
+
+def checkpointed_of(module: nn.Module) -> CheckpointedForward | None:
+    """The checkpointed forward of a module, if it has one."""
+    forward = standing_forward(module)
+    return forward if isinstance(forward, CheckpointedForward) else None

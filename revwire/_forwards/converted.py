@@ -1,0 +1,66 @@
+"""What a converted model remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from revwire._errors import ConversionError
+from revwire._forwards.checkpointed import CheckpointedForward
+from revwire._forwards.first_call import FirstCall
+from revwire._forwards.in_parts import PartedForward
+from revwire._plan.plan import Plan
+from revwire._runtime.run import Chain
+
+_STATE = "_revwire"
+
+
+@dataclass
+class Converted:
+    """What a converted model remembers."""
+
+    plan: Plan
+    chains: list[Chain]
+    checkpointed: list[CheckpointedForward] = field(default_factory=list)
+    parted: list[Parted] = field(default_factory=list)
+
+
+@dataclass
+class Parted:
+    """A module whose core may run in parts, and the unit in whose branch it is: its chain, and its place in it."""
+
+    forward: PartedForward
+    chain: int
+    place: int
+
+
+def _switch(checkpointed: Iterable[CheckpointedForward], *, on: bool) -> None:
+    for forward in checkpointed:
+        forward.on = on
+
+
+def report(model: nn.Module) -> Plan:
+    """The plan by which ``model`` was converted.
+
+    Raises:
+        ConversionError: it is not converted, or has not been called since ``convert(model)`` without an example.
+    """
+    return converted(model).plan
+
+
+def converted(model: nn.Module) -> Converted:
+    state = vars(model).get(_STATE)
+    if state is None:
+        waiting = isinstance(vars(model).get("forward"), FirstCall)
+        got = "a model that waits for its first call to be converted" if waiting else "a model that is not converted"
+        raise ConversionError(
+            f"{type(model).__name__}: got {got}; expected one that convert() has rewired; "
+            + ("call it once" if waiting else "call revwire.convert(model, example_inputs)")
+        )
+    return state  # type: ignore[no-any-return]
+
+
+def chains_of(model: nn.Module) -> list[Chain]:
+    return converted(model).chains

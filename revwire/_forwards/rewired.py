@@ -1,0 +1,155 @@
+"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from revwire._capture.arguments import fresh_arguments
+from revwire._capture.intercept import is_recording
+from revwire._capture.recording import ASSIGNS
+from revwire._capture.run import record
+from revwire._errors import CaptureError, RevwireError
+from revwire._forwards.base import put_on, standing_forward
+from revwire._forwards.cached import ProgramForward
+from revwire._programs.assembly import Program
+from revwire._programs.build import build_graph, input_leaves
+from revwire._programs.calls import Slot
+from revwire._runtime.autograd_graph import _comes_from
+from revwire._runtime.run import refuse_transforms
+from revwire._search.units import find_units
+from revwire._structures import tensors_in
+from revwire._surroundings.attributes import attributes_of, changed, restore
+from revwire._surroundings.buffers import buffers_kept, counters_kept
+from revwire._surroundings.modes import exporting
+from revwire._surroundings.randomness import accelerators_of, preserved_random_state, python_random_kept
+
+
+class RewiredForward(ProgramForward[Program]):
+    """The forward of a rewired host.
+
+    Args:
+        host: the module.
+        path: its qualified name in the model, for errors.
+        slots: the units it holds.
+        original: an instance attribute ``forward`` that was there before, or None.
+    """
+
+    def __init__(self, host: nn.Module, path: str, slots: list[Slot], original: Any = None) -> None:
+        super().__init__(host, path, original)
+        self.slots = slots
+        self.note_homes()
+
+    def note_homes(self) -> None:
+        """Let the chains know the tensors that the host has of its own."""
+        for chain in {id(slot.chain): slot.chain for slot in self.slots}.values():
+            chain.homes.note(self.module)
+
+    @_disable_dynamo  # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recording():
+            return self.plain(*args, **kwargs)
+        refuse_transforms(self.path or type(self.module).__name__)
+        self.refuse_old_backward_hooks()
+        leaves = [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
+        program = self.program_for(args, kwargs, leaves)
+        if exporting() and (program is None or torch.is_grad_enabled()):
+            raise self.cannot_export()
+        if program is None:
+            program = self.capture(args, kwargs)
+            self.keep(program, args, kwargs, leaves)
+        return program(self.module, leaves)
+
+    def cannot_export(self) -> CaptureError:
+        """The error that says that an exporter, which has no values to observe, can only write down a call that was met before."""
+        return CaptureError(
+            f"{self.path or type(self.module).__name__}: got a call by an exporter that was not met before, or one with gradients; "
+            "expected a call that was; call the model on the example first, as it is to be exported: model.eval(), then both inside of "
+            "`with torch.no_grad():`; or export revwire.revert(model)"
+        )
+
+    def refuse_old_backward_hooks(self) -> None:
+        """`register_backward_hook` shows the gradients of the last operation in a module, which is another one in a rewired module."""
+        registry = nn.modules.module
+        own = self.module._backward_hooks and not self.module._is_full_backward_hook
+        if (own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook)) and torch.is_grad_enabled():
+            raise CaptureError(
+                f"{self.path or type(self.module).__name__}: got a hook of register_backward_hook, which is called with the gradients of "
+                "the module's last operation; expected full backward hooks on a rewired module; use register_full_backward_hook, or "
+                f"exclude it: convert(..., exclude=[{self.path + '*'!r}])"
+            )
+
+    def on_replica(self, replica: nn.Module) -> RewiredForward:
+        return RewiredForward(replica, self.path, self.slots)
+
+    def capture(self, args: Any, kwargs: Any) -> Program:
+        """Observe the original forward on copies of the arguments, and build the program of this signature.
+
+        Without gradients a module may take another path (a fused kernel) in which the units cannot be seen; then the path
+        that it takes with gradients serves.
+
+        Raises:
+            CaptureError: it cannot be captured, or does not have the units it had at conversion.
+        """
+        try:
+            if any(isinstance(t, torch.Tensor) and t.is_nested for t in input_leaves((args, kwargs))):
+                raise CaptureError("is given a nested tensor; pad it, or switch off what makes it")
+            try:
+                return self.observe(args, kwargs, torch.is_grad_enabled())
+            except CaptureError as error:
+                if str(error).startswith(ASSIGNS):
+                    self.settle(args, kwargs)
+                elif torch.is_grad_enabled():
+                    raise
+                return self.observe(args, kwargs, torch.is_grad_enabled() or not str(error).startswith(ASSIGNS))
+        except RevwireError as error:
+            raise CaptureError(
+                f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call it as in the "
+                f"example, give convert() an example of this call, or exclude it: convert(..., exclude=[{self.path + '*'!r}])"
+            ) from error
+
+    def settle(self, args: Any, kwargs: Any) -> None:
+        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not assign twice.
+
+        What it keeps is kept with its gradient, as in the original, where that comes from weights alone.
+
+        Raises:
+            CaptureError: it comes from the arguments too, of which these are copies.
+        """
+        args, kwargs = fresh_arguments((args, kwargs))
+        given = list(tensors_in((args, kwargs)))
+        devices = accelerators_of([*given, *self.module.parameters()])
+        before = [(m, attributes_of(m)) for m in self.module.modules()]
+        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.module]), counters_kept(self.module):
+            self.plain(*args, **kwargs)
+        for module, attributes in before:
+            for name in changed(attributes, module):
+                if any(_comes_from(t, given) for t in tensors_in(vars(module).get(name))):
+                    for m, old in before:
+                        restore(m, old)
+                    raise CaptureError(f"keeps in its attribute {name!r} what it computed from its input, with the gradient")
+
+    def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
+        """One attempt of `capture`."""
+        self.note_homes()
+        recording = record(self.module, args, kwargs, forward=self.plain, gradients=gradients)
+        followed = {place for place, s in enumerate(self.slots) if max((s.index, *s.later)) + 1 < s.chain.length}
+        following = {place for place, s in enumerate(self.slots) if s.index > 0}
+        units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots], followed, following)
+        return Program.of(build_graph(recording, inline), units, self.slots)
+
+
+def install(host: nn.Module, path: str, slots: list[Slot]) -> RewiredForward:
+    """Put the rewired forward on a host."""
+    rewired = RewiredForward(host, path, slots, standing_forward(host))
+    put_on(rewired)
+    return rewired
+
+
+def rewired_of(module: nn.Module) -> RewiredForward | None:
+    """The rewired forward of a module, if it has one."""
+    forward = standing_forward(module)
+    return forward if isinstance(forward, RewiredForward) else None

@@ -1,0 +1,1 @@
+"""What would be done to a model: options, survey, plan."""

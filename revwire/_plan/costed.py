@@ -1,0 +1,31 @@
+"""What the units of a plan keep, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from revwire._plan.plan import PlannedChain, PlannedUnit, _elements
+from revwire._runtime.run import Chain
+
+
+def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
+    """The plan of a chain with the coupling and the arithmetic that it has now, and what they keep."""
+    bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
+    units = tuple(
+        replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=chunks_of(u, chain, i)) for i, u in enumerate(planned.units)
+    )
+    return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
+
+
+def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits: int) -> int:
+    if chain.stores(place):
+        return u.saved_bytes
+    if chain.anchored(place):
+        return planned.stream_bytes // 2 if chain.exact else planned.stream_bytes
+    return _elements(u.shape) * bits // 8
+
+
+def chunks_of(u: PlannedUnit, chain: Chain, place: int) -> int:
+    """Into how many chunks a unit is cut, with the shape of the example."""
+    cut = None if chain.cuts is None else chain.cuts[place]
+    return 1 if cut is None else max(1, len(cut.chunks_of(u.shape)))

@@ -1,0 +1,219 @@
+"""Which coupling each unit gets, in which arithmetic, and how often a chain keeps its true state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from revwire._errors import BudgetError, ConversionError, CouplingError
+from revwire.couplings import BY_PATTERN, DEFAULT, coupling_from
+from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
+
+Patterns = str | Sequence[str] | None
+
+
+def _options(
+    choice: Choice,
+    include: Patterns,
+    exclude: Patterns,
+    whole: Patterns,
+    strict: bool = False,
+    chunks: Chunks | None = None,
+    checkpoint: Patterns = None,
+    budget: Budget = None,
+) -> Options:
+    if chunks is not None:
+        refuse_no_chunks(chunks)
+    if budget is not None:
+        parse_budget(budget)
+
+    def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
+        found: tuple[Any, ...] = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+        if not patterns:
+            return ()
+        if not all(isinstance(glob, str) for glob in found):
+            raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
+        return found
+
+    globs = listed("whole", whole)
+    wish = AUTO if globs == (AUTO,) else globs
+    if wish == AUTO and budget is None:
+        raise ConversionError("whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules")
+    kept = None if checkpoint is None else listed("checkpoint", checkpoint)
+    return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
+
+
+Budget = int | str | None
+
+
+LEAST = "least"
+
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_budget(budget: Budget) -> int | None:
+    """A budget in bytes; None for ``"least"``.
+
+    Raises:
+        BudgetError: it is no number of bytes.
+    """
+    if budget == LEAST:
+        return None
+    size = budget if type(budget) is int else _parsed(budget) if isinstance(budget, str) else 0
+    if size <= 0:
+        raise BudgetError(f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MB' or the like, or 'least'")
+    return size
+
+
+def _parsed(text: str) -> int:
+    match = re.fullmatch(r"(\d+\.?\d*)\s*(\w*)", text.strip())
+    return int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+
+
+Couplings = str | Coupling | Mapping[str, str | Coupling]
+"""One coupling for all units, or one for each glob over the names of units and hosts; the first that matches counts."""
+
+
+Anchors = int | Literal["auto"] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The caller's wishes for the runtime side.
+
+    Attributes:
+        globs: (glob, coupling), the first that matches counts.
+        default: the coupling of the other units; None: `BY_PATTERN`.
+        exact: fixed-point streams (True), float streams (False), or what the couplings need (None).
+        anchors: keep the true state every so many units; "auto": as often as the tolerance needs; None: never.
+        tolerance: the largest relative error of a rebuilt state in float streams.
+    """
+
+    globs: tuple[tuple[str, Coupling], ...]
+    default: Coupling | None
+    exact: bool | None = None
+    anchors: Anchors = None
+    tolerance: float = FLOAT_TOLERANCE
+
+    @classmethod
+    def of(cls, couplings: Couplings, exact: bool | None = None, anchors: Anchors = None, tolerance: float = FLOAT_TOLERANCE) -> Choice:
+        """What the caller wrote, checked.
+
+        Raises:
+            CouplingError: no such coupling, or no such anchors.
+        """
+        if not (anchors in (None, "auto") or (type(anchors) is int and anchors > 0)):
+            raise CouplingError(f"anchors: got {anchors!r}; expected a number of units from 1, 'auto', or None")
+        if not 0 < tolerance < 1:
+            raise CouplingError(f"tolerance: got {tolerance!r}; expected a relative error between 0 and 1")
+        if isinstance(couplings, Mapping):
+            globs = tuple((glob, coupling_from(spec)) for glob, spec in couplings.items())
+            return cls(globs, None, exact, anchors, tolerance)
+        return cls((), None if couplings == DEFAULT else coupling_from(couplings), exact, anchors, tolerance)
+
+    def coupling(self, names: tuple[str, ...], pattern: str) -> Coupling:
+        """The coupling of the unit that goes by these names, and has this pattern."""
+        chosen = next((c for glob, c in self.globs if any(fnmatchcase(n, glob) for n in names)), self.default)
+        return BY_PATTERN[pattern] if chosen is None else chosen
+
+    def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
+        """`refuse_idle_globs` for those of the couplings."""
+        refuse_idle_globs("coupling", [glob for glob, _ in self.globs], names)
+
+    def arithmetic(self, where: str, couplings: Sequence[Coupling]) -> tuple[bool, int | None]:
+        """(fixed-point streams?, units between anchors) of a chain with these couplings; ``where`` names it in errors.
+
+        Raises:
+            CouplingError: it cannot be inverted in that arithmetic.
+        """
+        spacing = self._spacing(couplings)
+        run = len(couplings) if spacing is None else min(spacing, len(couplings))
+        worst = max((_float_error(couplings[i : i + run]), i) for i in range(0, len(couplings), run))
+        exact = self.exact
+        if exact is None:
+            exact = all(c.has_exact_form for c in couplings) or worst[0] > self.tolerance
+        if exact:
+            for coupling in couplings:
+                _ = coupling.kept_bits  # raises where there is no exact form
+        elif worst[0] > self.tolerance:
+            names = " + ".join(dict.fromkeys(repr(c.name) for c in couplings))
+            raise CouplingError(
+                f"{where}: got exact=False for coupling {names} over {run} units, which would rebuild a state with a relative error of "
+                f"about {worst[0]:.1g}; expected at most {self.tolerance:g}; pass exact=True, anchors='auto', or another coupling"
+            )
+        return exact, spacing
+
+    def _spacing(self, couplings: Sequence[Coupling]) -> int | None:
+        if self.anchors != "auto":
+            return self.anchors
+        worst = max(couplings, key=lambda c: c.error_growth)
+        spacing = 1
+        while spacing < len(couplings) and _float_error([worst] * (spacing + 1)) <= self.tolerance / 10:
+            spacing += 1
+        return spacing
+
+
+def refuse_idle_globs(option: str, globs: Iterable[str], names: Sequence[tuple[str, ...]]) -> None:
+    """Raise where a glob matches none of the units, given by their names.
+
+    Raises:
+        ConversionError: names the option, the glob, and some units.
+    """
+    for glob in globs:
+        if not any(fnmatchcase(n, glob) for several in names for n in several):
+            some = ", ".join(several[0] for several in names[:3])
+            raise ConversionError(f"{option}: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")
+
+
+def _float_error(couplings: Sequence[Coupling]) -> float:
+    """Expected relative error after undoing these units in float32."""
+    return max(couplings, key=lambda c: c.error_growth).float_error(len(couplings))
+
+
+Chunks = int | Mapping[str, int]
+"""How many chunks: for all units, or for each glob over the names of units and hosts; the first that matches counts."""
+
+
+def refuse_no_chunks(chunks: Any) -> None:
+    """Raise where this is no number of chunks.
+
+    Raises:
+        ConversionError: says what was got.
+    """
+    for count in chunks.values() if isinstance(chunks, Mapping) else (chunks,):
+        if type(count) is not int or count < 1:
+            raise ConversionError(f"chunks: got {count!r}; expected a number of chunks from 1, or a dict from globs to such numbers")
+
+
+def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:
+    """The number of chunks of the unit that goes by these names."""
+    if isinstance(chunks, int):
+        return chunks
+    return next((count for glob, count in chunks.items() if any(fnmatchcase(n, glob) for n in names)), 1)
+
+
+AUTO: Literal["auto"] = "auto"
+
+
+STAYS = "stays"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `plan` or `convert` wants."""
+
+    choice: Choice
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    strict: bool = False
+    chunks: Chunks | None = None
+    budget: Budget = None
+    whole: tuple[str, ...] | Literal["auto"] | None = ()  # None: every host that can be
+    checkpoint: tuple[str, ...] | None = None  # None: what stays, if a budget asks for it

@@ -1,0 +1,1 @@
+"""Recorded calls as `torch.fx` graphs."""

@@ -1,0 +1,348 @@
+"""Graph of a host + units -> a program that runs the host on two streams.
+
+Note [Order and writes]
+    A unit runs as one call, when all that it needs is there. Calls of the host that stood between the parts of a unit, and
+    need some of them, move behind it. So where anything is written in place, each reader of that memory must still stand
+    on the same side of the write; and a unit may write to memory of its own making only, since it will be computed twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+
+from revwire._capture.recording import Event
+from revwire._errors import CaptureError
+from revwire._programs.build import HostGraph
+from revwire._programs.calls import Slot, _UnitCall, _ViewCall, writable
+from revwire._programs.compiled import WHOLE_FORWARD, Compiled, after
+from revwire._runtime.run import Chain
+from revwire._runtime.unit import Unit
+from revwire._search.residuals import Candidate
+
+
+def pattern_of(c: Candidate, events: list[Event]) -> str:
+    """The name of a unit's shape; see `PlannedUnit.pattern`."""
+    if c.branch is not None and not c.post:
+        return "residual"
+    if c.branch is not None and all(events[e].is_pointwise for e in c.post):
+        return "post-activation"
+    return "block"
+
+
+@dataclass
+class _Cut:
+    """One unit in a host graph: its branch nodes, what it needs from outside, what it gives besides its output."""
+
+    slot: Slot
+    candidate: Candidate
+    kind: str
+    fork: fx.Node
+    out: fx.Node
+    add: fx.Node
+    branch: fx.Node | None
+    nodes: list[fx.Node]
+    dropped: list[fx.Node]
+    extras: list[fx.Node] = field(default_factory=list)
+    sides: list[fx.Node] = field(default_factory=list)
+    unit: Unit | None = None
+
+    @property
+    def all_nodes(self) -> list[fx.Node]:
+        return [*self.nodes, *self.dropped]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A host's forward for one signature. It refers to no recording: that would keep the example's tensors alive.
+
+    Attributes:
+        compiled: the host's graph on two streams.
+        shape_dependent: whether it holds for the shapes of its capture only.
+        guarded: the modules whose attributes its code depends on.
+    """
+
+    compiled: Compiled
+    shape_dependent: bool
+    guarded: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, host: HostGraph, units: list[Candidate], slots: list[Slot]) -> Program:
+        """Cut the units out of a host's graph and put it together again.
+
+        Raises:
+            CaptureError: the units cannot be separated from the rest; the message is a short reason.
+        """
+        compiled = _Assembly(host, units, slots).compiled
+        return cls(compiled, host.shape_dependent, (*host.opened, *host.elided.values()))
+
+    def __call__(self, host: nn.Module, leaves: list[Any]) -> Any:
+        return self.compiled.run(host, host, *leaves)
+
+
+class _Assembly:
+    """The work of `Program.of`."""
+
+    def __init__(self, host: HostGraph, units: list[Candidate], slots: list[Slot]) -> None:
+        self.host = host
+        nodes = list(host.graph.nodes)
+        self.order = {node: i for i, node in enumerate(nodes)}
+        self.executed: list[fx.Node] = []
+        self.cuts = [self._cut(c, s, nodes) for c, s in zip(units, slots, strict=True)]
+        self.views = self._views(units, slots)
+        outer = self._outer(nodes)
+        if outer is None:
+            self._let_go_of_what_others_need()
+            outer = self._outer(nodes)
+        if outer is None:
+            raise CaptureError("interleaves its residual units so that they cannot be separated")
+        self.compiled = Compiled(outer)
+        self._check_order_of_writes()
+
+    # -- cutting ---------------------------------------------------------------------------------------------------
+
+    def _cut(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> _Cut:
+        events, node_of = self.host.recording.events, self.host.node_of
+        if any(value not in node_of for value in (c.fork, c.out, c.result)):
+            raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
+        fork, out, add = node_of[c.fork], node_of[c.out], node_of[c.result]
+        branch = node_of.get(c.branch) if c.branch is not None else None
+        pattern = pattern_of(c, events)
+        residual = branch is not None and (
+            pattern == "residual" or (pattern == "post-activation" and slot.chain.couplings[slot.index].drops_skip)
+        )
+        inside = _between(fork, out)
+        if residual and branch is not None:
+            inside = _between(fork, branch) | (inside - {add} if c.post else set())
+        inside |= {n for n in self.host.elided if any(i in inside for i in n.all_input_nodes)}
+        for n in nodes if c.whole else ():
+            if n.target in (operator.getitem, getattr) and n.args[0] in inside:
+                inside.add(n)
+        ordered = [n for n in nodes if n in inside]
+        cut = _Cut(slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else [])
+        self._close(cut)
+        return cut
+
+    def _close(self, cut: _Cut) -> None:
+        """What the nodes of a cut need from outside of it, and what they give."""
+        taken = set(cut.all_nodes)
+        cut.extras = list(
+            dict.fromkeys(i for n in cut.nodes for i in n.all_input_nodes if i not in taken and i is not cut.fork and i.op != "get_attr")
+        )
+        cut.sides = [n for n in cut.nodes if n is not cut.out and any(u not in taken for u in n.users)]
+        self._check_own_memory(cut)
+        cut.unit = self._unit(cut)
+
+    def _let_go_of_what_others_need(self) -> None:
+        """Where parallel units need each other's inner values: the parts that make those run outside of the units, as they did.
+
+        Their activations are then stored; the units keep the rest of their branches, and their places in their chains.
+        """
+        for cut in self.cuts:
+            others = {n for c in self.cuts if c is not cut for n in c.all_nodes}
+            mine = set(cut.nodes)
+            shared = [s for s in cut.sides if s is not cut.branch and others & _below(s, mine)]
+            freed = mine & {a for s in shared for a in (s, *_above(s))}
+            if freed and cut.branch not in freed and cut.out not in freed:
+                cut.nodes = [n for n in cut.nodes if n not in freed]
+                self._close(cut)
+
+    def _check_own_memory(self, cut: _Cut) -> None:
+        """See Note [Order and writes]; the add itself is made out of place."""
+        events, storage_of = self.host.recording.events, self.host.storage_of
+        add = events[cut.candidate.add]
+        if add.modes[:2] != events[0].modes[:2]:
+            raise CaptureError("makes a residual add without gradients")
+        if any(u.target is after and u.args[1] is cut.add for u in cut.add.users):
+            raise CaptureError("adds in place to a tensor that is used again under another name")
+        if cut.add in self.host.writes and storage_of[cut.fork] in self.host.writes[cut.add]:
+            raise CaptureError("adds in place to its own input")
+        if not events[0].modes[0]:  # without gradients nothing is computed twice
+            return
+        inside = set(cut.all_nodes)
+        for storage in {s for n in cut.all_nodes for s in self.host.writes.get(n, ())}:
+            holders = [n for n, s in storage_of.items() if s == storage]
+            if holders and min(holders, key=self.order.__getitem__) not in inside:
+                raise CaptureError("writes in place to a tensor that is not its branch's own")
+
+    def _check_order_of_writes(self) -> None:
+        """See Note [Order and writes]."""
+        position = {node: i for i, node in enumerate(self.executed)}
+        holders: dict[int, list[fx.Node]] = {}
+        for node, storage in self.host.storage_of.items():
+            holders.setdefault(storage, []).append(node)
+        dropped = {n for cut in self.cuts for n in cut.dropped}
+        for node, storages in self.host.writes.items():
+            if node in dropped:
+                continue
+            readers = {u for s in storages for h in holders.get(s, ()) for u in h.users if u is not node}
+            if any((self.order[r] < self.order[node]) != (position[r] < position[node]) for r in readers):
+                raise CaptureError("writes in place to a tensor that is read elsewhere while its residual unit runs")
+
+    def _unit(self, cut: _Cut) -> Unit:
+        graph, env = fx.Graph(), {}
+        env[cut.fork] = graph.placeholder("x")
+        for i, extra in enumerate(cut.extras):
+            env[extra] = graph.placeholder(f"extra_{i}")
+        for node in cut.nodes:
+            for weight in (i for i in node.all_input_nodes if i.op == "get_attr" and i not in env):
+                env[weight] = graph.node_copy(weight)
+            if cut.dropped and cut.branch in env and cut.branch is not None and cut.add not in env:
+                env[cut.add] = self._instead_of_sum(graph, cut, env[cut.branch])
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        value = env[cut.out] if cut.kind == "block" or cut.candidate.post else env[cut.branch or cut.out]
+        graph.output((value, tuple(env[s] for s in cut.sides)))
+        compiled = Compiled(graph)
+        paths = _owners([n for n in graph.nodes if n.op in ("call_module", "get_attr")])
+
+        names = [path.split(".") if path else [] for path in paths]
+
+        def modules(host: nn.Module) -> Iterable[nn.Module]:
+            return [_below_host(host, steps) for steps in names]
+
+        kind: Literal["residual", "block"] = "residual" if cut.kind == "residual" else "block"
+        return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later, self._assigned(cut))
+
+    def _assigned(self, cut: _Cut) -> tuple[tuple[str, str], ...]:
+        """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward did."""
+        recording = self.host.recording
+        calls = [recording.events[self.host.event_of[n]] for n in cut.nodes if n in self.host.event_of]
+        inner = [e for call in calls if call.is_module for e in recording.events[call.number : call.end] if e.is_module]
+        named = [(recording.module_names.get(id(m), ()), name) for e in inner for m, name in e.assigned]
+        return tuple(dict.fromkeys((paths[0], name) for paths, name in named if paths))
+
+    def _instead_of_sum(self, graph: fx.Graph, cut: _Cut, branch: fx.Node) -> fx.Node:
+        """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what it may write to."""
+        storage = self.host.storage_of.get(cut.add)
+        written = any(storage in self.host.writes.get(n, ()) for n in cut.nodes)
+        return graph.call_function(writable, (branch,)) if written else branch
+
+    def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
+        """The calls that are views of a stream: between two units of this host, and on the way to a unit of a host inside it."""
+        numbers = {n: s.chain for c, s in zip(units, slots, strict=True) for n in (*c.views, *c.lead)}
+        calls = {node: event for node, event in self.host.event_of.items() if node.op == "call_function"}
+        views = {node: numbers[event] for node, event in calls.items() if event in numbers}
+        for cut in self.cuts:
+            node = cut.out
+            while len(node.users) == 1:
+                node = next(iter(node.users))
+                if node not in calls or not self.host.recording.events[calls[node]].view:
+                    break
+                views.setdefault(node, cut.slot.chain)
+        return views
+
+    # -- putting together ------------------------------------------------------------------------------------------
+
+    def _outer(self, nodes: list[fx.Node]) -> fx.Graph | None:
+        """The host's graph with a call for each unit; None if there is no order in which the calls can run."""
+        self.executed = []
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        host = graph.placeholder("host")
+        taken = {n for cut in self.cuts for n in cut.all_nodes}
+        at_end = {max(cut.all_nodes, key=self.order.__getitem__): cut for cut in self.cuts}
+        waiting: list[fx.Node | _Cut] = []
+        for node in nodes:
+            waiting += [at_end[node]] if node in at_end else [] if node in taken else [node]
+            progress = True
+            while progress:
+                ready = [w for w in waiting if all(i in env for i in _inputs(w))]
+                for item in ready:
+                    self._emit(graph, env, host, item)
+                waiting = [w for w in waiting if w not in ready]
+                progress = bool(ready)
+        return None if waiting else graph
+
+    def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | _Cut) -> None:
+        if isinstance(item, _Cut):
+            self.executed += sorted(item.all_nodes, key=self.order.__getitem__)
+            self._emit_unit(graph, env, host, item)
+            return
+        self.executed.append(item)
+        if item in self.views:
+            args, kwargs = fx.map_arg((item.args, item.kwargs), lambda n: env[n])
+            env[item] = graph.call_function(_ViewCall(self.views[item], _function(item.target)), args, kwargs)
+        else:
+            env[item] = graph.node_copy(item, lambda n: env[n])
+
+    def _emit_unit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, cut: _Cut) -> None:
+        assert cut.unit is not None
+        call = _UnitCall(cut.slot.chain, cut.unit)
+        both = graph.call_function(call, (host, env[cut.fork], tuple(env[e] for e in cut.extras)))
+        env[cut.out] = graph.call_function(operator.getitem, (both, 0))
+        if cut.dropped and not cut.candidate.post:
+            env[cut.dropped[0]] = env[cut.out]
+        if cut.sides:
+            sides = graph.call_function(operator.getitem, (both, 1))
+            for i, side in enumerate(cut.sides):
+                env[side] = graph.call_function(operator.getitem, (sides, i))
+
+
+def _owners(nodes: list[fx.Node]) -> list[str]:
+    """Paths of the modules whose weights these nodes use."""
+    paths = [_owner(n) for n in nodes]
+    return list(dict.fromkeys(paths))
+
+
+def _owner(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    return "" if node.target == WHOLE_FORWARD else str(node.target).rpartition(".")[0]
+
+
+def _below_host(host: nn.Module, steps: list[str]) -> nn.Module:
+    """`nn.Module.get_submodule`, which is slow."""
+    module: Any = host
+    for step in steps:
+        child = module._modules.get(step)
+        module = getattr(module, step) if child is None else child
+    return module  # type: ignore[no-any-return]
+
+
+def _function(target: Any) -> Callable[..., Tensor]:
+    return target  # type: ignore[no-any-return]
+
+
+def _inputs(item: fx.Node | _Cut) -> list[fx.Node]:
+    return [item.fork, *item.extras] if isinstance(item, _Cut) else item.all_input_nodes
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    """All that a node depends on."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        new = [i for i in todo.pop().all_input_nodes if i not in found]
+        found.update(new)
+        todo += new
+    return found
+
+
+def _below(node: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
+    """All that depends on a node by a way that does not lead through ``stop``."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        new = [u for u in todo.pop().users if u not in found and u not in stop]
+        found.update(new)
+        todo += new
+    return found
+
+
+def _between(fork: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Nodes on a path from ``fork`` (excluded) to ``end`` (included)."""
+    above, todo = {end}, [end]
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in above and node is not fork:
+                above.add(node)
+                todo.append(node)
+    below: set[fx.Node] = set()
+    for node in fork.graph.nodes:
+        if node in above and any(i is fork or i in below for i in node.all_input_nodes):
+            below.add(node)
+    return below

@@ -1,0 +1,1 @@
+"""A forward and a backward through chains: units, tape, recompute, rewind."""

@@ -1,0 +1,135 @@
+"""What a tape keeps of each unit: no activation, only what a recompute needs, and what tells whether it came out right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+
+from revwire._errors import ReconstructionError
+from revwire._runtime.faults import fault
+from revwire._runtime.selective import Products
+from revwire._streams.samples import Fingerprint, Sample
+from revwire._surroundings.buffers import Copies
+from revwire._surroundings.copies import Versions
+from revwire._surroundings.inventory import Inventory, version_of
+from revwire._surroundings.surroundings import Surroundings
+from revwire.couplings.base import Rule
+
+if TYPE_CHECKING:
+    from revwire._runtime.chunks import Chunk
+    from revwire._runtime.run import Chain
+    from revwire._runtime.unit import Unit
+
+
+TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
+
+
+class Anchor(NamedTuple):
+    """The true states (x_{k-1}, x_k) before a unit, with their version counters."""
+
+    states: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+
+
+class Before(NamedTuple):
+    """The true state x_{k-1} before a unit, with its version counter."""
+
+    state: Tensor
+    version: int
+
+
+class Result(NamedTuple):
+    """What the branch of a unit gave, with its version counter."""
+
+    value: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, f: Tensor) -> Result:
+        """It keeps no more memory than ``f`` has elements."""
+        value = f.detach()
+        if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+            value = value.clone()
+        return cls(value, version_of(value))
+
+
+@dataclass(slots=True)
+class Stop:
+    """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in `_tape`.
+
+    Attributes:
+        looked: the numbers of those among the saved tensors that were looked at.
+        looks: what was seen: glances.
+        constants: leaves among them, with their version counters.
+    """
+
+    looked: list[int] = field(default_factory=list)
+    looks: list[Tensor] = field(default_factory=list)
+    constants: list[tuple[ReferenceType[Tensor], int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class UnitRecord:
+    """What is kept of one unit's forward: no activation, only what a recompute needs."""
+
+    unit: Unit
+    host: nn.Module
+    rule: Rule
+    dtype: torch.dtype
+    input_requires_grad: bool
+    extras: tuple[Any, ...]
+    inputs: Versions
+    owned: Inventory
+    surroundings: Surroundings
+    attributes: Sequence[tuple[nn.Module, str, Any]] = ()  # that the branch assigns to, as it found them
+    buffers: Copies | None = None  # that the branch reads and writes, as it found them
+    saved: list[TensorMeta] = field(default_factory=list)
+    witnesses: Sequence[int] = ()
+    sample: Sample | None = None  # until the unit's step completes the fingerprint
+    fingerprint: Fingerprint | None = None
+    bits: Tensor | None = None
+    begins: bool = False  # the tape began with this unit, so x_{k-1} is x_k
+    anchor: Anchor | None = None
+    before: Before | None = None  # x_{k-1} alone, where x_k is rebuilt to the bit anyway
+    narrow: bool = False  # what its branch gave has fewer bits than a state
+    by_result: bool = False  # so that is kept, and not x_{k-1}
+    result: Result | None = None  # until it has served
+    products: Products | None = None  # what need not be computed again, where it is selective
+    stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
+    chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
+
+    def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
+        """The error that says what a recompute of this unit found changed."""
+        return fault(self.unit, chain, got, expected)
+
+
+@dataclass(slots=True)
+class ViewRecord:
+    """A relayout of the stream between two units (a reshape or a permutation): undone without arithmetic.
+
+    One that must copy (a reshape after a permutation) keeps the order of the elements; see `_memory.is_view`.
+    """
+
+    view: Callable[[Tensor], Tensor]
+    before: Tensor  # a meta tensor with the layout before the view
+
+    def undo(self, state: Tensor) -> Tensor:
+        """The state before the view."""
+        shape, strides = self.before.shape, self.before.stride()
+        out = torch.empty_strided(shape, strides, dtype=state.dtype, device=state.device)  # `empty_like` knows no stride of a size of 1
+        moved = self.view(out)
+        if is_whole_view(moved, out):
+            moved.copy_(state)
+        else:
+            out.copy_(state.reshape(out.shape))
+        return out
+
+
+def is_whole_view(moved: Tensor, x: Tensor) -> bool:
+    """Whether ``moved`` is all of ``x``, in the same memory."""
+    return moved.numel() == x.numel() and moved.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

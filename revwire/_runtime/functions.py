@@ -1,0 +1,185 @@
+"""The engine: checkpointing whose inputs are rebuilt instead of stored.
+
+Note [Two kinds of graph node]
+    The *step* (`_Step`) is an autograd node that computes x_{k+1} and saves nothing. Its backward is linear in the
+    gradient, and it is the place where the tape moves one unit back. The *branch* keeps its ordinary autograd graph;
+    what that graph saved is replaced by placeholders, and refilled by the one recompute that the step needs anyway.
+    So gradients are ordinary autograd's, parameters are seen by autograd where they are used, and a whole chain never
+    holds more than one unit's activations.
+
+Note [Values and gradients]
+    The float tensors that enter the step carry gradients. Of their values only that of ``current`` is used, and it is
+    the value of the tape's state.
+
+Note [Gradients that wait]
+    A step gives b·g to x_{k-1}, a·g to x_k and c·g to the branch. The first is asked for last, when the branch has used the third: so it
+    is made of the third then, by a node (`_Later`) that stands before the branch in forward, and therefore comes after it in backward.
+    While the branch holds the most memory, one gradient of a state is there instead of two. The branch gets the exact c·g. A branch that
+    writes to the gradient that it is given, which PyTorch forbids, would change that of x_{k-1} too: the node sees it, and refuses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from revwire._errors import UnsupportedTransformError
+from revwire._runtime.faults import fault
+from revwire._runtime.rewind import Rewind
+from revwire._runtime.tape import Tape
+from revwire._streams.base import Streams
+from revwire._surroundings.inventory import version_of
+from revwire.couplings.base import Factor
+
+if TYPE_CHECKING:
+    from revwire._runtime.run import Chain
+    from revwire._runtime.unit import Unit
+
+
+class _Enter(torch.autograd.Function):
+    """``x`` as the streams hold it; rounding passes the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, streams: Streams, state: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return streams.read(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+
+class Share:
+    """What the branch of a unit and x_{k-1} have in common: one gradient; see Note [Gradients that wait].
+
+    Attributes:
+        divisor: c/b, by which the gradient of the branch is divided to be that of x_{k-1}: a whole number in couplings with c = 1 + b.
+        version: its version counter when the branch was given it.
+    """
+
+    __slots__ = ("divisor", "tape", "unit", "version")
+
+    def __init__(self, tape: Tape, unit: Unit) -> None:
+        self.tape, self.unit = tape, unit
+        self.divisor = 1.0
+        self.version = -1
+
+
+class _Later(torch.autograd.Function):
+    """``x``, whose gradient is divided when it is its turn; see Note [Gradients that wait]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
+        ctx.share = share
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        share, g = ctx.share, grads[0]
+        if share.version >= 0 and version_of(g) != share.version:
+            raise fault(
+                share.unit,
+                share.tape.chain,
+                "the backward of its last operation, or a hook on it, wrote to the gradient that it was given",
+                "that gradient unchanged, as PyTorch asks of every backward",
+            )
+        return g if share.divisor == 1 else g / share.divisor, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+
+class _Step(torch.autograd.Function):
+    """x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k); see Note [Two kinds of graph node]."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
+        ctx.rule, ctx.dtype, ctx.share = tape.now, f.dtype, share
+        ctx.kept = tape.kept
+        out = tape.step(current, f, unit)
+        if tape.rewinds and ctx.kept is None:
+            ctx.tape, ctx.position = tape, len(tape.records) - 1
+        else:
+            ctx.tape = None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.tape is not None:
+            Rewind.of(ctx.tape).undo(ctx.position)
+        ctx.kept = None
+        rule, g = ctx.rule, grads[0]
+        need = ctx.needs_input_grad
+        branch = _scale(g, rule.c) if need[4] else None
+        share = ctx.share
+        if share is None or branch is None or isinstance(rule.c, Tensor) or isinstance(rule.back, Tensor):
+            before = _scale(g, rule.back) if need[2] else None
+        else:
+            before, share.divisor, share.version = branch, rule.c / rule.back, version_of(branch)
+        return (
+            None,
+            None,
+            before,
+            _scale(g, rule.a) if need[3] else None,
+            None if branch is None else branch.to(ctx.dtype),
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+
+def _scale(g: Tensor, factor: Factor) -> Tensor | None:
+    if isinstance(factor, Tensor):
+        return g * factor
+    if factor == 0:
+        return None
+    return g if factor == 1 else g * factor
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise UnsupportedTransformError(
+        "reversible chain: got a forward-mode AD dual tensor; expected reverse mode; use revwire.revert(model) for jvp"
+    )
+
+
+def comes_from(x: Tensor, chain: Chain, most: int = 8) -> bool:
+    """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be continued."""
+    nodes = [x.grad_fn] if x.grad_fn is not None else []
+    for node in nodes:  # grows
+        if len(nodes) > most:
+            break
+        if isinstance(node, _Step._backward_cls):
+            if node.tape is not None and node.tape.chain is chain:  # type: ignore[attr-defined]
+                return True
+        else:
+            nodes += [before for before, _ in node.next_functions if before is not None]
+    return False
+
+
+def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
+    """Differentiable entry of ``x`` into the streams, which hold it as ``state``."""
+    return _Enter.apply(x, streams, state)  # type: ignore[no-any-return]
+
+
+def later(tape: Tape, unit: Unit, previous: Tensor) -> tuple[Tensor, Share | None]:
+    """``previous`` for the step of a unit that has not run yet; its gradient waits where it can be made of the branch's."""
+    if not (tape.keep and previous.requires_grad and tape.shares(unit)):
+        return previous, None
+    share = Share(tape, unit)
+    return _Later.apply(previous, share), share
+
+
+def step(tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None = None) -> Tensor:
+    """Differentiable step: the float tensors carry gradients, the tape carries the state; ``share`` as `later` gave it."""
+    if tape.keep:
+        return _Step.apply(tape, unit, previous, current, f, share)  # type: ignore[no-any-return]
+    return tape.step(current, f, unit)

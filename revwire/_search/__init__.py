@@ -1,0 +1,1 @@
+"""From dataflow to residual adds, units and chains."""

@@ -1,0 +1,1 @@
+"""What may run in chunks and in parts."""

@@ -1,0 +1,1 @@
+"""How states are held: floats, fixed point, samples, kept bits, kernels."""

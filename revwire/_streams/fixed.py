@@ -1,0 +1,164 @@
+"""Streams in fixed point: integers, whose inverse is exact to the bit."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor, isfinite, log2
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from revwire._errors import RangeError
+from revwire._streams import kernels as _kernels
+from revwire._streams.base import Stepped, Streams, Undone, _add_scaled, _scaled
+from revwire._streams.bits import pack_bits, unpack_bits
+from revwire._streams.samples import _FOLD, Fingerprint, Sample, _folds, _spread
+from revwire.couplings.base import Rule
+
+HEADROOM_BITS = 5
+"""The streams may grow to 2^5 times the range they were scaled for before `RangeError`."""
+
+
+_FEWER = 16
+"""A tensor that a branch saved is sampled at this many."""
+
+
+_SATURATES = platform.machine().lower() not in ("x86_64", "amd64", "i686")
+"""Whether float-to-integer conversion on this CPU turns NaN into 0 instead of an integer out of range."""
+
+
+@dataclass(frozen=True)
+class FixedStreams(Streams):
+    """Streams as integers round(x·2^scale): int32 for float32 streams, int64 for float64.
+
+    Args:
+        scale: K, the number of fractional bits.
+        integer: ``torch.int32`` or ``torch.int64``.
+        compiled: in one pass over memory where that is possible (`_kernels`); the same for step and unstep.
+    """
+
+    scale: int
+    integer: torch.dtype
+    compiled: bool = False
+    witnesses: ClassVar[int] = 2
+
+    @classmethod
+    def for_range(cls, largest: float, dtype: torch.dtype) -> FixedStreams:
+        """Streams scaled so that values up to ``largest``·2^`HEADROOM_BITS` fit.
+
+        Raises:
+            RangeError: ``largest`` is not finite.
+        """
+        if not isfinite(largest):
+            raise RangeError(f"got a largest magnitude of {largest}; expected finite values at the start of the chain")
+        integer = torch.int64 if dtype == torch.float64 else torch.int32
+        top = 57 if integer == torch.int64 else 30
+        exponent = floor(log2(largest)) + 1 if largest > 0 else 0
+        scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
+        return cls(scale, integer, compiled=integer == torch.int32 and _kernels.available())
+
+    @property
+    def bound(self) -> float:
+        """Two such values can be added without leaving the integers, and so is what `_rounded` makes of NaN."""
+        return float(2.0 ** ((62 if self.integer == torch.int64 else 30) - self.scale))
+
+    def enter(self, x: Tensor) -> Tensor:
+        return _rounded(torch.mul(x.detach(), 2.0**self.scale)).to(self.integer)
+
+    def read(self, state: Tensor) -> Tensor:
+        if self.compiled and _kernels.suits(state):
+            return _kernels.read(state, self.scale)
+        wide = torch.float64 if self.integer == torch.int64 else torch.float32
+        return state.to(wide).mul_(2.0**-self.scale)
+
+    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
+        numbers = self._numbers(previous, x, rule)
+        if numbers is not None:
+            done = _kernels.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
+            if done.in_range:
+                return Stepped(*done)
+        wide = self._increment(x, f, rule)
+        m, bits = _bits(rule), None
+        out = wide.to(self.integer)
+        if m:
+            shifted = previous + _half(m)
+            bits = pack_bits(shifted, m) if undone else None
+            previous = shifted.bitwise_right_shift_(m)
+        if rule.signs is None:
+            out.add_(previous, alpha=1 if rule.b > 0 else -1)
+        else:
+            out.addcmul_(previous, rule.signs.to(self.integer))
+        return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)
+
+    def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
+        numbers = self._numbers(following, x, rule)
+        if numbers is not None:
+            return Undone(*_kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale))
+        increment = self._increment(x, f, rule).to(self.integer)
+        out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
+        if rule.signs is not None:
+            out.mul_(rule.signs.to(self.integer))
+        if bits is None:
+            return Undone(out)
+        m = _bits(rule)
+        return Undone(out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m)))
+
+    def _numbers(self, state: Tensor, x: Tensor, rule: Rule) -> tuple[float, float, int] | None:
+        """(a, c, m) where the compiled form serves: for numbers, not for one number per sample."""
+        if self.compiled and rule.bits is not None and isinstance(rule.a, float) and isinstance(rule.c, float) and rule.signs is None:
+            return (rule.a, rule.c, rule.bits) if _kernels.suits(state, x) else None
+        return None
+
+    def _increment(self, x: Tensor, f: Tensor, rule: Rule) -> Tensor:
+        """R = round(2^K·(a·x + c·f)), a float tensor in the layout of ``x``."""
+        wide = _scaled(f, rule.c * 2.0**self.scale, x)
+        _add_scaled(wide, x, rule.a * 2.0**self.scale)
+        return _rounded(wide)
+
+    def summary(self, state: Tensor) -> Tensor:
+        """Sums of integers: their order does not matter."""
+        if self.compiled and _kernels.suits(state):
+            return _kernels.summed(state)
+        return _folds(state).sum(1, dtype=self.integer)
+
+    def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
+        """They show a fault that the sums of states cannot.
+
+        Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of that layer is not.
+        """
+        values = _kernels.sampled(f, saved, _FOLD, _FEWER) if self.compiled else None
+        if values is None:
+            with torch.no_grad():
+                wide = torch.float64 if any(t.dtype == torch.float64 for t in (f, *saved)) else torch.float32  # autocast mixes no others
+                values = torch.cat([_spread(f, _FOLD).to(wide), *(_spread(t, _FEWER).to(wide) for t in saved)])
+        return Sample(values, f.dtype)
+
+    def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
+        a, b = before.branch, after.branch
+        other = (a != b) & ~(a.isnan() & b.isnan())
+        return torch.stack([(before.state != after.state).sum(), other.sum()])
+
+    def allowed(self, before: Fingerprint) -> tuple[float, float]:
+        return 0, 0
+
+
+def _bits(rule: Rule) -> int:
+    """m; the caller has seen to it that there is one (`Coupling.kept_bits`)."""
+    assert rule.bits is not None
+    return rule.bits
+
+
+def _half(m: int) -> int:
+    """Added before a shift to the right by m, so that it rounds to the nearest: rounding down would add up over the units."""
+    return 1 << m - 1
+
+
+def _rounded(wide: Tensor) -> Tensor:
+    """Round a float tensor, in place, so that what is not finite becomes an integer out of range when it is converted."""
+    wide.round_()
+    if _SATURATES or wide.device.type != "cpu":
+        wide.nan_to_num_(nan=float("inf"))
+    return wide

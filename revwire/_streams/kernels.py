@@ -1,0 +1,163 @@
+"""The arithmetic of fixed-point streams on the CPU in one pass over memory, compiled by Numba where that is installed.
+
+`_numerics` says what is computed; its plain form, one PyTorch call after the other, is the reference. Each of its dozen
+calls reads and writes a whole stream, most of them into new memory; here each stream is read once and written once. The
+rounding of a·x + c·f may differ from the plain form in its last bit (PyTorch's CPU kernels fuse that multiplication and
+addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.compiled` says which.
+
+The kernels (`native`) work on the flat memory of dense tensors. Their results are new tensors, so no version counter is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from math import ldexp
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revwire._streams.bits import SEGMENTS, _layout
+
+_NATIVE = "revwire._streams.native"
+
+
+_LEAST_PER_THREAD = 1 << 21
+"""Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait beside it."""
+
+
+class Advanced(NamedTuple):
+    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; and whether all is in range (else the rest is undefined)."""
+
+    state: Tensor
+    value: Tensor
+    bits: Tensor | None
+    sums: Tensor | None
+    in_range: bool
+
+
+def available() -> bool:
+    """Whether the kernels can be compiled here; ``REVWIRE_KERNELS=0`` in the environment turns them off."""
+    return os.environ.get("REVWIRE_KERNELS", "1") != "0" and find_spec("numba") is not None
+
+
+def suits(*tensors: Tensor) -> bool:
+    """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
+    layout = tensors[0].stride()
+    for t in tensors:
+        if not (type(t) is Tensor and (t.dtype is torch.int32 or t.dtype is torch.float32) and t.is_cpu and t.stride() == layout):
+            return False
+    return True
+
+
+def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool) -> Advanced:
+    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `_numerics` defines it; ``keep`` what it takes to come back.
+
+    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
+    """
+    k, n, f = _native(), previous.numel(), _like(f, x)
+    half = 1 << m >> 1
+    state, value = torch.empty_like(previous), torch.empty_like(x)
+    sums = _no_sums() if keep else None
+    tensors = (previous, x, f, state, value)
+    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
+    in_range = _in_parts(k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr()))
+    bits = None
+    if m and keep:
+        size = -(-n // 8) * m
+        bits = torch.empty(size, dtype=torch.uint8)
+        layout = _layout(n, m)
+        k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
+    return Advanced(state, value, bits, sums, in_range)
+
+
+def retreat(
+    following: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, bits: Tensor | None, *, negative: bool, scale: int
+) -> tuple[Tensor, Tensor]:
+    """X_{k-1}, the inverse of `advance`, and its sums."""
+    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
+    if m:
+        assert bits is not None
+        layout = _layout(n, m)
+        k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
+    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
+    _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
+    return out, sums
+
+
+def read(state: Tensor, scale: int) -> Tensor:
+    """The float32 value of a state."""
+    value = torch.empty_like(state, dtype=torch.float32)
+    _in_parts(_native().read, (ldexp(1.0, -scale),), state.numel(), (state.data_ptr(), value.data_ptr()))
+    return value
+
+
+def summed(state: Tensor) -> Tensor:
+    """The sums of a state, as `advance` and `retreat` give them."""
+    sums = _no_sums()
+    _in_parts(_native().summed, (), state.numel(), (state.data_ptr(), sums.data_ptr()))
+    return sums
+
+
+def _no_sums() -> Tensor:
+    return torch.empty(SEGMENTS, dtype=torch.int32)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two byte tensors on the CPU, dense and of one size, are equal: in the compiled form where that is in use."""
+    size, native = a.numel(), sys.modules.get(_NATIVE)
+    if size % 8 or b.numel() != size:
+        return torch.equal(a, b)
+    if native is None:
+        return torch.equal(a.view(torch.int64), b.view(torch.int64))  # comparing words is four times as fast
+    return bool(native.same(size // 8, a.data_ptr(), b.data_ptr()))
+
+
+def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Tensor | None:
+    """``elements`` numbers of ``f`` and ``fewer`` of each of at most two others, at equal distances; None where this form does not do."""
+    steps = []
+    for t, count in ((f, elements), *[(t, fewer) for t in saved]):
+        n = t.numel()
+        plain = type(t) in (Tensor, nn.Parameter)  # others may have no memory of their own
+        if not plain or n < count or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+            return None
+        steps += [t.data_ptr(), n // count]
+    steps += [0, 1] * (2 - len(saved))
+    out = torch.empty(elements + fewer * len(saved), dtype=torch.float32)
+    _native().sample(out.data_ptr(), *steps, elements, fewer)
+    return out
+
+
+def _like(f: Tensor, x: Tensor) -> Tensor:
+    if f.dtype == x.dtype and f.stride() == x.stride() and type(f) is Tensor:
+        return f
+    return torch.empty_like(x).copy_(f.detach())
+
+
+def _in_parts(kernel: Callable[..., bool], numbers: tuple[float, ...], n: int, addresses: tuple[int, ...]) -> bool:
+    """Run a kernel on the segments of a stream, shared by threads if there is enough to do; whether it says True of all."""
+    if n < 2 * _LEAST_PER_THREAD:
+        return kernel(*numbers, n, 0, SEGMENTS, *addresses)
+    threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD, SEGMENTS)
+    if threads < 2:
+        return kernel(*numbers, n, 0, SEGMENTS, *addresses)
+    bounds = [SEGMENTS * i // threads for i in range(threads + 1)]
+    return all(list(_pool(os.getpid(), threads).map(lambda part: kernel(*numbers, n, *part, *addresses), pairwise(bounds))))
+
+
+@lru_cache(maxsize=2)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="revwire")
+
+
+@lru_cache(maxsize=1)
+def _native() -> Any:
+    from revwire._streams import native
+
+    return native

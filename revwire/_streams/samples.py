@@ -1,0 +1,106 @@
+"""Few numbers that tell tensors apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_FOLD = 64
+"""A state is folded into this many sums, and a branch's result sampled at this many elements."""
+
+
+def _folds(x: Tensor) -> Tensor:
+    """A dense tensor as `_FOLD` rows that together cover every element; neighbours overlap where it does not divide."""
+    step = x.numel() // _FOLD
+    return x.as_strided((_FOLD, x.numel() - (_FOLD - 1) * step), (step, 1))
+
+
+def _spread(x: Tensor, count: int) -> Tensor:
+    """``count`` elements of the storage behind ``x``, at equal distances (fewer if it has fewer)."""
+    extent = x.numel() if x.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    count = min(count, extent, x.numel())
+    return x.as_strided((count,), (max(extent // max(count, 1), 1),))
+
+
+def can_be_sampled(x: Tensor) -> bool:
+    """Whether a saved tensor has elements, with the same values whenever it is computed again (scratch space has not)."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided
+
+
+_COMPARED = frozenset(
+    (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
+)
+
+
+def glance(t: Tensor) -> Tensor | None:
+    """At most `_FOLD` of its own elements of a tensor that a branch saves; None where it cannot be compared.
+
+    Bytes may be scratch space of a kernel, and so may one or two integers (an offset of a generator that was not used).
+    """
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.dtype not in _COMPARED:
+        return None
+    if not t.is_floating_point() and t.dtype != torch.bool and t.numel() < 3:
+        return None
+    with torch._C._DisableTorchDispatch():  # no mode needs to see it, and the call of one takes longer
+        return torch.take(t.detach(), _places(t.numel(), t.device)) if t.numel() else t.detach().new_empty(0)
+
+
+def size_of_glance(numel: int, dtype: torch.dtype) -> int:
+    """Bytes of a `glance` at a tensor of so many elements."""
+    return min(numel, _FOLD) * dtype.itemsize
+
+
+@lru_cache(maxsize=256)
+def _places(numel: int, device: torch.device) -> Tensor:
+    """Numbers of elements at equal distances."""
+    count = min(numel, _FOLD)
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device) * (numel // count)
+
+
+def same_glances(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether two runs of a branch saved the same, as far as was looked; this waits for the device."""
+    return len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are equal, and what is none is none in both."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+
+
+class Sample(NamedTuple):
+    """A few numbers that tell one evaluation of a branch from another."""
+
+    values: Tensor
+    dtype: torch.dtype  # of the branch's result
+
+
+class Fingerprint(NamedTuple):
+    """A few numbers that tell the state x_{k-1}, and one evaluation of F_k, from another."""
+
+    state: Tensor
+    branch: Tensor
+    dtype: torch.dtype  # of the branch's result
+
+    def same_bits(self, other: Fingerprint) -> bool:
+        """Whether both are equal to the bit; this waits for the device."""
+        return torch.equal(self.state, other.state) and torch.equal(self.branch, other.branch)
+
+
+def alike(part: Tensor, whole: Tensor) -> bool:
+    """Whether they are equal, up to the rounding of matrix products of another size."""
+    if part.shape != whole.shape or part.dtype != whole.dtype:
+        return False
+    if part.is_complex():
+        part, whole = torch.view_as_real(part), torch.view_as_real(whole)
+    if not part.is_floating_point():
+        return torch.equal(part, whole)
+    finite = whole[whole.isfinite()]
+    size = float(finite.abs().amax()) if finite.numel() else 0.0
+    allowed = size * {torch.float64: 1e-7, torch.float32: 1e-4}.get(part.dtype, 2e-2) + 1e-30
+    return torch.allclose(part, whole, rtol=0, atol=allowed, equal_nan=True)

@@ -1,0 +1,127 @@
+"""Attributes of modules, and containers in them: what changed in a run, and how it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from revwire._structures import CONSTANTS
+from revwire._surroundings.copies import recalled
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _contents(v: Any) -> Any:
+    """What a container holds, one level deep; None for anything else."""
+    if isinstance(v, dict):
+        return list(v.items())
+    return list(v) if isinstance(v, (list, set)) else None
+
+
+def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The attributes of a module, with the contents of the containers among them."""
+    return {k: (v, _contents(v)) for k, v in vars(module).items()}
+
+
+def changed(before: dict[str, tuple[Any, Any]], module: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes that were assigned, added, removed or filled since `attributes_of`."""
+    now = vars(module)
+    gone = [k for k in before if k not in now]
+    return tuple(gone + [name for k, v in now.items() for name in _differences(k, before.get(k), v)])
+
+
+def _differences(name: str, before: tuple[Any, Any] | None, v: Any) -> list[str]:
+    if before is None or not _same(before[0], v):
+        return [name]
+    old, new = before[1], _contents(v)
+    if old is None:
+        return []
+    if name not in _TABLES:
+        return [] if len(old) == len(new) and all(map(_same_item, old, new)) else [name]
+    tables = dict(old), dict(new)
+    return [k for k in {**tables[0], **tables[1]} if tables[0].get(k) is not tables[1].get(k)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, CONSTANTS) and bool(a == b))
+
+
+def _same_item(a: Any, b: Any) -> bool:
+    return _same(a, b) or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_same, a, b)))
+
+
+@contextmanager
+def attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Give every module below ``root`` its attributes back, and the containers among them their contents."""
+    kept = [(m, type(m), attributes_of(m)) for m in root.modules()]
+    try:
+        yield
+    finally:
+        for module, kind, before in kept:
+            if type(module) is kind and changed(before, module):
+                restore(module, before)
+
+
+def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    """Give a module the attributes back that it had at `attributes_of`."""
+    now = vars(module)
+    for k in [k for k in now if k not in before]:
+        del now[k]
+    for k, (v, contents) in before.items():
+        now[k] = v
+        if isinstance(v, list):
+            v[:] = contents
+        elif isinstance(v, (dict, set)):
+            v.clear()
+            v.update(contents)
+
+
+def containers_in(structure: Any) -> list[tuple[Any, Any]]:
+    """Each list, dict and set in an argument, with its contents."""
+    out: list[tuple[Any, Any]] = []
+    todo = [structure]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, (list, dict, set)):
+            out.append((item, _contents(item)))
+        if isinstance(item, (list, tuple)):
+            todo.extend(item)
+        elif isinstance(item, dict):
+            todo.extend(item.values())
+    return out
+
+
+def refilled(before: list[tuple[Any, Any]]) -> bool:
+    """Whether any of `containers_in` holds other things now."""
+    for container, old in before:
+        new = _contents(container)
+        if len(old) != len(new) or not all(map(_same_item, old, new)):
+            return True
+    return False
+
+
+MISSING = object()
+"""Stands for an attribute that is not there."""
+
+
+@contextmanager
+def attributes_as_found(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no trace."""
+    now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
+    try:
+        for m, name, value in attributes:
+            _set(m, name, recalled(value) if isinstance(value, (Tensor, list, tuple, dict)) else value)
+        yield
+    finally:
+        for m, name, value in now:
+            _set(m, name, value)
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    if value is MISSING:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value

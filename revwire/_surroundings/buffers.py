@@ -1,0 +1,130 @@
+"""Buffers that a branch writes to: each write counts once, however often the branch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import RLock
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from revwire._surroundings.inventory import Inventory, _is_written, version_of
+
+
+@contextmanager
+def counters_kept(root: nn.Module) -> Iterator[None]:
+    """Undo writes to buffers that are no floating-point statistics (those are kept apart by `buffers_kept`)."""
+    kept = [(b, version_of(b), b.detach().clone()) for b in root.buffers() if not b.is_floating_point() and not b.is_inference()]
+    try:
+        yield
+    finally:
+        for buffer, version, copy in kept:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)
+
+
+Copies = dict[tuple[int, str], Tensor]
+"""Buffers as a forward found them, by the identity of their module, and name."""
+
+
+_QUIET: WeakSet[nn.Module] = WeakSet()  # modules whose last forward moved no version counter of a floating-point buffer
+
+
+class Written:
+    """What a forward of these modules (not of those below them) writes to their buffers; see Note [Buffers that are read and written]."""
+
+    def __init__(self, modules: Iterable[nn.Module], *, copied: bool = False) -> None:
+        """Before the forward; ``copied``: with copies of all that is written, counters too, whatever was written last time."""
+        self.copied = copied
+        self.before = [(m, quiet := m in _QUIET and not copied, _with_copies(m, not quiet)) for m in modules]
+
+    def copies(self) -> Copies:
+        """After the forward: the old values of those buffers whose new ones must not be read by a recompute."""
+        found: Copies = {}
+        for module, quiet, buffers in self.before:
+            old: dict[str, Tensor | None] = {}
+            for name, buffer, version, copy in buffers:
+                if version_of(buffer) != version:
+                    old[name] = copy
+                elif module._buffers.get(name) is not buffer:  # another tensor took its place: it is a copy itself
+                    old[name] = buffer
+            loud = any(b.is_floating_point() for name, b, _, _ in buffers if name in old)
+            found |= {(id(module), name): value for name, value in old.items() if (loud or self.copied) and value is not None}
+            if loud and quiet:
+                _QUIET.discard(module)
+            elif not (loud or quiet):
+                _QUIET.add(module)
+        return found
+
+
+def statistics_of(modules: Iterable[nn.Module]) -> Copies:
+    """Copies of the running statistics of those among these modules that are in train mode.
+
+    Batch normalisation saves them for a gradient that does not use them, and its forward changes them: a recompute that is compared finds
+    those of the forward.
+    """
+    found = [m for m in modules if m.training and isinstance(m, _NormBase)]
+    named = [(m, name, m._buffers.get(name)) for m in found for name in ("running_mean", "running_var")]
+    return {(id(m), name): b.detach().clone() for m, name, b in named if b is not None}
+
+
+def _with_copies(module: nn.Module, copied: bool) -> list[tuple[str, Tensor, int, Tensor | None]]:
+    """(name, buffer, its version counter, a copy if wanted) of what a forward may write."""
+    buffers = [(name, b) for name, b in module._buffers.items() if b is not None and _is_written(b)]
+    return [(name, b, version_of(b), b.detach().clone() if copied else None) for name, b in buffers]
+
+
+_LOCKS = tuple(RLock() for _ in range(64))
+
+
+@contextmanager
+def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep other threads from exchanging the buffers of these modules.
+
+    Modules share a few locks, taken in one order; a nested chain takes a part of what its outer branch holds.
+    """
+    with ExitStack() as stack:
+        for number in sorted({id(module) // 64 % len(_LOCKS) for module in modules}):
+            stack.enter_context(_LOCKS[number])
+        yield
+
+
+@contextmanager
+def buffers_exchanged(
+    modules: Iterable[nn.Module], copies: Copies | None = None, *, only_training: bool = True, every: bool = False
+) -> Iterator[None]:
+    """Let these modules (not those below them) write to copies of their buffers, and give them the originals back.
+
+    Args:
+        modules: whose buffers are exchanged.
+        copies: older values for some of them.
+        only_training: not of those in eval mode.
+        every: also what is usually a constant (integers).
+
+    Batch normalisation writes its statistics without touching their version counter, so what was written cannot be
+    seen afterwards; and writing values back would race with, and look like, a change by somebody else.
+    """
+    writers = [m for m in modules if m.training or not only_training]
+    kept: list[tuple[nn.Module, str, Tensor]] = []
+    with undisturbed(writers):
+        try:
+            for module in writers:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and (every or _is_written(buffer)):
+                        kept.append((module, name, buffer))
+                        module._buffers[name] = (copies or {}).get((id(module), name), buffer).clone()
+            yield
+        finally:
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def buffers_kept(roots: Iterable[nn.Module], *, only_training: bool = True) -> Iterator[None]:
+    """`buffers_exchanged` for these modules and all below them."""
+    with buffers_exchanged(Inventory.of(roots).writers, only_training=only_training):
+        yield

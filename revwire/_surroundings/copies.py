@@ -1,0 +1,87 @@
+"""Copies of stateful arguments (key-value caches, say): new containers around the same, detached tensors.
+
+A call may write to such an object. A capture, and every recompute, must find it as the forward pass found it, and must not
+write to the caller's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire._surroundings.inventory import version_of
+
+
+def snapshot(obj: Any, tensor: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+    """``obj`` with its structure copied, and ``tensor`` applied to its tensors. Modules and what cannot be copied are shared.
+
+    Tensors are only detached by default: in-place writes to them are not undone; they change a recompute, which is detected.
+    """
+    memo: dict[int, Any] = {}
+    _share(obj, memo, set(), tensor)
+    try:
+        return copy.deepcopy(obj, memo)
+    except Exception:  # noqa: BLE001 - a lock, a generator, a handle: it has no state that a copy could keep
+        return obj
+
+
+def _share(obj: Any, memo: dict[int, Any], seen: set[int], tensor: Callable[[Tensor], Tensor]) -> None:
+    """Tell `copy.deepcopy` what to take for each tensor and module inside ``obj``."""
+    if id(obj) in seen:
+        return
+    seen.add(id(obj))
+    if isinstance(obj, Tensor):
+        memo[id(obj)] = tensor(obj)
+    elif isinstance(obj, nn.Module):
+        memo[id(obj)] = obj
+    elif isinstance(obj, (list, tuple, set)):
+        for item in obj:
+            _share(item, memo, seen, tensor)
+    elif isinstance(obj, dict):
+        for item in obj.values():
+            _share(item, memo, seen, tensor)
+    elif hasattr(obj, "__dict__"):
+        _share(vars(obj), memo, seen, tensor)
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+Versions = list[tuple[Tensor, int]]
+
+
+def detached(value: Any, found: Versions) -> Any:
+    """``value`` with each tensor in it detached, which is noted in ``found``; containers and stateful objects are copied."""
+    if isinstance(value, Tensor):
+        out = value.detach().requires_grad_(value.requires_grad)
+        found.append((out, version_of(out)))
+        return out
+    if type(value) in (list, tuple):
+        return type(value)(detached(v, found) for v in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(detached(v, found) for v in value))
+    if type(value) is dict:
+        return {k: detached(v, found) for k, v in value.items()}
+    return _copied(value)
+
+
+def held(value: Any, found: Versions) -> Any:
+    """As `detached`, for an attribute of a module: objects of other kinds are kept as they are."""
+    return detached(value, found) if isinstance(value, (Tensor, list, tuple, dict)) else value
+
+
+def recalled(value: Any) -> Any:
+    """An extra input for one recompute: the kept tensors themselves, and copies of what the branch may write to."""
+    if type(value) in (list, tuple):
+        return type(value)(recalled(v) for v in value)
+    if type(value) is dict:
+        return {k: recalled(v) for k, v in value.items()}
+    return value if isinstance(value, (Tensor, tuple)) else _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    return value if isinstance(value, _PLAIN) else snapshot(value)

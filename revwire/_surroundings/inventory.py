@@ -1,0 +1,98 @@
+"""What modules own, as a forward found it: weights, buffers and their versions, and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around the forward of a module, its own or global ones."""
+    registry = nn.modules.module
+    return any(getattr(module, h) for h in _HOOKS) or bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
+
+
+Table = dict[str, Any]
+"""The parameters of one module, or its buffers, by name."""
+
+
+Place = tuple[Table, str, Tensor, bool]
+"""Where a module holds a tensor: (its table, the name, the tensor, whether it is a parameter)."""
+
+
+_VERSION = attrgetter("_version")
+
+
+@dataclass(slots=True)
+class Inventory:
+    """What the modules of a branch own.
+
+    Attributes:
+        weights: their parameters.
+        versions: the version counter of each at the time.
+        writers: those that a forward may write buffers of.
+        tables: where their parameters and buffers stand: (the table, what stood in it, whether it is of parameters).
+    """
+
+    weights: list[Tensor]
+    versions: list[int]
+    writers: list[nn.Module]
+    tables: list[tuple[Table, Table, bool]]
+
+    @classmethod
+    def of(cls, roots: Iterable[nn.Module]) -> Inventory:
+        """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
+        weights, writers, tables = list[Tensor](), list[nn.Module](), list[tuple[Table, Table, bool]]()
+        todo: list[nn.Module | None] = list(roots)
+        seen = set[int]()
+        for module in todo:  # grows
+            if module is None or id(module) in seen:
+                continue
+            seen.add(id(module))
+            table, buffers, below = module._parameters, module._buffers, module._modules
+            if table:
+                tables.append((table, table.copy(), True))
+                weights += [w for w in table.values() if w is not None]
+            if buffers:
+                if any(map(_is_written, buffers.values())):
+                    writers.append(module)
+                tables.append((buffers, buffers.copy(), False))
+            if below:
+                todo += below.values()
+        return cls(weights, versions_of(weights), writers, tables)
+
+    def note(self, weight: Tensor) -> None:
+        """Take up one that the branch uses, which no module of it owns."""
+        self.weights.append(weight)
+        self.versions.append(version_of(weight))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks run around the forward of a module, its own or global ones."""
+    registry = nn.modules.module
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or registry._global_forward_hooks or registry._global_forward_pre_hooks)
+
+
+def version_of(x: Tensor) -> int:
+    """The count of in-place writes to ``x``; inference tensors have none."""
+    return -1 if x.is_inference() else x._version
+
+
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """`version_of` each of them."""
+    try:
+        return [*map(_VERSION, tensors)]
+    except RuntimeError:  # inference tensors
+        return [*map(version_of, tensors)]
+
+
+def _is_written(buffer: Tensor | None) -> bool:
+    """Whether a forward may write this buffer: statistics are floats, counters have one element."""
+    return buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)

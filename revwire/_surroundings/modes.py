@@ -1,0 +1,81 @@
+"""Modes that a run depends on: autocast, deterministic kernels, early stop, exporters, transforms."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Let code that is compiled by `torch.compile` run as it was written: compilers refuse to trace what is being observed."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def backward_hooks_left_out(module: nn.Module) -> Iterator[None]:
+    """Let a module (not those below it) forget its full backward hooks."""
+    names = ("_backward_hooks", "_backward_pre_hooks") if module._is_full_backward_hook is not False else ("_backward_pre_hooks",)
+    kept = {name: vars(module)[name] for name in names}
+    vars(module).update({name: OrderedDict() for name in names})
+    try:
+        yield
+    finally:
+        vars(module).update(kept)
+
+
+NOTHING = nullcontext()
+"""A context that does nothing; one serves all."""
+
+
+AutocastState = tuple[bool, torch.dtype]
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Use deterministic kernels where PyTorch has them; where it has none, a warning says so."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def autocast_state(device_type: str) -> AutocastState:
+    """(enabled, dtype) of autocast on a device type."""
+    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+def exporting() -> bool:
+    """Whether an exporter writes this call down: it may have no values, and nothing will be rebuilt."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """Whether a `torch.func` transform is in force: tensors are not what they seem, and saved-tensor hooks do not work there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _hooked() -> bool:
+    """Whether saved-tensor hooks are in force around this call."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def stops_early() -> bool:
+    """Whether recomputes may stop early, as `torch.utils.checkpoint.set_checkpoint_early_stop` says for those of PyTorch."""
+    return getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", None) is not False
+
+
+def stalls(device: torch.device) -> bool:
+    """Whether reading one number from a device waits for all that it has been given to do."""
+    return device.type != "cpu"

@@ -1,0 +1,70 @@
+"""Coupling schemes, one per file, and the spelling users type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from revwire._errors import CouplingError
+from revwire.couplings.base import Coefficients as Coefficients
+from revwire.couplings.base import Coupling as Coupling
+from revwire.couplings.base import Rule as Rule
+from revwire.couplings.bdia import Bdia as Bdia
+from revwire.couplings.bdia_random import RandomBdia as RandomBdia
+from revwire.couplings.dr2net import Dr2Net as Dr2Net
+from revwire.couplings.midpoint import Midpoint as Midpoint
+from revwire.couplings.momentum import Momentum as Momentum
+from revwire.couplings.re2tal import Re2TAL as Re2TAL
+
+DEFAULT = "bdia"
+
+
+BY_PATTERN: dict[str, Coupling] = {"residual": Bdia(1 / 16), "post-activation": Bdia(1 / 16), "block": Bdia(1 / 64)}
+"""What `DEFAULT` stands for, by the pattern of a unit: the largest γ that keeps the pretrained function in the retention benchmarks.
+
+A post-normalised block moves its stream far at every unit, and so needs a smaller γ than the others do.
+"""
+
+
+SPELLINGS: dict[str, tuple[Callable[..., Coupling], int]] = {
+    "re2tal": (Re2TAL, 0),
+    "bdia": (Bdia, 1),
+    "bdia-random": (RandomBdia, 1),
+    "momentum": (Momentum, 1),
+    "dr2net": (Dr2Net, 2),
+    "midpoint": (Midpoint, 2),
+}
+"""What a name makes, and how many numbers may follow it."""
+
+
+def coupling_from(spec: str | Coupling) -> Coupling:
+    """The coupling a user named: a `Coupling`, or a name with its parameters.
+
+    ``"re2tal"``, ``"bdia:1/8"`` (γ), ``"bdia-random:1/2"`` (the magnitude of γ), ``"momentum:1/4"`` (γ), ``"dr2net:1,1/8"`` (α, β),
+    ``"midpoint:1/2,3/2"`` (a, h).
+
+    Raises:
+        CouplingError: the name or its parameter is unknown.
+
+    Example:
+        >>> coupling_from("bdia:1/8").coefficients
+        Coefficients(a=0.875, b=0.125, c=1.125)
+    """
+    if isinstance(spec, Coupling):
+        return spec
+    name, _, parameters = str(spec).partition(":")
+    make, most = SPELLINGS.get(name, (None, 0))
+    values = [_number(spec, text) for text in parameters.split(",")] if parameters else []
+    if make is None or len(values) > most:
+        expected = ", ".join(
+            f"{n!r}" + (f" with {k} number{'s' if k > 1 else ''} after a colon" if k else "") for n, (_, k) in SPELLINGS.items()
+        )
+        raise CouplingError(f"coupling: got {spec!r}; expected {expected}, or a revwire.Coupling")
+    return make(*values)
+
+
+def _number(spec: str | Coupling, text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise CouplingError(f"coupling: got {spec!r}; expected numbers after the colon, as in 'bdia:1/8'") from None
