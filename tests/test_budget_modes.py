@@ -11,6 +11,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from cases import FAST, each_fast_case
 from mixes import LOOKS, SHAPE, STREAM, can_be_repeated, gradients, is_right, leaves_no_other_trace, mixed, modes_of, records_of, same
 from revwire._errors import ReconstructionError
+from revwire._runtime import run as runner
 from revwire.measure import saved_bytes
 from toys import KINDS, WIDTH, PreNorm, Toy, stored
 
@@ -323,10 +324,10 @@ def test_a_state_before_a_stored_run_that_is_written_to_is_an_error(case):
     model, x = mixed(case, "rrs"), torch.randn(SHAPE, requires_grad=True)
     h, seen = x, []
     for unit, branch in zip(model.units[:2], model.branches[:2], strict=True):
-        h, _ = model.chain.apply(unit, branch, h)
+        h, _ = runner.apply(model.chain, unit, branch, h)
         seen.append(h._revwire_link.tape)
     state = seen[-1].state[0]
-    out, _ = model.chain.apply(model.units[2], model.branches[2], h)
+    out, _ = runner.apply(model.chain, model.units[2], model.branches[2], h)
     with torch.no_grad():
         state.add_(1)
     with pytest.raises((ReconstructionError, RuntimeError), match=r"written in place|modified by an inplace operation"):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import revwire
 from cases import CASES
 from revwire._forwards.converted import chains_of
+from revwire._runtime import run as runner
 from revwire._runtime.chunks import Chunk, Cut
 from revwire.measure import peak_bytes
 from toys import KINDS, Blocks, inputs_of, stored, toy
@@ -615,7 +616,7 @@ def test_a_tape_goes_on_where_a_chunk_failed():
     case = next(c for c in CASES if c.exact)
     model = cut_toy(case, KINDS["linear"], count=3, depth=2)
     x, (one, two), chain = inputs_of(model, case), model.units, model.chain
-    state, _ = chain.apply(one, model.branches[0], x)
+    state, _ = runner.apply(chain, one, model.branches[0], x)
 
     def failing(host, part):
         if len(calls) == 2:
@@ -626,9 +627,9 @@ def test_a_tape_goes_on_where_a_chunk_failed():
     calls, branch = [], two.branch
     object.__setattr__(two, "branch", failing)
     with pytest.raises(KeyboardInterrupt):
-        chain.apply(two, model.branches[1], state)
+        runner.apply(chain, two, model.branches[1], state)
     object.__setattr__(two, "branch", branch)
-    out, _ = chain.apply(two, model.branches[1], state)
+    out, _ = runner.apply(chain, two, model.branches[1], state)
     with stored(model):
         true = torch.autograd.grad(model(x).sum(), x)[0]
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], true)

@@ -9,7 +9,7 @@ from torch import nn
 
 import revwire
 from cases import each_fast_case
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire.testing import Step, check_gradients
 
 X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))

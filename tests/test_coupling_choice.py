@@ -11,6 +11,7 @@ import revwire
 from cases import Case
 from revwire import Bdia, ConversionError, Coupling, CouplingError, Dr2Net, Momentum, RandomBdia, Re2TAL, ReconstructionError
 from revwire._forwards.converted import chains_of
+from revwire._runtime import run as runner
 from revwire.couplings.base import Coefficients, Rule, random_signs
 from revwire.measure import saved_bytes
 from toys import KINDS, WIDTH, Dropped, PreNorm, inputs_of, stored, toy
@@ -302,7 +303,7 @@ def test_a_write_to_an_anchor_is_seen():
     model = drifting(2, depth=6)
     x = taps = [inputs_of(model, RANDOM[0])]
     for unit, branch in zip(model.units, model.branches, strict=True):
-        taps.append(model.chain.apply(unit, branch, taps[-1])[0])
+        taps.append(runner.apply(model.chain, unit, branch, taps[-1])[0])
     loss = x[-1].square().sum()
     with torch.no_grad():
         taps[2].mul_(2)

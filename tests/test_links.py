@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from cases import each_exact_case, each_fast_case
+from revwire._runtime import run as runner
 from revwire._runtime.entries import ViewRecord
 from toys import SHAPE, WIDTH, Linear, Weightless, inputs_of, stored, toy
 
 
 def run(model, x, start=0, stop=None):
     for unit, branch in list(zip(model.units, model.branches, strict=True))[start:stop]:
-        x, _ = model.chain.apply(unit, branch, x)
+        x, _ = runner.apply(model.chain, unit, branch, x)
     return x
 
 
@@ -103,10 +104,10 @@ def test_detaching_in_place_cuts_both_streams(case):
 def test_views_between_units(case):
     def function(model, x):
         h = run(model, x, 0, 3)
-        h = model.chain.relayout(lambda t: t.reshape(1, -1, WIDTH), h)
-        h = model.chain.relayout(lambda t: t.transpose(0, 1), h)
+        h = runner.relayout(model.chain, lambda t: t.reshape(1, -1, WIDTH), h)
+        h = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
         h = run(model, h, 3, 6)
-        h = model.chain.relayout(lambda t: t.transpose(0, 1).reshape(SHAPE), h)
+        h = runner.relayout(model.chain, lambda t: t.transpose(0, 1).reshape(SHAPE), h)
         return (run(model, h, 6),)
 
     model = toy(case)
@@ -119,9 +120,9 @@ def test_views_between_units(case):
 def test_views_in_a_frozen_prefix(case):
     def function(model, x):
         h = run(model, x.detach(), 0, 2)
-        h = model.chain.relayout(lambda t: t.transpose(0, 1), h)
+        h = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
         h = run(model, h, 2, 5)
-        h = model.chain.relayout(lambda t: t.transpose(0, 1), h)
+        h = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
         return (run(model, h, 5),)
 
     model = toy(case)
@@ -140,7 +141,7 @@ def test_a_view_in_another_grad_mode_does_not_end_the_chain(case):
     x = inputs_of(model, case)
     h = run(model, x, 0, 3)
     with torch.no_grad():
-        looked = model.chain.relayout(lambda t: t.transpose(0, 1), h)
+        looked = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
     assert torch.equal(looked, h.transpose(0, 1))
     out = run(model, h, 3)
     assert torch.equal(out, model(x))
@@ -152,7 +153,7 @@ def test_a_view_in_another_grad_mode_does_not_end_the_chain(case):
 @pytest.mark.parametrize("view", [lambda t: t[:, 1:], lambda t: t + 0, lambda t: t.expand(2, *t.shape)], ids=["part", "copy", "expand"])
 def test_what_is_not_a_view_of_the_whole_begins_a_new_chain(case, view):
     def function(model, x):
-        return (run(model, model.chain.relayout(view, run(model, x, 0, 3)), 3),)
+        return (run(model, runner.relayout(model.chain, view, run(model, x, 0, 3)), 3),)
 
     model = toy(case)
     same_with_stored_activations(model, case, function, inputs_of(model, case))

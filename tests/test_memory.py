@@ -9,6 +9,7 @@ import torch
 import revwire
 from cases import EXACT, FAST, each_fast_case
 from revwire import ReconstructionError
+from revwire._runtime import run as runner
 from revwire.measure import peak_bytes, saved_bytes
 from revwire.testing import saved_by_autograd
 from toys import WIDTH, Attention, Dropped, PreNorm, attention_extras, stored, toy
@@ -154,13 +155,13 @@ def test_all_of_it_dies_after_a_failed_backward(case):
 def test_all_of_it_dies_after_a_failed_forward(case):
     model = toy(case)
     x = torch.randn(PreNorm.shape, requires_grad=True)
-    h, _ = model.chain.apply(model.units[0], model.branches[0], x)
+    h, _ = runner.apply(model.chain, model.units[0], model.branches[0], x)
     tape = weakref.ref(h._revwire_link.tape)
     handle = model.branches[1].down.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model.chain.apply(model.units[1], model.branches[1], h)
+        runner.apply(model.chain, model.units[1], model.branches[1], h)
     handle.remove()
-    assert torch.equal(model.chain.apply(model.units[1], model.branches[1], h)[0], run_two(model, x))  # it can go on
+    assert torch.equal(runner.apply(model.chain, model.units[1], model.branches[1], h)[0], run_two(model, x))  # it can go on
     del h
     gc.collect()
     assert tape() is None
@@ -168,7 +169,7 @@ def test_all_of_it_dies_after_a_failed_forward(case):
 
 def run_two(model, x):
     for unit, branch in zip(model.units[:2], model.branches[:2], strict=True):
-        x, _ = model.chain.apply(unit, branch, x)
+        x, _ = runner.apply(model.chain, unit, branch, x)
     return x
 
 
@@ -190,11 +191,11 @@ def test_an_extra_input_that_the_chain_made_itself_is_no_cycle(case, without_col
     bias, scale, gates = attention_extras()
 
     def function():
-        h, (weights, _) = model.chain.apply(model.units[0], model.branches[0], x, (bias, scale, gates))
+        h, (weights, _) = runner.apply(model.chain, model.units[0], model.branches[0], x, (bias, scale, gates))
         tape = weakref.ref(h._revwire_link.tape)
         bias_of_its_own, gate_of_its_own = weights.mean(0), h.mean((0, 1))
         for unit, branch in zip(model.units[1:], model.branches[1:], strict=True):
-            h, _ = model.chain.apply(unit, branch, h, (bias_of_its_own, scale, [gate_of_its_own]))
+            h, _ = runner.apply(model.chain, unit, branch, h, (bias_of_its_own, scale, [gate_of_its_own]))
         return h, tape
 
     with stored(model):

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import each_fast_case
 from revwire import ReconstructionError
+from revwire._runtime import run as runner
 from revwire.testing import Step, check_gradients
 from toys import SHAPE, WIDTH, Convolution, Dropped, PreNorm, Toy, inputs_of, stored, toy
 
@@ -56,7 +57,7 @@ def test_a_checkpoint_around_each_block_saves_nothing_more(case):
 
     def function(model, x):
         for unit, branch in zip(model.units, model.branches, strict=True):
-            x = checkpoint(lambda x, unit=unit, branch=branch: model.chain.apply(unit, branch, x)[0], x, use_reentrant=False)
+            x = checkpoint(lambda x, unit=unit, branch=branch: runner.apply(model.chain, unit, branch, x)[0], x, use_reentrant=False)
         return x
 
     model = toy(case, Dropped)
@@ -71,12 +72,12 @@ def test_a_checkpoint_around_each_block_saves_nothing_more(case):
 def test_a_checkpoint_around_a_part_of_a_chain_that_must_recompute_it_is_refused(case, reentrant):
     model = toy(case)
     x = inputs_of(model, case)
-    apply = model.chain.apply
+    chain = model.chain
 
     def part(x):  # begins in the middle of the chain, and holds something that saves a tensor
-        return apply(model.units[1], model.branches[1], x)[0].exp().sin()
+        return runner.apply(chain, model.units[1], model.branches[1], x)[0].exp().sin()
 
-    out = checkpoint(part, apply(model.units[0], model.branches[0], x)[0], use_reentrant=reentrant)
+    out = checkpoint(part, runner.apply(chain, model.units[0], model.branches[0], x)[0], use_reentrant=reentrant)
     with pytest.raises(ReconstructionError, match=r"branches\.1 .*part of the chain inside of torch\.utils\.checkpoint"):
         out.sum().backward()
 

@@ -5,12 +5,13 @@ import torch
 
 from cases import each_exact_case, each_fast_case
 from revwire import ConversionError, ReconstructionError, UnsupportedTransformError
+from revwire._runtime import run as runner
 from toys import SHAPE, WIDTH, Linear, PreNorm, Weightless, inputs_of, toy
 
 
 def run(model, x, start=0, stop=None):
     for unit, branch in list(zip(model.units, model.branches, strict=True))[start:stop]:
-        x, _ = model.chain.apply(unit, branch, x)
+        x, _ = runner.apply(model.chain, unit, branch, x)
     return x
 
 

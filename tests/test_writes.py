@@ -5,6 +5,7 @@ import torch
 
 from cases import FAST, each_fast_case
 from revwire import ReconstructionError
+from revwire._runtime import run as runner
 from toys import Attention, Weightless, attention_extras, inputs_of, stored, toy
 
 FLOAT = [c for c in FAST if not c.exact]
@@ -52,7 +53,7 @@ def test_a_write_to_a_stream_in_float_mode(case, depth):
     x = inputs_of(model, case)
     taps = [x]
     for unit, branch in zip(model.units[:depth], model.branches, strict=False):
-        taps.append(model.chain.apply(unit, branch, taps[-1])[0])
+        taps.append(runner.apply(model.chain, unit, branch, taps[-1])[0])
     out = taps[-1] * 1
     with torch.no_grad():
         taps[-1].add_(1)
@@ -65,11 +66,11 @@ def test_a_write_to_an_older_stream_in_float_mode(case):
     model = toy(case)
     taps = [inputs_of(model, case)]
     for unit, branch in zip(model.units[:4], model.branches, strict=False):
-        taps.append(model.chain.apply(unit, branch, taps[-1])[0])
+        taps.append(runner.apply(model.chain, unit, branch, taps[-1])[0])
     with torch.no_grad():
         taps[-2].add_(1)
     with pytest.raises(ReconstructionError, match="written in place"):
-        model.chain.apply(model.units[4], model.branches[4], taps[-1])
+        runner.apply(model.chain, model.units[4], model.branches[4], taps[-1])
 
 
 @pytest.mark.parametrize("case", FLOAT, ids=str)
@@ -77,7 +78,7 @@ def test_a_write_to_a_stream_behind_the_back_of_autograd(case):
     model = toy(case)
     h = inputs_of(model, case)
     for unit, branch in zip(model.units[:2], model.branches, strict=False):
-        h = model.chain.apply(unit, branch, h)[0]
+        h = runner.apply(model.chain, unit, branch, h)[0]
     out = h * 1
     h.data.add_(1)
     with faulty("rebuilt input differs"):

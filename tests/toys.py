@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import DEPTH
-from revwire._runtime.run import Chain
+from revwire._runtime import run as runner
+from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
 
 WIDTH = 8
@@ -123,7 +124,7 @@ class Toy(nn.Module):
     def forward(self, x, *extras):
         sides = []
         for unit, branch in zip(self.units, self.branches, strict=True):
-            x, extra = self.chain.apply(unit, branch, x, extras)
+            x, extra = runner.apply(self.chain, unit, branch, x, extras)
             sides += extra
         return (x, *sides) if sides else x
 

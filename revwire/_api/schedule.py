@@ -16,7 +16,7 @@ from revwire._forwards.rewired import rewired_of
 from revwire._plan.costed import with_costs
 from revwire._plan.options import Choice, Couplings
 from revwire._plan.plan import PlannedChain
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire.couplings import coupling_from
 from revwire.couplings.base import Coupling
 

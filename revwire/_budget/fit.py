@@ -28,7 +28,7 @@ from revwire._budget.ways import Cutting
 from revwire._errors import BudgetError, ReconstructionError
 from revwire._plan.options import Budget, parse_budget
 from revwire._plan.plan import Forecast, Plan, PlannedChain, Point
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
 
 

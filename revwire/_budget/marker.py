@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from revwire._runtime.autograd_graph import running_pass
+from revwire._runtime.chain import Chain
 from revwire._runtime.entries import UnitRecord
-from revwire._runtime.run import Chain
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams, stream_dtype

@@ -21,7 +21,7 @@ import torch
 from torch.autograd import profiler
 
 from revwire._budget.marker import Mark, Place, _Marker, _Sample
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
 from revwire.measure._memory_trace import _NAME, _standard_error_closed
 

@@ -12,7 +12,7 @@ from revwire._forwards.checkpointed import CheckpointedForward
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import PartedForward
 from revwire._plan.plan import Plan
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 
 _STATE = "_revwire"
 

@@ -16,7 +16,7 @@ from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.cached import MAX_PROGRAMS, ProgramForward
 from revwire._programs.build import input_leaves
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire._splitting.core_function import Parting, parts_of
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import CoreProgram, Sizes, core_program, which

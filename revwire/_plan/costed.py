@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from revwire._plan.plan import PlannedChain, PlannedUnit, _elements
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 
 
 def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:

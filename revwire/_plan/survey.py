@@ -14,7 +14,7 @@ from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped, _elemen
 from revwire._programs.assembly import Program, pattern_of
 from revwire._programs.build import build_graph
 from revwire._programs.calls import Slot
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire._search.chains import CALLER, Search, find_chains
 from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate, can_run_twice

@@ -20,7 +20,7 @@ from revwire._errors import CaptureError
 from revwire._programs.build import HostGraph
 from revwire._programs.calls import Slot, _UnitCall, _ViewCall, writable
 from revwire._programs.compiled import WHOLE_FORWARD, Compiled, after
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
 from revwire._search.residuals import Candidate
 

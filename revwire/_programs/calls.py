@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revwire._runtime.run import Chain
+from revwire._runtime.chain import Chain
+from revwire._runtime.run import relayout, run
 from revwire._runtime.unit import Unit
 from revwire._search.units import UnitKey
 
@@ -35,7 +36,7 @@ class _UnitCall:
         self.unit = unit
 
     def __call__(self, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        return self.chain.run(self.unit, host, x, extras)
+        return run(self.chain, self.unit, host, x, extras)
 
 
 class _ViewCall:
@@ -48,7 +49,7 @@ class _ViewCall:
         self.target = target
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.chain.relayout(lambda t: self.target(t, *args, **kwargs), x)
+        return relayout(self.chain, lambda t: self.target(t, *args, **kwargs), x)
 
 
 def writable(x: Tensor) -> Tensor:

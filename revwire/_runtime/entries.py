@@ -21,8 +21,8 @@ from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import Rule
 
 if TYPE_CHECKING:
+    from revwire._runtime.chain import Chain
     from revwire._runtime.chunks import Chunk
-    from revwire._runtime.run import Chain
     from revwire._runtime.unit import Unit
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from revwire._errors import ReconstructionError
 
 if TYPE_CHECKING:
-    from revwire._runtime.run import Chain
+    from revwire._runtime.chain import Chain
     from revwire._runtime.unit import Unit
 
 

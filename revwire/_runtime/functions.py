@@ -34,7 +34,7 @@ from revwire._surroundings.inventory import version_of
 from revwire.couplings.base import Factor
 
 if TYPE_CHECKING:
-    from revwire._runtime.run import Chain
+    from revwire._runtime.chain import Chain
     from revwire._runtime.unit import Unit
 
 

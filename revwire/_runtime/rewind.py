@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,15 +20,13 @@ from revwire._runtime.autograd_graph import _NO_PASS, _is_checkpointed, recordin
 from revwire._runtime.chunks import joined
 from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
 from revwire._runtime.recompute import _OTHER_CALLS, _Again, _CheckpointWatch, _Enough, _modules_as_found, _name, _never, _UntilEnough
+from revwire._runtime.tape import Tape
 from revwire._runtime.unit import evaluate
 from revwire._streams.samples import Fingerprint, glance, same_glances
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import version_of, versions_of
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.weights import lent
-
-if TYPE_CHECKING:
-    from revwire._runtime.tape import Tape
 
 
 class Rewind:
@@ -325,7 +322,8 @@ class Rewind:
 
 def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:
     """The hook that gives the tensors that the branch of the unit at ``position`` saved, by their numbers: recomputed if need be."""
-    passes, running = tape.passes, torch._C._current_graph_task_id
+    passes: dict[int, Rewind] = tape.passes
+    running = torch._C._current_graph_task_id
 
     def unpack(number: int) -> Tensor:
         here = passes.get(running())

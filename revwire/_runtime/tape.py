@@ -63,10 +63,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._errors import RangeError, ReconstructionError
+from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import SharedDraws, joined, parts_of
 from revwire._runtime.entries import Anchor, Before, Result, Stop, UnitRecord, ViewRecord
 from revwire._runtime.faults import fault
-from revwire._runtime.rewind import Rewind, unpacker
 from revwire._runtime.saving import _WROTE_INPUT
 from revwire._runtime.selective import Products
 from revwire._runtime.unit import evaluate
@@ -82,13 +82,13 @@ from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import PLAIN, Rule
 
 if TYPE_CHECKING:
+    from revwire._runtime.chain import Chain
     from revwire._runtime.chunks import Chunk, Cut
-    from revwire._runtime.run import Chain
     from revwire._runtime.unit import Unit
 
 
-class Kept:
-    """Lives as long as the last unit's activations wait for their backward."""
+Unpacker = Callable[["Tape", int], Callable[[int], Tensor]]
+"""Makes the hook that gives back what the branch of an entry saved."""
 
 
 class Tape:
@@ -104,7 +104,15 @@ class Tape:
     """
 
     def __init__(
-        self, chain: Chain, streams: Streams, state: tuple[Tensor, Tensor], *, position: int, keep: bool, plain: bool = False
+        self,
+        chain: Chain,
+        streams: Streams,
+        state: tuple[Tensor, Tensor],
+        *,
+        position: int,
+        keep: bool,
+        unpacker: Unpacker,
+        plain: bool = False,
     ) -> None:
         self.chain = chain
         self.streams = streams
@@ -119,7 +127,8 @@ class Tape:
         self.now = PLAIN["residual"]  # the rule of the unit that runs now
         self.records: list[UnitRecord | ViewRecord | Anchor | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
-        self.passes: dict[int, Rewind] = {}
+        self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
+        self.unpacker = unpacker
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
         self.norms: list[tuple[Unit, Tensor]] = []
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
@@ -169,7 +178,7 @@ class Tape:
             products, pack = self._products(unit), self._packer(record, x, last)
             if self.chain.meter:
                 pack = self.chain.meter.seeing(pack, record, x)
-            with saved_tensors_hooks(pack, unpacker(self, len(self.records))), products or NOTHING:
+            with saved_tensors_hooks(pack, self.unpacker(self, len(self.records))), products or NOTHING:
                 if writers:
                     with undisturbed(writers):
                         written = Written(writers)

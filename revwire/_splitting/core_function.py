@@ -24,7 +24,7 @@ from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.surroundings import Surroundings
 
 if TYPE_CHECKING:
-    from revwire._runtime.run import Chain
+    from revwire._runtime.chain import Chain
 
 
 _FLOAT_TOLERANCE = 5e-2  # as for a branch in float streams that computes in 16 bits

@@ -39,7 +39,7 @@ from revwire._surroundings.as_found import _modes_kept, left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
 
 if TYPE_CHECKING:
-    from revwire._runtime.run import Chain
+    from revwire._runtime.chain import Chain
     from revwire._runtime.unit import Unit
 
 
