@@ -75,7 +75,9 @@ def is_named_tuple(structure: Any) -> bool:
 
 
 def is_sequence(structure: Any) -> bool:
-    """Lists and tuples whose items say all about them: the plain ones, named tuples, ``torch.Size`` and torch's results."""
+    """Lists and tuples whose items say all about them: the plain ones, named tuples, ``torch.Size`` and torch's
+    results.
+    """
     if type(structure) in (list, tuple, torch.Size) or is_named_tuple(structure):
         return True
     return isinstance(structure, tuple) and type(structure).__module__.startswith("torch.return_types")
@@ -87,7 +89,9 @@ def is_mapping(structure: Any) -> bool:
 
 
 def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:
-    """A structure with ``leaf`` applied to all that is no list, tuple, dict or slice (nor such an `Opaque` with fields)."""
+    """A structure with ``leaf`` applied to all that is no list, tuple, dict or slice (nor such an `Opaque` with
+    fields).
+    """
     if is_sequence(structure):
         items = [mapped(s, leaf) for s in structure]
         if isinstance(structure, list):

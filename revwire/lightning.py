@@ -1,4 +1,5 @@
-"""For Lightning: a callback that moves the coupling of a converted network while it trains. Needs ``pip install 'revwire[lightning]'``.
+"""For Lightning: a callback that moves the coupling of a converted network while it trains. Needs ``pip install
+'revwire[lightning]'``.
 
 Nothing else in revwire needs Lightning, and ``import revwire`` does not import this file.
 """
@@ -23,10 +24,11 @@ except ImportError as error:
 
 
 class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
-    """Steps a `revwire.CouplingSchedule` after each optimizer step or epoch, and keeps its state in Lightning's checkpoints.
+    """Steps a `revwire.CouplingSchedule` after each optimizer step or epoch, and keeps its state in Lightning's
+    checkpoints.
 
-    The way begins at the coupling that the network has when training starts. Accumulated gradients count as the one optimizer step that
-    they make.
+    The way begins at the coupling that the network has when training starts. Accumulated gradients count as the one
+    optimizer step that they make.
 
     Args:
         target: the coupling at the end.
@@ -36,14 +38,15 @@ class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
         submodule: name of the converted network inside the LightningModule; None: the only one there is.
 
     Raises:
-        CouplingError: no such interval; or, when training starts, no converted network of that name, a trainer without an end
-            and no ``total``, or what `revwire.CouplingSchedule` raises.
+        CouplingError: no such interval; or, when training starts, no converted network of that name, a trainer without
+            an end and no ``total``, or what `revwire.CouplingSchedule` raises.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from revwire.lightning import CouplingCallback
         >>> callback = CouplingCallback("dr2net:0,1", shape="cosine")  # for a network converted with "dr2net:1,1/16"
-        >>> trainer = Trainer(max_epochs=3, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        >>> trainer = Trainer(max_epochs=3, callbacks=[callback], **options)
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
         if self.schedule is None or self.schedule.model is not self._network(pl_module):
             total = None if self.shape == "step" else self._total(trainer)
             network = self._network(pl_module)
-            self.schedule = CouplingSchedule(network, self.target, total=total, shape=self.shape, milestones=self.milestones)
+            self.schedule = CouplingSchedule(
+                network, self.target, total=total, shape=self.shape, milestones=self.milestones
+            )
         if self._resumed is not None:
             self.schedule.load_state_dict(self._resumed)
             self._resumed = None
@@ -110,7 +115,9 @@ class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
             return self.total
         whole: float | None = trainer.estimated_stepping_batches if self.interval == "step" else trainer.max_epochs
         if whole is None or not 0 < whole < inf:
-            raise CouplingError(f"CouplingCallback: got no total, and a trainer without an end ({whole}); expected either; pass total=")
+            raise CouplingError(
+                f"CouplingCallback: got no total, and a trainer without an end ({whole}); expected either; pass total="
+            )
         return int(whole)
 
     def _network(self, module: nn.Module) -> nn.Module:

@@ -79,7 +79,9 @@ def check_invertible(
         rebuilt = streams.unstep(current, streams.read(previous), f.to(dtype), rule, bits).state
         previous, current = rebuilt, previous
     error = max(_relative(previous, start), _relative(current, start))
-    assert error <= tolerance, f"{coupling.name}: rebuilt with relative error {error:.3g} after {units} units, not {tolerance:.3g}"
+    assert error <= tolerance, (
+        f"{coupling.name}: rebuilt with relative error {error:.3g} after {units} units, not {tolerance:.3g}"
+    )
     return error
 
 
@@ -99,8 +101,12 @@ def check_consistent(coupling: Coupling) -> None:
 
 
 def check_kept_bits(coupling: Coupling, elements: int = 1000) -> int:
-    """Law: a unit keeps ``kept_bits`` bits per element, packed. Returns the bytes that were kept for ``elements`` elements."""
-    packed = pack_bits(torch.arange(elements, dtype=torch.int32), coupling.kept_bits).nbytes if coupling.kept_bits else 0
+    """Law: a unit keeps ``kept_bits`` bits per element, packed. Returns the bytes that were kept for ``elements``
+    elements.
+    """
+    packed = (
+        pack_bits(torch.arange(elements, dtype=torch.int32), coupling.kept_bits).nbytes if coupling.kept_bits else 0
+    )
     expected = -(-elements // 8) * coupling.kept_bits
     assert packed == expected, f"{coupling.name}: kept {packed} bytes for {elements} elements; expected {expected}"
     return packed
@@ -146,11 +152,14 @@ class Step:
             return cls(outputs, gradients, buffers, list(random_states(_devices(model)).values()))
 
     def assert_like(self, other: Step, *, tolerance: float = 0.0) -> None:
-        """Equal to ``other``: to the bit, or gradients and outputs within a relative ``tolerance`` (of each tensor's norm).
+        """Equal to ``other``: to the bit, or gradients and outputs within a relative ``tolerance`` (of each tensor's
+        norm).
 
         Which gradients exist, the random state, and counters must always agree.
         """
-        assert self.gradients.keys() == other.gradients.keys(), f"gradients of {set(self.gradients) ^ set(other.gradients)} are missing"
+        assert self.gradients.keys() == other.gradients.keys(), (
+            f"gradients of {set(self.gradients) ^ set(other.gradients)} are missing"
+        )
         same = all(torch.equal(a, b) for a, b in zip(self.random_states, other.random_states, strict=True))
         assert same, "the random generator was left in another state"
         mine = {**{f"output {i}": t for i, t in enumerate(self.outputs)}, **self.gradients, **self.buffers}
@@ -169,7 +178,12 @@ def random_projection(output: Any) -> Tensor:
 
 
 def check_gradients(
-    model: nn.Module, inputs: Any, loss: Loss | None = None, *, tolerance: float = 0.0, stored: Stored = stored_activations
+    model: nn.Module,
+    inputs: Any,
+    loss: Loss | None = None,
+    *,
+    tolerance: float = 0.0,
+    stored: Stored = stored_activations,
 ) -> Step:
     """Law: a reversible step equals the same step with stored activations: outputs, gradients, buffers, random state.
 
@@ -214,7 +228,9 @@ def check_revert(model: nn.Module, inputs: Any, **options: Any) -> None:
     before, attributes = Step.of(model, inputs), {n: dict(vars(m)) for n, m in model.named_modules()}
     assert revert(convert(model, inputs, **options)) is model, "revert returned another object"
     for name, module in model.named_modules():
-        assert vars(module).keys() == attributes[name].keys(), f"{name}: attributes {set(vars(module)) ^ set(attributes[name])} changed"
+        assert vars(module).keys() == attributes[name].keys(), (
+            f"{name}: attributes {set(vars(module)) ^ set(attributes[name])} changed"
+        )
         same = all(vars(module)[k] is v or vars(module)[k] == v for k, v in attributes[name].items())
         assert same, f"{name}: an attribute has another value"
     Step.of(model, inputs).assert_like(before)

@@ -1,4 +1,6 @@
-"""The one table that every law draws from: coupling × arithmetic × dtype, each with its declared tolerances and their reasons."""
+"""The one table that every law draws from: coupling × arithmetic × dtype, each with its declared tolerances and their
+reasons.
+"""
 
 from dataclasses import dataclass
 
@@ -32,7 +34,9 @@ class Case:
         return f"{self.coupling.name}-{'exact' if self.exact else 'float'}-{str(self.dtype)[6:]}"
 
 
-_BIT = "rebuilt states have the bits of the forward pass; the oracle sums in another order and does not round to the grid"
+_BIT = (
+    "rebuilt states have the bits of the forward pass; the oracle sums in another order and does not round to the grid"
+)
 _SINGLE = "each rebuilt state is off by a rounding error of float32 (1e-7) per unit after it"
 _DOUBLE = "as in float32, with a rounding error of 1e-16"
 
@@ -44,7 +48,10 @@ CASES = [
         for coupling in (Re2TAL(), Bdia(1 / 2), Bdia(1 / 4), Bdia(1 / 8), Bdia(1 / 16))
         for dtype, oracle in ((torch.float32, 1e-6), (torch.float64, 1e-12))
     ),
-    *(Case(coupling, True, torch.float32, 0.0, 1e-6, _BIT) for coupling in (Momentum(1 / 8), Dr2Net(7 / 8, 1 / 8), Midpoint(1 / 2))),
+    *(
+        Case(coupling, True, torch.float32, 0.0, 1e-6, _BIT)
+        for coupling in (Momentum(1 / 8), Dr2Net(7 / 8, 1 / 8), Midpoint(1 / 2))
+    ),
 ]
 EXACT = [case for case in CASES if case.exact]
 

@@ -55,7 +55,9 @@ def block(forward: Callable[..., Any], init: Callable[[nn.Module], Any] = lambda
 
 
 class Loop(nn.Module):
-    """A loop over blocks that hands each of them the other arguments; what they return besides the stream is collected."""
+    """A loop over blocks that hands each of them the other arguments; what they return besides the stream is
+    collected.
+    """
 
     def __init__(self, kind: Callable[[], nn.Module], depth: int = 3) -> None:
         super().__init__()
@@ -96,13 +98,17 @@ def step(model: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> tuple[li
     torch.manual_seed(seed)
     out = tensors(model(*args, **kwargs))
     loss = sum(
-        (t * torch.linspace(-1, 1, max(t.numel(), 1), dtype=t.dtype)[: t.numel()].reshape(t.shape)).sum() for t in out if t.requires_grad
+        (t * torch.linspace(-1, 1, max(t.numel(), 1), dtype=t.dtype)[: t.numel()].reshape(t.shape)).sum()
+        for t in out
+        if t.requires_grad
     )
     if isinstance(loss, Tensor) and loss.requires_grad:
         loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     found |= {n: b.clone() for n, b in model.named_buffers()}
-    return [t.detach() for t in out], found | {f"argument {i}": t.grad for i, t in enumerate(tensors((args, kwargs))) if t.grad is not None}
+    return [t.detach() for t in out], found | {
+        f"argument {i}": t.grad for i, t in enumerate(tensors((args, kwargs))) if t.grad is not None
+    }
 
 
 def assert_same_step(model: nn.Module, reference: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> None:
@@ -112,7 +118,9 @@ def assert_same_step(model: nn.Module, reference: nn.Module, *args: Any, seed: i
     want = step(reference, *args, seed=seed, **kwargs)
     torch.testing.assert_close(got, want, **TOLERANCE)
     with torch.no_grad():
-        torch.testing.assert_close(step(model, *args, seed=seed, **kwargs)[0], step(reference, *args, seed=seed, **kwargs)[0], **TOLERANCE)
+        torch.testing.assert_close(
+            step(model, *args, seed=seed, **kwargs)[0], step(reference, *args, seed=seed, **kwargs)[0], **TOLERANCE
+        )
 
 
 def twin(model: nn.Module, example: Any = X, **options: Any) -> tuple[nn.Module, nn.Module]:

@@ -78,7 +78,9 @@ class Residual(nn.Module):
 
     def __init__(self, width=8, factor=1):
         super().__init__()
-        self.branch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, factor * width), nn.GELU(), nn.Linear(factor * width, width))
+        self.branch = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, factor * width), nn.GELU(), nn.Linear(factor * width, width)
+        )
 
     def forward(self, x):
         return x + self.branch(x)

@@ -1,4 +1,6 @@
-"""Hypothesis strategies: random residual networks, as chains that are driven directly, and as plain modules for `revwire.convert`."""
+"""Hypothesis strategies: random residual networks, as chains that are driven directly, and as plain modules for
+`revwire.convert`.
+"""
 
 from dataclasses import dataclass
 
@@ -31,11 +33,21 @@ class Shape:
     training: bool
 
     def input(self, dtype=torch.float32):
-        shape = (self.batch, self.width, self.tokens, self.tokens) if self.image else (self.batch, self.tokens, self.width)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1), dtype=torch.float64).to(dtype).requires_grad_()
+        shape = (
+            (self.batch, self.width, self.tokens, self.tokens) if self.image else (self.batch, self.tokens, self.width)
+        )
+        return (
+            torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1), dtype=torch.float64)
+            .to(dtype)
+            .requires_grad_()
+        )
 
     def extras(self, dtype=torch.float32):
-        return (torch.linspace(0.5, 1.5, self.tokens, dtype=dtype).requires_grad_(),) if self.extra and not self.image else ()
+        return (
+            (torch.linspace(0.5, 1.5, self.tokens, dtype=dtype).requires_grad_(),)
+            if self.extra and not self.image
+            else ()
+        )
 
 
 shapes = st.builds(
@@ -64,7 +76,9 @@ class Branch(nn.Module):
         super().__init__()
         self.shape = shape
         self.norm = {"none": nn.Identity, "layer": self.layer_norm, "batch": self.batch_norm}[shape.norm]()
-        self.mix = nn.Conv2d(shape.width, shape.width, 3, padding=1) if shape.image else nn.Linear(shape.width, shape.width)
+        self.mix = (
+            nn.Conv2d(shape.width, shape.width, 3, padding=1) if shape.image else nn.Linear(shape.width, shape.width)
+        )
         self.dropout = nn.Dropout(shape.dropout)
 
     def layer_norm(self):

@@ -103,7 +103,9 @@ def test_the_example_and_the_model_stay_as_they_were():
             self.register_buffer("late", torch.zeros(1))
             return x.mul_(2)
 
-    model = nn.Sequential(Writer(), stack(own_buffer, lambda self: self.register_buffer("count", torch.zeros(4, dtype=torch.long))))
+    model = nn.Sequential(
+        Writer(), stack(own_buffer, lambda self: self.register_buffer("count", torch.zeros(4, dtype=torch.long)))
+    )
     example, state, attributes = X.clone(), {k: v.clone() for k, v in model.state_dict().items()}, dict(vars(model[0]))
     revwire.convert(model, example)
     torch.testing.assert_close(example, X, rtol=0, atol=0)
@@ -112,7 +114,9 @@ def test_the_example_and_the_model_stay_as_they_were():
 
 
 def test_buffers_written_in_opened_code():
-    model, reference = twin(stack(own_buffer, lambda self: self.register_buffer("count", torch.zeros(4, dtype=torch.long))))
+    model, reference = twin(
+        stack(own_buffer, lambda self: self.register_buffer("count", torch.zeros(4, dtype=torch.long)))
+    )
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, X)
 
@@ -122,7 +126,10 @@ def test_buffers_written_in_opened_code():
     [
         (lambda self, x: (setattr(self, "last", self.f(x)), x + self.last)[1], "assigns to its attribute 'last'"),
         (lambda self, x: (self.seen.append(1), x + self.f(x))[1], "assigns to its attribute 'seen'"),
-        (lambda self, x: (setattr(self, "ema", self.ema * 0.9), x + self.f(x) * self.ema)[1], "assigns to its attribute 'ema'"),
+        (
+            lambda self, x: (setattr(self, "ema", self.ema * 0.9), x + self.f(x) * self.ema)[1],
+            "assigns to its attribute 'ema'",
+        ),
     ],
     ids=["tensor", "list", "buffer"],
 )

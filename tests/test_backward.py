@@ -31,7 +31,9 @@ def stored_gradients(model, x, loss):
 def test_autograd_grad(case):
     model = toy(case)
     x = inputs_of(model, case)
-    assert_same(gradients(model(x).square().sum(), model, x), stored_gradients(model, x, lambda y: y.square().sum()), case)
+    assert_same(
+        gradients(model(x).square().sum(), model, x), stored_gradients(model, x, lambda y: y.square().sum()), case
+    )
 
 
 @each_fast_case
@@ -135,7 +137,9 @@ def test_what_one_pass_did_not_reach_is_left_to_the_next(case):
         for unit, branch in zip(model.units, model.branches, strict=True):
             out, _ = runner.apply(model.chain, unit, branch, out)
             taps.append(out)
-        assert_same(upper, torch.autograd.grad(out.sum(), [taps[3], model.branches[6].up.weight], retain_graph=True), case)
+        assert_same(
+            upper, torch.autograd.grad(out.sum(), [taps[3], model.branches[6].up.weight], retain_graph=True), case
+        )
         assert_same(lower, torch.autograd.grad(taps[2], x, torch.ones_like(x)), case)
 
 

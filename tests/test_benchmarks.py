@@ -40,7 +40,9 @@ def test_another_schema_is_refused(tmp_path):
 
 
 def test_published_tables_are_what_the_records_say():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.harness.tables", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.harness.tables", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

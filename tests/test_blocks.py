@@ -1,4 +1,6 @@
-"""Units beyond ``x + F(x)``, one toy each: what stands before the fork, after the sum, outside of the module, or in a cache."""
+"""Units beyond ``x + F(x)``, one toy each: what stands before the fork, after the sum, outside of the module, or in a
+cache.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,9 @@ class TwoWays(nn.Module):
 
 
 class Stages(nn.Module):
-    """The blocks of both stages share one module, which is a part of theirs; the stages differ in what else they hold."""
+    """The blocks of both stages share one module, which is a part of theirs; the stages differ in what else they
+    hold.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +231,8 @@ def test_revert_is_bit_for_bit(toy: Toy, training: bool) -> None:
     torch.testing.assert_close(step(revwire.revert(model.train(training)), X), before, rtol=0, atol=0)
 
 
-# -- what is particular to one of them -----------------------------------------------------------------------------------
+# -- what is particular to one of them
+# -----------------------------------------------------------------------------------
 
 
 def test_the_parts_of_a_sequence_belong_to_the_sequence() -> None:
@@ -254,7 +259,8 @@ def test_a_dropout_after_the_norm_after_the_sum_from_train_to_eval() -> None:
 @pytest.mark.xfail(
     strict=True,
     raises=UserWarning,
-    reason="a unit that was converted with calls after its sum ends after as many, even where more lie before the end of its block",
+    reason="a unit that was converted with calls after its sum ends after as many, even where more lie before the "
+    "end of its block",
 )
 def test_a_dropout_after_the_norm_after_the_sum_from_eval_to_train() -> None:
     model = revwire.convert(stack(dropped_after_the_sum_in_training_only).eval(), X)
@@ -353,7 +359,9 @@ class Remembers(nn.Module):
 def test_what_is_kept_of_an_input_with_its_gradient_is_refused() -> None:
     model, reference = twin(loop_of(Remembers))
     model.eval()
-    with pytest.raises(revwire.CaptureError, match="keeps in its attribute 'kept' what it computed from its input, with the gradient"):
+    with pytest.raises(
+        revwire.CaptureError, match="keeps in its attribute 'kept' what it computed from its input, with the gradient"
+    ):
         model(X.clone().requires_grad_())
     assert all(b.kept is None for b in model.blocks)
     with torch.no_grad():
@@ -391,7 +399,8 @@ def test_a_write_to_foreign_memory_is_refused_with_gradients() -> None:
         model(X, memory=torch.zeros_like(X))
 
 
-# -- whole models --------------------------------------------------------------------------------------------------------
+# -- whole models
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_without_a_chain_is_returned_unchanged() -> None:

@@ -29,7 +29,9 @@ from revwire.measure import peak_bytes
 def transformer(depth=6, width=32, head=2):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.Sequential(nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, head)).train()
+    return nn.Sequential(
+        nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, head)
+    ).train()
 
 
 INPUTS = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
@@ -59,7 +61,9 @@ def test_budgets_as_users_write_them(budget, size):
 
 @pytest.mark.parametrize("budget", [0, -5, "", "much", "6 gigs", "GiB", "1.2.3MB", 1.5, True, "-1GB"])
 def test_what_is_no_budget_is_refused(budget):
-    with pytest.raises(revwire.BudgetError, match=r"memory_budget: got .*; expected a positive number of bytes, '6GiB'"):
+    with pytest.raises(
+        revwire.BudgetError, match=r"memory_budget: got .*; expected a positive number of bytes, '6GiB'"
+    ):
         revwire.convert(transformer(2), INPUTS, memory_budget=budget)
 
 
@@ -116,7 +120,9 @@ def test_the_search_finds_the_fastest_mix_that_fits(seed, chains, exact):
         peak, seconds = costs.forecast(search(costs, budget))
         best = min(s for p, s in points if p <= budget)
         assert peak <= budget
-        assert seconds <= best + 0.25  # one class of bytes is 1/256 of the budget: a unit's arithmetic may be lost to it
+        assert (
+            seconds <= best + 0.25
+        )  # one class of bytes is 1/256 of the budget: a unit's arithmetic may be lost to it
     assert search(costs, low - 1) is None
     assert low <= least(costs) <= low * 1.002 + 1
 
@@ -126,7 +132,9 @@ def test_a_mix_of_two_steps_costs_what_each_says_of_its_own_runs(seed):
     one, two = costs_of(4, seed), costs_of(4, seed + 10, keeps=70)
     for costs in (one, two):
         same = Costs.mixed([costs] * 4)
-        assert [same.forecast(forms) for forms in every_mix(costs)] == [costs.forecast(forms) for forms in every_mix(costs)]
+        assert [same.forecast(forms) for forms in every_mix(costs)] == [
+            costs.forecast(forms) for forms in every_mix(costs)
+        ]
     mixed = Costs.mixed([one, two, two, one])
     assert mixed.starts == [0, 40, 110, 180, 220]
     assert [mixed.own(run, "r") for run in range(4)] == [
@@ -137,7 +145,9 @@ def test_a_mix_of_two_steps_costs_what_each_says_of_its_own_runs(seed):
     ]
     spent = [one.spent[0], two.spent[1], two.spent[2], one.spent[3]]
     assert mixed.seconds == pytest.approx(one.seconds - sum(one.spent) + sum(spent))
-    assert mixed.forecast(["a"] * 4)[1] == pytest.approx(mixed.seconds - sum(c.units[i].gain for i, c in enumerate((one, two, two, one))))
+    assert mixed.forecast(["a"] * 4)[1] == pytest.approx(
+        mixed.seconds - sum(c.units[i].gain for i, c in enumerate((one, two, two, one)))
+    )
 
 
 def test_each_unit_goes_the_coarsest_way_with_which_it_fits():
@@ -146,7 +156,10 @@ def test_each_unit_goes_the_coarsest_way_with_which_it_fits():
         picks = budgets._coarsest(ways, size)
         mixed = Costs.mixed([ways[way] for way in picks])
         for run, way in enumerate(picks):
-            others = [Costs.mixed([*(ways[w] for w in picks[:run]), ways[w], *(ways[w] for w in picks[run + 1 :])]) for w in range(way)]
+            others = [
+                Costs.mixed([*(ways[w] for w in picks[:run]), ways[w], *(ways[w] for w in picks[run + 1 :])])
+                for w in range(way)
+            ]
             assert mixed.own(run, "r") <= size or way == 2
             assert all(other.own(run, "r") > size for other in others)
     smallest, choices = budgets._least(ways)
@@ -162,7 +175,9 @@ def test_every_mix_of_modes_has_a_form():
 
 def test_a_unit_that_is_never_rebuilt_stays_as_it_is():
     costs = costs_of(4, 0)
-    frozen = Measured(costs.measured.places, costs.measured.stretches[:-1], costs.measured.saved, costs.measured.arithmetic)
+    frozen = Measured(
+        costs.measured.places, costs.measured.stretches[:-1], costs.measured.saved, costs.measured.arithmetic
+    )
     assert [u.fixed for u in Costs(frozen, [[0] * 4], [64], [True]).units] == [True, False, False, False]
 
 
@@ -252,7 +267,8 @@ def test_a_copied_model_keeps_its_modes(limits):
 def test_a_budget_that_nothing_fits_names_the_smallest_that_something_does(limits):
     model = transformer()
     with pytest.raises(
-        revwire.BudgetError, match=r"Sequential: got a memory budget of 1000 bytes .* expected at least (\d+) .*pass memory_budget="
+        revwire.BudgetError,
+        match=r"Sequential: got a memory budget of 1000 bytes .* expected at least (\d+) .*pass memory_budget=",
     ) as error:
         revwire.convert(model, INPUTS, memory_budget="1kB")
     smallest = int(str(error.value).split("pass memory_budget=")[1].split()[0])
@@ -272,7 +288,11 @@ def test_a_budget_that_holds_everything_stores_everything_and_says_so(limits):
 def test_a_plan_leaves_the_model_as_it_found_it():
     model = transformer()
     model(INPUTS).sum().backward()
-    grads, state, random = [p.grad for p in model.parameters()], copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    grads, state, random = (
+        [p.grad for p in model.parameters()],
+        copy.deepcopy(model.state_dict()),
+        torch.get_rng_state(),
+    )
     plan = revwire.plan(model, INPUTS, memory_budget="least")
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
@@ -290,7 +310,9 @@ def test_the_first_call_may_be_the_example(limits):
 
 
 def test_a_model_without_gradients_has_no_step_to_measure():
-    with pytest.raises(revwire.BudgetError, match="outputs that need no gradient; expected a step to measure; unfreeze"):
+    with pytest.raises(
+        revwire.BudgetError, match="outputs that need no gradient; expected a step to measure; unfreeze"
+    ):
         revwire.convert(transformer(2).requires_grad_(False), INPUTS, memory_budget="least")
 
 
@@ -378,7 +400,8 @@ class Several(nn.Module):
         super().__init__()
         inner = max(1, int(width * factor))
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)) for _ in range(count)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+            for _ in range(count)
         )
 
     def forward(self, x):
@@ -430,11 +453,15 @@ def test_the_plan_says_where_checkpointing_would_need_less():
     torch.manual_seed(0)
     plan = revwire.plan(swin3d_t(weights=None).train(), torch.randn(1, 3, 16, 56, 56), memory_budget="least", chunks=1)
     assert plan.forecast.checkpoint.peak_bytes < 0.97 * plan.forecast.peak_bytes
-    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 28" in str(plan)
+    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 28" in str(
+        plan
+    )
     assert "would need less" not in str(revwire.plan(transformer(), INPUTS, memory_budget="least", chunks=1))
 
 
-@pytest.mark.parametrize("options", [{"memory_budget": "1GiB"}, {"memory_budget": "least", "chunks": 1}], ids=["fits", "whole"])
+@pytest.mark.parametrize(
+    "options", [{"memory_budget": "1GiB"}, {"memory_budget": "least", "chunks": 1}], ids=["fits", "whole"]
+)
 def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, monkeypatch):
     def never(*_):
         raise AssertionError("it was looked at")
@@ -446,7 +473,9 @@ def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, mo
 
 
 def test_where_no_mix_fits_the_error_says_that_checkpointing_would_need_less():
-    with pytest.raises(revwire.BudgetError, match=r"keeps none.*; torch\.utils\.checkpoint around .* would need less, about"):
+    with pytest.raises(
+        revwire.BudgetError, match=r"keeps none.*; torch\.utils\.checkpoint around .* would need less, about"
+    ):
         revwire.plan(STACKS["narrow"](), INPUTS, memory_budget=1000, chunks=1)
     with pytest.raises(revwire.BudgetError, match="keeps none") as error:
         revwire.plan(transformer(), INPUTS, memory_budget=1000, chunks=1)

@@ -1,4 +1,6 @@
-"""Stored units under autocast, which casts their weights and holds the casts until the forward pass ends, in whichever mode they are."""
+"""Stored units under autocast, which casts their weights and holds the casts until the forward pass ends, in whichever
+mode they are.
+"""
 
 import itertools
 
@@ -39,7 +41,9 @@ class Wide(nn.Module):
 
 
 def stepped(model, x=X, after=0, *, cached=True):
-    """As in training: a forward under autocast, a backward pass outside of it. ``after``: numbers that are there for a moment between."""
+    """As in training: a forward under autocast, a backward pass outside of it. ``after``: numbers that are there for a
+    moment between.
+    """
 
     def run():
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
@@ -65,7 +69,12 @@ def costs_of(model, run, kept=0, x=X):
     """Of a model with one chain, on states like ``x``, of which a reversible unit keeps so many bytes."""
     (chain,) = chains_of(model)
     run()
-    return Costs(measured([chain], run, torch.device("cpu")), [[kept if i else 0 for i in range(chain.length)]], [x.nbytes], [True])
+    return Costs(
+        measured([chain], run, torch.device("cpu")),
+        [[kept if i else 0 for i in range(chain.length)]],
+        [x.nbytes],
+        [True],
+    )
 
 
 def taken(model, run, mix):
@@ -92,7 +101,9 @@ def test_casts_count_once_while_autocast_holds_them(coupling, mix, after):
 
 @pytest.mark.parametrize("mix", ["aaaaaa", "rrssrr", "ssrczy"])
 def test_in_chunks_too_they_are_there_once(mix):
-    """A chunk may wait while those gradients of casts are there that another has already given: counted together, they are too many."""
+    """A chunk may wait while those gradients of casts are there that another has already given: counted together, they
+    are too many.
+    """
     model = converted(chunks=2)
     expected, peak = predicted_and_taken(model, stepped(model), mix)
     assert 0.999 * peak < expected < 1.001 * peak + WEIGHTS
@@ -132,7 +143,9 @@ def test_the_search_counts_as_the_forecast_does(after):
 
 
 def allowed(costs, forms):
-    return all(form in unit.forms(before) for unit, form, before in zip(costs.units, forms, (None, *forms), strict=False))
+    return all(
+        form in unit.forms(before) for unit, form, before in zip(costs.units, forms, (None, *forms), strict=False)
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -241,7 +254,9 @@ def test_what_only_the_loss_holds_is_gone_when_a_unit_has_its_turn(share):
 
 
 def test_a_run_that_is_stored_to_the_end_has_its_states_besides():
-    """Hidden states that a model keeps, in 16 bits, and a stored run of many units: the streams it has come to are there in forward."""
+    """Hidden states that a model keeps, in 16 bits, and a stored run of many units: the streams it has come to are
+    there in forward.
+    """
     x = torch.randn(512, 32)
     model = under_autocast(Deep(keeps=True), x)
     run = stepped(model, x)
@@ -289,7 +304,10 @@ def test_casts_of_an_input_are_one_in_a_recompute_and_several_when_stored():
     model = under_autocast(Blocks(Thrice, depth=4), x)
     run = stepped(model, x)
     costs = costs_of(model, run, x=x)
-    assert [u.saved - u.rebuilt for u in costs.units] == [0, *[2 * x.nbytes // 2] * 3]  # the first needs no gradient of x
+    assert [u.saved - u.rebuilt for u in costs.units] == [
+        0,
+        *[2 * x.nbytes // 2] * 3,
+    ]  # the first needs no gradient of x
     assert costs.forecast(list("aaaa"))[0] == pytest.approx(taken(model, run, "aaaa"), rel=0.06)
 
 

@@ -1,4 +1,6 @@
-"""Units that are stored or checkpointed inside of a reversible chain: the same function, the same gradients to the bit; what is kept."""
+"""Units that are stored or checkpointed inside of a reversible chain: the same function, the same gradients to the bit;
+what is kept.
+"""
 
 import copy
 from functools import partial
@@ -9,7 +11,19 @@ import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from cases import FAST, each_fast_case
-from mixes import LOOKS, SHAPE, STREAM, can_be_repeated, gradients, is_right, leaves_no_other_trace, mixed, modes_of, records_of, same
+from mixes import (
+    LOOKS,
+    SHAPE,
+    STREAM,
+    can_be_repeated,
+    gradients,
+    is_right,
+    leaves_no_other_trace,
+    mixed,
+    modes_of,
+    records_of,
+    same,
+)
 from revwire._errors import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import saved_bytes
@@ -57,7 +71,10 @@ def test_a_run_of_stored_units_costs_its_activations_and_two_states(case):
     assert abs(held("rsssr") - held("rssr") - unit) < 2048
     assert abs(held("rsrrr") - held("rrrrr") - (unit - bits + 2 * STREAM)) < 4096
     for mix, count in {"rrrcr": 1, "rcrcr": 2, "rccrr": 2, "rrcsr": 1, "rrsscr": 1, "rrscr": 0}.items():
-        without, units = mix.replace("c", "r"), mix.count("c")  # a single stored unit before it keeps that state as well
+        without, units = (
+            mix.replace("c", "r"),
+            mix.count("c"),
+        )  # a single stored unit before it keeps that state as well
         assert abs(held(mix) - held(without) - (count * STREAM - units * bits)) < units * LOOKS
 
 
@@ -316,7 +333,9 @@ def test_a_chain_that_is_stored_as_a_whole_holds_no_streams(case):
     model, x = mixed(case, "ssss"), torch.randn(SHAPE, requires_grad=True)
     with stored(model):
         autograd = saved_bytes(lambda: model(x))
-    assert abs(saved_bytes(lambda: model(x)) - autograd + 2 * STREAM) < 2048  # there, the last two states live on with the graph
+    assert (
+        abs(saved_bytes(lambda: model(x)) - autograd + 2 * STREAM) < 2048
+    )  # there, the last two states live on with the graph
 
 
 @each_fast_case

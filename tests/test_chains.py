@@ -71,7 +71,9 @@ def test_residuals_inside_a_branch_stay_in_it():
 
 
 def test_a_change_of_shape_ends_a_chain():
-    model = nn.Sequential(*stack(pre_norm, depth=2).blocks, nn.Linear(8, 16), nn.Linear(16, 8), *stack(pre_norm, depth=2).blocks).double()
+    model = nn.Sequential(
+        *stack(pre_norm, depth=2).blocks, nn.Linear(8, 16), nn.Linear(16, 8), *stack(pre_norm, depth=2).blocks
+    ).double()
     assert [len(c.units) for c in plan(model).chains] == [2, 2]
 
 
@@ -112,7 +114,11 @@ def test_additions_of_numbers_are_no_residuals():
 
 def test_integer_and_complex_sums_are_refused():
     found = plan(
-        stack(lambda self, x: torch.view_as_real((c := torch.view_as_complex(self.f(x).view(2, 5, 4, 2))) + c.sin()).view(2, 5, 8))
+        stack(
+            lambda self, x: torch.view_as_real((c := torch.view_as_complex(self.f(x).view(2, 5, 4, 2))) + c.sin()).view(
+                2, 5, 8
+            )
+        )
     )
     assert all("not floating point" in s.reason for s in found.skipped)
     assert len(found.skipped) == 3
@@ -186,7 +192,9 @@ def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
 
 def test_what_follows_the_sum_may_lie_outside_of_its_module():
     torch.manual_seed(0)
-    blocks = [nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.LayerNorm(8), nn.Tanh()) for _ in range(3)]
+    blocks = [
+        nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.LayerNorm(8), nn.Tanh()) for _ in range(3)
+    ]
     model, reference = twin(nn.Sequential(*blocks).double())
     assert [u.host for u in revwire.report(model).units] == ["0", "1", "2"]
     assert_same_step(model, reference, X)

@@ -1,4 +1,6 @@
-"""Modules outside of chains under activation checkpointing: which, what it saves, that gradients and statistics stay, what is refused."""
+"""Modules outside of chains under activation checkpointing: which, what it saves, that gradients and statistics stay,
+what is refused.
+"""
 
 import copy
 import pickle
@@ -17,7 +19,9 @@ X = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Block(nn.Module):
-    """A residual block with batch normalisation and dropout; with another width or stride, and a shortcut that is computed."""
+    """A residual block with batch normalisation and dropout; with another width or stride, and a shortcut that is
+    computed.
+    """
 
     def __init__(self, width, out=None, stride=1):
         super().__init__()
@@ -66,13 +70,24 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     ("wish", "names"),
-    [(None, ()), ("stays", ("two.0",)), ([], ()), ("stem", ("stem",)), (["stem", "stays"], ("stem", "two.0")), ("two.0.*", None)],
+    [
+        (None, ()),
+        ("stays", ("two.0",)),
+        ([], ()),
+        ("stem", ("stem",)),
+        (["stem", "stays"], ("stem", "two.0")),
+        ("two.0.*", None),
+    ],
 )
 def test_what_is_named_is_checkpointed_and_computes_the_same(wish, names):
     names = ("two.0.one", "two.0.norm", "two.0.dropout", "two.0.two", "two.0.shortcut") if names is None else names
     plain = revwire.convert(Stages(), X)
     model = revwire.convert(Stages(), X, checkpoint=wish)
-    assert set(revwire.report(model).checkpointed) == set(revwire.plan(Stages(), X, checkpoint=wish).checkpointed) == set(names)
+    assert (
+        set(revwire.report(model).checkpointed)
+        == set(revwire.plan(Stages(), X, checkpoint=wish).checkpointed)
+        == set(names)
+    )
     assert {n for n, m in model.named_modules() if checkpointed_of(m)} == set(names)
     assert same(results(model), results(plain))
     assert same(results(model), results(plain))  # a second step, from the statistics of the first
@@ -91,13 +106,16 @@ def test_it_keeps_less():
     model, other = revwire.convert(wide(), WIDE), revwire.convert(wide(), WIDE, checkpoint="stays")
     inside, block = torch.randn(8, 8, 16, 16, requires_grad=True), wide().two[0]
     activations = saved_bytes(lambda: block(inside)) - 2 * inside.nbytes  # its output is there in any case
-    assert abs(saved_bytes(lambda: model(WIDE)) - saved_bytes(lambda: other(WIDE)) - activations) < 8192  # random state is kept
+    assert (
+        abs(saved_bytes(lambda: model(WIDE)) - saved_bytes(lambda: other(WIDE)) - activations) < 8192
+    )  # random state is kept
 
 
 def test_the_outermost_module_is_taken_and_none_that_holds_or_is_a_part_of_a_chain():
     model = Stages()
     with pytest.raises(
-        revwire.ConversionError, match=r"checkpoint: got 'one\*', under which no module can be checkpointed; expected modules"
+        revwire.ConversionError,
+        match=r"checkpoint: got 'one\*', under which no module can be checkpointed; expected modules",
     ):
         revwire.convert(model, X, checkpoint="one*")
     with pytest.raises(revwire.ConversionError, match="not converted"):
@@ -162,7 +180,8 @@ def test_a_weight_that_was_written_to_is_an_error():
     with torch.no_grad():
         model.two[0].norm.weight.add_(1)
     with pytest.raises(
-        revwire.ReconstructionError, match=r"two\.0 \(checkpointed\): between forward and backward, its weight 'norm.weight'"
+        revwire.ReconstructionError,
+        match=r"two\.0 \(checkpointed\): between forward and backward, its weight 'norm.weight'",
     ):
         loss.backward()
 
@@ -334,11 +353,14 @@ def test_what_changes_before_backward_is_an_error(run):
     x = torch.randn(4, 8)
     model = revwire.convert(Around(Scale(), lambda m, x: m(x)), x, checkpoint="middle")
     loss = run(model, x.requires_grad_()).square().sum()
-    with pytest.raises((revwire.ReconstructionError, RuntimeError), match=r"computed other values|modified by an inplace operation"):
+    with pytest.raises(
+        (revwire.ReconstructionError, RuntimeError), match=r"computed other values|modified by an inplace operation"
+    ):
         loss.backward()
 
 
-# -- under a memory budget -------------------------------------------------------------------------------------------------
+# -- under a memory budget
+# -------------------------------------------------------------------------------------------------
 
 
 def step(model):
@@ -358,7 +380,10 @@ def test_the_planner_checkpoints_what_stays_where_that_is_what_it_takes():
 
 
 def test_a_budget_takes_no_more_than_it_needs():
-    low, high = (revwire.plan(wide(), WIDE, memory_budget="least", checkpoint=wish, chunks=1).forecast.peak_bytes for wish in (None, []))
+    low, high = (
+        revwire.plan(wide(), WIDE, memory_budget="least", checkpoint=wish, chunks=1).forecast.peak_bytes
+        for wish in (None, [])
+    )
     assert low < high
     for budget, names in ((low + 4096, ("two.0",)), (2 * high, ())):
         model = revwire.convert(wide(), WIDE, memory_budget=budget, chunks=1)
@@ -378,7 +403,9 @@ def test_chunks_that_the_caller_wants_leave_the_choice_to_the_planner():
 
 def test_every_unit_stored_means_the_network_as_it_is():
     """What a plan gives up for memory is not in its forecast of a step that gives up nothing."""
-    chosen, forbidden = (revwire.plan(wide(), WIDE, memory_budget="least", chunks=1, checkpoint=wish) for wish in (None, []))
+    chosen, forbidden = (
+        revwire.plan(wide(), WIDE, memory_budget="least", chunks=1, checkpoint=wish) for wish in (None, [])
+    )
     assert chosen.checkpointed
     assert chosen.forecast.stored.peak_bytes == forbidden.forecast.stored.peak_bytes
     roomy = 2 * chosen.forecast.stored.peak_bytes

@@ -32,7 +32,9 @@ def gradients(model, *inputs, **keywords):
     torch.manual_seed(1)
     out = model(*inputs, **keywords)
     out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
-    return torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    return torch.autograd.grad(
+        out.square().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+    )
 
 
 def check(model, switch, example, before):
@@ -82,7 +84,13 @@ def test_timm(before):
 @each_kind
 @pytest.mark.parametrize("kind", [(BertConfig, BertModel), (LlamaConfig, LlamaModel)], ids=["post-norm", "pre-norm"])
 def test_hugging_face(kind, before, reentrant):
-    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    }
     model = kind[1](kind[0](**config)).train()
 
     def switch(model, on):
@@ -92,4 +100,12 @@ def test_hugging_face(kind, before, reentrant):
             model.gradient_checkpointing_disable()
 
     ids = torch.randint(0, 50, (2, 7))
-    assert check(model, switch, {"input_ids": ids, "use_cache": False} if kind[1] is LlamaModel else {"input_ids": ids}, before) == 6
+    assert (
+        check(
+            model,
+            switch,
+            {"input_ids": ids, "use_cache": False} if kind[1] is LlamaModel else {"input_ids": ids},
+            before,
+        )
+        == 6
+    )

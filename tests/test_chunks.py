@@ -1,4 +1,6 @@
-"""Units in chunks: the function and its gradients are those of stored activations to the bit, and the memory is that of one chunk."""
+"""Units in chunks: the function and its gradients are those of stored activations to the bit, and the memory is that of
+one chunk.
+"""
 
 import copy
 import pickle
@@ -26,7 +28,9 @@ class Block(nn.Module):
     def __init__(self, branch):
         super().__init__()
         self.branch = branch
-        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x, *extras):
         x = x + self.branch(x, *extras)
@@ -64,7 +68,9 @@ class Windows(nn.Module):
 
 
 class ShiftedWindows(Windows):
-    """Attention within windows of four tokens that are shifted by two, masked at the border; of four tokens: one window."""
+    """Attention within windows of four tokens that are shifted by two, masked at the border; of four tokens: one
+    window.
+    """
 
     def forward(self, x):
         n = x.shape[1]
@@ -230,7 +236,10 @@ def windows_of(model):
 
 @pytest.mark.parametrize(
     ("make", "ends", "lengths"),
-    [(Windows, (4, 8, 12), {2: [4, 4, 4], 3: [4, 4, 4]}), (ShiftedWindows, (2, 6, 10, 12), {2: [2, 4, 4, 2], 3: [2, 4, 4, 2]})],
+    [
+        (Windows, (4, 8, 12), {2: [4, 4, 4], 3: [4, 4, 4]}),
+        (ShiftedWindows, (2, 6, 10, 12), {2: [2, 4, 4, 2], 3: [2, 4, 4, 2]}),
+    ],
 )
 @pytest.mark.parametrize("exact", [True, False])
 def test_windows_of_one_clip_run_each_by_itself(make, ends, lengths, exact):
@@ -241,7 +250,9 @@ def test_windows_of_one_clip_run_each_by_itself(make, ends, lengths, exact):
         assert [c.length for c in cut.chunks_of((1, 12, WIDTH))] == expected
         assert revwire.verify(model, INPUTS[:1]).bit_exact or not exact
         out = model(INPUTS[:1])
-        torch.testing.assert_close(out, revwire.convert(Net(make), INPUTS[:1], exact=exact, coupling="re2tal")(INPUTS[:1]))
+        torch.testing.assert_close(
+            out, revwire.convert(Net(make), INPUTS[:1], exact=exact, coupling="re2tal")(INPUTS[:1])
+        )
         assert revwire.verify(model, INPUTS).bit_exact or not exact  # there, the batch is cut
 
 
@@ -326,7 +337,10 @@ def test_dropout_of_single_results_keeps_windows_from_being_cut():
 def test_an_example_of_one_sample_tells_what_a_batch_may_do():
     model = revwire.convert(Net(Attention), INPUTS[:1], chunks=2)
     assert dims_of(model) == [(0,), (1,)]
-    assert [u.chunks for u in revwire.report(model).units[:2]] == [1, 2]  # the tokens of an MLP, and of attention nothing
+    assert [u.chunks for u in revwire.report(model).units[:2]] == [
+        1,
+        2,
+    ]  # the tokens of an MLP, and of attention nothing
     model = revwire.convert(Net(lambda: nn.Sequential(linear(), nn.Dropout(0.2))), INPUTS[:1], chunks=2)
     assert dims_of(model) == [(0,), (1,)]
     for inputs in (INPUTS[:1], INPUTS, INPUTS[:5, :7]):
@@ -361,7 +375,9 @@ def chunks_run(model, *inputs):
 
 
 def test_extra_inputs_of_another_kind_than_in_the_example_let_a_unit_run_whole():
-    """Six samples of six tokens: whether a size of six is the batch cannot be told, and a mask that the example had not may be anything."""
+    """Six samples of six tokens: whether a size of six is the batch cannot be told, and a mask that the example had not
+    may be anything.
+    """
     bias = torch.randn(6, 12, 12)
     model = revwire.convert(Net(Attention), (INPUTS, bias[:1]), chunks=3)
     assert chunks_run(model, INPUTS, bias[:1]) == chunks_run(model, INPUTS[:3], bias[:1]) == 3
@@ -653,7 +669,9 @@ def test_faults_are_found_in_any_chunk():
     model = revwire.convert(Net(lambda: Moody(WIDTH, WIDTH), depth=1), INPUTS, chunks=3)
     loss = model(INPUTS.clone().requires_grad_()).sum()
     Moody.moody = Moody.calls + 2  # the recompute of the second chunk
-    with pytest.raises(revwire.ReconstructionError, match=r"its branch computed other values|its rebuilt input differs"):
+    with pytest.raises(
+        revwire.ReconstructionError, match=r"its branch computed other values|its rebuilt input differs"
+    ):
         loss.backward()
     with pytest.raises(revwire.ReconstructionError, match="retain_graph=True"):
         loss.backward()
@@ -706,7 +724,10 @@ def test_a_backward_pass_holds_the_activations_of_one_chunk():
 
 def test_the_peak_does_not_grow_with_depth_but_for_the_kept_bits():
     inputs = torch.randn(16, 256, WIDTH)
-    peaks = [peak_bytes(step(revwire.convert(Net(linear, depth), inputs, coupling="re2tal", chunks=4), inputs)) for depth in (4, 16)]
+    peaks = [
+        peak_bytes(step(revwire.convert(Net(linear, depth), inputs, coupling="re2tal", chunks=4), inputs))
+        for depth in (4, 16)
+    ]
     assert peaks[1] < 1.05 * peaks[0]
 
 
@@ -746,7 +767,9 @@ def test_only_units_that_need_it_are_cut_for_a_budget(budget):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     whole = revwire.plan(model, inputs, memory_budget="least", chunks=1).forecast.peak_bytes
-    revwire.convert(model, inputs, memory_budget=budget if budget == "least" else int(budget * whole), coupling="re2tal")
+    revwire.convert(
+        model, inputs, memory_budget=budget if budget == "least" else int(budget * whole), coupling="re2tal"
+    )
     first, second = ([u.chunks for u in chain.units] for chain in revwire.report(model).chains)
     assert min(first) < max(first) or min(first) > 1
     assert max(first) > max(second)

@@ -71,7 +71,9 @@ def test_verify_passes(options):
 
 
 def test_verify_that_fails_ends_with_1(monkeypatch):
-    failed = revwire.Check(bit_exact=False, reconstruction_error=1.0, gradient_error=1.0, output_equal=False, units=(), inexact=("weight",))
+    failed = revwire.Check(
+        bit_exact=False, reconstruction_error=1.0, gradient_error=1.0, output_equal=False, units=(), inexact=("weight",)
+    )
     monkeypatch.setattr(revwire, "verify", lambda *_: failed)
     assert invoke("verify", TOY, *SHAPE).exit_code == 1
 
@@ -153,7 +155,9 @@ def test_zoo_models_come_with_shapes(name, shapes):
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("revwire.cli.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^revwire: the command line needs typer and rich: pip install 'revwire\[cli\]'$"):
+    with pytest.raises(
+        SystemExit, match=r"^revwire: the command line needs typer and rich: pip install 'revwire\[cli\]'$"
+    ):
         main()
 
 

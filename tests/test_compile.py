@@ -33,7 +33,9 @@ def test_a_compiled_model_has_the_gradients_of_stored_activations(case, backend)
     with stored(model.chain):
         true = torch.autograd.grad(model(x, *extras).sum(), [x, *model.parameters()])
     for a, b in zip(got, true, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(b.abs().amax()) + 10 * case.stored)  # the ends are compiled
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=1e-6 * float(b.abs().amax()) + 10 * case.stored
+        )  # the ends are compiled
 
 
 class Child(nn.Module):
@@ -45,7 +47,9 @@ class Child(nn.Module):
         return x + self.f(self.norm(x))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch looks at its own example
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # PyTorch looks at its own example
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_part_of_a_branch_that_is_compiled(when):
     torch.manual_seed(0)

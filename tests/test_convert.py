@@ -29,7 +29,12 @@ class Named(nn.Module):
 
 def test_the_model_stays_the_same_object():
     model = Named()
-    before = type(model), list(model.state_dict()), [id(p) for p in model.parameters()], [id(m) for m in model.modules()]
+    before = (
+        type(model),
+        list(model.state_dict()),
+        [id(p) for p in model.parameters()],
+        [id(m) for m in model.modules()],
+    )
     assert revwire.convert(model, X) is model
     after = type(model), list(model.state_dict()), [id(p) for p in model.parameters()], [id(m) for m in model.modules()]
     assert after == before
@@ -75,7 +80,9 @@ def test_weights_that_were_trained_meanwhile_stay():
     torch.testing.assert_close(revwire.revert(model).state_dict(), weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("example", [X, (X,), {"x": X}, {"x": X, "scale": 2.0}], ids=["tensor", "tuple", "dict", "dict with flag"])
+@pytest.mark.parametrize(
+    "example", [X, (X,), {"x": X}, {"x": X, "scale": 2.0}], ids=["tensor", "tuple", "dict", "dict with flag"]
+)
 def test_kinds_of_examples(example):
     assert len(revwire.report(revwire.convert(Named(), example)).units) == 3
 
@@ -102,7 +109,9 @@ def test_converting_twice_is_refused():
 
 @pytest.mark.parametrize("call", [revwire.report, revwire.revert])
 def test_what_is_not_converted_cannot_be_reported_or_reverted(call):
-    with pytest.raises(revwire.ConversionError, match=r"not converted; .* call revwire.convert\(model, example_inputs\)"):
+    with pytest.raises(
+        revwire.ConversionError, match=r"not converted; .* call revwire.convert\(model, example_inputs\)"
+    ):
         call(Named())
 
 
@@ -124,7 +133,9 @@ def test_a_model_without_residuals_is_returned_as_it_is():
 
 
 def test_float_streams_that_would_lose_the_input_are_refused():
-    with pytest.raises(revwire.CouplingError, match=r"exact=False .* rebuild a state with a relative error .* pass exact=True"):
+    with pytest.raises(
+        revwire.CouplingError, match=r"exact=False .* rebuild a state with a relative error .* pass exact=True"
+    ):
         revwire.convert(stack(pre_norm, depth=8), X, coupling="bdia:1/8", exact=False)
 
 
@@ -176,7 +187,10 @@ def test_half_precision_and_memory_formats():
         assert model(example)[0].dtype == dtype
     convolutions = nn.Sequential(*(Convolution() for _ in range(3))).double()
     model, reference = twin(convolutions, torch.randn(2, 4, 6, 6, dtype=torch.float64))
-    for image in (torch.randn(2, 4, 5, 7).double(), torch.randn(2, 4, 6, 6).double().to(memory_format=torch.channels_last)):
+    for image in (
+        torch.randn(2, 4, 5, 7).double(),
+        torch.randn(2, 4, 6, 6).double().to(memory_format=torch.channels_last),
+    ):
         assert_same_step(model, reference, image)
 
 

@@ -23,7 +23,9 @@ def converted(case):
 
 
 @each_fast_case
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 def test_a_copy_of_a_converted_model_is_one(case, how, used):
     model = converted(case)
@@ -38,7 +40,9 @@ def test_a_copy_of_a_converted_model_is_one(case, how, used):
 
 
 def chains(model):
-    return {id(c): c for m in model.modules() for s in getattr(vars(m).get("forward"), "slots", []) for c in [s.chain]}.values()
+    return {
+        id(c): c for m in model.modules() for s in getattr(vars(m).get("forward"), "slots", []) for c in [s.chain]
+    }.values()
 
 
 @each_fast_case

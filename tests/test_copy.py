@@ -59,7 +59,9 @@ def test_a_copy_of_a_waiting_model_waits_for_its_own_call(copied):
 
 
 def replicas_of(model, scale):
-    """What `nn.DataParallel` makes of a model, without a device: copies of the modules, their weights as plain tensors."""
+    """What `nn.DataParallel` makes of a model, without a device: copies of the modules, their weights as plain
+    tensors.
+    """
     modules = list(model.modules())
     copies = [m._replicate_for_data_parallel() for m in modules]
     for module, replica in zip(modules, copies, strict=True):

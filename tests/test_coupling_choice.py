@@ -9,19 +9,34 @@ from torch import nn
 
 import revwire
 from cases import Case
-from revwire import Bdia, ConversionError, Coupling, CouplingError, Dr2Net, Momentum, RandomBdia, Re2TAL, ReconstructionError
+from revwire import (
+    Bdia,
+    ConversionError,
+    Coupling,
+    CouplingError,
+    Dr2Net,
+    Momentum,
+    RandomBdia,
+    Re2TAL,
+    ReconstructionError,
+)
 from revwire._forwards.converted import chains_of
 from revwire._runtime import run as runner
 from revwire.couplings.base import Coefficients, Rule, random_signs
 from revwire.measure import saved_bytes
 from toys import KINDS, WIDTH, Dropped, PreNorm, inputs_of, stored, toy
 
-RANDOM = [Case(RandomBdia(g), True, torch.float32, 0.0, 0.0, "signs are drawn from the same random state") for g in (1 / 2, 1 / 4)]
+RANDOM = [
+    Case(RandomBdia(g), True, torch.float32, 0.0, 0.0, "signs are drawn from the same random state")
+    for g in (1 / 2, 1 / 4)
+]
 
 
 def network(depth=3):
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(16, 2))
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(16, 2)
+    )
 
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -37,7 +52,8 @@ def same(a, b):
     return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# -- random signs -------------------------------------------------------------------------------------------------------------
+# -- random signs
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", RANDOM, ids=str)
@@ -81,10 +97,13 @@ def test_random_signs_in_eval_mode_are_the_original_network():
     assert same(gradients(model, X), original)
 
 
-# -- one coupling for each unit -----------------------------------------------------------------------------------------------
+# -- one coupling for each unit
+# -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("couplings", [[Re2TAL(), Bdia(1 / 16)], [Bdia(1 / 2), Momentum(1 / 8), RandomBdia(1 / 4)]], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "couplings", [[Re2TAL(), Bdia(1 / 16)], [Bdia(1 / 2), Momentum(1 / 8), RandomBdia(1 / 4)]], ids=["two", "three"]
+)
 def test_couplings_can_be_mixed_in_one_chain(couplings):
     torch.manual_seed(0)
     mixed = [couplings[i % len(couplings)] for i in range(6)]
@@ -107,11 +126,14 @@ def test_globs_choose_the_coupling_of_units_and_hosts():
 
 
 def test_a_glob_that_matches_nothing_is_an_error():
-    with pytest.raises(ConversionError, match=r"got the glob 'blocks\.\*', which matches no unit; expected one that does: 1\.layers\.0"):
+    with pytest.raises(
+        ConversionError, match=r"got the glob 'blocks\.\*', which matches no unit; expected one that does: 1\.layers\.0"
+    ):
         revwire.convert(network(), X, coupling={"blocks.*": "re2tal"})
 
 
-# -- changes ------------------------------------------------------------------------------------------------------------------
+# -- changes
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_set_coupling_gives_what_a_fresh_conversion_gives():
@@ -177,7 +199,8 @@ def test_globs_leave_other_units_as_they_are():
     assert [c.name for c in chains_of(model)[0].couplings] == ["bdia:1/2"] * 4 + ["re2tal"] * 2
 
 
-# -- schedules ----------------------------------------------------------------------------------------------------------------
+# -- schedules
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_schedule_in_exact_streams_goes_by_powers_of_two_and_stays_exact():
@@ -228,14 +251,23 @@ def test_a_schedule_goes_on_from_its_state():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: revwire.CouplingSchedule(m, "re2tal", total=3), r"got a way to 're2tal'; expected a coupling of the same kind"),
+        (
+            lambda m: revwire.CouplingSchedule(m, "re2tal", total=3),
+            r"got a way to 're2tal'; expected a coupling of the same kind",
+        ),
         (lambda m: revwire.CouplingSchedule(m, "bdia:1/2"), r"got total=None; expected the number of steps"),
         (
             lambda m: revwire.CouplingSchedule(m, "bdia:1/2", shape="step", milestones=[4, 2]),
             r"got milestones \[4, 2\]; expected ascending",
         ),
-        (lambda m: revwire.CouplingSchedule(m, "bdia:1/2", shape="square", total=1), r"got shape 'square'; expected 'linear'"),
-        (lambda m: revwire.CouplingSchedule(m, "bdia:1/2", total=1).load_state_dict({"count": 1}), r"got a state with \['count'\]"),
+        (
+            lambda m: revwire.CouplingSchedule(m, "bdia:1/2", shape="square", total=1),
+            r"got shape 'square'; expected 'linear'",
+        ),
+        (
+            lambda m: revwire.CouplingSchedule(m, "bdia:1/2", total=1).load_state_dict({"count": 1}),
+            r"got a state with \['count'\]",
+        ),
         (lambda m: revwire.convert(network(), X, anchors=0), r"anchors: got 0; expected a number of units"),
         (lambda m: revwire.convert(network(), X, tolerance=2), r"tolerance: got 2; expected a relative error"),
     ],
@@ -250,7 +282,8 @@ def test_a_model_that_waits_for_its_first_call_cannot_be_scheduled_yet():
         revwire.CouplingSchedule(revwire.convert(network()), "bdia:1/2", total=1)
 
 
-# -- anchors ------------------------------------------------------------------------------------------------------------------
+# -- anchors
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def drifting(spacing, depth=24, coupling=None):

@@ -1,4 +1,6 @@
-"""The main laws on an accelerator: device generators, autocast, deferred checks, and the caching allocator's own statistics."""
+"""The main laws on an accelerator: device generators, autocast, deferred checks, and the caching allocator's own
+statistics.
+"""
 
 import pytest
 import torch
@@ -100,4 +102,6 @@ def test_the_peak_of_a_step_does_not_grow_with_depth_but_for_the_kept_bits(case)
         return peak_bytes(lambda: model(x).square().sum().backward(), "cuda")
 
     bits = case.coupling.kept_bits if case.exact else 0
-    assert (peak(12) - peak(4)) / 8 <= x.nbytes / 32 * bits + 16384  # the allocator rounds every small tensor up to 512 bytes
+    assert (
+        peak(12) - peak(4)
+    ) / 8 <= x.nbytes / 32 * bits + 16384  # the allocator rounds every small tensor up to 512 bytes

@@ -1,4 +1,6 @@
-"""On accelerators, checks are read once per chain and pass. Here the CPU is treated as one: the same errors, and the same bits."""
+"""On accelerators, checks are read once per chain and pass. Here the CPU is treated as one: the same errors, and the
+same bits.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,11 @@ def test_gradients_are_the_same(case, monkeypatch):
 class Reads(TorchDispatchMode):
     """Counts what makes the host wait for the device."""
 
-    waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default)
+    waits = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.is_nonzero.default,
+    )
 
     def __init__(self):
         super().__init__()
@@ -43,7 +49,9 @@ class Reads(TorchDispatchMode):
 
 @each_fast_case
 def test_the_host_waits_as_often_for_a_deep_chain_as_for_a_shallow_one(case, monkeypatch):
-    monkeypatch.setattr("revwire._surroundings.surroundings.same_bytes", lambda a, b: True)  # random states lie on the host
+    monkeypatch.setattr(
+        "revwire._surroundings.surroundings.same_bytes", lambda a, b: True
+    )  # random states lie on the host
     lists = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(1) or tolist(t))
@@ -55,7 +63,9 @@ def test_the_host_waits_as_often_for_a_deep_chain_as_for_a_shallow_one(case, mon
             model(inputs_of(model, case)).sum().backward()
         waits.append((reads.count, len(lists)))
     assert waits[0] == waits[1]
-    assert waits[0] == ((1, 2) if case.exact else (0, 1))  # the range at the start; at the end of the chain; of the backward
+    assert waits[0] == (
+        (1, 2) if case.exact else (0, 1)
+    )  # the range at the start; at the end of the chain; of the backward
 
 
 @each_exact_case
@@ -63,7 +73,9 @@ def test_a_changed_weight_is_an_error_before_an_optimizer_can_run(case):
     model = toy(case, Linear)
     out = model(inputs_of(model, case))
     model.branches[3].weight.data.add_(0.1)
-    with pytest.raises(ReconstructionError, match=r"branches\.3 \(chain 0\): .*(rebuilt input differs|computed other values)"):
+    with pytest.raises(
+        ReconstructionError, match=r"branches\.3 \(chain 0\): .*(rebuilt input differs|computed other values)"
+    ):
         out.sum().backward()
 
 

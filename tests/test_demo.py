@@ -40,5 +40,11 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_quick_demo_passes(capsys):
     assert demo.run(quick=True)
     out = capsys.readouterr().out
-    for line in ("units in", "top-1 unchanged", "bit-exact", "checkpoint per block", "the loss went down; the same to the bit"):
+    for line in (
+        "units in",
+        "top-1 unchanged",
+        "bit-exact",
+        "checkpoint per block",
+        "the loss went down; the same to the bit",
+    ):
         assert line in out

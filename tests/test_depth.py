@@ -1,4 +1,6 @@
-"""What every coupling declares, measured on chains of any depth: rebuilt bits, gradients, bytes kept per element and unit."""
+"""What every coupling declares, measured on chains of any depth: rebuilt bits, gradients, bytes kept per element and
+unit.
+"""
 
 from functools import lru_cache
 
@@ -23,14 +25,24 @@ EVERY = [
 ]
 """Each scheme, with each number of bits that it may keep, or the fewest, some and the most."""
 
-FAMILIES = [Re2TAL(), Bdia(1 / 16), RandomBdia(1 / 2), Momentum(1 / 8), Dr2Net(7 / 8, 1 / 8), Midpoint(1 / 2), Midpoint(1, 2)]
+FAMILIES = [
+    Re2TAL(),
+    Bdia(1 / 16),
+    RandomBdia(1 / 2),
+    Momentum(1 / 8),
+    Dr2Net(7 / 8, 1 / 8),
+    Midpoint(1 / 2),
+    Midpoint(1, 2),
+]
 
 numbers = st.floats(1 / 8, 1)
 powers = st.integers(1, 7).map(lambda m: 2.0**-m)
 couplings = st.one_of(
     st.sampled_from(EVERY),
     powers.map(Momentum),
-    st.builds(lambda share, beta: Dr2Net(share * (1 - beta), beta), numbers, powers),  # more would leave the range in a deep chain
+    st.builds(
+        lambda share, beta: Dr2Net(share * (1 - beta), beta), numbers, powers
+    ),  # more would leave the range in a deep chain
     st.builds(lambda share, a: Midpoint(a, 2 * share), numbers, powers),
 )
 """All that declare to be exact, with any value of the coefficients that may have any."""
@@ -49,7 +61,9 @@ class Small(nn.Linear):
 
 
 class Mixed(Toy):
-    """Residual units and whole blocks in turn; residual units only where |b| = 1, under which whole blocks leave the range at last."""
+    """Residual units and whole blocks in turn; residual units only where |b| = 1, under which whole blocks leave the
+    range at last.
+    """
 
     def __init__(self, branches, coupling):
         super().__init__(branches, Case(coupling, True, torch.float32, 0.0, 0.0, ""))
@@ -116,7 +130,8 @@ def test_exactness_over_a_thousand_units(coupling, autocast):
     check_exact(coupling, 1000, autocast)
 
 
-# -- bytes --------------------------------------------------------------------------------------------------------------------
+# -- bytes
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -128,14 +143,18 @@ def held(coupling, depth=7, batch=64):
 
 @pytest.mark.parametrize("coupling", [c for c in EVERY if c.kept_bits > 1], ids=lambda c: c.name)
 def test_a_unit_keeps_the_bits_that_its_coupling_declares(coupling):
-    """All units of seven but the first; random signs are three numbers a sample besides: the sign, and what it makes of a and c."""
+    """All units of seven but the first; random signs are three numbers a sample besides: the sign, and what it makes of
+    a and c.
+    """
     units, elements, signs = 6, 64 * 16 * WIDTH, 64 * 12 if isinstance(coupling, RandomBdia) else 0
     more = units * elements * (coupling.kept_bits - 1) // 8
     assert held(coupling) - held(Bdia(1 / 2)) == more + 7 * signs
 
 
 def test_a_unit_with_one_bit_keeps_an_eighth_of_a_byte_more_than_one_without():
-    assert held(Bdia(1 / 2), 7) - held(Bdia(1 / 2), 5) == held(Re2TAL(), 7) - held(Re2TAL(), 5) + 2 * 64 * 16 * WIDTH // 8
+    assert (
+        held(Bdia(1 / 2), 7) - held(Bdia(1 / 2), 5) == held(Re2TAL(), 7) - held(Re2TAL(), 5) + 2 * 64 * 16 * WIDTH // 8
+    )
 
 
 def test_without_bits_a_unit_keeps_nothing_that_grows_with_the_stream():

@@ -1,4 +1,6 @@
-"""DDP and FSDP2, two processes: the weights after a few steps are those of a plain run. What composes with checkpointing composes."""
+"""DDP and FSDP2, two processes: the weights after a few steps are those of a plain run. What composes with
+checkpointing composes.
+"""
 
 import os
 import socket

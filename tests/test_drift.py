@@ -1,4 +1,6 @@
-"""No combination is silently inaccurate: float streams give the gradients of stored activations within bounds, or an error."""
+"""No combination is silently inaccurate: float streams give the gradients of stored activations within bounds, or an
+error.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from revwire._plan.options import Choice
 from toys import inputs_of, stored, toy
 
 TOLERANCE = 1e-4  # of a rebuilt state, the default
-GRADIENTS = 1e-2  # of the norm of each gradient: what a state within the tolerance makes of it, summed over two dozen units
+GRADIENTS = (
+    1e-2  # of the norm of each gradient: what a state within the tolerance makes of it, summed over two dozen units
+)
 
 shares = st.floats(0.05, 0.99)
 couplings = st.one_of(

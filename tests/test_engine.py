@@ -1,4 +1,6 @@
-"""The engine's main law: gradients are those of stored activations (to the bit in exact mode) and of an independent loop."""
+"""The engine's main law: gradients are those of stored activations (to the bit in exact mode) and of an independent
+loop.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ each_kind = pytest.mark.parametrize("branch", KINDS.values(), ids=KINDS.keys())
 
 
 def check(model, case, inputs, loss=None, condition=1):
-    """Against stored activations and the independent loop, by the table; ``condition`` is what the toy does to an error."""
+    """Against stored activations and the independent loop, by the table; ``condition`` is what the toy does to an
+    error.
+    """
     step = check_gradients(model, inputs, loss, tolerance=condition * case.stored, stored=stored)
     step.assert_like(Step.of(Oracle(model), inputs, loss), tolerance=condition * case.oracle)
     return step
@@ -60,7 +64,13 @@ def test_a_loss_on_one_side_output_alone(case, which):
 @each_fast_case
 def test_a_loss_without_the_side_outputs(case):
     model = toy(case, Attention)
-    check(model, case, (inputs_of(model, case), *attention_extras(case.dtype)), loss=lambda out: out[0].square().sum(), condition=3)
+    check(
+        model,
+        case,
+        (inputs_of(model, case), *attention_extras(case.dtype)),
+        loss=lambda out: out[0].square().sum(),
+        condition=3,
+    )
 
 
 @each_fast_case
@@ -93,7 +103,14 @@ def test_frozen_branches(case, frozen, requires_grad):
 @each_fast_case
 def test_a_frozen_linear_branch_still_moves_the_state_back(case):
     torch.manual_seed(0)
-    branches = [PreNorm(), Linear().requires_grad_(False), PreNorm(), Linear().requires_grad_(False), Linear(), Weightless()]
+    branches = [
+        PreNorm(),
+        Linear().requires_grad_(False),
+        PreNorm(),
+        Linear().requires_grad_(False),
+        Linear(),
+        Weightless(),
+    ]
     model = Toy(branches, case)
     check(model, case, inputs_of(model, case))
 

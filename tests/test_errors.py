@@ -1,4 +1,6 @@
-"""Errors: one base, each also the builtin that a caller expects; messages say where, what, what was expected, and the way out."""
+"""Errors: one base, each also the builtin that a caller expects; messages say where, what, what was expected, and the
+way out.
+"""
 
 import pytest
 

@@ -15,7 +15,9 @@ FLOAT = [c for c in FAST if not c.exact]
 
 
 def faulty(match):
-    return pytest.raises(ReconstructionError, match=rf"branches\.\d \(chain 0\): between forward and backward, .*{match}.*exclude")
+    return pytest.raises(
+        ReconstructionError, match=rf"branches\.\d \(chain 0\): between forward and backward, .*{match}.*exclude"
+    )
 
 
 def gradients(model, loss):
@@ -52,7 +54,9 @@ def test_other_values_the_second_time_in_float_mode(case):
 
 
 class Hidden(nn.Module):
-    """A branch whose last layer is zero, as at the start of a zero-initialised network: its result hides what it computes."""
+    """A branch whose last layer is zero, as at the start of a zero-initialised network: its result hides what it
+    computes.
+    """
 
     shape = SHAPE
 

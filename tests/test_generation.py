@@ -4,14 +4,23 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import revwire
 
 _SIZES = {"vocab_size": 100, "eos_token_id": None, "pad_token_id": 0}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, **_SIZES)
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, **_SIZES
+        )
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, bos_token_id=1, **_SIZES)),
     "t5": lambda: T5ForConditionalGeneration(

@@ -31,7 +31,9 @@ def test_a_dropout_rate_that_was_zero():
     assert_same_step(model, reference, X)
 
 
-@pytest.mark.parametrize("decide", [lambda self, x: True, lambda self, x: x.shape[1] > 4], ids=["never looks", "looks at shapes"])
+@pytest.mark.parametrize(
+    "decide", [lambda self, x: True, lambda self, x: x.shape[1] > 4], ids=["never looks", "looks at shapes"]
+)
 def test_other_sizes(decide):
     model, reference = twin(stack(branchy(decide)))
     for size in ((2, 5, 8), (3, 5, 8), (1, 3, 8), (0, 5, 8)):
@@ -60,7 +62,9 @@ class Kind(enum.Enum):
     A, B = 1, 2
 
 
-@pytest.mark.parametrize("values", [(Kind.A, Kind.B), (torch.tanh, torch.sigmoid), (int, str)], ids=["enum", "function", "type"])
+@pytest.mark.parametrize(
+    "values", [(Kind.A, Kind.B), (torch.tanh, torch.sigmoid), (int, str)], ids=["enum", "function", "type"]
+)
 def test_arguments_that_are_compared_by_identity(values):
     model, reference = twin(stack(branchy(lambda self, x, kind: kind is values[0])), (X, values[0]))
     for value in values:
@@ -104,7 +108,9 @@ def test_attributes_that_change_after_conversion(holder, change):
             else held
         )
 
-    model, reference = twin(stack(lambda self, x: x + use(self.held, self.f(x)), lambda self: setattr(self, "held", holder())))
+    model, reference = twin(
+        stack(lambda self, x: x + use(self.held, self.f(x)), lambda self: setattr(self, "held", holder()))
+    )
     assert_same_step(model, reference, X)
     for m in (*model.blocks, *reference.blocks):
         change(m)
@@ -210,7 +216,9 @@ def test_a_model_that_decides_on_values_itself_is_no_unit():
 
 
 def test_a_call_that_loses_the_units_is_an_error():
-    model, _ = twin(stack(lambda self, x, fused=False: x + self.f(x) if not fused else torch.stack([x, self.f(x)]).sum(0)))
+    model, _ = twin(
+        stack(lambda self, x, fused=False: x + self.f(x) if not fused else torch.stack([x, self.f(x)]).sum(0))
+    )
     with pytest.raises(revwire.CaptureError, match=r"blocks\.0: called as it was not at conversion"):
         model(X, fused=True)
 
@@ -230,7 +238,11 @@ def test_a_fused_path_without_gradients(norm_first):
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(X), reference.eval()(X), **TOLERANCE)
         if norm_first:
-            torch.testing.assert_close(model(X, src_key_padding_mask=padding), reference(X, src_key_padding_mask=padding), **TOLERANCE)
+            torch.testing.assert_close(
+                model(X, src_key_padding_mask=padding), reference(X, src_key_padding_mask=padding), **TOLERANCE
+            )
         else:
-            with pytest.raises(revwire.CaptureError, match="is given a nested tensor; pad it, or switch off what makes it"):
+            with pytest.raises(
+                revwire.CaptureError, match="is given a nested tensor; pad it, or switch off what makes it"
+            ):
                 model(X, src_key_padding_mask=padding)

@@ -78,7 +78,9 @@ def test_hooks_on_such_a_module_before_conversion_run_inside_of_one_whole_unit()
     assert_same_step(model, reference, X)
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # it takes a tuple, in which PyTorch does not look for gradients
+@pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing"
+)  # it takes a tuple, in which PyTorch does not look for gradients
 def test_backward_hooks_on_a_module_that_must_be_opened():
     """After conversion they could not run; before, the block is one whole unit, and they run inside."""
     model = revwire.convert(with_inner(), X)
@@ -98,7 +100,9 @@ def test_backward_hooks_on_a_module_that_must_be_opened():
 
 
 class Hooks:
-    """Full backward hooks and pre-hooks on modules: the gradients that they see, and by what factor they exchange them."""
+    """Full backward hooks and pre-hooks on modules: the gradients that they see, and by what factor they exchange
+    them.
+    """
 
     def __init__(self, modules, factors=(None, None)):
         self.seen = []
@@ -165,7 +169,9 @@ def test_backward_hooks_on_hosts_act_as_with_stored_activations(coupling, factor
 
 @each_coupling
 def test_what_they_see_is_the_whole_gradient_of_each_state(coupling):
-    """The oracle: hooks on the tensors between blocks, in a run with stored activations in which no module has backward hooks."""
+    """The oracle: hooks on the tensors between blocks, in a run with stored activations in which no module has backward
+    hooks.
+    """
     _, hooks = hooked(with_dropout, coupling=coupling, exact=True)
     model, tensors = revwire.convert(with_dropout(), X, coupling=coupling, exact=True), []
     x = X.clone().requires_grad_()
@@ -216,7 +222,9 @@ def masked(self, x, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_behind_views(dtype):
     make = partial(stack, windowed, depth=4)
-    runs = [hooked(lambda: make().to(dtype), x=X.to(dtype), stored=stored, factors=(0.5, 1.5)) for stored in (False, True)]
+    runs = [
+        hooked(lambda: make().to(dtype), x=X.to(dtype), stored=stored, factors=(0.5, 1.5)) for stored in (False, True)
+    ]
     assert_equal(runs[0][0], runs[1][0])
     runs[0][1].assert_saw_the_same(runs[1][1])
     assert [name for name, *_ in runs[0][1].seen] == [3, 3, 2, 2, 1, 1, 0, 0]
@@ -311,7 +319,9 @@ def test_an_identity_of_somebody_else_still_begins_a_new_chain():
     model = revwire.convert(with_dropout(), X)
     model.blocks[1].register_full_backward_hook(lambda *_: None)
     model.blocks[1].register_forward_pre_hook(lambda m, args: Reversed.apply(args[0]))
-    with pytest.warns(UserWarning, match=r"blocks\.1\.f \(chain 0\): got a tensor that something between .* \(ReversedBackward\)"):
+    with pytest.warns(
+        UserWarning, match=r"blocks\.1\.f \(chain 0\): got a tensor that something between .* \(ReversedBackward\)"
+    ):
         model(X.clone().requires_grad_())
 
 
@@ -322,7 +332,10 @@ def test_old_backward_hooks_on_a_host_are_refused(everywhere, monkeypatch):
     register = nn.modules.module.register_module_backward_hook if everywhere else model.blocks[1].register_backward_hook
     handle = register(lambda *_: None)
     try:
-        with pytest.raises(revwire.CaptureError, match=r"blocks\.\d: got a hook of register_backward_hook, .*register_full_backward_hook"):
+        with pytest.raises(
+            revwire.CaptureError,
+            match=r"blocks\.\d: got a hook of register_backward_hook, .*register_full_backward_hook",
+        ):
             model(X)
         with torch.no_grad():
             model(X)
@@ -335,7 +348,9 @@ def test_full_backward_hooks_on_all_modules_there_are(monkeypatch):
 
     def step(stored):
         seen, model = [], revwire.convert(with_dropout(), X)
-        handle = nn.modules.module.register_module_full_backward_hook(lambda m, into, out: seen.append((type(m), into[0], out[0])))
+        handle = nn.modules.module.register_module_full_backward_hook(
+            lambda m, into, out: seen.append((type(m), into[0], out[0]))
+        )
         try:
             with revwire.stored_activations(model) if stored else nullcontext():
                 model(X)

@@ -126,7 +126,10 @@ def nets(draw, kinds=tuple(KINDS)):
     if draw(st.booleans()):  # two modules hold one branch
         pool[-1].f = pool[0].f
     size = draw(st.integers(1, 3))
-    nests = [Nest(chosen[i : i + size], draw(st.sampled_from(["plain", "tuple", "dict"]))) for i in range(0, len(chosen), size)]
+    nests = [
+        Nest(chosen[i : i + size], draw(st.sampled_from(["plain", "tuple", "dict"])))
+        for i in range(0, len(chosen), size)
+    ]
     torch.manual_seed(draw(st.integers(0, 5)))
     net = Net(nests, draw(st.booleans()))
     for p in net.parameters():
@@ -168,7 +171,9 @@ def test_never_wrong(net, calls, modes):
 def test_exact_and_back(net, call, coupling, mode):
     before = step(net.train(mode), **call[0])
     revwire.convert(net, call[0], coupling=coupling)
-    with contextlib.suppress(revwire.CaptureError):  # refused, with a reason: then it is not wrong either; a failed check would be
+    with contextlib.suppress(
+        revwire.CaptureError
+    ):  # refused, with a reason: then it is not wrong either; a failed check would be
         assert revwire.verify(net, call[0]).bit_exact
     torch.testing.assert_close(step(revwire.revert(net), **call[0]), before, rtol=0, atol=0)
 

@@ -1,4 +1,6 @@
-"""Who may import whom: two columns that do not know each other, benchmarks that use public names; and no names of models."""
+"""Who may import whom: two columns that do not know each other, benchmarks that use public names; and no names of
+models.
+"""
 
 import ast
 import importlib.util
@@ -29,7 +31,12 @@ def imported(path):
 
 
 def files(*stems):
-    found = [f for stem in stems for f in [ROOT / "revwire" / f"{stem}.py", *(ROOT / "revwire" / stem).glob("*.py")] if f.exists()]
+    found = [
+        f
+        for stem in stems
+        for f in [ROOT / "revwire" / f"{stem}.py", *(ROOT / "revwire" / stem).glob("*.py")]
+        if f.exists()
+    ]
     return [pytest.param(f, id=f.stem) for f in found]
 
 
@@ -51,7 +58,10 @@ def test_benchmarks_use_public_names(path):
 
 
 def test_importing_revwire_is_light():
-    code = "import sys, revwire; print(sorted({'timm', 'torchvision', 'pytorchvideo', 'typer', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, revwire; "
+        "print(sorted({'timm', 'torchvision', 'pytorchvideo', 'typer', 'rich'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -92,7 +102,9 @@ def transformers_names():
 
 
 def words(line):
-    """Names in a line, as they stand, and their parts: of ``MyLayer_b4``, `mylayer_b4`, `mylayer`, `my`, `layer` and `b4`."""
+    """Names in a line, as they stand, and their parts: of ``MyLayer_b4``, `mylayer_b4`, `mylayer`, `my`, `layer` and
+    `b4`.
+    """
     for name in re.findall(r"\w+", line):
         parts = [p for p in name.split("_") if p]
         humps = [h for p in parts for h in re.findall(r"[A-Z]+[a-z0-9]*|[a-z0-9]+", p)]

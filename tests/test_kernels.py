@@ -1,4 +1,6 @@
-"""The compiled arithmetic against its plain form: the same law to the bit, the same values up to the last bit of one rounding."""
+"""The compiled arithmetic against its plain form: the same law to the bit, the same values up to the last bit of one
+rounding.
+"""
 
 import os
 import subprocess
@@ -68,7 +70,9 @@ def test_compiled_and_plain_forms_agree(size, layout, coupling, kind, dtype, see
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 63, 1000])
 def test_kept_bits_lie_as_in_the_plain_form(bits, size):
     previous = torch.randint(-(2**29), 2**29, (size,), dtype=torch.int32)
-    done = _kernels.advance(previous, torch.zeros(size), torch.zeros(size), 1.0, 1.0, bits, negative=False, scale=3, keep=True)
+    done = _kernels.advance(
+        previous, torch.zeros(size), torch.zeros(size), 1.0, 1.0, bits, negative=False, scale=3, keep=True
+    )
     assert torch.equal(done.bits, pack_bits(previous + (1 << bits - 1), bits))
 
 
@@ -141,7 +145,11 @@ def test_a_network_is_exact_with_and_without(switch):
         "from revwire import _kernels; print(check.bit_exact, _kernels.available())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "REVWIRE_KERNELS": switch}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "REVWIRE_KERNELS": switch},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == ["True", str(switch == "1")]
 

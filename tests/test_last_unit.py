@@ -1,4 +1,6 @@
-"""The last unit of a model's last chain keeps its activations: one forward at a time, with the same gradients to the bit."""
+"""The last unit of a model's last chain keeps its activations: one forward at a time, with the same gradients to the
+bit.
+"""
 
 import copy
 import pickle
@@ -80,7 +82,10 @@ def test_backward_in_any_order_and_twice(case):
     model, a, b = kept_toy(case), batch(0), batch(1)
     one, two = model(a).square().sum(), model(b).square().sum()
     inputs = [a, b, *model.parameters()]
-    backwards = torch.autograd.grad(two, inputs[1:], retain_graph=True), torch.autograd.grad(one, [a, *inputs[2:]], retain_graph=True)
+    backwards = (
+        torch.autograd.grad(two, inputs[1:], retain_graph=True),
+        torch.autograd.grad(one, [a, *inputs[2:]], retain_graph=True),
+    )
     again = torch.autograd.grad(one, [a, *inputs[2:]]), torch.autograd.grad(two, inputs[1:])
     assert same(backwards[0], again[1])
     assert same(backwards[1], again[0])

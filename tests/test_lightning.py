@@ -1,4 +1,6 @@
-"""The Lightning callback: counted by optimizer steps or epochs, resumed from a checkpoint, refused where it makes no sense."""
+"""The Lightning callback: counted by optimizer steps or epochs, resumed from a checkpoint, refused where it makes no
+sense.
+"""
 
 import subprocess
 import sys
@@ -18,7 +20,9 @@ with warnings.catch_warnings():
     from revwire.lightning import CouplingCallback
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # advice on workers, logging intervals and checkpoint folders
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning:lightning"
+    ),  # advice on workers, logging intervals and checkpoint folders
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning calls what PyTorch has renamed
 ]
 
@@ -46,9 +50,19 @@ class Regression(lightning.LightningModule):
 
 def fit(callback, folder, module=None, resume=None, **options):
     module = module or Regression()
-    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
-    trainer = lightning.Trainer(callbacks=[callback], enable_checkpointing=False, default_root_dir=folder, **{**settings, **options})
-    trainer.fit(module, DataLoader(DATA, batch_size=3), ckpt_path=resume, weights_only=False if resume else None)  # four batches an epoch
+    settings = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    trainer = lightning.Trainer(
+        callbacks=[callback], enable_checkpointing=False, default_root_dir=folder, **{**settings, **options}
+    )
+    trainer.fit(
+        module, DataLoader(DATA, batch_size=3), ckpt_path=resume, weights_only=False if resume else None
+    )  # four batches an epoch
     return trainer, module
 
 
@@ -79,7 +93,9 @@ def test_a_resumed_run_goes_the_same_way(tmp_path):
     _, whole = fit(CouplingCallback("dr2net:0,1", shape="cosine"), tmp_path, max_epochs=2)
     trainer, first = fit(CouplingCallback("dr2net:0,1", shape="cosine", total=8), tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    _, second = fit(CouplingCallback("dr2net:0,1", shape="cosine"), tmp_path, resume=tmp_path / "half.ckpt", max_epochs=2)
+    _, second = fit(
+        CouplingCallback("dr2net:0,1", shape="cosine"), tmp_path, resume=tmp_path / "half.ckpt", max_epochs=2
+    )
     assert first.ran + second.ran == whole.ran
     for a, b in zip(second.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -88,8 +104,16 @@ def test_a_resumed_run_goes_the_same_way(tmp_path):
 @pytest.mark.parametrize(
     ("callback", "options", "message"),
     [
-        (lambda: CouplingCallback("dr2net:0,1", interval="batch"), {}, "got interval 'batch'; expected 'step' or 'epoch'"),
-        (lambda: CouplingCallback("dr2net:0,1", submodule="head"), {}, "got converted networks 'body' in Regression; expected 'head'"),
+        (
+            lambda: CouplingCallback("dr2net:0,1", interval="batch"),
+            {},
+            "got interval 'batch'; expected 'step' or 'epoch'",
+        ),
+        (
+            lambda: CouplingCallback("dr2net:0,1", submodule="head"),
+            {},
+            "got converted networks 'body' in Regression; expected 'head'",
+        ),
         (lambda: CouplingCallback("bdia:1/2"), {}, "got a way to 'bdia:1/2'; expected a coupling of the same kind"),
         (
             lambda: CouplingCallback("dr2net:0,1"),
@@ -106,10 +130,15 @@ def test_what_makes_no_sense_is_refused(callback, options, message, tmp_path):
 def test_a_network_must_be_converted(tmp_path):
     module = Regression()
     revwire.revert(module.body)
-    with pytest.raises(CouplingError, match=r"got converted networks none in Regression; expected one; pass submodule="):
+    with pytest.raises(
+        CouplingError, match=r"got converted networks none in Regression; expected one; pass submodule="
+    ):
         fit(CouplingCallback("dr2net:0,1"), tmp_path, module)
 
 
 def test_importing_revwire_does_not_import_lightning():
     code = "import sys, revwire; print('lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )

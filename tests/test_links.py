@@ -1,4 +1,6 @@
-"""How the units of a chain find each other: grad modes, views, forks, entering late and leaving early, copies of a tensor."""
+"""How the units of a chain find each other: grad modes, views, forks, entering late and leaving early, copies of a
+tensor.
+"""
 
 import copy
 import io
@@ -150,7 +152,9 @@ def test_a_view_in_another_grad_mode_does_not_end_the_chain(case):
 
 @pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")
 @each_fast_case
-@pytest.mark.parametrize("view", [lambda t: t[:, 1:], lambda t: t + 0, lambda t: t.expand(2, *t.shape)], ids=["part", "copy", "expand"])
+@pytest.mark.parametrize(
+    "view", [lambda t: t[:, 1:], lambda t: t + 0, lambda t: t.expand(2, *t.shape)], ids=["part", "copy", "expand"]
+)
 def test_what_is_not_a_view_of_the_whole_begins_a_new_chain(case, view):
     def function(model, x):
         return (run(model, runner.relayout(model.chain, view, run(model, x, 0, 3)), 3),)
@@ -179,7 +183,9 @@ def test_skipping_a_unit_still_ends_the_chain(case):
     before, now = x, x
     for branch in [*model.branches[:4], *model.branches[5:]]:
         before, now = now, a * now + b * before + c * branch(now)
-    torch.testing.assert_close(function(model, x)[0], model.chain.couplings[-1].merge(before, now), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        function(model, x)[0], model.chain.couplings[-1].merge(before, now), rtol=1e-5, atol=1e-5
+    )
 
 
 @each_fast_case
@@ -253,7 +259,10 @@ def test_a_copied_or_pickled_tensor_is_like_any_other(case):
 def test_an_operation_that_comes_between_two_units_is_said_once(case):
     model = toy(case)
     x = inputs_of(model, case)
-    with pytest.warns(UserWarning, match=r"branches\.3 \(chain 0\): got a tensor that something between two units made \(MulBackward0\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"branches\.3 \(chain 0\): got a tensor that something between two units made \(MulBackward0\)",
+    ):
         run(model, run(model, x, 0, 3) * 1.5, 3)
     run(model, run(model, x, 0, 3) * 1.5, 3)
 

@@ -91,7 +91,9 @@ def test_what_changes_elsewhere_is_no_change():
     assert seen.holds()
 
 
-@pytest.mark.parametrize("value", [torch.zeros(1), [torch.zeros(1)], {"a": [1]}, ([1],)], ids=["tensor", "tensors", "nested", "in a tuple"])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(1), [torch.zeros(1)], {"a": [1]}, ([1],)], ids=["tensor", "tensors", "nested", "in a tuple"]
+)
 def test_what_cannot_be_told_by_identity_is_not_looked_at(value):
     host = Host()
     host.value = value

@@ -161,7 +161,9 @@ def test_all_of_it_dies_after_a_failed_forward(case):
     with pytest.raises(ZeroDivisionError):
         runner.apply(model.chain, model.units[1], model.branches[1], h)
     handle.remove()
-    assert torch.equal(runner.apply(model.chain, model.units[1], model.branches[1], h)[0], run_two(model, x))  # it can go on
+    assert torch.equal(
+        runner.apply(model.chain, model.units[1], model.branches[1], h)[0], run_two(model, x)
+    )  # it can go on
     del h
     gc.collect()
     assert tape() is None

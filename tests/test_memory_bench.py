@@ -1,4 +1,6 @@
-"""The memory benchmarks: every method computes what it should, a failure is null and a reason, and tables say what records say."""
+"""The memory benchmarks: every method computes what it should, a failure is null and a reason, and tables say what
+records say.
+"""
 
 import importlib
 import subprocess
@@ -21,7 +23,9 @@ SAME = (STORED, CHECKPOINT, sweep.SEGMENTS, sweep.SELECTIVE)
 def toy(monkeypatch):
     """A small stand-in for the GPT of the sweeps."""
     gpt = NETWORKS["GPT"]
-    monkeypatch.setitem(NETWORKS, "GPT", Network(lambda depth: LanguageModel(depth, 64), gpt.example, gpt.containers, gpt.axis))
+    monkeypatch.setitem(
+        NETWORKS, "GPT", Network(lambda depth: LanguageModel(depth, 64), gpt.example, gpt.containers, gpt.axis)
+    )
 
     def build(method, depth=3):
         torch.manual_seed(0)
@@ -99,7 +103,9 @@ def test_a_sweep_goes_on_where_it_was_cut_short(toy, monkeypatch, tmp_path):
     assert [(r["depth"], r["method"]) for r in whole] == [(d, m) for d in (2, 3) for m in (STORED, CHECKPOINT)]
     assert whole[0]["peak_bytes"] > whole[1]["peak_bytes"] > 0
     measured = []
-    monkeypatch.setattr(sweep, "measured", lambda case: measured.append(case) or {**case, "peak_bytes": 1, "reason": None})
+    monkeypatch.setattr(
+        sweep, "measured", lambda case: measured.append(case) or {**case, "peak_bytes": 1, "reason": None}
+    )
     (kept,) = record.read("memory_gpt", tmp_path)
     record.Record(**{**vars(kept), "results": whole[:3]}).write(tmp_path)
     assert sweep.sweep("memory_gpt", True, tmp_path).results[:3] == whole[:3]
@@ -114,7 +120,15 @@ def test_every_sweep_has_a_table_and_known_methods():
 
 
 def row(method, peak, depth=1, batch=1, length=8, network="GPT"):
-    return {"network": network, "depth": depth, "batch": batch, "length": length, "method": method, "peak_bytes": peak, "reason": None}
+    return {
+        "network": network,
+        "depth": depth,
+        "batch": batch,
+        "length": length,
+        "method": method,
+        "peak_bytes": peak,
+        "reason": None,
+    }
 
 
 def test_peaks_are_set_beside_checkpointing():
@@ -135,7 +149,10 @@ def test_the_largest_input_follows_from_a_line():
 
 
 def test_predictions_are_set_beside_what_came():
-    rows = [{"network": "n", "share": s, "predicted_bytes": p * 2**20, "measured_bytes": 100 * 2**20} for s, p in ((0.0, 90), (1.0, 105))]
+    rows = [
+        {"network": "n", "share": s, "predicted_bytes": p * 2**20, "measured_bytes": 100 * 2**20}
+        for s, p in ((0.0, 90), (1.0, 105))
+    ]
     assert memory_tables.planner(rows)[1] == ["n", "90.0 (-10.0%)", "105.0 (+5.0%)", "10.0%", ""]
     rival = {"checkpoint_predicted_bytes": 51 * 2**20, "checkpoint_measured_bytes": 50 * 2**20}
     rows = [{**r, **rival, "predicted_time_ratio": 1.2, "measured_time_ratio": 1.25} for r in rows]
@@ -148,7 +165,9 @@ def test_what_the_machinery_costs_is_what_is_left(monkeypatch):
     overhead = importlib.import_module("benchmarks.memory.overhead")
     monkeypatch.setattr(overhead, "UNITS", 3)
     rows = overhead.measured(2)
-    assert [(r["method"], r["direction"]) for r in rows] == [(c, d) for c in ("re2tal", "bdia:1/16") for d in ("forward", "backward")]
+    assert [(r["method"], r["direction"]) for r in rows] == [
+        (c, d) for c in ("re2tal", "bdia:1/16") for d in ("forward", "backward")
+    ]
     for row in rows:
         again = row["plain"]["median"] + (rows[0]["plain"]["median"] if row["direction"] == "backward" else 0)
         assert row["machinery"] == pytest.approx(row["whole"]["median"] - again - row["arithmetic"])
@@ -176,7 +195,9 @@ def test_plots_are_drawn_from_records(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     plots = importlib.import_module("benchmarks.memory.plots")
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    made = record.run("memory_vit", {}, lambda: [row(m, p * d, depth=d) for m, p in (("a", 100), ("b", 50)) for d in (1, 2)])
+    made = record.run(
+        "memory_vit", {}, lambda: [row(m, p * d, depth=d) for m, p in (("a", 100), ("b", 50)) for d in (1, 2)]
+    )
     path = plots.by_axis(made)
     first = path.read_text()
     assert path == tmp_path / "memory_vit.svg"
@@ -210,7 +231,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a switch of glibc")
 def test_kept_memory_costs_no_page_faults():
     plain, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=k)], check=True, capture_output=True, text=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS.format(kept=k)], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for k in (False, True)
     )
     assert kept < plain / 10

@@ -1,4 +1,6 @@
-"""The models that the library promises by name: each converts whole, is exact, keeps what users hold on to, and goes back."""
+"""The models that the library promises by name: each converts whole, is exact, keeps what users hold on to, and goes
+back.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Loop(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Dropout(0.2), nn.GELU()) for _ in range(4))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Dropout(0.2), nn.GELU()) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, block in enumerate(self.blocks):
@@ -48,8 +52,16 @@ CASES: dict[str, Case] = {
     "loop": (Loop, torch.randn(3, 5, 8), 4),
     "encoder pre-norm": (lambda: encoder(True), torch.randn(2, 5, 16), 6),
     "encoder post-norm": (lambda: encoder(False), torch.randn(2, 5, 16), 6),
-    "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, drop_path_rate=0.2), torch.randn(2, 3, 64, 64), 24),
-    "swin_tiny": (lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.2), torch.randn(1, 3, 224, 224), 24),
+    "vit_tiny": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, drop_path_rate=0.2),
+        torch.randn(2, 3, 64, 64),
+        24,
+    ),
+    "swin_tiny": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.2),
+        torch.randn(1, 3, 224, 224),
+        24,
+    ),
     "convnext_atto": (lambda: timm.create_model("convnext_atto", drop_path_rate=0.2), torch.randn(2, 3, 64, 64), 12),
     "resnet50": (lambda: timm.create_model("resnet50", drop_path_rate=0.2), torch.randn(2, 3, 64, 64), 12),
     "swin3d_t": (lambda: torchvision.models.get_model("swin3d_t"), video(4, 64), 24),
@@ -129,7 +141,9 @@ def test_what_users_hold_on_to_is_kept_and_revert_is_the_identity(name: str) -> 
     with torch.no_grad():
         again = outputs(model, example)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(plain, rewired, strict=True)), "the coupled network is another function"
+    assert not all(torch.equal(a, b) for a, b in zip(plain, rewired, strict=True)), (
+        "the coupled network is another function"
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -1,4 +1,6 @@
-"""What composes with checkpointing composes with revwire: checkpoints inside and around, offloading, functions, nested chains."""
+"""What composes with checkpointing composes with revwire: checkpoints inside and around, offloading, functions, nested
+chains.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ class Wrapped(nn.Module):
 
 
 def check_wrapped(model, case, function):
-    check_gradients(Wrapped(model, function), inputs_of(model, case), tolerance=10 * case.stored, stored=lambda m: stored(model))
+    check_gradients(
+        Wrapped(model, function), inputs_of(model, case), tolerance=10 * case.stored, stored=lambda m: stored(model)
+    )
 
 
 @each_fast_case
@@ -57,7 +61,11 @@ def test_a_checkpoint_around_each_block_saves_nothing_more(case):
 
     def function(model, x):
         for unit, branch in zip(model.units, model.branches, strict=True):
-            x = checkpoint(lambda x, unit=unit, branch=branch: runner.apply(model.chain, unit, branch, x)[0], x, use_reentrant=False)
+            x = checkpoint(
+                lambda x, unit=unit, branch=branch: runner.apply(model.chain, unit, branch, x)[0],
+                x,
+                use_reentrant=False,
+            )
         return x
 
     model = toy(case, Dropped)
@@ -78,7 +86,9 @@ def test_a_checkpoint_around_a_part_of_a_chain_that_must_recompute_it_is_refused
         return runner.apply(chain, model.units[1], model.branches[1], x)[0].exp().sin()
 
     out = checkpoint(part, runner.apply(chain, model.units[0], model.branches[0], x)[0], use_reentrant=reentrant)
-    with pytest.raises(ReconstructionError, match=r"branches\.1 .*part of the chain inside of torch\.utils\.checkpoint"):
+    with pytest.raises(
+        ReconstructionError, match=r"branches\.1 .*part of the chain inside of torch\.utils\.checkpoint"
+    ):
         out.sum().backward()
 
 
@@ -180,7 +190,9 @@ def test_a_write_inside_of_a_branch_to_a_tensor_that_its_graph_saved(case, harml
 
 @each_fast_case
 def test_hooks_on_modules_of_a_branch(case):
-    """A hook that changes the branch's result is a part of the branch; full backward hooks see what they see otherwise."""
+    """A hook that changes the branch's result is a part of the branch; full backward hooks see what they see
+    otherwise.
+    """
     model = toy(case)
     x = inputs_of(model, case)
     seen = []

@@ -49,7 +49,9 @@ def test_packing_follows_the_memory_layout():
     lambda: torch.randn(()),
 ])  # fmt: skip
 @pytest.mark.parametrize(
-    ("streams", "rule"), [(FloatStreams(), NO_BITS), (fixed(), RULE), (fixed(), NO_BITS)], ids=["float", "fixed-4", "fixed-0"]
+    ("streams", "rule"),
+    [(FloatStreams(), NO_BITS), (fixed(), RULE), (fixed(), NO_BITS)],
+    ids=["float", "fixed-4", "fixed-0"],
 )
 def test_states_are_rebuilt_in_value_and_layout(make, streams, rule):
     x = canonical(make())

@@ -1,4 +1,6 @@
-"""What goes into a host and comes out of it besides the stream: structures keep their type, objects are refused if looked into."""
+"""What goes into a host and comes out of it besides the stream: structures keep their type, objects are refused if
+looked into.
+"""
 
 from collections import OrderedDict
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""Cores in parts: what a branch computes from products of activations runs head by head, or query by query, to the bit."""
+"""Cores in parts: what a branch computes from products of activations runs head by head, or query by query, to the
+bit.
+"""
 
 import copy
 import pickle
@@ -77,7 +79,9 @@ class Merged(nn.Module):
 
     def forward(self, x):
         q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(0, 1)
-        k, v = self.kv(x).unflatten(-1, (2, HEADS // 2, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(2, 2).flatten(1, 2)
+        k, v = (
+            self.kv(x).unflatten(-1, (2, HEADS // 2, -1)).permute(2, 0, 3, 1, 4).repeat_interleave(2, 2).flatten(1, 2)
+        )
         a = F.softmax(torch.baddbmm(torch.zeros(1, 1, 1), q, k.mT), dim=-1)
         return self.out(torch.bmm(a, v).unflatten(0, (len(x), HEADS)).transpose(1, 2).flatten(2))
 
@@ -95,7 +99,9 @@ class Masked(Biased):
     def forward(self, x):
         q, k, v = self.mix(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS) + TOKENS - 1
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, distance]).transpose(1, 2).flatten(2))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, distance]).transpose(1, 2).flatten(2)
+        )
 
 
 class Sized(Attention):
@@ -180,7 +186,11 @@ def test_float_streams_rebuild_what_goes_into_a_core_up_to_rounding(make):
 def test_the_function_is_that_of_whole_cores(make):
     model, whole = net(make), net(make, chunks=1)
     assert not parts(whole)
-    for a, b in zip((step(model, INPUTS)[0], *step(model, INPUTS)[1]), (step(whole, INPUTS)[0], *step(whole, INPUTS)[1]), strict=True):
+    for a, b in zip(
+        (step(model, INPUTS)[0], *step(model, INPUTS)[1]),
+        (step(whole, INPUTS)[0], *step(whole, INPUTS)[1]),
+        strict=True,
+    ):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
@@ -197,7 +207,9 @@ def test_without_gradients_it_is_the_same_function(make):
     assert torch.equal(same, again)
 
 
-@pytest.mark.parametrize(("chunks", "sizes"), [(2, [2, 2]), (3, [2, 2]), (4, [1] * 4), (8, [6] * 8), (100, [1] * TOKENS)])
+@pytest.mark.parametrize(
+    ("chunks", "sizes"), [(2, [2, 2]), (3, [2, 2]), (4, [1] * 4), (8, [6] * 8), (100, [1] * TOKENS)]
+)
 def test_heads_come_before_queries(chunks, sizes):
     model = net(chunks=chunks)
     assert set(parts(model).values()) == {len(sizes)}
@@ -426,7 +438,9 @@ def test_a_core_that_computes_other_values_in_backward_is_an_error(monkeypatch):
     forward = converted(model).parted[1].forward
     (program,) = forward.programs.values()
     (call,) = [v for v in program.compiled.run.__globals__.values() if type(v).__name__ == "InParts"]
-    monkeypatch.setattr(call, "run", lambda module, size, *inputs, run=call.run: tuple(2 * out for out in run(module, size, *inputs)))
+    monkeypatch.setattr(
+        call, "run", lambda module, size, *inputs, run=call.run: tuple(2 * out for out in run(module, size, *inputs))
+    )
     with pytest.raises(revwire.ReconstructionError, match="a core in parts computed other values"):
         loss.backward()
 
@@ -653,7 +667,9 @@ def test_looking_for_chunks_leaves_what_a_branch_writes_to():
 
 def assert_as_whole(make, chunks, x=INPUTS, before=lambda model: None, runs=True, allowed=1e-5, repeats=True):
     """The step of a converted model is that of one with whole cores, and to the bit that of stored activations."""
-    whole, model = (revwire.convert(Net(make).to(x.dtype).train(), x, chunks=count, coupling="re2tal") for count in (1, chunks))
+    whole, model = (
+        revwire.convert(Net(make).to(x.dtype).train(), x, chunks=count, coupling="re2tal") for count in (1, chunks)
+    )
     for m in (whole, model):
         before(m)
     found, expected = step(model, x), step(whole, x)

@@ -1,7 +1,7 @@
 """What users of other reversible libraries reported, as tests of this one. Each names the public report it comes from.
 
-Not here, because their text could not be found where the others were looked up: RevTorch #11, reformer-pytorch #144, momentumnet #19.
-(They are no pull requests either: those of these numbers do not exist.)
+Not here, because their text could not be found where the others were looked up: RevTorch #11, reformer-pytorch #144,
+momentumnet #19. (They are no pull requests either: those of these numbers do not exist.)
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def pairs(model: nn.Module, *inputs: Tensor) -> tuple[Step, Step]:
 
 
 def test_memcnn_12_batch_statistics_are_updated_once():
-    """«set Fm to eval() mode during reconstruction in backward?»: the recompute moved running statistics a second time."""
+    """«set Fm to eval() mode during reconstruction in backward?»: the recompute moved running statistics a second
+    time.
+    """
     model = network()
     before = {n: b.clone() for n, b in model.named_buffers()}
     model.train()(X).sum().backward()
@@ -112,7 +114,9 @@ def test_memcnn_41_memory_does_not_grow_with_depth(wants_gradient):
 
     def peak(depth: int) -> int:
         torch.manual_seed(0)
-        model = revwire.convert(nn.Sequential(*(Residual() for _ in range(depth))), x.detach(), coupling="re2tal", exact=True)
+        model = revwire.convert(
+            nn.Sequential(*(Residual() for _ in range(depth))), x.detach(), coupling="re2tal", exact=True
+        )
         return peak_bytes(lambda: model(x).sum().backward())
 
     assert (peak(20) - peak(4)) / 16 < x.nbytes / 16  # what is left for each unit: random states, buffers, records
@@ -130,7 +134,9 @@ def one_process(folder: Path) -> Iterator[None]:
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("unused", [False, True], ids=["", "find_unused_parameters"])
 def test_memcnn_44_reformer_19_performer_14_distributed_data_parallel(tmp_path, unused):
-    """«Distributed Data Parallel», «Expected to mark a variable ready only once»: also with dropout, and several steps."""
+    """«Distributed Data Parallel», «Expected to mark a variable ready only once»: also with dropout, and several
+    steps.
+    """
     with one_process(tmp_path):
         model, twin = network(dropout=0.2), network(dropout=0.2)
         ddp = DistributedDataParallel(model, find_unused_parameters=unused)
@@ -159,10 +165,13 @@ def test_memcnn_56_dropout_is_the_same_in_the_recompute():
 
 
 def test_memcnn_69_revtorch_10_reformer_36_replicas_in_threads():
-    """«Problems when memcnn is used with data parallel», «Can RevTorch work in multi-gpu?», «strange GPU memory overflow».
+    """«Problems when memcnn is used with data parallel», «Can RevTorch work in multi-gpu?», «strange GPU memory
+    overflow».
 
-    Replicas as `nn.DataParallel` makes them, in threads on the CPU: weights have gradients, and nothing is left after backward.
-    Without dropout: threads on the CPU draw from one generator, each in the midst of the other's branch, which no recompute can repeat.
+    Replicas as `nn.DataParallel` makes them, in threads on the CPU: weights have gradients, and nothing is left after
+    backward.
+    Without dropout: threads on the CPU draw from one generator, each in the midst of the other's branch, which no
+    recompute can repeat.
     """
     model = network(dropout=0.0).train()
     replicas = [_replica(model) for _ in range(2)]
@@ -190,7 +199,9 @@ def test_memcnn_69_revtorch_10_reformer_36_replicas_in_threads():
 
 
 def _replica(model: nn.Module) -> nn.Module:
-    """A replica of a model whose weights are computed from the model's: as `torch.nn.parallel.replicate`, on one device."""
+    """A replica of a model whose weights are computed from the model's: as `torch.nn.parallel.replicate`, on one
+    device.
+    """
     copies = {m: m._replicate_for_data_parallel() for m in model.modules()}
     for module, copy in copies.items():
         for name, child in module._modules.items():
@@ -205,7 +216,9 @@ def _replica(model: nn.Module) -> nn.Module:
 
 
 def test_memcnn_70_an_activation_before_the_chain():
-    """«ReLU before Inversible layers»: what the layer before had saved was freed, and its gradient could not be computed."""
+    """«ReLU before Inversible layers»: what the layer before had saved was freed, and its gradient could not be
+    computed.
+    """
 
     class Example(nn.Module):
         def __init__(self) -> None:
@@ -253,7 +266,9 @@ def test_memcnn_73_two_kinds_of_blocks_in_turn_and_features_that_are_used_later(
 
 
 def test_memcnn_77_a_branch_is_evaluated_twice_and_never_more():
-    """«Slower training with trivial inverse»: a step costs one evaluation more for each branch, and none for the inverse."""
+    """«Slower training with trivial inverse»: a step costs one evaluation more for each branch, and none for the
+    inverse.
+    """
     model = network(depth=5)
     counts = [0] * 5
     for i, block in enumerate(model):
@@ -268,9 +283,17 @@ def test_memcnn_77_a_branch_is_evaluated_twice_and_never_more():
 
 
 def test_transformers_10370_backward_in_eval_mode():
-    """«ReformerForQuestionAnswering: int() argument must be a string ...»: random state was only noted in train mode."""
+    """«ReformerForQuestionAnswering: int() argument must be a string ...»: random state was only noted in train
+    mode.
+    """
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 40,
+    }
     model = BertForQuestionAnswering(BertConfig(**sizes)).eval()
     ids = torch.randint(0, 40, (2, 7))
     call = {"input_ids": ids, "start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
@@ -316,7 +339,9 @@ def test_momentumnet_16_memory_of_a_post_activation_network(coupling):
 
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/8"])
 def test_slowfast_613_a_checkpoint_is_as_good_when_it_is_tested(coupling):
-    """«REV_MVIT_B_16x4 model error»: tested, a published reversible model was hardly ever right, and the plain ones beside it were."""
+    """«REV_MVIT_B_16x4 model error»: tested, a published reversible model was hardly ever right, and the plain ones
+    beside it were.
+    """
 
     def classifier() -> nn.Module:
         return nn.Sequential(*(Residual(0.1) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
@@ -335,7 +360,10 @@ def test_slowfast_613_a_checkpoint_is_as_good_when_it_is_tested(coupling):
     expected = model.eval()(clips)
     assert expected.argmax(1).eq(labels).float().mean() > 0.95
 
-    for first in ("convert", "load"):  # another process tests it, of which only the checkpoint and the coupling are known
+    for first in (
+        "convert",
+        "load",
+    ):  # another process tests it, of which only the checkpoint and the coupling are known
         tested = classifier()
         if first == "load":
             tested.load_state_dict(state)
@@ -346,6 +374,10 @@ def test_slowfast_613_a_checkpoint_is_as_good_when_it_is_tested(coupling):
             together, one_by_one = tested(clips), torch.cat([tested(clip) for clip in clips.split(1)])
         with revwire.stored_activations(tested):
             stored = tested(clips)
-        for got in (together, one_by_one, stored):  # the streams are scaled by another example, and convolutions are of another size
+        for got in (
+            together,
+            one_by_one,
+            stored,
+        ):  # the streams are scaled by another example, and convolutions are of another size
             torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
             assert torch.equal(got.argmax(1), expected.argmax(1))

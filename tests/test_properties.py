@@ -10,7 +10,9 @@ from revwire.testing import Step, check_gradients, check_modes, check_revert
 from strategies import Network, cases, chain_of, exact_cases, shapes
 from toys import Oracle, stored
 
-slow = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+slow = settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 slower = settings(slow, max_examples=25)
 
 
@@ -48,20 +50,26 @@ def test_a_step_is_that_of_stored_activations(shape, case):
     """Outputs, gradients, buffers and the random state: to the bit in exact mode."""
     model = chain_of(shape, case)
     assume(case.exact or not (shape.narrow or shape.norm == "batch"))  # they amplify the rounding of float mode
-    assume(case.exact or shape.norm != "layer" or shape.width > 2)  # of two numbers, it gives their signs: ill-conditioned
+    assume(
+        case.exact or shape.norm != "layer" or shape.width > 2
+    )  # of two numbers, it gives their signs: ill-conditioned
     check_gradients(model, inputs_for(shape, case), tolerance=20 * case.stored, stored=stored)
 
 
 @slow
 @given(shape=shapes, case=cases)
 def test_a_step_is_that_of_an_independent_loop(shape, case):
-    """To 1e-9 in float64. In float32, random networks may be so ill-conditioned that the loop itself is 1e-5 away from float64."""
+    """To 1e-9 in float64. In float32, random networks may be so ill-conditioned that the loop itself is 1e-5 away from
+    float64.
+    """
     model = chain_of(shape, case)
     assume(not shape.narrow)  # rounds to 16 bits, the other way for a difference in the last of 24
     assume(shape.norm != "layer" or shape.width > 2)  # of two numbers, it gives their signs
     assume(not (shape.norm == "batch" and shape.training))  # divides by the deviation of as few as four numbers
     step = Step.of(model, inputs_for(shape, case))
-    step.assert_like(Step.of(Oracle(model), inputs_for(shape, case)), tolerance=1e-9 if case.dtype == torch.float64 else 1e-4)
+    step.assert_like(
+        Step.of(Oracle(model), inputs_for(shape, case)), tolerance=1e-9 if case.dtype == torch.float64 else 1e-4
+    )
 
 
 @slow
@@ -73,7 +81,9 @@ def test_outputs_do_not_depend_on_the_grad_mode(shape, case):
 @slower
 @given(shape=shapes, case=exact_cases)
 def test_what_is_held_does_not_depend_on_what_branches_compute(shape, case):
-    """Only on the stream: its two ends, the output, the kept bits; and a few kB a unit for fingerprints and random states."""
+    """Only on the stream: its two ends, the output, the kept bits; and a few kB a unit for fingerprints and random
+    states.
+    """
     model, inputs = chain_of(shape, case), inputs_for(shape, case)
     elements = inputs[0].numel()
     width = 8 if case.dtype == torch.float64 else 4

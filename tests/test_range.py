@@ -1,4 +1,6 @@
-"""Values that leave the range of the fixed-point streams, or are not finite: an error that names the unit and the remedy."""
+"""Values that leave the range of the fixed-point streams, or are not finite: an error that names the unit and the
+remedy.
+"""
 
 import pytest
 import torch

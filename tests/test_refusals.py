@@ -1,4 +1,6 @@
-"""What cannot be served is refused with a clear error: transforms, streams that cannot be held, parts of a chain in a checkpoint."""
+"""What cannot be served is refused with a clear error: transforms, streams that cannot be held, parts of a chain in a
+checkpoint.
+"""
 
 import pytest
 import torch

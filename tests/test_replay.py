@@ -1,4 +1,6 @@
-"""What a recompute reproduces: random state, autocast, buffers; and that a step leaves all of it as a plain step does."""
+"""What a recompute reproduces: random state, autocast, buffers; and that a step leaves all of it as a plain step
+does.
+"""
 
 from contextlib import nullcontext
 
@@ -79,7 +81,9 @@ def test_autocast_of_the_forward_holds_in_the_recompute(case, inside, branch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return out.square().sum()
 
-    check_gradients(Autocast(), inputs_of(model, case), loss, tolerance=0.05 if case.stored else 0.0, stored=lambda m: stored(model))
+    check_gradients(
+        Autocast(), inputs_of(model, case), loss, tolerance=0.05 if case.stored else 0.0, stored=lambda m: stored(model)
+    )
 
 
 @each_fast_case

@@ -1,4 +1,6 @@
-"""Checkpointed units whose branches give fewer bits than a state has: they keep that result, and all stays equal to the bit."""
+"""Checkpointed units whose branches give fewer bits than a state has: they keep that result, and all stays equal to the
+bit.
+"""
 
 from functools import partial
 from itertools import product
@@ -190,7 +192,9 @@ def test_of_a_part_of_a_larger_tensor_only_the_part_is_kept():
 
 
 def blocks():
-    return Blocks(lambda: nn.TransformerEncoderLayer(32, 4, 128, dropout=0.1, batch_first=True, norm_first=True), depth=5).train()
+    return Blocks(
+        lambda: nn.TransformerEncoderLayer(32, 4, 128, dropout=0.1, batch_first=True, norm_first=True), depth=5
+    ).train()
 
 
 INPUTS = torch.randn(8, 64, 32, generator=torch.Generator().manual_seed(0))
@@ -287,11 +291,15 @@ def test_chunks_of_a_checkpointed_unit_take_what_was_predicted(mix, coupling, au
     revwire.convert(model, x, coupling=coupling, chunks=4)
     (chain,) = chains_of(model)
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
-    costs = Costs(measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(10)]], [x.nbytes], [True])
+    costs = Costs(
+        measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(10)]], [x.nbytes], [True]
+    )
     chain.modes, chain.keeps_last = modes_of(mix), False
     run()
     peak = peak_bytes(run)
-    assert 0.999 * peak < costs.forecast(list(mix))[0] < 1.02 * peak + x.nbytes  # at most a state too many, which a reversible unit has
+    assert (
+        0.999 * peak < costs.forecast(list(mix))[0] < 1.02 * peak + x.nbytes
+    )  # at most a state too many, which a reversible unit has
 
 
 class Mixed(nn.Module):

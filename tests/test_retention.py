@@ -1,4 +1,6 @@
-"""The retention benchmarks: rows that outlast a run, batches that depend on the seed only, and verdicts that can fail."""
+"""The retention benchmarks: rows that outlast a run, batches that depend on the seed only, and verdicts that can
+fail.
+"""
 
 import argparse
 import json
@@ -18,7 +20,8 @@ from benchmarks.retention import cifar_finetuning as finetuning
 from benchmarks.retention import language_model as character
 from benchmarks.retention import language_model_finetuning as character_finetuning
 
-# -- resuming -----------------------------------------------------------------------------------------------------------------
+# -- resuming
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_is_measured_once(tmp_path):
@@ -48,7 +51,8 @@ def test_a_run_that_fails_leaves_no_row(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# -- fine-tuning --------------------------------------------------------------------------------------------------------------
+# -- fine-tuning
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -73,7 +77,9 @@ def case(wiring="bdia", steps=2, seed=0):
 
 
 def test_all_wirings_of_a_seed_see_the_same_batches(source):
-    first, again, other = (list(finetuning.batches(case(seed=s, wiring=w), source)) for s, w in [(0, "bdia"), (0, "re2tal"), (1, "bdia")])
+    first, again, other = (
+        list(finetuning.batches(case(seed=s, wiring=w), source)) for s, w in [(0, "bdia"), (0, "re2tal"), (1, "bdia")]
+    )
     assert len(first) == 2
     assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(first, again, strict=True))
     assert not torch.equal(first[0][0], other[0][0])
@@ -105,7 +111,9 @@ def test_a_row_of_fine_tuning(source, wiring):
     assert json.loads(json.dumps(row)) == row
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # from Python 3.12 on, where any thread runs; ours compute nothing
+@pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning"
+)  # from Python 3.12 on, where any thread runs; ours compute nothing
 def test_runs_at_a_time_leave_the_rows_of_runs_in_turn(source, tmp_path):
     cases = [case("stored"), case("stored", seed=1), case("scratch")]
     alone, together = (resume.Scratch(tmp_path / name, {}) for name in ("alone", "together"))
@@ -128,7 +136,8 @@ def test_fine_tuning_moves_the_weights_and_the_network_stays_converted(source):
     assert not torch.equal(model.linear.weight, before.linear.weight)
 
 
-# -- the character model ------------------------------------------------------------------------------------------------------
+# -- the character model
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +175,8 @@ def test_rows_of_the_character_model(small):
     assert found[1]["loss"] != found[0]["loss"]
 
 
-# -- verdicts -----------------------------------------------------------------------------------------------------------------
+# -- verdicts
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_seeds():
@@ -179,7 +189,14 @@ def test_seeds():
 def rows(**top1):
     """Rows of three seeds each: after one and after ten steps."""
     return [
-        {"network": "net", "wiring": wiring, "seed": seed, "steps": steps, **dict.fromkeys(KEYS, value + seed * 0.01), **LAST[steps]}
+        {
+            "network": "net",
+            "wiring": wiring,
+            "seed": seed,
+            "steps": steps,
+            **dict.fromkeys(KEYS, value + seed * 0.01),
+            **LAST[steps],
+        }
         for wiring, values in top1.items()
         for steps, value in zip((1, 10), values, strict=True)
         for seed in range(3)
@@ -222,4 +239,6 @@ def test_units_keep_the_bits_that_are_declared():
     (measured,) = record.read("kept_bytes")
     for row in measured.results:
         if row["declared_bits"] is not None:
-            assert 0 <= row["measured_bits"] - row["declared_bits"] < 0.05  # fingerprints, and the numbers of random signs
+            assert (
+                0 <= row["measured_bits"] - row["declared_bits"] < 0.05
+            )  # fingerprints, and the numbers of random signs

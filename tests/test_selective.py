@@ -1,4 +1,6 @@
-"""Selective units: what products gave in forward is handed out again in the recompute. The same gradients to the bit; what is kept."""
+"""Selective units: what products gave in forward is handed out again in the recompute. The same gradients to the bit;
+what is kept.
+"""
 
 from collections import Counter
 from functools import partial
@@ -88,7 +90,11 @@ def test_it_keeps_a_state_and_what_its_products_gave(case):
         return saved_bytes(lambda: model(x))
 
     bits = STREAM // 32 * case.coupling.kept_bits
-    for mix, count in {"rrrpr": 1, "rpprr": 2, "rrrrp": 1}.items():  # the first layer gives two streams; the second, the branch's result
+    for mix, count in {
+        "rrrpr": 1,
+        "rpprr": 2,
+        "rrrrp": 1,
+    }.items():  # the first layer gives two streams; the second, the branch's result
         assert abs(held(mix) - held(mix.replace("p", "r")) - count * (3 * STREAM - bits)) < count * LOOKS
 
 
@@ -159,7 +165,9 @@ class Unsafe(PreNorm):
 
 
 @pytest.mark.parametrize(
-    "kind", [Recurrent, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.RNN), Unsafe], ids=["gru", "lstm", "rnn", "chunk"]
+    "kind",
+    [Recurrent, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.RNN), Unsafe],
+    ids=["gru", "lstm", "rnn", "chunk"],
 )
 @each_fast_exact_case
 def test_writes_that_no_version_counter_tells(case, kind):
@@ -277,7 +285,9 @@ def test_a_recompute_that_goes_another_way_is_an_error(case, how):
     model, x = mixed(case, "rrpr", Moody), torch.randn(SHAPE, requires_grad=True)
     loss = model(x).square().sum()
     model.branches[2].how = how
-    with pytest.raises(ReconstructionError, match=r"branches.2 .*(computed other values|made other calls|saved another tensor)"):
+    with pytest.raises(
+        ReconstructionError, match=r"branches.2 .*(computed other values|made other calls|saved another tensor)"
+    ):
         loss.backward()
 
 
@@ -323,7 +333,9 @@ INPUTS = torch.randn(8, 64, 32, generator=torch.Generator().manual_seed(0))
 
 
 def transformer(dropout=0.1):
-    return Blocks(lambda: nn.TransformerEncoderLayer(32, 4, 128, dropout=dropout, batch_first=True, norm_first=True), depth=6).train()
+    return Blocks(
+        lambda: nn.TransformerEncoderLayer(32, 4, 128, dropout=dropout, batch_first=True, norm_first=True), depth=6
+    ).train()
 
 
 def step_gradients(model):
@@ -381,7 +393,9 @@ def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
         loss.backward()
 
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
-    costs = Costs(measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(6)]], [x.nbytes], [True])
+    costs = Costs(
+        measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(6)]], [x.nbytes], [True]
+    )
     runs = costs.samples(2**40)
     assert runs == [4, 5]  # one that others follow, and the last
     modes = [tuple("selective" if i in runs else "reversible" for i in range(6))]
@@ -412,7 +426,12 @@ def test_float_chains_have_none():
     x = torch.randn(64, 64, 8)
     model = revwire.convert(Blocks(Wide, depth=6), x, coupling="re2tal", exact=False)
     (chain,) = chains_of(model)
-    costs = Costs(measured([chain], lambda: model(x).square().mean().backward(), torch.device("cpu")), [[0] * 6], [x.nbytes], [False])
+    costs = Costs(
+        measured([chain], lambda: model(x).square().mean().backward(), torch.device("cpu")),
+        [[0] * 6],
+        [x.nbytes],
+        [False],
+    )
     assert costs.samples(2**40) == []
 
 

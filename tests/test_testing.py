@@ -9,7 +9,15 @@ from torch import nn
 import revwire
 from cases import FAST
 from revwire import Bdia, Re2TAL, testing
-from revwire.testing import Step, check_gradients, check_invertible, check_modes, check_revert, check_saved_bytes, saved_by_autograd
+from revwire.testing import (
+    Step,
+    check_gradients,
+    check_invertible,
+    check_modes,
+    check_revert,
+    check_saved_bytes,
+    saved_by_autograd,
+)
 from test_couplings import Leapfrog
 from toys import Dropped, inputs_of, stored, toy
 

@@ -82,7 +82,9 @@ def test_one_graph_walked_by_several_threads_at_once(case):
 
 
 class Replica(nn.Module):
-    """A toy as `torch.nn.parallel.replicate` copies it: modules shallow, parameters as plain tensors, the chain shared."""
+    """A toy as `torch.nn.parallel.replicate` copies it: modules shallow, parameters as plain tensors, the chain
+    shared.
+    """
 
     def __init__(self, model):
         super().__init__()

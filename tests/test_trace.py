@@ -35,7 +35,9 @@ class Failing(nn.Module):
 def test_a_failing_example_is_a_clear_error_and_leaves_no_trace():
     model = nn.Sequential(stack(pre_norm).blocks[0], Failing())
     before = torch.get_rng_state(), random.getstate()
-    with pytest.raises(revwire.ConversionError, match=r"failed on the example inputs .*boom.*; pass what its forward takes"):
+    with pytest.raises(
+        revwire.ConversionError, match=r"failed on the example inputs .*boom.*; pass what its forward takes"
+    ):
         revwire.convert(model, X)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -85,7 +87,9 @@ class Passing(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(
-    "context", [Passing, lambda: torch.device("cpu"), torch.no_grad, torch.inference_mode], ids=["mode", "device", "no_grad", "inference"]
+    "context",
+    [Passing, lambda: torch.device("cpu"), torch.no_grad, torch.inference_mode],
+    ids=["mode", "device", "no_grad", "inference"],
 )
 def test_contexts_around_the_conversion(context):
     model = stack(pre_norm)
@@ -138,7 +142,11 @@ def test_tensors_and_constants_made_in_opened_code():
     numpy = pytest.importorskip("numpy")
 
     def forward(self, x):
-        return x + self.f(x) * torch.zeros(x.shape[1], 1, dtype=x.dtype).add(2) / numpy.sqrt(8.0) * numpy.float32(0.5) + torch.arange(8)
+        return (
+            x
+            + self.f(x) * torch.zeros(x.shape[1], 1, dtype=x.dtype).add(2) / numpy.sqrt(8.0) * numpy.float32(0.5)
+            + torch.arange(8)
+        )
 
     model, reference = twin(stack(forward))
     assert_same_step(model, reference, X)
@@ -154,4 +162,6 @@ def test_weights_that_do_not_exist_yet():
 def test_a_module_outside_of_the_tree_is_refused():
     hidden = [nn.Linear(8, 8).double()]
     model = revwire.convert(stack(lambda self, x: x + hidden[0](x)), X, coupling=Plain(), exact=False)
-    assert {s.reason.split(" ", 1)[1] for s in revwire.report(model).skipped} == {"calls a Linear that is not registered below it"}
+    assert {s.reason.split(" ", 1)[1] for s in revwire.report(model).skipped} == {
+        "calls a Linear that is not registered below it"
+    }

@@ -40,7 +40,11 @@ def test_nothing_is_left_behind():
     model = converted()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    state, deterministic, example = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled(), X.clone().requires_grad_()
+    state, deterministic, example = (
+        torch.get_rng_state(),
+        torch.are_deterministic_algorithms_enabled(),
+        X.clone().requires_grad_(),
+    )
     revwire.verify(model, example)
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -77,7 +81,9 @@ def test_verification_in_evaluation_mode_and_with_frozen_weights():
     assert revwire.verify(model, X.clone().requires_grad_()).bit_exact
 
 
-@pytest.mark.parametrize(("coupling", "least", "most"), [("re2tal", 0.05, 10), ("bdia:1/16", 1e-4, 0.1), ("bdia:1/128", 1e-6, 0.01)])
+@pytest.mark.parametrize(
+    ("coupling", "least", "most"), [("re2tal", 0.05, 10), ("bdia:1/16", 1e-4, 0.1), ("bdia:1/128", 1e-6, 0.01)]
+)
 def test_the_change_of_the_function_is_measured(coupling, least, most):
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)

@@ -1,4 +1,6 @@
-"""Modules that are one unit each, whatever residual adds they hold: what is found, what it computes, what a budget prefers."""
+"""Modules that are one unit each, whatever residual adds they hold: what is found, what it computes, what a budget
+prefers.
+"""
 
 import copy
 
@@ -21,7 +23,9 @@ class Block(nn.Module):
         super().__init__()
         width = int(32 * factor)
         self.first = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.Tanh())
-        self.second = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, 32))
+        self.second = nn.Sequential(
+            nn.LayerNorm(32), nn.Linear(32, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, 32)
+        )
 
     def forward(self, x):
         x = x + self.first(x)
@@ -48,7 +52,9 @@ def gradients(model):
     return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
 
 
-@pytest.mark.parametrize(("whole", "units"), [(None, 8), ("blocks.*", 4), ("*", 4), (["blocks.1", "blocks.2"], 6), ("blocks.[12]", 6)])
+@pytest.mark.parametrize(
+    ("whole", "units"), [(None, 8), ("blocks.*", 4), ("*", 4), (["blocks.1", "blocks.2"], 6), ("blocks.[12]", 6)]
+)
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
 def test_each_module_that_matches_is_one_unit(whole, units, coupling):
     model = Stage()
@@ -84,7 +90,12 @@ def test_reverted_it_is_the_network_that_it_was():
 def test_the_outermost_module_that_matches_and_stands_in_a_chain_is_taken():
     model = nn.Sequential(Stage(2), Stage(2))
     assert [u.host for u in revwire.plan(model, X, whole="*").units] == ["0", "1"]
-    assert [u.host for u in revwire.plan(model, X, whole="*.blocks.*").units] == ["0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1"]
+    assert [u.host for u in revwire.plan(model, X, whole="*.blocks.*").units] == [
+        "0.blocks.0",
+        "0.blocks.1",
+        "1.blocks.0",
+        "1.blocks.1",
+    ]
     alone = nn.Sequential(Stage(2), nn.Linear(32, 32))  # one such stage is no chain
     assert [u.host for u in revwire.plan(alone, X, whole="*").units] == ["0.blocks.0", "0.blocks.1"]
 
@@ -124,7 +135,8 @@ def test_a_module_that_cannot_be_one_unit_keeps_its_units():
     plan = revwire.plan(model, X, whole="*.blocks.*")
     assert [u.host for u in plan.units] == [f"0.blocks.{i}" for i in (0, 0, 1, 1, 2, 2)] + ["1.blocks.0", "1.blocks.1"]
     with pytest.raises(
-        revwire.ConversionError, match=r"whole: got '0\.\*', under which no module can be one unit; expected modules that lead"
+        revwire.ConversionError,
+        match=r"whole: got '0\.\*', under which no module can be one unit; expected modules that lead",
     ):
         revwire.convert(model, X, whole="0.*")
     with pytest.raises(revwire.ConversionError, match="not converted"):
@@ -158,12 +170,16 @@ def test_what_lies_in_the_branch_of_a_unit_is_no_unit_of_another_chain(whole):
 @pytest.mark.parametrize("option", ["whole", "include", "exclude", "checkpoint"])
 @pytest.mark.parametrize("value", [5, [5], ["blocks.*", None]])
 def test_what_is_no_glob_is_refused(option, value):
-    with pytest.raises(revwire.ConversionError, match=f"{option}: got .*; expected a glob over qualified names, or several"):
+    with pytest.raises(
+        revwire.ConversionError, match=f"{option}: got .*; expected a glob over qualified names, or several"
+    ):
         revwire.convert(Stage(), X, **{option: value})
 
 
 def test_auto_takes_the_cut_that_can_be_had():
-    model = revwire.convert(Stage(), X, memory_budget="least", whole="auto", coupling={"blocks.0.first": "re2tal"}, chunks=1)
+    model = revwire.convert(
+        Stage(), X, memory_budget="least", whole="auto", coupling={"blocks.0.first": "re2tal"}, chunks=1
+    )
     assert len(revwire.report(model).units) == 8  # whole blocks have no such unit
     revwire.revert(model)
     with pytest.raises(revwire.ConversionError, match="got the glob 'nothing'"):
@@ -179,12 +195,18 @@ def test_auto_needs_a_budget():
 
 @pytest.mark.parametrize(("depth", "factor", "whole"), [(4, 4, False), (48, 4, True), (24, 1 / 32, True)])
 def test_a_budget_chooses_between_adds_and_whole_modules(depth, factor, whole):
-    """Adds are rebuilt one at a time; in deep or narrow networks most of what is kept are bits, of which fewer units have fewer."""
+    """Adds are rebuilt one at a time; in deep or narrow networks most of what is kept are bits, of which fewer units
+    have fewer.
+    """
     x = torch.randn(64, 12, 32)
-    model = revwire.convert(Stage(depth, factor), x, memory_budget="least", whole="auto", coupling="bdia:1/16", chunks=1)
+    model = revwire.convert(
+        Stage(depth, factor), x, memory_budget="least", whole="auto", coupling="bdia:1/16", chunks=1
+    )
     plan = revwire.report(model)
     assert len(plan.units) == (depth if whole else 2 * depth)
-    other = revwire.plan(Stage(depth, factor), x, memory_budget="least", whole=None if whole else "*", coupling="bdia:1/16", chunks=1)
+    other = revwire.plan(
+        Stage(depth, factor), x, memory_budget="least", whole=None if whole else "*", coupling="bdia:1/16", chunks=1
+    )
     assert plan.forecast.peak_bytes < other.forecast.peak_bytes
 
     def step():

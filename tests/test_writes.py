@@ -12,7 +12,9 @@ FLOAT = [c for c in FAST if not c.exact]
 
 
 def faulty(match):
-    return pytest.raises(ReconstructionError, match=rf"branches\.\d \(chain 0\): between forward and backward, .*{match}.*exclude")
+    return pytest.raises(
+        ReconstructionError, match=rf"branches\.\d \(chain 0\): between forward and backward, .*{match}.*exclude"
+    )
 
 
 def gradients(model, loss):

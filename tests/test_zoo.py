@@ -171,7 +171,13 @@ def measured(run, example=None) -> dict[str, Any]:
 def test_a_row_of_an_exact_model():
     row = measured(two(lambda net, x: x + net.a(net.norm(x))))
     assert row["failures"] == {}
-    assert (row["adds_in_chains"], row["units"], row["missing"], row["chains"], row["patterns"]) == (2, 2, 0, 1, {"residual": 2})
+    assert (row["adds_in_chains"], row["units"], row["missing"], row["chains"], row["patterns"]) == (
+        2,
+        2,
+        0,
+        1,
+        {"residual": 2},
+    )
     assert all(row[check] for check in (*coverage.CHECKS, "eval_forward"))
     assert all(row[f"{method}_{kind}_bytes"] > 0 for method in probe.METHODS for kind in ("saved", "peak"))
 

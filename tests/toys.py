@@ -94,7 +94,13 @@ def attention_extras(dtype=torch.float32):
     return bias, 0.5, [gate]
 
 
-KINDS = {"pre-norm": PreNorm, "dropped": Dropped, "convolution": Convolution, "linear": Linear, "weightless": Weightless}
+KINDS = {
+    "pre-norm": PreNorm,
+    "dropped": Dropped,
+    "convolution": Convolution,
+    "linear": Linear,
+    "weightless": Weightless,
+}
 
 
 def as_residual(host, x, *extras):

@@ -38,14 +38,28 @@ def summary(records: list[Record]) -> list[list[str]]:
         exact = sum(all(row[check] for check in CHECKS[:4]) for row in rows)
         equal = sum(bool(row["revert_equal"]) for row in rows)
         figures = [len(rows), found, chained, outer, rewired, f"{rewired / outer:.1%}" if outer else "–"]
-        cells = [*figures, f"{exact} of {len(rows)}", f"{equal} of {len(rows)}", sum(bool(row["failures"]) for row in rows)]
+        cells = [
+            *figures,
+            f"{exact} of {len(rows)}",
+            f"{equal} of {len(rows)}",
+            sum(bool(row["failures"]) for row in rows),
+        ]
         table.append([record.name.removeprefix("zoo_").removesuffix("_models").replace("_", " "), *map(str, cells)])
     return table
 
 
 def models(rows: list[Row]) -> list[list[str]]:
     """One line per model; what fails, is not exact, or is not rewired stands on top."""
-    head = ["model", "adds", "in chains (nested)", "units / chains", "patterns", "not rewired", "exact", "reverts, keeps its form"]
+    head = [
+        "model",
+        "adds",
+        "in chains (nested)",
+        "units / chains",
+        "patterns",
+        "not rewired",
+        "exact",
+        "reverts, keeps its form",
+    ]
     table = [[*head, "saved MiB: stored → revwire (checkpoint)", "peak MiB", "convert s", "what stays, and failures"]]
     return table + [_model(row) for row in sorted(rows, key=_order)]
 
@@ -63,13 +77,24 @@ def _model(row: Row) -> list[str]:
     patterns = ", ".join(f"{n} {pattern}" for pattern, n in (row["patterns"] or {}).items())
     form = [row[key] for key in ("revert_equal", "output_kept", "keys_kept", "eval_forward")]
     checks = _exact(row), "yes" if all(form) else _text(None if None in form else False)
-    cells = row["model"], *found, f"{_text(row['units'])} / {_text(row['chains'])}", patterns, _text(row["missing"]), *checks
+    cells = (
+        row["model"],
+        *found,
+        f"{_text(row['units'])} / {_text(row['chains'])}",
+        patterns,
+        _text(row["missing"]),
+        *checks,
+    )
     seconds = "–" if row["convert_seconds"] is None else f"{row['convert_seconds']:.1f}"
     return [*cells, _bytes(row, "saved"), _bytes(row, "peak"), seconds, _remarks(row)]
 
 
 def _text(value: object) -> str:
-    return {None: "–", True: "yes", False: "**no**"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "–", True: "yes", False: "**no**"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _exact(row: Row) -> str:

@@ -1,4 +1,6 @@
-"""Where real data lies: ``--data-root``, or the environment variable REVWIRE_DATA. The data is not part of this repository."""
+"""Where real data lies: ``--data-root``, or the environment variable REVWIRE_DATA. The data is not part of this
+repository.
+"""
 
 from __future__ import annotations
 

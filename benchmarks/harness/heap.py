@@ -9,10 +9,11 @@ _MOST = 2**31 - 1
 
 
 def keep_memory() -> None:
-    """Let the C library keep what is freed, as the caching allocators of accelerators do; it asks the system for less from then on.
+    """Let the C library keep what is freed, as the caching allocators of accelerators do; it asks the system for less
+    from then on.
 
-    By default, glibc gives large blocks back at once, and takes new ones, of which each page costs a fault when it is first written to;
-    not the same number in each step, as it depends on what lies at the end of the heap.
+    By default, glibc gives large blocks back at once, and takes new ones, of which each page costs a fault when it is
+    first written to; not the same number in each step, as it depends on what lies at the end of the heap.
 
     Raises:
         OSError: this C library has no such switch.

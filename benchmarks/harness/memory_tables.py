@@ -16,7 +16,9 @@ Table = list[list[str]]
 
 
 def peaks(rows: list[Row]) -> Table:
-    """Peak bytes by method (rows) and case (columns); beside them, their ratio to checkpointing per block in the same case."""
+    """Peak bytes by method (rows) and case (columns); beside them, their ratio to checkpointing per block in the same
+    case.
+    """
     cases = sorted({_case(row) for row in rows})
     varied = [i for i in range(4) if len({case[i] for case in cases}) > 1] or [1]
     found = {(row["method"], _case(row)): row for row in rows}
@@ -27,7 +29,9 @@ def peaks(rows: list[Row]) -> Table:
 
 
 def fit(rows: list[Row]) -> Table:
-    """Bytes per image or frame, from the smallest and the largest input measured, and the largest input within budgets that follows."""
+    """Bytes per image or frame, from the smallest and the largest input measured, and the largest input within budgets
+    that follows.
+    """
     columns = ("network", "method", "peak MiB (at)", "MiB per image or frame", "off the line between")
     table = [[*columns, *(f"largest in {b} GiB" for b in BUDGETS_GIB)]]
     for network in dict.fromkeys(row["network"] for row in rows):
@@ -63,7 +67,11 @@ def planner(rows: list[Row]) -> Table:
 
 
 def _predicted(row: Row) -> str:
-    seconds = f"; {row['predicted_time_ratio']:.2f}, {row['measured_time_ratio']:.2f}" if row.get("measured_time_ratio") else ""
+    seconds = (
+        f"; {row['predicted_time_ratio']:.2f}, {row['measured_time_ratio']:.2f}"
+        if row.get("measured_time_ratio")
+        else ""
+    )
     return f"{row['predicted_bytes'] / _MIB:.1f} ({_error(row):+.1%}){seconds}"
 
 
@@ -76,7 +84,10 @@ def pareto(rows: list[Row]) -> Table:
     """Peak bytes and seconds by method, least bytes first."""
     head = ["method", "peak MiB of a step", "seconds × stored activations", "seconds × checkpoint per block"]
     done = sorted((r for r in rows if r["peak_bytes"] is not None), key=lambda r: r["peak_bytes"])
-    cells = [[r["method"], f"{r['peak_bytes'] / _MIB:.1f}", *(_quartiles(r[k]) for k in ("to_stored", "to_checkpoint"))] for r in done]
+    cells = [
+        [r["method"], f"{r['peak_bytes'] / _MIB:.1f}", *(_quartiles(r[k]) for k in ("to_stored", "to_checkpoint"))]
+        for r in done
+    ]
     return [head, *cells]
 
 
@@ -121,11 +132,15 @@ def _peak(row: Row | None, base: Row | None) -> str:
 def _points(rows: list[Row], network: str, method: str) -> list[tuple[int, int]]:
     """(size, peak bytes) of what was measured, smallest first; the size is what varies, the batch or the length."""
     axis = "batch" if len({r["batch"] for r in rows if r["network"] == network}) > 1 else "length"
-    return sorted((r[axis], r["peak_bytes"]) for r in rows if (r["network"], r["method"]) == (network, method) and r["peak_bytes"])
+    return sorted(
+        (r[axis], r["peak_bytes"]) for r in rows if (r["network"], r["method"]) == (network, method) and r["peak_bytes"]
+    )
 
 
 def _line(rows: list[Row], network: str, method: str) -> tuple[float, float, float | None] | None:
-    """(bytes at size 0, bytes per unit of size, how far the sizes between lie off that line) through the smallest and the largest."""
+    """(bytes at size 0, bytes per unit of size, how far the sizes between lie off that line) through the smallest and
+    the largest.
+    """
     points = _points(rows, network, method)
     if len(points) < 2:
         return None

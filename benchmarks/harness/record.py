@@ -1,4 +1,5 @@
-"""A record: what was measured, by which code, with which versions, on which device. One JSON file per experiment and device.
+"""A record: what was measured, by which code, with which versions, on which device. One JSON file per experiment and
+device.
 
 A run that fails is recorded too: its status says "failed", its results are null, and the reason stands beside them.
 """
@@ -78,7 +79,9 @@ def read(name: str, folder: Path = RESULTS) -> list[Record]:
     records = [Record(**json.loads(path.read_text())) for path in sorted(folder.glob(f"{name}.*.json"))]
     for record in records:
         if record.schema != SCHEMA:
-            raise ValueError(f"{record.name}: got a record of schema {record.schema}; expected {SCHEMA}; run the benchmark again")
+            raise ValueError(
+                f"{record.name}: got a record of schema {record.schema}; expected {SCHEMA}; run the benchmark again"
+            )
     return records
 
 
@@ -86,7 +89,9 @@ def environment(device: str = "cpu") -> Row:
     """Commit, versions, device, threads and date."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "changed_files": len((_git("status", "--porcelain", "--", "revwire", "benchmarks", ":!benchmarks/results") or "").splitlines()),
+        "changed_files": len(
+            (_git("status", "--porcelain", "--", "revwire", "benchmarks", ":!benchmarks/results") or "").splitlines()
+        ),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "cores": os.cpu_count(),

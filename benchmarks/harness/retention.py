@@ -1,4 +1,6 @@
-"""The tables of the retention benchmarks: what fine-tuning makes of each wiring, the bits that a unit keeps, and what was asked for."""
+"""The tables of the retention benchmarks: what fine-tuning makes of each wiring, the bits that a unit keeps, and what
+was asked for.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,14 @@ def seeds(rows: Iterable[Row], key: str, **chosen: object) -> Seeds | None:
 def cifar_finetuning(rows: list[Row]) -> list[list[str]]:
     """Top-1 by network, wiring and deployment (rows) and steps (columns)."""
     steps = sorted({row["steps"] for row in rows})
-    head = ["network", "wiring", "deployed", *(f"{k} steps" for k in steps), f"{steps[-1]} steps, whole test set", "seeds"]
+    head = [
+        "network",
+        "wiring",
+        "deployed",
+        *(f"{k} steps" for k in steps),
+        f"{steps[-1]} steps, whole test set",
+        "seeds",
+    ]
     table = [head]
     for network in dict.fromkeys(row["network"] for row in rows):
         mine = [row for row in rows if row["network"] == network]
@@ -53,7 +62,9 @@ def cifar_finetuning(rows: list[Row]) -> list[list[str]]:
             for deployed, prefix in _deployments(wiring):
                 cells = [_percent(seeds(mine, f"{prefix}top1_part", wiring=wiring, steps=k)) for k in steps]
                 whole = seeds(mine, f"{prefix}top1", wiring=wiring, steps=steps[-1])
-                table.append([network, wiring, deployed, *cells, _percent(whole), str(len(whole.values)) if whole else "0"])
+                table.append(
+                    [network, wiring, deployed, *cells, _percent(whole), str(len(whole.values)) if whole else "0"]
+                )
     return table
 
 
@@ -72,7 +83,9 @@ def language_model_finetuning(rows: list[Row]) -> list[list[str]]:
 def kept_bytes(rows: list[Row]) -> list[list[str]]:
     """Bits by coupling: declared, and measured."""
     head = ["wiring", "bits per element and unit, declared", "measured"]
-    figures = (("–" if r["declared_bits"] is None else str(r["declared_bits"]), f"{r['measured_bits']:.2f}") for r in rows)
+    figures = (
+        ("–" if r["declared_bits"] is None else str(r["declared_bits"]), f"{r['measured_bits']:.2f}") for r in rows
+    )
     return [head, *([r["wiring"], *cells] for r, cells in zip(rows, figures, strict=True))]
 
 
@@ -83,7 +96,9 @@ def _deployments(wiring: str) -> list[tuple[str, str]]:
 def _percent(figure: Seeds | None) -> str:
     if figure is None:
         return "–"
-    return f"{figure.mean:.1%}" if len(figure.values) == 1 else f"{100 * figure.mean:.1f} ± {100 * figure.deviation:.1f}%"
+    return (
+        f"{figure.mean:.1%}" if len(figure.values) == 1 else f"{100 * figure.mean:.1f} ± {100 * figure.deviation:.1f}%"
+    )
 
 
 def _nats(figure: Seeds | None) -> str:
@@ -125,7 +140,13 @@ def _of_default(rows: list[Row]) -> Row:
 
 def _relative(network: str, before: float, after: float) -> list[str]:
     loss = 1 - after / before
-    return [network, "rewired, no training", "at most 0.5% relative loss of top-1", f"{-loss:+.2%}", _holds(loss <= 0.005)]
+    return [
+        network,
+        "rewired, no training",
+        "at most 0.5% relative loss of top-1",
+        f"{-loss:+.2%}",
+        _holds(loss <= 0.005),
+    ]
 
 
 def _holds(value: bool) -> str:
@@ -163,7 +184,15 @@ def _language_model(rows: list[Row]) -> list[list[str]]:
 @_claim("sentences")
 def _sentences(rows: list[Row]) -> list[list[str]]:
     cosine = _of_default(rows)["mean_cosine"]
-    return [["all-MiniLM-L6-v2", "rewired, no training", "mean cosine at least 0.99", f"{cosine:.4f}", _holds(cosine >= 0.99)]]
+    return [
+        [
+            "all-MiniLM-L6-v2",
+            "rewired, no training",
+            "mean cosine at least 0.99",
+            f"{cosine:.4f}",
+            _holds(cosine >= 0.99),
+        ]
+    ]
 
 
 @_claim("cifar_finetuning")
@@ -182,7 +211,9 @@ def _finetuned_language_model(rows: list[Row]) -> list[list[str]]:
 
 
 def _as_good(network: str, rows: list[Row], key: str, better: int) -> list[list[str]]:
-    """Against stored activations after the largest budget: not worse by more than two standard errors of the difference."""
+    """Against stored activations after the largest budget: not worse by more than two standard errors of the
+    difference.
+    """
     last = max(row["steps"] for row in rows)
     stored, table = seeds(rows, key, wiring="stored", steps=last), []
     for deployed, prefix in _deployments(DEFAULT):
@@ -192,9 +223,15 @@ def _as_good(network: str, rows: list[Row], key: str, better: int) -> list[list[
         difference, error = mine.minus(stored)
         asked = f"after {last} steps as good as stored activations, within two standard errors"
         fewest = min(len(stored.values), len(mine.values))
-        shown = f"{difference:+.4f} ± {error:.4f} nats" if key == "loss" else f"{100 * difference:+.2f} ± {100 * error:.2f} points"
+        shown = (
+            f"{difference:+.4f} ± {error:.4f} nats"
+            if key == "loss"
+            else f"{100 * difference:+.2f} ± {100 * error:.2f} points"
+        )
         if fewest > 1:
-            table.append([network, deployed, asked, f"{shown} ({fewest} seeds)", _holds(better * difference >= -2 * error)])
+            table.append(
+                [network, deployed, asked, f"{shown} ({fewest} seeds)", _holds(better * difference >= -2 * error)]
+            )
         else:
             table.append([network, deployed, asked, f"{shown.split(' ± ')[0]} (one seed)", "not known from one seed"])
     return table

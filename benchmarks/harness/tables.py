@@ -1,4 +1,5 @@
-"""From records to tables: ``python -m benchmarks.harness.tables`` renews every table in the Markdown files, ``--check`` only compares.
+"""From records to tables: ``python -m benchmarks.harness.tables`` renews every table in the Markdown files, ``--check``
+only compares.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; what is between them is never written by hand.
 """
@@ -42,7 +43,11 @@ def vit_depth(rows: list[Row]) -> list[list[str]]:
 
 def step_time(rows: list[Row]) -> list[list[str]]:
     """Seconds of a step, and paired ratios."""
-    ratios = {"to_stored": "× stored activations", "to_checkpoint": "× checkpoint per block", "to_whole": "× checkpoint without early stop"}
+    ratios = {
+        "to_stored": "× stored activations",
+        "to_checkpoint": "× checkpoint per block",
+        "to_whole": "× checkpoint without early stop",
+    }
     head = ["training step", "seconds: median (quartiles)", *ratios.values()]
     return [head, *([row["method"], *(_quartiles(row[k]) for k in ("seconds", *ratios))] for row in rows)]
 
@@ -124,7 +129,9 @@ def _quartiles(q: Row) -> str:
 
 
 def render(name: str) -> str:
-    """The tables of an experiment, one per device, each with its conditions below it; ``zoo`` and ``retention`` are summaries."""
+    """The tables of an experiment, one per device, each with its conditions below it; ``zoo`` and ``retention`` are
+    summaries.
+    """
     if name == "zoo":
         return _summary()
     if name == "tal_recipes":

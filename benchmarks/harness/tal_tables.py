@@ -1,4 +1,6 @@
-"""The tables of temporal action localization: published recipes beside what was run here, comparisons, memory by frames."""
+"""The tables of temporal action localization: published recipes beside what was run here, comparisons, memory by
+frames.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,26 @@ PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
     "thumos14_re2slowfast_101_actionformer": ("THUMOS-14", "Re2SlowFast-101", "ActionFormer", 70.19, OPENTAD),
     "thumos14_re2swin_t_vsgn": ("THUMOS-14", "Re2Swin-T", "VSGN", None, ""),
     "thumos14_re2slowfast_101_vsgn": ("THUMOS-14", "Re2SlowFast-101", "VSGN", None, ""),
-    "activitynet_bdia_swin3d_t_actionformer": ("ActivityNet-1.3", "Swin3D-T, bdia, no first stage", "ActionFormer", None, ""),
+    "activitynet_bdia_swin3d_t_actionformer": (
+        "ActivityNet-1.3",
+        "Swin3D-T, bdia, no first stage",
+        "ActionFormer",
+        None,
+        "",
+    ),
     "thumos14_bdia_swin3d_t_actionformer": ("THUMOS-14", "Swin3D-T, bdia, no first stage", "ActionFormer", None, ""),
     "thumos14_bdia_swin3d_b_actionformer": ("THUMOS-14", "Swin3D-B, bdia, no first stage", "ActionFormer", None, ""),
-    "thumos14_bdia_videomae_l_actionformer": ("THUMOS-14", "VideoMAE-L, bdia, no first stage", "ActionFormer", None, ""),
+    "thumos14_bdia_videomae_l_actionformer": (
+        "THUMOS-14",
+        "VideoMAE-L, bdia, no first stage",
+        "ActionFormer",
+        None,
+        "",
+    ),
 }
-"""Configuration -> data set, backbone, localizer, published average mAP in per cent (None: none is known to us), and who published it."""
+"""Configuration -> data set, backbone, localizer, published average mAP in per cent (None: none is known to us), and
+who published it.
+"""
 
 
 def recipes() -> list[list[str]]:
@@ -34,13 +50,20 @@ def recipes() -> list[list[str]]:
     for name, (data, backbone, localizer, figure, source) in PUBLISHED.items():
         mine = [row for record in read(f"tal_run_{name}") for row in record.results or []]
         published = "" if figure is None else f"{figure:.2f} ({source})"
-        table.append([f"`{name}`", data, backbone, localizer, published, *(_run(mine[0]) if mine else ("", "", "", ""))])
+        table.append(
+            [f"`{name}`", data, backbone, localizer, published, *(_run(mine[0]) if mine else ("", "", "", ""))]
+        )
     return table
 
 
 def _run(row: Row) -> tuple[str, str, str, str]:
     figures, peak, seconds = row["figures"], row["peak_bytes"], row["seconds_per_step"]
-    return f"{100 * figures['mAP']:.2f}", "" if peak is None else f"{peak / 2**30:.2f}", f"{seconds:.3f}", str(row["steps"])
+    return (
+        f"{100 * figures['mAP']:.2f}",
+        "" if peak is None else f"{peak / 2**30:.2f}",
+        f"{seconds:.3f}",
+        str(row["steps"]),
+    )
 
 
 def comparison(rows: list[Row]) -> list[list[str]]:
@@ -71,7 +94,12 @@ def memory(rows: list[Row]) -> list[list[str]]:
     """Peak memory by way to keep activations (rows) and frames (columns); what did not fit is said."""
     cases = sorted({(row["batch"], row["frames"]) for row in rows})
     found: Mapping[tuple[str, int, int], Row] = {(row["memory"], row["batch"], row["frames"]): row for row in rows}
-    table = [["peak MiB of a step", *(f"{frames} frames" + (f", batch {batch}" if batch > 1 else "") for batch, frames in cases)]]
+    table = [
+        [
+            "peak MiB of a step",
+            *(f"{frames} frames" + (f", batch {batch}" if batch > 1 else "") for batch, frames in cases),
+        ]
+    ]
     for way in dict.fromkeys(row["memory"] for row in rows):
         peaks = [found[way, batch, frames]["peak_bytes"] for batch, frames in cases]
         table.append([way, *("does not fit" if peak is None else f"{peak / _MIB:.0f}" for peak in peaks)])
@@ -81,7 +109,10 @@ def memory(rows: list[Row]) -> list[list[str]]:
 def largest(rows: list[Row]) -> list[list[str]]:
     """The most frames that fit, by way to keep activations."""
     head = ["activations", "clips of a step", "most frames that fit", "to within", ""]
-    return [head, *([r["memory"], str(r["batch"]), str(r["largest_frames"]), str(r["within"]), r["reason"] or ""] for r in rows)]
+    return [
+        head,
+        *([r["memory"], str(r["batch"]), str(r["largest_frames"]), str(r["within"]), r["reason"] or ""] for r in rows),
+    ]
 
 
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {

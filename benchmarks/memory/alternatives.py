@@ -1,4 +1,5 @@
-"""What a user would otherwise pick, and revwire: each takes a network and an example, and makes of it one that is trained in another way.
+"""What a user would otherwise pick, and revwire: each takes a network and an example, and makes of it one that is
+trained in another way.
 
 A method raises `Unsuited` where it cannot take a network; the sweep leaves its cell empty, and keeps the reason.
 """
@@ -73,7 +74,9 @@ def segmented(name: str, model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def selective(name: str, model: nn.Module, example: Tensor) -> nn.Module:
-    """Selective checkpointing per block: results of matrix products, convolutions and attention are stored, the rest is recomputed."""
+    """Selective checkpointing per block: results of matrix products, convolutions and attention are stored, the rest is
+    recomputed.
+    """
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
@@ -85,7 +88,9 @@ def selective(name: str, model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def compiled(budget: float) -> Method:
-    """``torch.compile`` with an activation memory budget; the graphs that AOTAutograd partitions run without code generation."""
+    """``torch.compile`` with an activation memory budget; the graphs that AOTAutograd partitions run without code
+    generation.
+    """
 
     def method(name: str, model: nn.Module, example: Tensor) -> nn.Module:
         torch._dynamo.reset()
@@ -96,18 +101,24 @@ def compiled(budget: float) -> Method:
 
 
 def momentumnet(name: str, model: nn.Module, example: Tensor) -> nn.Module:
-    """The package momentumnet's conversion of runs of blocks, γ = 0.9, without backpropagation through what it rebuilds."""
+    """The package momentumnet's conversion of runs of blocks, γ = 0.9, without backpropagation through what it
+    rebuilds.
+    """
     from momentumnet import transform_to_momentumnet
 
     paths = NETWORKS[name].containers(model)
     if not all(isinstance(model.get_submodule(p), nn.Sequential) for p in paths):
         raise Unsuited("its blocks are called from a loop of their own")
     first = name.startswith(("ViT", "GPT", "swin", "convnext"))  # blocks that all keep their shape
-    return transform_to_momentumnet(model, paths, gamma=0.9, use_backprop=False, keep_first_layer=not first, is_residual=False)
+    return transform_to_momentumnet(
+        model, paths, gamma=0.9, use_backprop=False, keep_first_layer=not first, is_residual=False
+    )
 
 
 def memcnn(name: str, model: nn.Module, example: Tensor) -> nn.Module:
-    """The package memcnn's additive coupling of the two branches of each layer, on two streams (averaged at the end)."""
+    """The package memcnn's additive coupling of the two branches of each layer, on two streams (averaged at the
+    end).
+    """
     if not name.startswith(("ViT", "GPT")):
         raise Unsuited("it couples two branches of one width, which only the layers of a transformer have")
     with warnings.catch_warnings():
@@ -165,7 +176,9 @@ def reversible(**options: Any) -> Method:
 
 
 def by_windows(coupling: str) -> Method:
-    """Rewired by revwire, in as many chunks as Video Swin's windows of eight tokens, of two frames each, take along a clip."""
+    """Rewired by revwire, in as many chunks as Video Swin's windows of eight tokens, of two frames each, take along a
+    clip.
+    """
 
     def method(name: str, model: nn.Module, example: Tensor) -> nn.Module:
         if not name.startswith("swin3d"):
@@ -203,11 +216,15 @@ _BDIA = ("bdia:1/2", "bdia:1/4", "bdia:1/8", "bdia:1/16", "bdia-random:1/2")
 _SPELLINGS = ("re2tal", *_BDIA, "momentum:1/8", "dr2net:7/8,1/8", "midpoint:1/2")
 COUPLINGS: dict[str, Method] = {f"revwire {spelling}": reversible(coupling=spelling) for spelling in _SPELLINGS}
 
-NOT_RUN = {"save_on_cpu": "moves saved tensors from an accelerator to the CPU: on the CPU there is nowhere to move them"}
+NOT_RUN = {
+    "save_on_cpu": "moves saved tensors from an accelerator to the CPU: on the CPU there is nowhere to move them"
+}
 
 
 def step(model: nn.Module, example: Tensor, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-    """Forward (in the context ``around``) and backward of a mean-square loss; gradients accumulate, so ``.grad`` stays allocated."""
+    """Forward (in the context ``around``) and backward of a mean-square loss; gradients accumulate, so ``.grad`` stays
+    allocated.
+    """
     with around():
         loss = model(example).float().square().mean()
     loss.backward()

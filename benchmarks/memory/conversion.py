@@ -1,4 +1,5 @@
-"""Seconds and bytes of `revwire.convert` itself, on five large networks. Claim: under 10 s each, and no copy of the weights.
+"""Seconds and bytes of `revwire.convert` itself, on five large networks. Claim: under 10 s each, and no copy of the
+weights.
 
 python -m benchmarks.memory.conversion
 """
@@ -24,16 +25,31 @@ from revwire.measure import peak_bytes
 
 
 def _llama() -> nn.Module:
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 24, "num_attention_heads": 8, "vocab_size": 32000}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "vocab_size": 32000,
+    }
     return LlamaModel(LlamaConfig(**sizes))
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
-    "timm vit_base_patch16_224": (lambda: timm.create_model("vit_base_patch16_224"), lambda: torch.randn(2, 3, 224, 224)),
-    "timm swin_tiny_patch4_window7_224": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), lambda: torch.randn(2, 3, 224, 224)),
+    "timm vit_base_patch16_224": (
+        lambda: timm.create_model("vit_base_patch16_224"),
+        lambda: torch.randn(2, 3, 224, 224),
+    ),
+    "timm swin_tiny_patch4_window7_224": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+        lambda: torch.randn(2, 3, 224, 224),
+    ),
     "torchvision swin3d_t": (lambda: swin3d_t(weights=None), lambda: torch.randn(1, 3, 8, 112, 112)),
     "torchvision resnet101": (lambda: resnet101(weights=None), lambda: torch.randn(2, 3, 224, 224)),
-    "Llama, 24 layers of width 512": (_llama, lambda: {"input_ids": torch.randint(0, 32000, (1, 64)), "use_cache": False}),
+    "Llama, 24 layers of width 512": (
+        _llama,
+        lambda: {"input_ids": torch.randint(0, 32000, (1, 64)), "use_cache": False},
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""The reversible Video Swin that OpenTAD wrote by hand for Re2TAL, run from its own source, which is not part of this repository.
+"""The reversible Video Swin that OpenTAD wrote by hand for Re2TAL, run from its own source, which is not part of this
+repository.
 
 git clone https://github.com/sming256/OpenTAD
 pip install mmcv-lite==2.1.0 mmengine einops opencv-python-headless && pip install --no-deps mmaction2
@@ -30,7 +31,8 @@ class Missing(Exception):  # noqa: N818  (it is no fault)
 
 
 def reversible_swin(name: str) -> nn.Module:
-    """The backbone of the sizes of torchvision's ``swin3d_t`` or ``swin3d_b``, in train mode: (batch, 3, frames, height, width) → features.
+    """The backbone of the sizes of torchvision's ``swin3d_t`` or ``swin3d_b``, in train mode: (batch, 3, frames,
+    height, width) → features.
 
     Raises:
         Missing: the network is another one, or cannot be built here; says what to install.
@@ -57,7 +59,9 @@ def _source() -> ModuleType:
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise Missing(f"{error}: it needs mmcv-lite==2.1.0, mmengine, mmaction2, einops and opencv-python-headless") from error
+        raise Missing(
+            f"{error}: it needs mmcv-lite==2.1.0, mmengine, mmaction2, einops and opencv-python-headless"
+        ) from error
     return module
 
 

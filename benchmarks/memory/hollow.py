@@ -1,10 +1,11 @@
-"""Steps that allocate what they would, and multiply nothing: for peak bytes of networks whose arithmetic would take hours.
+"""Steps that allocate what they would, and multiply nothing: for peak bytes of networks whose arithmetic would take
+hours.
 
 python -m benchmarks.memory.hollow     # what that changes, on a small case of each network: nothing
 
-What a step allocates follows from shapes, not from values. Inside of `products_left_out`, matrix products on the CPU return zeros of the
-right shape; everything else runs (convolutions too: they have workspaces of their own). Where such a kernel allocated something for
-itself, it would show in the record that the command above writes.
+What a step allocates follows from shapes, not from values. Inside of `products_left_out`, matrix products on the CPU
+return zeros of the right shape; everything else runs (convolutions too: they have workspaces of their own). Where such
+a kernel allocated something for itself, it would show in the record that the command above writes.
 """
 
 from __future__ import annotations
@@ -79,7 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(CASES), help=", ".join(CASES))
     cases = [(name, method) for name in parser.parse_args().networks for method in (CHECKPOINT, "revwire bdia 1/16")]
-    record = run("memory_hollow", {"depth and length": CASES, "batch": 1}, lambda: [measured(*case) for case in track(cases, "cases")])
+    record = run(
+        "memory_hollow",
+        {"depth and length": CASES, "batch": 1},
+        lambda: [measured(*case) for case in track(cases, "cases")],
+    )
     print(record.write(), record.status, record.reason or "")
 
 

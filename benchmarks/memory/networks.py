@@ -1,4 +1,6 @@
-"""The networks of the sweeps: how they are built, what they are given, and where their blocks stand. Random weights, in train mode."""
+"""The networks of the sweeps: how they are built, what they are given, and where their blocks stand. Random weights, in
+train mode.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def inflated_resnet152() -> nn.Module:
 
 def _inflated(flat: nn.Conv2d, depth: int) -> nn.Conv3d:
     sizes = {"stride": (1, *flat.stride), "padding": (depth // 2, *flat.padding), "groups": flat.groups}
-    return nn.Conv3d(flat.in_channels, flat.out_channels, (depth, *flat.kernel_size), bias=flat.bias is not None, **sizes)
+    return nn.Conv3d(
+        flat.in_channels, flat.out_channels, (depth, *flat.kernel_size), bias=flat.bias is not None, **sizes
+    )
 
 
 def slowfast(depth: int) -> nn.Module:
@@ -103,7 +107,9 @@ def slowfast(depth: int) -> nn.Module:
 
 
 class Pathways(nn.Module):
-    """A clip (batch, 3, frames, height, width) → the model on every fourth frame and on all of them, pooled over what is left."""
+    """A clip (batch, 3, frames, height, width) → the model on every fourth frame and on all of them, pooled over what
+    is left.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -140,7 +146,9 @@ def _vit(name: str) -> Network:
 
 
 def _with_maps(name: str) -> Network:
-    """A ViT for images of any size that spells its attention out, as networks do that bias their maps, or return them."""
+    """A ViT for images of any size that spells its attention out, as networks do that bias their maps, or return
+    them.
+    """
 
     def build(depth: int) -> nn.Module:
         model = timm.create_model(name, depth=depth, dynamic_img_size=True)
@@ -174,7 +182,9 @@ NETWORKS: dict[str, Network] = {
     "swin3d_b": Network(lambda _: swin3d_b(weights=None), _clips(112), _SWIN, "frames"),
     "slowfast_r101": Network(slowfast, _clips(64), _pathways, "frames"),
     "convnext_tiny": Network(lambda _: timm.create_model("convnext_tiny"), _images, _FOUR_STAGES, "side"),
-    "davit_tiny, bfloat16 autocast": Network(lambda _: timm.create_model("davit_tiny"), _images, _FOUR_STAGES, "side", torch.bfloat16),
+    "davit_tiny, bfloat16 autocast": Network(
+        lambda _: timm.create_model("davit_tiny"), _images, _FOUR_STAGES, "side", torch.bfloat16
+    ),
     "GPT": Network(LanguageModel, _tokens, _containers("layers"), "tokens"),
     "inflated ResNet-152": Network(lambda _: inflated_resnet152(), _clips(64), _STAGES, "frames"),
 }

@@ -1,10 +1,12 @@
-"""What the machinery costs, beside the arithmetic: microseconds per unit on branches that do almost nothing, forward and backward.
+"""What the machinery costs, beside the arithmetic: microseconds per unit on branches that do almost nothing, forward
+and backward.
 
 python -m benchmarks.memory.overhead
 
-A chain of small blocks x + linear(norm(x)) takes turns with the same blocks as they were. *Machinery* is what is left of the difference
-when the arithmetic of the streams (called by itself on states of the same shape) is taken away, and, in backward, one more evaluation of
-the branch, which every method that recomputes pays. On one thread, on a machine that does nothing else.
+A chain of small blocks x + linear(norm(x)) takes turns with the same blocks as they were. *Machinery* is what is left
+of the difference when the arithmetic of the streams (called by itself on states of the same shape) is taken away, and,
+in backward, one more evaluation of the branch, which every method that recomputes pays. On one thread, on a machine
+that does nothing else.
 """
 
 from __future__ import annotations

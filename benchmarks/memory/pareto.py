@@ -1,9 +1,9 @@
 """Seconds of a step against its peak bytes, all methods taking turns. On a machine that does nothing else.
 
 python -m benchmarks.memory.pareto                          # ViT-S/16, depth 12
-python -m benchmarks.memory.pareto --keep-memory            # the same without the page faults of freshly allocated memory
-python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1
-python -m benchmarks.memory.pareto --network "ViT-S/16, bfloat16 autocast" --batch 16 --rounds 3
+python -m benchmarks.memory.pareto --keep-memory            # the same without the page faults of freshly allocated
+memory python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1 python -m benchmarks.memory.pareto
+--network "ViT-S/16, bfloat16 autocast" --batch 16 --rounds 3
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ RIVALS = {"checkpointing": CHECKPOINT, "selective checkpointing": SELECTIVE}
 
 
 def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: tuple[str, ...] = ()) -> list[Row]:
-    """One row per method: peak bytes, seconds, and the ratios to stored activations and to checkpointing within each round."""
+    """One row per method: peak bytes, seconds, and the ratios to stored activations and to checkpointing within each
+    round.
+    """
     example = NETWORKS[name].example(batch, length)
     models: dict[str, nn.Module] = {}
     rows: dict[str, Row] = {}
@@ -53,7 +55,12 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
             }
         except (Unsuited, RuntimeError, ValueError, TypeError) as error:
             models.pop(method, None)
-            rows[method] = {"network": name, "method": method, "peak_bytes": None, "reason": f"{type(error).__name__}: {error}"[:200]}
+            rows[method] = {
+                "network": name,
+                "method": method,
+                "peak_bytes": None,
+                "reason": f"{type(error).__name__}: {error}"[:200],
+            }
     with Progress() as progress:
         bar = progress.add_task("steps", total=(rounds + 1) * len(models))
 
@@ -69,12 +76,17 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
 
 
 def _budgets(name: str, depth: int, example: torch.Tensor, rivals: dict[str, int]) -> dict[str, Method]:
-    """The planner at budgets between the least and that of stored activations; and at the bytes that ``rivals`` need."""
+    """The planner at budgets between the least and that of stored activations; and at the bytes that ``rivals``
+    need.
+    """
     with NETWORKS[name].around():
         forecast = revwire.plan(network(name, depth), example, memory_budget="least").forecast
     assert forecast is not None
     low, high = forecast.peak_bytes, forecast.stored.peak_bytes
-    shares = {f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low))) for share in SHARES}
+    shares = {
+        f"revwire bdia 1/16, budget {share:.0%}": reversible(memory_budget=int(low + share * (high - low)))
+        for share in SHARES
+    }
     level = {
         f"revwire {text}, budget of {rival}": reversible(coupling=c, memory_budget=size)
         for rival, size in rivals.items()
@@ -91,7 +103,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--keep-memory", action="store_true", help="let the C library keep what is freed; see `benchmarks.harness.heap`")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="let the C library keep what is freed; see `benchmarks.harness.heap`"
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="methods to leave out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

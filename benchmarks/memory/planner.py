@@ -1,7 +1,9 @@
-"""What the planner predicts, against what a step takes afterwards. Claim: within 15 %, on networks and shapes that it was not built with.
+"""What the planner predicts, against what a step takes afterwards. Claim: within 15 %, on networks and shapes that it
+was not built with.
 
 python -m benchmarks.memory.planner            # bytes: exact, whatever else the machine does
-python -m benchmarks.memory.planner --seconds  # and seconds, as ratios within a round: on a machine that does nothing else
+python -m benchmarks.memory.planner --seconds  # and seconds, as ratios within a round: on a machine that does nothing
+else
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ SHARES = (0.5, 1.0, 0.25, 0.75)
 
 
 def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
-    """One row per budget: predicted and measured bytes, predicted seconds over those of stored activations; with ``rounds`` measured."""
+    """One row per budget: predicted and measured bytes, predicted seconds over those of stored activations; with
+    ``rounds`` measured.
+    """
     depth, batch, length = CASES[name]
     rival: Row = {}
     around = NETWORKS[name].around
@@ -60,7 +64,9 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[Row]:
             assert plan.forecast.checkpoint is not None
             rival = {
                 "checkpoint_predicted_bytes": plan.forecast.checkpoint.peak_bytes,
-                "checkpoint_measured_bytes": peak_bytes(partial(step, checkpointed(network(name, depth), plan.hosts), example, around)),
+                "checkpoint_measured_bytes": peak_bytes(
+                    partial(step, checkpointed(network(name, depth), plan.hosts), example, around)
+                ),
             }
         modes = [u.mode for u in plan.units]
         rows.append(
@@ -90,7 +96,9 @@ def checkpointed(model: nn.Module, paths: Sequence[str]) -> nn.Module:
 
 def _timed(rows: list[Row], models: dict[str, nn.Module], example: Any, rounds: int) -> list[Row]:
     """Seconds over those of the budget that holds everything (share 1)."""
-    steps = {share: partial(step, model, example, NETWORKS[rows[0]["network"]].around) for share, model in models.items()}
+    steps = {
+        share: partial(step, model, example, NETWORKS[rows[0]["network"]].around) for share, model in models.items()
+    }
     timings = paired_seconds(steps, rounds)
     return [{**row, "measured_time_ratio": timings.ratio(str(row["share"]), "1.0").median} for row in rows]
 
@@ -108,7 +116,9 @@ def main() -> None:
     rounds = options.rounds if options.seconds else 0
     config = {"coupling": "the default", "cases": CASES, "shares": list(options.shares), "rounds": rounds}
     record = Record("planner", "ok", None, config, [], environment("cpu"))
-    for name in track(list(CASES), "networks"):  # on real values: along which dimensions a unit may be cut is found from them
+    for name in track(
+        list(CASES), "networks"
+    ):  # on real values: along which dimensions a unit may be cut is found from them
         record = replace(record, results=[*(record.results or []), *measured(name, options.shares, rounds)])
         record.write(options.folder)
 

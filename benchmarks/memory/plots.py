@@ -16,7 +16,13 @@ from benchmarks.harness.record import RESULTS, Record, Row, read
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "revwire"  # the same file from the same record
 _MIB = 2**20
-AXES = {"memory_vit": "depth", "memory_gpt": "length", "memory_swin3d": "length", "memory_slowfast": "length", "memory_resnet": "length"}
+AXES = {
+    "memory_vit": "depth",
+    "memory_gpt": "length",
+    "memory_swin3d": "length",
+    "memory_slowfast": "length",
+    "memory_resnet": "length",
+}
 LABELS = {"memory_vit": "blocks", "memory_gpt": "tokens"}
 
 
@@ -30,7 +36,13 @@ def by_axis(record: Record) -> Path | None:
             axes.plot(*zip(*points, strict=True), marker="o", label=method)
     if not axes.lines:
         return None
-    axes.set(xlabel=LABELS.get(record.name, "frames"), ylabel="peak MiB of a step", xscale="log", yscale="log", title=rows[0]["network"])
+    axes.set(
+        xlabel=LABELS.get(record.name, "frames"),
+        ylabel="peak MiB of a step",
+        xscale="log",
+        yscale="log",
+        title=rows[0]["network"],
+    )
     ticks = sorted({r[axis] for r in rows})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()

@@ -1,7 +1,8 @@
 """Seconds of a training step, all methods taking turns. Claim: at most 1.4 × stored activations.
 
-Checkpointing stops a block's recompute where gradients need no more, before the last layer of its MLP. A reversible unit needs its branch's
-result, too, to rebuild its input: what that alone costs is seen in checkpointing that does not stop early.
+Checkpointing stops a block's recompute where gradients need no more, before the last layer of its MLP. A reversible
+unit needs its branch's result, too, to rebuild its input: what that alone costs is seen in checkpointing that does not
+stop early.
 
 python -m benchmarks.memory.step_time
 """

@@ -1,11 +1,12 @@
-"""Peak bytes of a training step: network × depth × input length × method. One record per sweep, written after every case.
+"""Peak bytes of a training step: network × depth × input length × method. One record per sweep, written after every
+case.
 
 python -m benchmarks.memory.sweep                    # every sweep; or their names
 python -m benchmarks.memory.sweep memory_vit --resume
 
-Bytes are those of PyTorch's allocator above rest, with ``.grad`` allocated: they do not depend on what else the machine does, nor
-on values, so matrix products are left out; `python -m benchmarks.memory.hollow` measures on small cases what that changes.
-A case that a method cannot take, or that fails, is null and a reason.
+Bytes are those of PyTorch's allocator above rest, with ``.grad`` allocated: they do not depend on what else the machine
+does, nor on values, so matrix products are left out; `python -m benchmarks.memory.hollow` measures on small cases what
+that changes. A case that a method cannot take, or that fails, is null and a reason.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ class Grid:
             for batch in self.batches:
                 for length in self.lengths:
                     for method in self.methods:
-                        yield {"network": self.network, "depth": depth, "batch": batch, "length": length, "method": method}
+                        yield {
+                            "network": self.network,
+                            "depth": depth,
+                            "batch": batch,
+                            "length": length,
+                            "method": method,
+                        }
 
 
 SWEEPS: dict[str, tuple[Grid, ...]] = {
@@ -156,8 +163,12 @@ def main() -> None:
     """Measure the sweeps that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", default=list(SWEEPS), help=", ".join(SWEEPS))
-    parser.add_argument("--resume", action="store_true", help="keep what the record of this device has, and measure the rest")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where records go while they grow, if not to their place")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the record of this device has, and measure the rest"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS, help="where records go while they grow, if not to their place"
+    )
     options = parser.parse_args()
     for name in options.sweeps:
         record = sweep(name, options.resume, options.folder)

@@ -1,4 +1,6 @@
-"""CIFAR-10 as JPEG files, and the small residual networks whose weights the data root holds. For the benchmarks beside it."""
+"""CIFAR-10 as JPEG files, and the small residual networks whose weights the data root holds. For the benchmarks beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ NORMALIZE = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class Block(nn.Module):
-    """relu(x + F(x)), F = convolution, norm, relu, convolution, norm; where the width grows, every other pixel, padded with zeros."""
+    """relu(x + F(x)), F = convolution, norm, relu, convolution, norm; where the width grows, every other pixel, padded
+    with zeros.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -36,7 +40,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR networks of He et al. (arXiv 1512.03385, section 4.2) of depth 6n + 2, with identity shortcuts (option A)."""
+    """The CIFAR networks of He et al. (arXiv 1512.03385, section 4.2) of depth 6n + 2, with identity shortcuts (option
+    A).
+    """
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -67,7 +73,9 @@ def pretrained(depth: int, path: Path) -> ResNet:
 
 
 def images(path: Path) -> tuple[Tensor, Tensor]:
-    """(images (n, 3, 32, 32) uint8, labels (n,)) of an archive ``split/class/name.jpg``; classes in alphabetical order, as in CIFAR-10."""
+    """(images (n, 3, 32, 32) uint8, labels (n,)) of an archive ``split/class/name.jpg``; classes in alphabetical order,
+    as in CIFAR-10.
+    """
     pictures, classes = [], []
     with tarfile.open(path) as archive:
         for member in archive:

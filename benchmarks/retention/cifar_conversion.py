@@ -43,9 +43,15 @@ def main() -> None:
     pictures, labels = images(data.file(root, ARCHIVES["test"], "the CIFAR-10 test images"))
     paths = {depth: data.file(root, WEIGHTS[depth], f"ResNet-{depth} weights") for depth in options.depths}
     example = NORMALIZE(pictures[:64].float() / 255)
-    models = ((d, name, m) for d, path in paths.items() for name, m in wirings(lambda d=d, path=path: pretrained(d, path), example))
+    models = (
+        (d, name, m)
+        for d, path in paths.items()
+        for name, m in wirings(lambda d=d, path=path: pretrained(d, path), example)
+    )
     config = {"data": ARCHIVES["test"], "images": len(labels), "example_batch": 64, "depths": options.depths}
-    record = run("cifar_conversion", config, lambda: measured(models, len(paths) * (len(COUPLINGS) + 2), pictures, labels))
+    record = run(
+        "cifar_conversion", config, lambda: measured(models, len(paths) * (len(COUPLINGS) + 2), pictures, labels)
+    )
     print(record.write(), record.status, record.reason or "")
 
 

@@ -2,13 +2,14 @@
 
 python -m benchmarks.retention.cifar_finetuning --data-root DATA
 
-Each budget of k steps is a run of its own, whose rate falls to zero over its k steps; 0 is straight after conversion. All wirings of a
-seed see the same batches. "rewired" is the network as it was trained; "reverted" has the same weights in the original architecture.
-"scratch" is the original architecture with stored activations, from random weights. The largest budget is measured on the whole
-test set; all budgets on every fifth image of it. The images are lossy JPEG copies: compare within this table.
+Each budget of k steps is a run of its own, whose rate falls to zero over its k steps; 0 is straight after conversion.
+All wirings of a seed see the same batches. "rewired" is the network as it was trained; "reverted" has the same weights
+in the original architecture. "scratch" is the original architecture with stored activations, from random weights. The
+largest budget is measured on the whole test set; all budgets on every fifth image of it. The images are lossy JPEG
+copies: compare within this table.
 
-Rows are kept in ``--scratch`` as they come, so a run that was ended goes on. ``--write`` makes the record of what is there,
-and runs nothing.
+Rows are kept in ``--scratch`` as they come, so a run that was ended goes on. ``--write`` makes the record of what is
+there, and runs nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Data:
 
     @classmethod
     def of(cls, root: Path) -> Data:
-        train, test = (images(data.file(root, ARCHIVES[split], f"the CIFAR-10 {split} images")) for split in ("train", "test"))
+        train, test = (
+            images(data.file(root, ARCHIVES[split], f"the CIFAR-10 {split} images")) for split in ("train", "test")
+        )
         return cls(root, train, test)
 
 
@@ -78,7 +81,9 @@ def network(case: Case, source: Data) -> nn.Module:
 
 
 def batches(case: Case, source: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """As many batches as the case has steps: shuffled, flipped, and cropped from four pixels of padding, all by the seed."""
+    """As many batches as the case has steps: shuffled, flipped, and cropped from four pixels of padding, all by the
+    seed.
+    """
     generator = torch.Generator().manual_seed(case.seed)
     pictures, labels = source.train
     size = BATCH[case.depth]
@@ -110,9 +115,17 @@ def finetuned(case: Case, source: Data) -> nn.Module:
 
 
 def measured(case: Case, source: Data) -> Row:
-    """Top-1 rewired and reverted, on the part and, after the largest budget, on the whole test set; or the reason why there is none."""
+    """Top-1 rewired and reverted, on the part and, after the largest budget, on the whole test set; or the reason why
+    there is none.
+    """
     figures = ("top1_part", "top1", "reverted_top1_part", "reverted_top1")
-    row = {"network": f"ResNet-{case.depth}", "wiring": case.wiring, "seed": case.seed, "steps": case.steps, **dict.fromkeys(figures)}
+    row = {
+        "network": f"ResNet-{case.depth}",
+        "wiring": case.wiring,
+        "seed": case.seed,
+        "steps": case.steps,
+        **dict.fromkeys(figures),
+    }
     return {**row, **or_reason(lambda: _figures(case, source))}
 
 
@@ -149,7 +162,9 @@ def finished(cases: list[Case], source: Data, scratch: Scratch, jobs: int) -> It
 
 
 class _Forked:
-    """What the processes of a pool find when they are forked: a function with its images, which would be copied if it were sent."""
+    """What the processes of a pool find when they are forked: a function with its images, which would be copied if it
+    were sent.
+    """
 
     row: Callable[[Case], Row]
 
@@ -170,7 +185,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--write", action="store_true", help="write the record of the rows that are measured already")
     options = parser.parse_args()
-    chosen = {"data": ARCHIVES, "batch": {str(k): v for k, v in BATCH.items()}, "rate": RATE, "momentum": MOMENTUM, "decay": DECAY}
+    chosen = {
+        "data": ARCHIVES,
+        "batch": {str(k): v for k, v in BATCH.items()},
+        "rate": RATE,
+        "momentum": MOMENTUM,
+        "decay": DECAY,
+    }
     scratch = Scratch(options.scratch, {**chosen, "budgets": BUDGETS, "part": f"every {PART}th image of the test set"})
     cases = [
         Case(depth, seed, wiring, steps)

@@ -30,7 +30,9 @@ def rows_of(name: str) -> list[Row]:
 
 
 def networks() -> dict[str, tuple[list[Row], Callable[[Row], float | None]]]:
-    """By network: its rows of the conversion benchmarks, and the share of the pretrained function's quality that a row kept."""
+    """By network: its rows of the conversion benchmarks, and the share of the pretrained function's quality that a row
+    kept.
+    """
     found: dict[str, tuple[list[Row], Callable[[Row], float | None]]] = {}
     cifar = rows_of("cifar_conversion")
     for network in dict.fromkeys(row["network"] for row in cifar):
@@ -105,7 +107,15 @@ def against_steps(axes: Axes, rows: list[Row], key: str) -> None:
                 continue
             label = wiring if wiring in ("stored", "scratch") else f"{wiring}, {'reverted' if prefix else 'rewired'}"
             means, deviations = [s.mean for _, s in found], [s.deviation for _, s in found]
-            axes.errorbar([k for k, _ in found], means, deviations, fmt="o" + style, color=COLOURS[wiring], label=label, markersize=3)
+            axes.errorbar(
+                [k for k, _ in found],
+                means,
+                deviations,
+                fmt="o" + style,
+                color=COLOURS[wiring],
+                label=label,
+                markersize=3,
+            )
     axes.set_xscale("symlog", linthresh=50)
     axes.set_xticks(sorted({row["steps"] for row in rows}), [str(k) for k in sorted({row["steps"] for row in rows})])
     axes.set_xlabel("fine-tuning steps")
@@ -122,7 +132,9 @@ def drawn(panels: Sequence[tuple[str, Callable[[Axes], None]]], path: Path, titl
     for axes in grid[0]:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
     figure.suptitle(title, fontsize=10)
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncol=3 if len(panels) < 3 else 6, fontsize=8)
+    figure.legend(
+        list(handles.values()), list(handles), loc="lower center", ncol=3 if len(panels) < 3 else 6, fontsize=8
+    )
     figure.tight_layout(rect=(0, 0.14 if len(panels) < 3 else 0.08, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -138,18 +150,26 @@ def main() -> None:
     gamma = [(name, lambda axes, r=rows, s=share: against_gamma(axes, r, s)) for name, (rows, share) in kept.items()]
     drawn(gamma, FOLDER / "accuracy_against_gamma.png", title)
     counted = [
-        (name, lambda axes, r=rows, s=share: against_bytes(axes, r, s)) for name, (rows, share) in kept.items() if "kept_bytes" in rows[0]
+        (name, lambda axes, r=rows, s=share: against_bytes(axes, r, s))
+        for name, (rows, share) in kept.items()
+        if "kept_bytes" in rows[0]
     ]
     drawn(counted, FOLDER / "accuracy_against_bytes.png", title)
     cifar, texts = rows_of("cifar_finetuning"), rows_of("language_model_finetuning")
     panels = []
     for network in dict.fromkeys(row["network"] for row in cifar):
         mine = [row for row in cifar if row["network"] == network]
-        panels.append((f"{network}: top-1, a fifth of the test set", lambda axes, m=mine: against_steps(axes, m, "top1_part")))
+        panels.append(
+            (f"{network}: top-1, a fifth of the test set", lambda axes, m=mine: against_steps(axes, m, "top1_part"))
+        )
     if texts:
         panels.append(("character model: validation loss", lambda axes: against_steps(axes, texts, "loss")))
     if panels:
-        drawn(panels, FOLDER / "accuracy_against_steps.png", "While fine-tuning: rewired (solid) and reverted (dashed), mean ± deviation")
+        drawn(
+            panels,
+            FOLDER / "accuracy_against_steps.png",
+            "While fine-tuning: rewired (solid) and reverted (dashed), mean ± deviation",
+        )
 
 
 if __name__ == "__main__":

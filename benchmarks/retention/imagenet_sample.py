@@ -2,9 +2,10 @@
 
 python -m benchmarks.retention.imagenet_sample --data-root DATA
 
-Needs ``images/imagenet_1000_samples_short256.tar`` in the data root: 1,000 images, file order = class index, short side 256.
-They are probably training images, so the figures compare wirings; they are no validation accuracy. The weights were trained
-on (x − 127) / 128; ImageNet's per-channel mean and deviation, which most code would use, is measured beside it.
+Needs ``images/imagenet_1000_samples_short256.tar`` in the data root: 1,000 images, file order = class index, short side
+256. They are probably training images, so the figures compare wirings; they are no validation accuracy. The weights
+were trained on (x − 127) / 128; ImageNet's per-channel mean and deviation, which most code would use, is measured
+beside it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,13 @@ def main() -> None:
     options = parser.parse_args()
     relative = "images/imagenet_1000_samples_short256.tar"
     pictures = images(data.file(options.data_root, relative, "a sample of ImageNet"))
-    config = {"model": "efficientnet-lite0", "data": relative, "images": len(pictures), "crop": 224, "batch": options.batch}
+    config = {
+        "model": "efficientnet-lite0",
+        "data": relative,
+        "images": len(pictures),
+        "crop": 224,
+        "batch": options.batch,
+    }
     record = run("imagenet_sample", config, lambda: measured(pictures, options.batch))
     print(record.write(), record.status, record.reason or "")
 

@@ -2,9 +2,10 @@
 
 python -m benchmarks.retention.kept_bytes
 
-Two networks of residual units that differ in depth only; what the deeper one keeps more between forward and backward, by unit and
-element. Besides the bits of its coupling a unit keeps a fingerprint and where its weights stood: less than a kilobyte, however large
-the stream is; with random signs, three numbers a sample. For comparison: what the same units keep with stored activations.
+Two networks of residual units that differ in depth only; what the deeper one keeps more between forward and backward,
+by unit and element. Besides the bits of its coupling a unit keeps a fingerprint and where its weights stood: less than
+a kilobyte, however large the stream is; with random signs, three numbers a sample. For comparison: what the same units
+keep with stored activations.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def measured() -> list[Row]:
     for coupling in track((*COUPLINGS, None), "couplings"):
         fewer, more = (held(coupling, depth) for depth in DEPTHS)
         bits = 8 * (more - fewer) / (DEPTHS[1] - DEPTHS[0]) / elements
-        rows.append({"wiring": coupling or "stored activations", "declared_bits": _declared(coupling), "measured_bits": bits})
+        rows.append(
+            {"wiring": coupling or "stored activations", "declared_bits": _declared(coupling), "measured_bits": bits}
+        )
     return rows
 
 

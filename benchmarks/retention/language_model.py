@@ -1,9 +1,10 @@
-"""Validation loss of a small pre-norm transformer straight after conversion. The benchmark trains it first, on Python's own sources.
+"""Validation loss of a small pre-norm transformer straight after conversion. The benchmark trains it first, on Python's
+own sources.
 
 python -m benchmarks.retention.language_model
 
-A character model of 10 layers (20 units) on the files of the standard library, in nats per character. Training takes some minutes on
-two cores; the trained weights are kept in ``--scratch``. `language_model_finetuning` goes on from them.
+A character model of 10 layers (20 units) on the files of the standard library, in nats per character. Training takes
+some minutes on two cores; the trained weights are kept in ``--scratch``. `language_model_finetuning` goes on from them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def text() -> tuple[Tensor, Tensor]:
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for number, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
         parts[number % 10 == 0].append(path.read_bytes())
-    training, validation = (torch.frombuffer(bytearray(b"".join(p)), dtype=torch.uint8).long().clamp_max(VOCABULARY - 1) for p in parts)
+    training, validation = (
+        torch.frombuffer(bytearray(b"".join(p)), dtype=torch.uint8).long().clamp_max(VOCABULARY - 1) for p in parts
+    )
     return training, validation
 
 
@@ -123,7 +126,9 @@ def measured(options: argparse.Namespace) -> list[Row]:
     model = trained(options, training)
     batches = validation(options, held_out)
     rows: list[Row] = []
-    for wiring, network in track(wirings(lambda: copy.deepcopy(model), batches[0][:, :-1]), "wirings", total=len(COUPLINGS) + 2):
+    for wiring, network in track(
+        wirings(lambda: copy.deepcopy(model), batches[0][:, :-1]), "wirings", total=len(COUPLINGS) + 2
+    ):
         units, held = kept(network)
         row = {"wiring": wiring, "units": units, "kept_bytes": held, "loss": None}
         rows.append({**row, **or_reason(lambda network=network: {"loss": validation_loss(network, batches)})})

@@ -1,10 +1,12 @@
-"""Validation loss of the character model while its training goes on: with stored activations, and reversible; rewired, and reverted.
+"""Validation loss of the character model while its training goes on: with stored activations, and reversible; rewired,
+and reverted.
 
 python -m benchmarks.retention.language_model_finetuning
 
-Goes on from the model of `language_model` (it trains it, where that has not been done), on the same files. Each budget of k steps is a
-run of its own, whose rate falls linearly to zero; 0 is straight after conversion. All wirings of a seed see the same batches. "rewired" is
-the network as it was trained, "reverted" has the same weights in the original architecture.
+Goes on from the model of `language_model` (it trains it, where that has not been done), on the same files. Each budget
+of k steps is a run of its own, whose rate falls linearly to zero; 0 is straight after conversion. All wirings of a seed
+see the same batches. "rewired" is the network as it was trained, "reverted" has the same weights in the original
+architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from torch import Tensor, nn
 
 import revwire
 from benchmarks.harness.record import Row, run
-from benchmarks.retention.language_model import add_options, config, loss, text, trained, validation, validation_loss, windows
+from benchmarks.retention.language_model import (
+    add_options,
+    config,
+    loss,
+    text,
+    trained,
+    validation,
+    validation_loss,
+    windows,
+)
 from benchmarks.retention.resume import Scratch
 from benchmarks.retention.wirings import or_reason
 
@@ -54,14 +65,20 @@ def measured(options: argparse.Namespace, scratch: Scratch) -> list[Row]:
             revwire.convert(model, batches[0][:, :-1], coupling=wiring)
         finetuned(model, steps, seed, training, options.length)
         found = {"loss": validation_loss(model, batches)}
-        return found if wiring == "stored" else {**found, "reverted_loss": validation_loss(revwire.revert(model), batches)}
+        return (
+            found if wiring == "stored" else {**found, "reverted_loss": validation_loss(revwire.revert(model), batches)}
+        )
 
     def row(seed: int, wiring: str, steps: int) -> Row:
         empty = {"wiring": wiring, "seed": seed, "steps": steps, "loss": None, "reverted_loss": None}
         return {**empty, **or_reason(lambda: figures(wiring, seed, steps))}
 
-    cases = [c for c in product(options.seeds, options.wirings, BUDGETS) if c[2] or not c[0]]  # before any step, seeds make no difference
-    return [scratch.row("finetuned.{}.{}.{}".format(*case), lambda case=case: row(*case)) for case in track(cases, "runs")]
+    cases = [
+        c for c in product(options.seeds, options.wirings, BUDGETS) if c[2] or not c[0]
+    ]  # before any step, seeds make no difference
+    return [
+        scratch.row("finetuned.{}.{}.{}".format(*case), lambda case=case: row(*case)) for case in track(cases, "runs")
+    ]
 
 
 def main() -> None:

@@ -49,4 +49,9 @@ class Scratch:
 def add_option(parser: argparse.ArgumentParser, benchmark: str) -> None:
     """Add ``--scratch`` to a benchmark's options."""
     default = Path(tempfile.gettempdir(), "revwire", benchmark)
-    parser.add_argument("--scratch", type=Path, default=default, help="folder of the rows that are measured already (default: %(default)s)")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=default,
+        help="folder of the rows that are measured already (default: %(default)s)",
+    )

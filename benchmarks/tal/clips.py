@@ -1,9 +1,10 @@
 """Clips for a localizer: which frames of a video, on which grid of steps, and what happens in them.
 
-A clip is ``frames`` sampled frames on ``steps`` steps of a localizer's time axis, frames / steps frames a step. Two ways to sample, as in
-the field: the whole video as a fixed number of frames (:class:`Resize`, ActivityNet), or every so many frames, cut at random for training
-(:class:`Truncate`) and covered by overlapping windows for testing (:class:`Windows`, THUMOS). Step s begins at frame
-``offset + s · stride`` of the video; :class:`Timing` goes between steps and seconds.
+A clip is ``frames`` sampled frames on ``steps`` steps of a localizer's time axis, frames / steps frames a step. Two
+ways to sample, as in the field: the whole video as a fixed number of frames (:class:`Resize`, ActivityNet), or every so
+many frames, cut at random for training (:class:`Truncate`) and covered by overlapping windows for testing
+(:class:`Windows`, THUMOS). Step s begins at frame ``offset + s · stride`` of the video; :class:`Timing` goes between
+steps and seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ Key = int | tuple[int, int]
 class Timing:
     """Where a clip's steps lie in time: step s at (offset + s · stride) / fps seconds.
 
-    ``fps`` frames per second, ``stride`` frames from a step to the next, ``offset`` the frame of step 0, ``duration`` the video's seconds.
+    ``fps`` frames per second, ``stride`` frames from a step to the next, ``offset`` the frame of step 0, ``duration``
+    the video's seconds.
     """
 
     fps: float
@@ -140,7 +142,9 @@ def collate(clips: Sequence[Clip]) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to read for a clip: ``numbers`` (frames,) of the video's frames, of which ``valid`` steps are not padding; and what it shows."""
+    """What to read for a clip: ``numbers`` (frames,) of the video's frames, of which ``valid`` steps are not padding;
+    and what it shows.
+    """
 
     numbers: NDArray[np.int64]
     valid: int
@@ -191,10 +195,11 @@ class Resize:
 
 @dataclass(frozen=True)
 class Truncate:
-    """Every ``stride``-th frame, ``frames`` of them from a random place at which some action is there by at least the share ``keep``.
+    """Every ``stride``-th frame, ``frames`` of them from a random place at which some action is there by at least the
+    share ``keep``.
 
-    Of actions that are cut, those of which ``keep`` is left are learned from. A video that is shorter than a clip is cut to a random share
-    between ``crop``, and padded.
+    Of actions that are cut, those of which ``keep`` is left are learned from. A video that is shorter than a clip is
+    cut to a random share between ``crop``, and padded.
     """
 
     frames: int = 1024
@@ -233,7 +238,8 @@ class Truncate:
 
 @dataclass(frozen=True)
 class Windows:
-    """Every ``stride``-th frame, in windows of ``frames`` that overlap by the share ``overlap``; the last one ends with the video.
+    """Every ``stride``-th frame, in windows of ``frames`` that overlap by the share ``overlap``; the last one ends with
+    the video.
 
     With ``keep``, actions of which less is in a window are not in its clip.
     """
@@ -274,7 +280,9 @@ class _Grid:
 
     def __post_init__(self) -> None:
         if self.frames % self.steps:
-            raise ValueError(f"expected a whole number of frames per step, got {self.frames} frames on {self.steps} steps")
+            raise ValueError(
+                f"expected a whole number of frames per step, got {self.frames} frames on {self.steps} steps"
+            )
 
     @property
     def per_step(self) -> int:
@@ -317,15 +325,22 @@ def _left(spans: Array, start: int | NDArray[np.int64], end: int | NDArray[np.in
 # -- pixels ------------------------------------------------------------------------------------------------------------
 
 Transform = Callable[[Tensor], Tensor]
-"""Frames uint8 (frames, 3, height, width) → the same, of the size that the backbone gets; one random choice for all frames of a clip."""
+"""Frames uint8 (frames, 3, height, width) → the same, of the size that the backbone gets; one random choice for all
+frames of a clip.
+"""
 
 
-def augmentation(size: int, *, scale: tuple[float, float] | None = (0.08, 1.0), flip: bool = True, jitter: float = 0.0) -> Transform:
-    """For training: a random part of the picture (``scale``: its share of the area; None: a random square) scaled to ``size`` pixels.
+def augmentation(
+    size: int, *, scale: tuple[float, float] | None = (0.08, 1.0), flip: bool = True, jitter: float = 0.0
+) -> Transform:
+    """For training: a random part of the picture (``scale``: its share of the area; None: a random square) scaled to
+    ``size`` pixels.
 
     ``flip`` mirrors half of the clips, ``jitter`` changes brightness, contrast and saturation by up to this share.
     """
-    cut: v2.Transform = v2.RandomCrop(size) if scale is None else v2.RandomResizedCrop(size, scale=scale, antialias=True)
+    cut: v2.Transform = (
+        v2.RandomCrop(size) if scale is None else v2.RandomResizedCrop(size, scale=scale, antialias=True)
+    )
     steps: list[v2.Transform] = [cut]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
@@ -345,19 +360,19 @@ def centre(size: int) -> Transform:
 class Clips(Dataset[Clip]):
     """The clips of videos.
 
-    An item's random choices come from ``seed``, the pass over the data and the item's index, not from global generators: an item is the
-    same in any process and after a restart. A data loader whose sampler yields (pass, index) gets other choices in each pass; with plain
-    indices every pass is pass 0.
+    An item's random choices come from ``seed``, the pass over the data and the item's index, not from global
+    generators: an item is the same in any process and after a restart. A data loader whose sampler yields (pass, index)
+    gets other choices in each pass; with plain indices every pass is pass 0.
 
     Args:
         annotations: of the videos to use.
-        files: the file of each id, as :func:`videos.find` or an audit gives them; videos without one are left out (:attr:`missing`), those
-            whose file cannot be opened too, with a warning (:attr:`unreadable`).
+        files: the file of each id, as :func:`videos.find` or an audit gives them; videos without one are left out
+            (:attr:`missing`), those whose file cannot be opened too, with a warning (:attr:`unreadable`).
         sampling: how clips are cut.
         transform: of pixels.
         short_side: pixels to which decoded frames are scaled; None leaves them as they are.
-        training: leave out videos without actions, and put another clip in the place of one that cannot be read. Otherwise such a clip is
-            black and masked but for its first step.
+        training: leave out videos without actions, and put another clip in the place of one that cannot be read.
+            Otherwise such a clip is black and masked but for its first step.
         normalize: (mean, std) of pixels between 0 and 255; None: frames stay uint8.
         seed: of random choices.
         threads: of each decoder.
@@ -383,7 +398,13 @@ class Clips(Dataset[Clip]):
     ) -> None:
         self.kept: dict[Path, Tensor] | None = {} if keep else None
         self.files, self.sampling, self.transform = files, sampling, transform
-        self.short_side, self.training, self.normalize, self.seed, self.threads = short_side, training, normalize, seed, threads
+        self.short_side, self.training, self.normalize, self.seed, self.threads = (
+            short_side,
+            training,
+            normalize,
+            seed,
+            threads,
+        )
         self.missing = tuple(video.id for video in annotations.videos if video.id not in files)
         self.unreadable: dict[str, str] = {}
         wanted = [v for v in annotations.videos if v.id in files and (v.segments or not training)]
@@ -458,7 +479,9 @@ class Clips(Dataset[Clip]):
         side = self.short_side or 1
         pixels = self.transform(torch.zeros(self.sampling.frames, 3, side, side, dtype=torch.uint8))
         timing = Timing(1.0, 1.0, 0.0, video.duration)
-        return self._made(video, Plan(np.zeros(0, np.int64), 1, np.zeros((0, 2)), np.zeros(0, np.int64), timing), pixels)
+        return self._made(
+            video, Plan(np.zeros(0, np.int64), 1, np.zeros((0, 2)), np.zeros(0, np.int64), timing), pixels
+        )
 
 
 def targets(plan: Plan) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """One experiment, five ways to keep activations, several seeds: each run a process of its own, and one record of all.
 
-Runs that are there already, of the very same configuration, are not repeated: a comparison that was ended goes on where it stopped.
+Runs that are there already, of the very same configuration, are not repeated: a comparison that was ended goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -29,15 +30,23 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "bdia": ("memory=bdia",),
     "frozen": ("memory=stored", "backbone.frozen=true"),
 }
-"""What each variant changes; ``frozen`` trains the localizer alone, on features of a backbone with random or given weights."""
+"""What each variant changes; ``frozen`` trains the localizer alone, on features of a backbone with random or given
+weights.
+"""
 
 
 def compare(source: str, overrides: Sequence[str], seeds: int, jobs: int, rounds: int) -> Record:
-    """Run all variants with all seeds, ``jobs`` at a time, then measure what a step costs; the record is named after the configuration."""
+    """Run all variants with all seeds, ``jobs`` at a time, then measure what a step costs; the record is named after
+    the configuration.
+    """
     base = load(source, overrides)
     loading.draw(base)
     names = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
-    chosen = {"config": dataclasses.asdict(base), "seeds": seeds, "variants": {name: list(change) for name, change in VARIANTS.items()}}
+    chosen = {
+        "config": dataclasses.asdict(base),
+        "seeds": seeds,
+        "variants": {name: list(change) for name, change in VARIANTS.items()},
+    }
 
     def measure() -> list[Row]:
         with Progress() as bar, ThreadPoolExecutor(jobs) as pool:
@@ -45,7 +54,9 @@ def compare(source: str, overrides: Sequence[str], seeds: int, jobs: int, rounds
             found = list(pool.map(lambda name: _counted(bar, task, _run(source, overrides, *name)), names))
         variants = {name: load(source, [*overrides, *change]) for name, change in VARIANTS.items()}
         classes = 1 if base.class_agnostic else len(loading.truth(base).classes)
-        cost = costs.measured(variants, classes=classes, batch=base.training.batch, rounds=rounds, device=costs.device(base))
+        cost = costs.measured(
+            variants, classes=classes, batch=base.training.batch, rounds=rounds, device=costs.device(base)
+        )
         return [{**row, "cost": next(c for c in cost if c["memory"] == row["variant"])} for row in found]
 
     return run(f"tal_{base.name}", chosen, measure, costs.device(base).type)
@@ -65,7 +76,8 @@ def _run(source: str, overrides: Sequence[str], variant: str, seed: int) -> Row:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         found = _result(config)
         if done.returncode or found is None:
-            raise RuntimeError(f"{variant}, seed {seed}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no result'}")
+            said = done.stderr.strip().splitlines()
+            raise RuntimeError(f"{variant}, seed {seed}: {said[-1] if said else 'no result'}")
     keys = ("seed", "steps", "batch", "frames", "crop", "figures", "tested_clips")
     return {"variant": variant, **{key: found[key] for key in keys}}
 

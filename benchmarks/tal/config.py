@@ -1,8 +1,9 @@
 """Configurations: one defaults file per data set, experiments as differences from it, every key known.
 
-A configuration file is YAML. It names its defaults file (``defaults: thumos14``, a file beside it) and holds what differs from it; options
-of the command line (``training.steps=100``) differ from both. The classes below are the schema. They have no default values, so that each
-value stands in one file. Options of a network are those of its constructor.
+A configuration file is YAML. It names its defaults file (``defaults: thumos14``, a file beside it) and holds what
+differs from it; options of the command line (``training.steps=100``) differ from both. The classes below are the
+schema. They have no default values, so that each value stands in one file. Options of a network are those of its
+constructor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Features:
     """Extracted features as input.
 
     Attributes:
-        path: folder or HDF5 file, relative to ``data.root``; null: there are none, and the backbone makes them from videos.
+        path: folder or HDF5 file, relative to ``data.root``; null: there are none, and the backbone makes them from
+            videos.
         channels: of a row. fps: of the videos, or null: from the number of rows and the duration.
         stride, offset: frames from row to row, and to the moment that the first one stands for.
     """
@@ -53,13 +55,16 @@ class Data:
         annotations: JSON in ActivityNet's form; for classification, null.
         videos: folder of videos, by id; for classification, with one folder per class in it.
         features: extracted features, where they stand for the videos.
-        drawn: options of `synthetic.synthesize`, by which data are made where there are none, in the annotations' folder; or {}.
+        drawn: options of `synthetic.synthesize`, by which data are made where there are none, in the annotations'
+            folder; or {}.
         training_subset, test_subset: names in the annotations; several by commas.
         lenient: count faulty annotations instead of refusing them.
         exclude: JSON list of ids that are left out, or null.
-        class_scores: file of video-level scores that are fused with detections, or null; of its best ``class_scores_top`` classes.
+        class_scores: file of video-level scores that are fused with detections, or null; of its best
+            ``class_scores_top`` classes.
         workers: processes that decode videos, per training process.
-        keep: whether videos stay in memory, whole, once they are decoded: for small data that is gone through many times.
+        keep: whether videos stay in memory, whole, once they are decoded: for small data that is gone through many
+            times.
     """
 
     root: str | None
@@ -82,16 +87,19 @@ class Sampling:
     """What one clip is.
 
     Attributes:
-        method: ``resize``, the whole video as ``frames`` frames; or ``window``, every ``stride``-th frame, cut at random for training and
-            by windows for testing that overlap by ``overlap`` of their length.
+        method: ``resize``, the whole video as ``frames`` frames; or ``window``, every ``stride``-th frame, cut at
+            random for training and by windows for testing that overlap by ``overlap`` of their length.
         frames: of a clip.
         steps: of the localizer's time axis per clip.
         stride: video frames per sampled frame (windows).
         overlap: of test windows, as a share of their length.
         truncation: shortest share of a training segment that may be left by a cut, below which it is dropped.
-        short_side, crop: pixels; training videos are scaled to this short side, test videos to one of ``crop``, then cut to squares.
-        scale: share of the area that a random cut takes before it is scaled to ``crop``, from and to; null: it is ``crop`` pixels wide.
-        flip: whether training clips are mirrored at random. jitter: strength of random brightness, contrast and saturation.
+        short_side, crop: pixels; training videos are scaled to this short side, test videos to one of ``crop``, then
+            cut to squares.
+        scale: share of the area that a random cut takes before it is scaled to ``crop``, from and to; null: it is
+            ``crop`` pixels wide.
+        flip: whether training clips are mirrored at random. jitter: strength of random brightness, contrast and
+            saturation.
     """
 
     method: Literal["resize", "window"]
@@ -113,7 +121,8 @@ class Backbone:
 
     Attributes:
         name: see ``backbones``. weights: checkpoint, relative to ``data.root``, or null for random weights.
-        frozen: no parameter of it trains, and it stores nothing. freeze_norms: its norms neither train nor update statistics.
+        frozen: no parameter of it trains, and it stores nothing. freeze_norms: its norms neither train nor update
+            statistics.
         chunk: frames of a clip that go through at once, or null for all of them.
         options: of its constructor.
     """
@@ -131,10 +140,12 @@ class Training:
     """How long and how.
 
     Attributes:
-        steps: optimizer steps. batch: clips per step, over all processes. accumulate: forward passes that a step sums up.
-        lr: of the localizer. backbone_lr: of the backbone's last layer; ``layer_decay`` is the factor per layer towards its input.
-        weight_decay: of all but norms and biases. warmup: steps of linear warm-up, before a cosine that ends at ``final`` x
-            the rate after ``schedule`` steps (0: at the last one).
+        steps: optimizer steps. batch: clips per step, over all processes. accumulate: forward passes that a step sums
+            up.
+        lr: of the localizer. backbone_lr: of the backbone's last layer; ``layer_decay`` is the factor per layer towards
+            its input.
+        weight_decay: of all but norms and biases. warmup: steps of linear warm-up, before a cosine that ends at
+            ``final`` x the rate after ``schedule`` steps (0: at the last one).
         clip: largest gradient norm. ema: decay of the averaged weights that are evaluated, or null for none.
         precision: Lightning's name: 32-true, bf16-mixed, 16-mixed, 64-true.
         save_every, test_every: steps between checkpoints, and between evaluations (0: at the end only).
@@ -168,13 +179,16 @@ class Config:
     """One run.
 
     Attributes:
-        name: of the folder of its results below ``output``. task: localization, or classification of whole clips (the paper's first stage).
-        memory: how activations are kept: ``stored``, ``checkpoint``, or a coupling of `revwire.convert` (``bdia``, ``re2tal``, ...),
-            in chunks, too: ``re2tal+8chunks``; with the blocks that cannot be rewired checkpointed: ``re2tal+stays``.
+        name: of the folder of its results below ``output``. task: localization, or classification of whole clips (the
+            paper's first stage).
+        memory: how activations are kept: ``stored``, ``checkpoint``, or a coupling of `revwire.convert` (``bdia``,
+            ``re2tal``, ...), in chunks, too: ``re2tal+8chunks``; with the blocks that cannot be rewired checkpointed:
+            ``re2tal+stays``.
         localizer: ``actionformer`` or ``vsgn``, whose options stand in the section of that name.
         class_agnostic: localize one class "action"; classes come from ``data.class_scores``.
         suppression: how overlapping detections are thinned out, the options of `suppression.Suppression`.
-        measure: at the end, count the bytes of a training step by the allocator's reports (on the CPU they are not to be had in passing).
+        measure: at the end, count the bytes of a training step by the allocator's reports (on the CPU they are not to
+            be had in passing).
         thresholds: temporal overlaps (tIoU) of the evaluation.
     """
 
@@ -214,7 +228,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: ``key=value``, where the key is dotted and the value YAML.
 
     Raises:
-        ConfigError: no such file, an unknown key (the nearest known one is named), a missing key, or a value of another type.
+        ConfigError: no such file, an unknown key (the nearest known one is named), a missing key, or a value of another
+            type.
     """
     path = _found(source)
     differences = _read(path)
@@ -223,7 +238,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "defaults" in defaults:
         raise ConfigError(f"{base}.yaml: got defaults of defaults; expected a complete file")
     tree: Tree = {"name": path.stem}
-    parts = [(f"{base}.yaml", defaults), (path.name, differences), *(("command line", _parsed(override)) for override in overrides)]
+    parts = [
+        (f"{base}.yaml", defaults),
+        (path.name, differences),
+        *(("command line", _parsed(override)) for override in overrides),
+    ]
     for where, part in parts:
         _forget_options(tree, part)
         merge(tree, part, _known(tree, part), where)
@@ -233,7 +252,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _forget_options(tree: Tree, part: Tree) -> None:
     """Another backbone takes no options of the one before."""
     section, new = tree.get("backbone"), part.get("backbone")
-    if isinstance(section, dict) and isinstance(new, dict) and new.get("name", section.get("name")) != section.get("name"):
+    if (
+        isinstance(section, dict)
+        and isinstance(new, dict)
+        and new.get("name", section.get("name")) != section.get("name")
+    ):
         section["options"] = {}
 
 
@@ -246,7 +269,8 @@ def _found(source: str | Path, name: str | None = None) -> Path:
     wanted = name or path.name
     near = get_close_matches(path.stem, names, 1)
     raise ConfigError(
-        f"configuration {wanted!r}: no such file; " + (f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}")
+        f"configuration {wanted!r}: no such file; "
+        + (f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}")
     )
 
 
@@ -281,11 +305,14 @@ def _parsed(override: str) -> Tree:
         raise ConfigError(f"command line: {key}: got {value!r}, which is no YAML value ({error})") from None
 
 
-# -- which keys there are -------------------------------------------------------------------------------------------------
+# -- which keys there are
+# -------------------------------------------------------------------------------------------------
 
 
 def _known(*trees: Tree) -> dict[str, Any]:
-    """Dotted key -> its type, sections included; those of free options are for the backbone that the last tree to do so names."""
+    """Dotted key -> its type, sections included; those of free options are for the backbone that the last tree to do so
+    names.
+    """
     from benchmarks.tal import networks  # imports model zoos, which a look at a configuration's text does not need
 
     sections = [tree.get("backbone") for tree in trees]
@@ -310,7 +337,9 @@ GIVEN = ("name", "state", "in_channels", "num_classes", "folder", "progress")
 def parameters(constructor: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments that a configuration may set."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(name for name, p in inspect.signature(constructor).parameters.items() if p.kind in kinds and name not in GIVEN)
+    return tuple(
+        name for name, p in inspect.signature(constructor).parameters.items() if p.kind in kinds and name not in GIVEN
+    )
 
 
 def merge(tree: Tree, differences: Mapping[str, Any], known: Mapping[str, Any], where: str, prefix: str = "") -> None:
@@ -347,19 +376,25 @@ def nearest(dotted: str, known: Iterable[str]) -> str:
     return f"expected one of {', '.join(sorted(siblings.values())) or 'the keys of its section'}"
 
 
-# -- from a tree to the classes ---------------------------------------------------------------------------------------------
+# -- from a tree to the classes
+# ---------------------------------------------------------------------------------------------
 
 
 def _build(schema: type, tree: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(schema)
     missing = [f"{prefix}{name}" for name in hints if name not in tree]
     if missing:
-        raise ConfigError(f"missing keys: {', '.join(missing)}; a defaults file has them all, and an experiment names its defaults file")
+        raise ConfigError(
+            f"missing keys: {', '.join(missing)}; a defaults file has them all, and an experiment names its defaults "
+            "file"
+        )
     return schema(**{name: _value(tree[name], kind, f"{prefix}{name}") for name, kind in hints.items()})
 
 
 def _value(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind``, one of: a dataclass, Any, int, float, str, bool, a dict, list[...], Literal[...], or one of these or None."""
+    """``value`` as ``kind``, one of: a dataclass, Any, int, float, str, bool, a dict, list[...], Literal[...], or one
+    of these or None.
+    """
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _build(typing.cast(type, kind), value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -375,7 +410,9 @@ def _value(value: Any, kind: Any, key: str) -> Any:
             return with_number
     if (origin is dict and isinstance(value, dict)) or (kind in (int, str, bool) and type(value) is kind):
         return value
-    expected = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    expected = (
+        f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    )
     raise ConfigError(f"{key}: got {value!r}; expected {expected}")
 
 

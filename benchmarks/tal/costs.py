@@ -1,7 +1,8 @@
-"""Peak bytes and seconds of a training step, variants of one configuration taking turns, on clips of noise: no data is needed.
+"""Peak bytes and seconds of a training step, variants of one configuration taking turns, on clips of noise: no data is
+needed.
 
-The bytes are those of forward and backward above rest, ``.grad`` allocated (`revwire.measure`); weights, gradients and optimizer are the
-same in all variants. What does not fit is recorded as null, with its reason.
+The bytes are those of forward and backward above rest, ``.grad`` allocated (`revwire.measure`); weights, gradients and
+optimizer are the same in all variants. What does not fit is recorded as null, with its reason.
 """
 
 from __future__ import annotations
@@ -63,14 +64,18 @@ def step(model: nn.Module, batch: Batch, precision: str) -> Callable[[], None]:
 
 
 def measured(variants: dict[str, Config], *, classes: int, batch: int, rounds: int, device: torch.device) -> list[Row]:
-    """One row per variant: ``peak_bytes``, ``seconds`` (quartiles) and ``to_stored`` (quartiles of ratios within a round, or null)."""
+    """One row per variant: ``peak_bytes``, ``seconds`` (quartiles) and ``to_stored`` (quartiles of ratios within a
+    round, or null).
+    """
     steps: dict[str, Callable[[], None]] = {}
     rows: dict[str, Row] = {}
     for name, config in variants.items():
         rows[name] = {"memory": name, "frames": config.sampling.frames, "batch": batch}
         rows[name] |= {"peak_bytes": None, "seconds": None, "to_stored": None}
         try:
-            steps[name] = step(network(config, classes, device), noise(config, batch, device), config.training.precision)
+            steps[name] = step(
+                network(config, classes, device), noise(config, batch, device), config.training.precision
+            )
             rows[name]["peak_bytes"] = peak_bytes(steps[name], device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             steps.pop(name, None)
@@ -96,14 +101,18 @@ def by_frames(
 
 
 def largest(config: Config, memory: str, batch: int, start: int, *, classes: int) -> Row:
-    """The most frames of which a training step fits, to within ``start``: doubled until one does not, then halved in between.
+    """The most frames of which a training step fits, to within ``start``: doubled until one does not, then halved in
+    between.
 
     Where every number fits (on a CPU, say), it ends at 2^16 frames, and the reason says so.
     """
 
     def fits(frames: int) -> bool:
         variant = {memory: replace(longer(config, frames), memory=memory)}
-        return measured(variant, classes=classes, batch=batch, rounds=0, device=device(config))[0]["peak_bytes"] is not None
+        return (
+            measured(variant, classes=classes, batch=batch, rounds=0, device=device(config))[0]["peak_bytes"]
+            is not None
+        )
 
     low, high = 0, start
     while high <= _MOST and fits(high):

@@ -1,15 +1,16 @@
 """Mean average precision of detected segments, by the protocol of ActivityNet and THUMOS.
 
-For each class, the detections of all videos go by descending score. Each takes, of its video's annotated segments that are still free, the
-one with the highest tIoU that reaches the threshold; one that finds none is false. AP is the area under the precision, interpolated as in
-PASCAL VOC 2011 (the highest precision at this recall or a higher one). mAP is the plain mean over the classes that have segments.
+For each class, the detections of all videos go by descending score. Each takes, of its video's annotated segments that
+are still free, the one with the highest tIoU that reaches the threshold; one that finds none is false. AP is the area
+under the precision, interpolated as in PASCAL VOC 2011 (the highest precision at this recall or a higher one). mAP is
+the plain mean over the classes that have segments.
 
-Annotated segments without length, and a second one of the same class within a millisecond of the first, do not count. Detections of other
-classes are left out; those in videos that are not evaluated are false.
+Annotated segments without length, and a second one of the same class within a millisecond of the first, do not count.
+Detections of other classes are left out; those in videos that are not evaluated are false.
 
-Ties. Among detections of equal score those without length and those that repeat another go last, then the file's order counts. Of segments
-that a detection overlaps equally, which happens where times are rounded, the last by ``numpy.argsort`` is taken, as in the field's
-evaluators; published figures depend on it in their second decimal.
+Ties. Among detections of equal score those without length and those that repeat another go last, then the file's order
+counts. Of segments that a detection overlaps equally, which happens where times are rounded, the last by
+``numpy.argsort`` is taken, as in the field's evaluators; published figures depend on it in their second decimal.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class PredictionError(ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation found. Rows are thresholds, columns classes: those that have segments, in order of appearance."""
+    """What an evaluation found. Rows are thresholds, columns classes: those that have segments, in order of
+    appearance.
+    """
 
     tious: tuple[float, ...]
     classes: tuple[str, ...]
@@ -78,7 +81,9 @@ class Result:
         return float(self.map[[abs(t - tiou) < 1e-9 for t in self.tious].index(True)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Figures for a record: mAP by threshold, their average, AP by class averaged over thresholds, and what was left out."""
+        """Figures for a record: mAP by threshold, their average, AP by class averaged over thresholds, and what was
+        left out.
+        """
         return {
             "map": {f"{t:g}": float(m) for t, m in zip(self.tious, self.map, strict=True)},
             "average_map": self.average,
@@ -93,9 +98,15 @@ class Result:
     def __str__(self) -> str:
         lines = [f"mAP@{t:.2f}  {100 * m:6.2f}" for t, m in zip(self.tious, self.map, strict=True)]
         lines.append(f"average   {100 * self.average:6.2f}")
-        lines += [f"{count} detections left out: no segment is labelled {label!r}" for label, count in self.other_labels.items()]
+        lines += [
+            f"{count} detections left out: no segment is labelled {label!r}"
+            for label, count in self.other_labels.items()
+        ]
         if self.other_videos:
-            lines.append(f"{sum(self.other_videos.values())} detections lie in {len(self.other_videos)} videos that are not evaluated")
+            lines.append(
+                f"{sum(self.other_videos.values())} detections lie in {len(self.other_videos)} videos that are not "
+                "evaluated"
+            )
         if self.without_length:
             lines.append(f"{self.without_length} detections do not end after they start")
         return "\n".join(lines)
@@ -113,8 +124,8 @@ def evaluate(
 
     Args:
         truth: annotations, or the path of a file in ActivityNet's form; of a file, durations are not needed.
-        detections: ``{video id: [{"segment": [start, end], "label": name, "score": number}, …]}`` in seconds, alone or as the
-            ``"results"`` of an object, or the path of a JSON file with it.
+        detections: ``{video id: [{"segment": [start, end], "label": name, "score": number}, …]}`` in seconds, alone or
+            as the ``"results"`` of an object, or the path of a JSON file with it.
         tious: thresholds.
         subset: evaluate this subset's videos; without it, all.
         blocked: ids of videos that are left out, with their detections.
@@ -154,7 +165,8 @@ def evaluate(
 
 def _truth(path: Path | str) -> Annotations:
     found, faults = parse(path, subsets=None, ignore=(), durations=False)
-    # Published files have a few segments without length; by the protocol they do not count, so they are no reason to stop.
+    # Published files have a few segments without length; by the protocol they do not count, so they are no reason to
+    # stop.
     if serious := [fault for fault in faults if fault.kind != "end before start"]:
         raise AnnotationError(path, serious)
     return found
@@ -180,7 +192,10 @@ class _Places:
 def _distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
     kept: list[Segment] = []
     for new in segments:
-        same = (abs(new.start - k.start) <= REPEATED and abs(new.end - k.end) <= REPEATED and new.label == k.label for k in kept)
+        same = (
+            abs(new.start - k.start) <= REPEATED and abs(new.end - k.end) <= REPEATED and new.label == k.label
+            for k in kept
+        )
         if new.start < new.end and not any(same):
             kept.append(new)
             yield new
@@ -240,11 +255,15 @@ def _results(source: Mapping[str, Any] | Path | str, path: Path | str | None) ->
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PredictionError(path, [Fault("json", "", f"this is not JSON: {error}")]) from None
         if not isinstance(data, dict) or "results" not in data:
-            raise PredictionError(path, [Fault("results", "", "expected an object with a field 'results' that holds detections by video")])
+            raise PredictionError(
+                path, [Fault("results", "", "expected an object with a field 'results' that holds detections by video")]
+            )
     wrapped = path is not None or (isinstance(data, Mapping) and isinstance(data.get("results"), Mapping))
     results = data["results"] if wrapped else data
     if not isinstance(results, Mapping):
-        raise PredictionError(path, [Fault("results", "", f"expected detections by the ids of videos, got {type(results).__name__}")])
+        raise PredictionError(
+            path, [Fault("results", "", f"expected detections by the ids of videos, got {type(results).__name__}")]
+        )
     return results
 
 
@@ -273,7 +292,9 @@ def _plain(value: Any) -> Any:
 
 
 def _last_of_ties(read: _Detections) -> NDArray[np.bool_]:
-    """Detections that cannot be right in any order, or only in the place of another one: no length, or the same as one of equal score."""
+    """Detections that cannot be right in any order, or only in the place of another one: no length, or the same as one
+    of equal score.
+    """
     start, end = read.spans[:, 0], read.spans[:, 1]
     order = np.lexsort((end, start, read.scores, read.videos, read.labels))
     same = np.ones(max(len(order) - 1, 0), dtype=bool)
@@ -302,8 +323,8 @@ def matches(videos: NDArray[np.int64], spans: Array, groups: Mapping[int, Array]
         groups: the class's segments (m, 2) by video.
         tious: (thresholds,)
 
-    Videos do not affect each other, so the first detections of all videos are matched at once, then the second ones, and so on: as many
-    vectorised steps as the video with the most detections has.
+    Videos do not affect each other, so the first detections of all videos are matched at once, then the second ones,
+    and so on: as many vectorised steps as the video with the most detections has.
     """
     right = np.zeros((len(tious), len(spans)), dtype=bool)
     keys = np.fromiter(groups, np.int64, len(groups))
@@ -334,7 +355,9 @@ def _free(groups: Collection[Array], thresholds: int) -> NDArray[np.bool_]:
 
 
 def _choices(rows: NDArray[np.int64], spans: Array, groups: Sequence[Array]) -> tuple[Array, NDArray[np.int64]]:
-    """For each detection, its video's segments from the highest overlap down: overlaps (n, most), padded with −1, and indices (n, most)."""
+    """For each detection, its video's segments from the highest overlap down: overlaps (n, most), padded with −1, and
+    indices (n, most).
+    """
     most = max(map(len, groups))
     overlap = np.full((len(rows), most), -1.0)
     choice = np.zeros((len(rows), most), dtype=np.int64)
@@ -359,9 +382,11 @@ def _rank(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def average_precision(right: NDArray[np.bool_], segments: int) -> Array:
-    """Interpolated AP, (thresholds,), of detections (thresholds, n) by descending score, where there are so many segments.
+    """Interpolated AP, (thresholds,), of detections (thresholds, n) by descending score, where there are so many
+    segments.
 
-    Recall grows by 1/segments at each right detection and nowhere else, so the area is the sum of the interpolated precisions there.
+    Recall grows by 1/segments at each right detection and nowhere else, so the area is the sum of the interpolated
+    precisions there.
     """
     if not right.shape[1]:
         return np.zeros(len(right))

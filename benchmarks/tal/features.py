@@ -1,8 +1,9 @@
-"""Pre-extracted features as input: the same clips as of videos, with ``features`` (channels, steps) in the place of frames.
+"""Pre-extracted features as input: the same clips as of videos, with ``features`` (channels, steps) in the place of
+frames.
 
-A video's features are an array (rows, channels), row i for the moment ``offset + i · stride`` frames into a video of ``fps`` frames per
-second. They lie in a folder with a file for each video (``.npy``, ``.pt``), or in one HDF5 file with an entry for each, an array or a group
-that holds one.
+A video's features are an array (rows, channels), row i for the moment ``offset + i · stride`` frames into a video of
+``fps`` frames per second. They lie in a folder with a file for each video (``.npy``, ``.pt``), or in one HDF5 file with
+an entry for each, an array or a group that holds one.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def find(path: Path | str) -> Source:
     else:
         raise FileNotFoundError(f"there is no folder and no HDF5 file of features {path}")
     if not entries:
-        raise FeatureError(f"{path}: there are no features in it; expected {', '.join(SUFFIXES)} files, or entries of an HDF5 file")
+        raise FeatureError(
+            f"{path}: there are no features in it; expected {', '.join(SUFFIXES)} files, or entries of an HDF5 file"
+        )
     return Source(path, entries)
 
 
@@ -106,8 +109,14 @@ def _only(group: Mapping[str, Any]) -> Any:
 
 def _checked(array: Any, where: Path) -> Tensor:
     tensor = torch.as_tensor(array)
-    if tensor.dim() != 2 or 0 in tensor.shape or not (tensor.is_floating_point() or tensor.dtype in (torch.uint8, torch.int32)):
-        raise FeatureError(f"{where}: it holds {tensor.dtype} of shape {tuple(tensor.shape)}; expected numbers (rows, channels)")
+    if (
+        tensor.dim() != 2
+        or 0 in tensor.shape
+        or not (tensor.is_floating_point() or tensor.dtype in (torch.uint8, torch.int32))
+    ):
+        raise FeatureError(
+            f"{where}: it holds {tensor.dtype} of shape {tuple(tensor.shape)}; expected numbers (rows, channels)"
+        )
     if not tensor.isfinite().all():
         raise FeatureError(f"{where}: it holds values that are not finite")
     return tensor.float()
@@ -122,8 +131,9 @@ class Features(Dataset[Clip]):
     Args:
         annotations: of the videos to use.
         source: of their features; videos without are left out (:attr:`missing`).
-        sampling: how clips are cut. A row counts as one sampled frame: ``frames`` must equal ``steps``, and a stride of 2 takes every
-            second row. For :class:`Resize`, rows are interpolated linearly, and fps and stride do not matter.
+        sampling: how clips are cut. A row counts as one sampled frame: ``frames`` must equal ``steps``, and a stride of
+            2 takes every second row. For :class:`Resize`, rows are interpolated linearly, and fps and stride do not
+            matter.
         fps: of the videos; None: from each one's rows and duration.
         stride: frames from a row to the next.
         offset: frames from the beginning to the moment that the first row stands for.
@@ -147,14 +157,19 @@ class Features(Dataset[Clip]):
         seed: int = 0,
     ) -> None:
         if sampling.frames != sampling.steps and not isinstance(sampling, Resize):
-            raise ValueError(f"expected a row of features for each step, got {sampling.frames} for {sampling.steps} steps")
+            raise ValueError(
+                f"expected a row of features for each step, got {sampling.frames} for {sampling.steps} steps"
+            )
         self.source, self.sampling, self.training, self.seed = source, sampling, training, seed
         self.fps, self.stride, self.offset = fps, stride, offset
         self.missing = tuple(video.id for video in annotations.videos if video.id not in source)
         wanted = [v for v in annotations.videos if v.id in source and (v.segments or not training)]
         self.items = [(video, part) for video in wanted for part in range(self._count(video))]
         if not self.items:
-            raise ValueError(f"no clips: of {len(annotations.videos)} videos {len(self.missing)} have no features, the others no action")
+            raise ValueError(
+                f"no clips: of {len(annotations.videos)} videos {len(self.missing)} have no features, the others no "
+                "action"
+            )
 
     def _count(self, video: Video) -> int:
         return 1 if isinstance(self.sampling, Resize) else self.sampling.count(len(self.source.read(video.id)))
@@ -178,10 +193,14 @@ class Features(Dataset[Clip]):
             return self.sampling.plan(video, rows, 1.0, part, rng)
         if self.fps is None and not math.isfinite(video.duration):
             raise FeatureError(f"video {video.id!r} has no duration; give the frames per second of its features")
-        # One row in so many seconds: rows count as frames, and actions begin earlier by what row 0 lies behind the beginning.
+        # One row in so many seconds: rows count as frames, and actions begin earlier by what row 0 lies behind the
+        # beginning.
         fps = rows * self.stride / video.duration if self.fps is None else self.fps
         moved = replace(
-            video, segments=tuple(replace(s, start=s.start - self.offset / fps, end=s.end - self.offset / fps) for s in video.segments)
+            video,
+            segments=tuple(
+                replace(s, start=s.start - self.offset / fps, end=s.end - self.offset / fps) for s in video.segments
+            ),
         )
         plan = self.sampling.plan(moved, rows, fps / self.stride, part, rng)
         timing = replace(

@@ -1,4 +1,5 @@
-"""Trimmed clips in folders, one folder per class, as Kinetics comes: what a backbone is fine-tuned on before it localizes.
+"""Trimmed clips in folders, one folder per class, as Kinetics comes: what a backbone is fine-tuned on before it
+localizes.
 
 videos/train/abseiling/x.mp4, videos/train/air drumming/y.mp4 .., videos/val/abseiling/z.mp4 ..
 """
@@ -18,12 +19,13 @@ from benchmarks.tal.clips import Key, Transform
 
 
 class LabelledClips(Dataset[tuple[Tensor, int]]):
-    """Items are (frames uint8 (3, frames, height, width), label). Random choices are made from the key, as in `clips.Clips`.
+    """Items are (frames uint8 (3, frames, height, width), label). Random choices are made from the key, as in
+    `clips.Clips`.
 
     Args:
         folder: with a folder per class in it. classes: their names, in the order of the labels.
-        frames, stride: every ``stride``-th frame, ``frames`` of them: from a random place in training, from the middle otherwise. A clip
-            that is too short ends with its last frame.
+        frames, stride: every ``stride``-th frame, ``frames`` of them: from a random place in training, from the middle
+            otherwise. A clip that is too short ends with its last frame.
         transform: of pixels. short_side: to which decoded frames are scaled.
         training: whether places are random. seed: of random choices.
 
@@ -46,7 +48,9 @@ class LabelledClips(Dataset[tuple[Tensor, int]]):
         self.frames, self.stride, self.transform = frames, stride, transform
         self.short_side, self.training, self.seed = short_side, training, seed
         self.classes = tuple(classes)
-        self.items = [(path, label) for label, name in enumerate(classes) for path in sorted(videos.find(folder / name).values())]
+        self.items = [
+            (path, label) for label, name in enumerate(classes) for path in sorted(videos.find(folder / name).values())
+        ]
         if not self.items:
             raise ValueError(f"no clips: there is no video in {folder}, in folders named by class")
 

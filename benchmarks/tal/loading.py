@@ -26,7 +26,8 @@ Key = tuple[int, int]
 
 
 class Batches(Sampler[list[Key]]):
-    """The batches of a whole run: passes over the data, each in its own order, cut into batches without regard to where a pass ends.
+    """The batches of a whole run: passes over the data, each in its own order, cut into batches without regard to where
+    a pass ends.
 
     Args:
         clips: in the data. batch: clips of all processes together. count: batches of the run.
@@ -84,7 +85,8 @@ class TrainingLoader(DataLoader[Any]):
 
 
 def shared(items: int, rank: int, world: int) -> list[int]:
-    """The test clips of a process: every ``world``-th, and the first ones again so that all processes have equally many.
+    """The test clips of a process: every ``world``-th, and the first ones again so that all processes have equally
+    many.
 
     Sharded networks run in step, so that a process without a clip would leave the others waiting.
     """
@@ -92,7 +94,8 @@ def shared(items: int, rank: int, world: int) -> list[int]:
     return [(rank + world * turn) % items for turn in range(rounds)]
 
 
-# -- what a configuration's data are ------------------------------------------------------------------------------------------
+# -- what a configuration's data are
+# ------------------------------------------------------------------------------------------
 
 
 def root(config: Config) -> Path:
@@ -114,7 +117,9 @@ def path(config: Config, key: str) -> Path:
 
 
 def draw(config: Config) -> None:
-    """Make the videos that a configuration says are to be drawn, if they are not there; several processes may try at once."""
+    """Make the videos that a configuration says are to be drawn, if they are not there; several processes may try at
+    once.
+    """
     folder = (root(config) / str(config.data.annotations)).parent
     if not config.data.drawn or folder.exists():
         return
@@ -175,7 +180,9 @@ def transform(config: Config, training: bool) -> clips.Transform:
     s = config.sampling
     if not training:
         return clips.centre(s.crop)
-    return clips.augmentation(s.crop, scale=None if s.scale is None else (s.scale[0], s.scale[1]), flip=s.flip, jitter=s.jitter)
+    return clips.augmentation(
+        s.crop, scale=None if s.scale is None else (s.scale[0], s.scale[1]), flip=s.flip, jitter=s.jitter
+    )
 
 
 def unannotated(folder: Path, classes: Sequence[str]) -> Annotations:
@@ -191,7 +198,9 @@ def unannotated(folder: Path, classes: Sequence[str]) -> Annotations:
     return Annotations(tuple(found), tuple(classes))
 
 
-def dataset(config: Config, of: Annotations, training: bool, folder: Path | None = None) -> clips.Clips | features.Features:
+def dataset(
+    config: Config, of: Annotations, training: bool, folder: Path | None = None
+) -> clips.Clips | features.Features:
     """The clips of annotated videos, or their features; videos lie in ``folder``, by default ``data.videos``.
 
     Raises:
@@ -220,7 +229,9 @@ def _features(config: Config, of: Annotations, training: bool) -> features.Featu
     f = config.data.features
     source = features.find(path(config, "features"))
     how = sampling(config, training)
-    return features.Features(of, source, how, fps=f.fps, stride=f.stride, offset=f.offset, training=training, seed=config.seed)
+    return features.Features(
+        of, source, how, fps=f.fps, stride=f.stride, offset=f.offset, training=training, seed=config.seed
+    )
 
 
 class Data(L.LightningDataModule):
@@ -241,9 +252,14 @@ class Data(L.LightningDataModule):
         options, trainer = self.config.training, self.trainer
         parts = options.accumulate
         if options.batch % parts:
-            raise ConfigError(f"training.batch: got {options.batch} clips in {parts} parts; expected a multiple of training.accumulate")
+            raise ConfigError(
+                f"training.batch: got {options.batch} clips in {parts} parts; expected a multiple of "
+                "training.accumulate"
+            )
         count = options.steps * parts
-        batches = Batches(len(self.training), options.batch // parts, count, self.config.seed, trainer.global_rank, trainer.world_size)
+        batches = Batches(
+            len(self.training), options.batch // parts, count, self.config.seed, trainer.global_rank, trainer.world_size
+        )
         return TrainingLoader(self.training, batches, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:

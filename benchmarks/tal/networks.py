@@ -1,4 +1,6 @@
-"""The network of a run: a backbone, a localizer or a classifier, and the one line that says how activations are kept."""
+"""The network of a run: a backbone, a localizer or a classifier, and the one line that says how activations are
+kept.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ NOWHERE = Path()
 
 
 class VideoMAE(nn.Module):
-    """Hugging Face's `VideoMAEModel`: (batch, 3, frames, height, width) -> (batch, channels, time, rows, columns) of its tokens.
+    """Hugging Face's `VideoMAEModel`: (batch, 3, frames, height, width) -> (batch, channels, time, rows, columns) of
+    its tokens.
 
     Its positions are those of ``frames`` frames: longer videos go through in clips (``backbone.chunk``).
 
@@ -44,7 +47,14 @@ class VideoMAE(nn.Module):
     """
 
     def __init__(
-        self, frames: int = 16, side: int = 224, layers: int = 12, channels: int = 768, heads: int = 12, patch: int = 16, tubelet: int = 2
+        self,
+        frames: int = 16,
+        side: int = 224,
+        layers: int = 12,
+        channels: int = 768,
+        heads: int = 12,
+        patch: int = 16,
+        tubelet: int = 2,
     ) -> None:
         super().__init__()
         from transformers import VideoMAEConfig, VideoMAEModel  # optional, and slow to import
@@ -90,7 +100,11 @@ def constructors(backbone: str | None) -> dict[str, Callable[..., Any]]:
     Raises:
         ConfigError: no such backbone.
     """
-    sections: dict[str, Callable[..., Any]] = {"suppression": Suppression, "data.drawn": synthesize, **localizers.LOCALIZERS}
+    sections: dict[str, Callable[..., Any]] = {
+        "suppression": Suppression,
+        "data.drawn": synthesize,
+        **localizers.LOCALIZERS,
+    }
     if backbone is None:
         return sections
     known = NETWORKS | VITS
@@ -124,17 +138,22 @@ def _backbone(config: Config, root: Path) -> Backbone:
     if options.weights is not None:
         load_weights(network, root / options.weights)
     steps = config.sampling.steps
-    return Backbone(network, steps=steps, clip_frames=options.chunk, freeze_norms=options.freeze_norms, frozen=options.frozen)
+    return Backbone(
+        network, steps=steps, clip_frames=options.chunk, freeze_norms=options.freeze_norms, frozen=options.frozen
+    )
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Load weights by key: of the published backbone, of the model zoo's model, or of a run here; a classifier in them is left out.
+    """Load weights by key: of the published backbone, of the model zoo's model, or of a run here; a classifier in them
+    is left out.
 
     Raises:
         ConfigError: no such file. KeyError: it lacks parameters of the network.
     """
     if not path.is_file():
-        raise ConfigError(f"backbone.weights: there is no {path}; the README says where to get it, and null means random weights")
+        raise ConfigError(
+            f"backbone.weights: there is no {path}; the README says where to get it, and null means random weights"
+        )
     if isinstance(network, VideoSwin | SlowFast):
         load_published(network, path)
         return
@@ -171,7 +190,9 @@ class Network(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The paper's first stage: a backbone, and a linear layer over the mean of its features. A batch of clips -> named losses."""
+    """The paper's first stage: a backbone, and a linear layer over the mean of its features. A batch of clips -> named
+    losses.
+    """
 
     def __init__(self, backbone: Backbone, classes: int, dropout: float = 0.5) -> None:
         super().__init__()
@@ -188,7 +209,8 @@ class Classifier(nn.Module):
         return {"classification": F.cross_entropy(self.logits(frames), labels)}
 
 
-# -- how activations are kept --------------------------------------------------------------------------------------------
+# -- how activations are kept
+# --------------------------------------------------------------------------------------------
 
 
 class Rewiring(NamedTuple):
@@ -220,20 +242,22 @@ def rewiring_of(memory: str) -> Rewiring:
             found = found._replace(chunks=int(count))
         else:
             raise ConfigError(
-                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to checkpoint the blocks that "
+                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to "
+                "checkpoint the blocks that "
                 "cannot be rewired, as in 're2tal+8chunks+stays'"
             )
     return found
 
 
 def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
-    """Keep the backbone's activations in the way that ``memory`` says; its parameters, their names and their values stay.
+    """Keep the backbone's activations in the way that ``memory`` says; its parameters, their names and their values
+    stay.
 
     Args:
         frames: an example of what the backbone sees.
-        memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run again in backward.
-            Else a coupling: those units are rewired by `revwire.convert`; ``re2tal+8chunks``: and run in eight chunks;
-            ``re2tal+stays``: and the blocks that cannot be rewired are checkpointed.
+        memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run
+            again in backward. Else a coupling: those units are rewired by `revwire.convert`; ``re2tal+8chunks``: and
+            run in eight chunks; ``re2tal+stays``: and the blocks that cannot be rewired are checkpointed.
 
     Raises:
         ConfigError: what stands behind a plus is none of these.
@@ -261,14 +285,20 @@ def observe(network: Network | Classifier, config: Config) -> None:
     """
     if network.backbone is None:
         return
-    most = EXAMPLE * network.backbone.network.frame_stride if rewiring_of(config.memory).chunks == 1 else config.sampling.frames
+    most = (
+        EXAMPLE * network.backbone.network.frame_stride
+        if rewiring_of(config.memory).chunks == 1
+        else config.sampling.frames
+    )
     frames = config.backbone.chunk or min(config.sampling.frames, most)
     pixels = torch.randint(0, 256, (1, 3, frames, config.sampling.crop, config.sampling.crop), dtype=torch.uint8)
     rewire(network, pixels.to(next(network.parameters()).device), config.memory)
 
 
 def layers(backbone: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, int]]:
-    """(name, parameter, layer) of all parameters: the layer is the number of blocks, in the order of registration, up to its own."""
+    """(name, parameter, layer) of all parameters: the layer is the number of blocks, in the order of registration, up
+    to its own.
+    """
     position, current = {name: i + 1 for i, name in enumerate(_in_order(backbone, blocks))}, 0
     for name, parameter in backbone.named_parameters():
         own = next((i for block, i in position.items() if name.startswith(f"{block}.")), None)

@@ -1,4 +1,6 @@
-"""From detections of clips, in steps, to detections of videos, in seconds: merged over windows and processes, thinned out, scored."""
+"""From detections of clips, in steps, to detections of videos, in seconds: merged over windows and processes, thinned
+out, scored.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Scorer:
         truth: what is tested, with its true classes. None: nothing is scored.
         classes: names of the labels in the results.
         suppress: thins out the detections of a video.
-        fused: classes of each video, for a localizer that knows only where an action is; None: detections have classes of their own.
+        fused: classes of each video, for a localizer that knows only where an action is; None: detections have classes
+            of their own.
         thresholds: tIoU.
         path: where results are written as JSON, or None.
     """
@@ -68,7 +71,10 @@ class Scorer:
         for part in _gathered(dict(self.found)):
             for video, clips in part.items():
                 merged[video] |= clips  # a clip that two processes were given to even out their numbers counts once
-        return {video: as_results(self.video(video, list(clips.values())), self.classes) for video, clips in sorted(merged.items())}
+        return {
+            video: as_results(self.video(video, list(clips.values())), self.classes)
+            for video, clips in sorted(merged.items())
+        }
 
     def video(self, video: str, clips: Sequence[Detections]) -> Detections:
         """The detections of one video, from those of its clips."""
@@ -83,13 +89,17 @@ class Scorer:
         if self.truth is None:
             return {}
         self.result = evaluate(self.truth, results, self.thresholds)
-        return {"mAP": self.result.average} | {f"mAP@{t:.2f}": float(m) for t, m in zip(self.result.tious, self.result.map, strict=True)}
+        return {"mAP": self.result.average} | {
+            f"mAP@{t:.2f}": float(m) for t, m in zip(self.result.tious, self.result.map, strict=True)
+        }
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:
     """Results as a file in ActivityNet's form."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n", encoding="utf-8"
+    )
 
 
 def _gathered(mine: Any) -> list[Any]:

@@ -1,4 +1,6 @@
-"""Pictures and tables of runs: predicted against true segments, mAP against tIoU, memory against frames, and the rows of the README."""
+"""Pictures and tables of runs: predicted against true segments, mAP against tIoU, memory against frames, and the rows
+of the README.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,25 @@ _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#
 _MIB = 2**20
 
 
-# -- timelines --------------------------------------------------------------------------------------------------------------
+# -- timelines
+# --------------------------------------------------------------------------------------------------------------
 
 
 def rows(
     video: Video, detections: Sequence[Detection], classes: Sequence[str], most: int = 20
 ) -> list[tuple[str, float, float, str, float]]:
-    """(kind, start, end, label, score) of what a timeline shows: the true segments, then the ``most`` best detections."""
+    """(kind, start, end, label, score) of what a timeline shows: the true segments, then the ``most`` best
+    detections.
+    """
     true = [("true", s.start, s.end, classes[s.label], 1.0) for s in video.segments]
     best = sorted(detections, key=lambda d: -d["score"])[:most]
     return true + [("predicted", *map(float, d["segment"]), str(d["label"]), float(d["score"])) for d in best]
 
 
 def timeline(video: Video, detections: Sequence[Detection], classes: Sequence[str], folder: Path) -> tuple[Path, Path]:
-    """Draw a video's true and predicted segments as ``timeline_ID.png`` and ``.html`` in ``folder``; returns both paths."""
+    """Draw a video's true and predicted segments as ``timeline_ID.png`` and ``.html`` in ``folder``; returns both
+    paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shown = rows(video, detections, classes)
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(row[3] for row in shown))}
@@ -46,7 +53,14 @@ def timeline(video: Video, detections: Sequence[Detection], classes: Sequence[st
 def _draw(video: Video, shown: Sequence[tuple[str, float, float, str, float]], colours: Mapping[str, str]) -> Figure:
     figure, axes = _figure((9, 1.2 + 0.22 * len(shown)))
     for line, (kind, start, end, label, score) in enumerate(shown):
-        axes.barh(-line, end - start, left=start, height=0.8, color=colours[label], alpha=1.0 if kind == "true" else 0.25 + 0.75 * score)
+        axes.barh(
+            -line,
+            end - start,
+            left=start,
+            height=0.8,
+            color=colours[label],
+            alpha=1.0 if kind == "true" else 0.25 + 0.75 * score,
+        )
         text = f"{label} (true)" if kind == "true" else f"{label} {score:.2f}"
         axes.annotate(text, (start, -line), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set(xlim=(0, video.duration), xlabel="seconds", yticks=[], title=video.id)
@@ -61,7 +75,8 @@ def _page(video: Video, shown: Sequence[tuple[str, float, float, str, float]], c
         look = f"background:{colours[label]};opacity:{1.0 if kind == 'true' else 0.25 + 0.75 * score:.2f}"
         tip = escape(f"{text}: {start:.2f} to {end:.2f} s")
         bars.append(
-            f'<div class="row {kind}"><div class="bar" style="{place};{look}" title="{tip}"></div><span>{escape(text)}</span></div>'
+            f'<div class="row {kind}"><div class="bar" style="{place};{look}" '
+            f'title="{tip}"></div><span>{escape(text)}</span></div>'
         )
     name = escape(video.id)
     return f"""<!doctype html>
@@ -73,13 +88,15 @@ body {{ font: 13px sans-serif; margin: 2em }}
 .row span {{ position: relative; padding-left: 4px; pointer-events: none }}
 </style></head><body>
 <h1>{name}</h1>
-<p>0 to {video.duration:.2f} seconds; outlined rows are annotated, the others predicted, best first. Point at a bar for its times.</p>
+<p>0 to {video.duration:.2f} seconds; outlined rows are annotated, the others predicted, best first.
+Point at a bar for its times.</p>
 {chr(10).join(bars)}
 </body></html>
 """
 
 
-# -- curves -----------------------------------------------------------------------------------------------------------------
+# -- curves
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def map_curve(results: Mapping[str, Mapping[str, float]], path: Path) -> Path:
@@ -95,7 +112,11 @@ def memory_curve(measured: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw peak memory against frames, from rows with ``memory``, ``frames`` and ``peak_bytes``."""
     figure, axes = _figure((5, 3.5))
     for memory in dict.fromkeys(row["memory"] for row in measured):
-        mine = sorted((row["frames"], row["peak_bytes"] / _MIB) for row in measured if row["memory"] == memory and row["peak_bytes"])
+        mine = sorted(
+            (row["frames"], row["peak_bytes"] / _MIB)
+            for row in measured
+            if row["memory"] == memory and row["peak_bytes"]
+        )
         axes.plot(*zip(*mine, strict=True), marker="o", label=memory)
     axes.set(xlabel="frames of a clip", ylabel="peak MiB of a step", ylim=(0, None))
     return _saved(figure, axes, path)

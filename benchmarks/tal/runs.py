@@ -31,7 +31,10 @@ from revwire.measure import peak_bytes
 INTENDED = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),  # Lightning 2.6 asks torch 2.14 so
     (r"Checkpoint directory .* exists and is not empty", UserWarning),  # where a run is resumed
-    (r"Found \d+ module\(s\) in eval mode at the start of training", UserWarning),  # norms and backbones that are frozen
+    (
+        r"Found \d+ module\(s\) in eval mode at the start of training",
+        UserWarning,
+    ),  # norms and backbones that are frozen
     (r"The '(train|val)_dataloader' does not have many workers", UserWarning),  # data.workers says how many
 )
 """What Lightning warns of though it is as it should be."""
@@ -69,7 +72,9 @@ def trainer(config: Config, callbacks: list[Callback], progress: bool) -> L.Trai
 def _strategy(config: Config) -> str | Strategy:
     if config.training.strategy == "fsdp":
         world = config.training.devices * config.training.nodes
-        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        return ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
     return config.training.strategy
 
 
@@ -77,7 +82,11 @@ def checkpoints(config: Config) -> ModelCheckpoint:
     """Keep the latest state of the run."""
     every = config.training.save_every
     return ModelCheckpoint(
-        config.folder / "checkpoints", "step{step}", auto_insert_metric_name=False, every_n_train_steps=every, save_top_k=1
+        config.folder / "checkpoints",
+        "step{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=every,
+        save_top_k=1,
     )
 
 
@@ -87,13 +96,16 @@ def latest(config: Config) -> Path:
     Raises:
         ConfigError: it has none.
     """
-    found = sorted((config.folder / "checkpoints").glob("step*.ckpt"), key=lambda path: int(path.stem.removeprefix("step")))
+    found = sorted(
+        (config.folder / "checkpoints").glob("step*.ckpt"), key=lambda path: int(path.stem.removeprefix("step"))
+    )
     if not found:
         raise ConfigError(f"{config.folder}: there is no checkpoint to go on from; train without --resume")
     return found[-1]
 
 
-# -- what a run is made of ----------------------------------------------------------------------------------------------------
+# -- what a run is made of
+# ----------------------------------------------------------------------------------------------------
 
 
 def prepared(config: Config) -> tuple[Run, Data]:
@@ -103,18 +115,29 @@ def prepared(config: Config) -> tuple[Run, Data]:
         ConfigError, ValueError, OSError: something of it is not there, or does not fit.
     """
     if config.training.strategy == "fsdp" and config.training.ema is not None:
-        raise ConfigError("training.ema: got an average of weights that are sharded; expected null with training.strategy=fsdp")
+        raise ConfigError(
+            "training.ema: got an average of weights that are sharded; expected null with training.strategy=fsdp"
+        )
     L.seed_everything(config.seed, verbose=False)
     return _classification(config) if config.task == "classification" else _localization(config)
 
 
 def _localization(config: Config) -> tuple[Run, Data]:
     truth = loading.truth(config)
-    data = Data(config, loading.dataset(config, truth.training, True), loading.dataset(config, truth.test, False), clips.collate)
+    data = Data(
+        config, loading.dataset(config, truth.training, True), loading.dataset(config, truth.test, False), clips.collate
+    )
     network = networks.build(config, 1 if config.class_agnostic else len(truth.classes), loading.root(config))
     networks.observe(network, config)
     tested = truth.test.only({video.id for video, _ in data.test.items})
-    scorer = Scorer(tested, truth.classes, Suppression(**config.suppression), fused(config, tested), config.thresholds, predictions(config))
+    scorer = Scorer(
+        tested,
+        truth.classes,
+        Suppression(**config.suppression),
+        fused(config, tested),
+        config.thresholds,
+        predictions(config),
+    )
     return Localization(network, config.training, config.seed, scorer), data
 
 
@@ -143,7 +166,9 @@ def fused(config: Config, tested: Annotations) -> Fused | None:
     scores = read_scores(loading.path(config, "class_scores"), tested.classes)
     lacking = [video.id for video in tested.videos if not _has(scores, video.id)]
     if lacking:
-        raise ConfigError(f"data.class_scores: no class for {len(lacking)} of {len(tested.videos)} videos, {lacking[0]!r} first")
+        raise ConfigError(
+            f"data.class_scores: no class for {len(lacking)} of {len(tested.videos)} videos, {lacking[0]!r} first"
+        )
     return lambda video: scores.top(video, config.data.class_scores_top)
 
 
@@ -154,10 +179,13 @@ def _has(scores: VideoScores, video: str) -> bool:
         return False
 
 
-# -- what a run does ----------------------------------------------------------------------------------------------------------
+# -- what a run does
+# ----------------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, resume: Path | None = None, progress: bool = True, further: Sequence[Callback] = ()) -> Record:
+def train(
+    config: Config, resume: Path | None = None, progress: bool = True, further: Sequence[Callback] = ()
+) -> Record:
     """Train, test, and write the run's record beside its logs and checkpoints; see `Config.folder`.
 
     Args:
@@ -194,8 +222,11 @@ def restore(module: Run, checkpoint: Path) -> None:
     module.load_state_dict(held["state_dict"] | averaged)
 
 
-def predict(config: Config, checkpoint: Path, folder: Path | None, output: Path, progress: bool = True) -> dict[str, list[Any]]:
-    """Write what a checkpoint detects in the videos of a folder (None: those of the test subset) to ``output``, and return it.
+def predict(
+    config: Config, checkpoint: Path, folder: Path | None, output: Path, progress: bool = True
+) -> dict[str, list[Any]]:
+    """Write what a checkpoint detects in the videos of a folder (None: those of the test subset) to ``output``, and
+    return it.
 
     Raises:
         ConfigError, ValueError: there is no video, or no class for one of them.
@@ -215,7 +246,9 @@ def predict(config: Config, checkpoint: Path, folder: Path | None, output: Path,
 
 def figures(runner: L.Trainer) -> dict[str, float]:
     """What was tested last, by name."""
-    return {name.removeprefix("test/"): float(v) for name, v in runner.callback_metrics.items() if name.startswith("test/")}
+    return {
+        name.removeprefix("test/"): float(v) for name, v in runner.callback_metrics.items() if name.startswith("test/")
+    }
 
 
 def row(config: Config, module: Run, data: Data, runner: L.Trainer, cost: Cost) -> Row:
@@ -238,7 +271,9 @@ def row(config: Config, module: Run, data: Data, runner: L.Trainer, cost: Cost) 
 
 
 def step_bytes(module: Run, data: Data, config: Config) -> int:
-    """Peak bytes of forward and backward of one part of a step, above rest, ``.grad`` allocated; see `revwire.measure`."""
+    """Peak bytes of forward and backward of one part of a step, above rest, ``.grad`` allocated; see
+    `revwire.measure`.
+    """
     network = module.network.train()
     count = config.training.batch // config.training.accumulate
     batch = data.collate([data.training[(0, i % len(data.training))] for i in range(count)])

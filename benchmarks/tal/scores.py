@@ -1,10 +1,12 @@
-"""Video-level class scores from elsewhere: which classes a video shows, for localizers that only say when something happens.
+"""Video-level class scores from elsewhere: which classes a video shows, for localizers that only say when something
+happens.
 
 Three forms are known by their content:
 
 - CUHK's, for ActivityNet: ``{"results": {id: [score of each class]}, "class": [names]}``;
 - one class a video: ``{id: {"class": name, "score": number}}``;
-- UntrimmedNet's, for THUMOS-14: an array ``.npy`` (videos, 101 classes of UCF-101), a row for each test video by its number.
+- UntrimmedNet's, for THUMOS-14: an array ``.npy`` (videos, 101 classes of UCF-101), a row for each test video by its
+  number.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class VideoScores:
         try:
             return self.ranking[video_id.removeprefix("v_")][:count]
         except KeyError:
-            raise KeyError(f"no video-level scores for video {video_id!r}; {len(self.ranking)} videos have some") from None
+            raise KeyError(
+                f"no video-level scores for video {video_id!r}; {len(self.ranking)} videos have some"
+            ) from None
 
 
 def read(path: Path | str, classes: Sequence[str]) -> VideoScores:
@@ -79,9 +83,17 @@ def read(path: Path | str, classes: Sequence[str]) -> VideoScores:
     data = json.loads(Path(path).read_text(encoding="utf8"))
     if isinstance(data, dict) and isinstance(data.get("results"), dict):
         return VideoScores(_cuhk(path, data, labels))
-    if isinstance(data, dict) and data and all(isinstance(v, dict) and {"class", "score"} <= v.keys() for v in data.values()):
-        return VideoScores({k.removeprefix("v_"): ((_label(path, v["class"], labels), float(v["score"])),) for k, v in data.items()})
-    raise ScoreError(f"{path}: expected CUHK's form (with 'results' and 'class'), or a 'class' and a 'score' for each video")
+    if (
+        isinstance(data, dict)
+        and data
+        and all(isinstance(v, dict) and {"class", "score"} <= v.keys() for v in data.values())
+    ):
+        return VideoScores(
+            {k.removeprefix("v_"): ((_label(path, v["class"], labels), float(v["score"])),) for k, v in data.items()}
+        )
+    raise ScoreError(
+        f"{path}: expected CUHK's form (with 'results' and 'class'), or a 'class' and a 'score' for each video"
+    )
 
 
 def _cuhk(path: Path | str, data: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, Ranking]:
@@ -93,7 +105,9 @@ def _cuhk(path: Path | str, data: Mapping[str, Any], labels: Mapping[str, int]) 
     for key, values in data["results"].items():
         row = np.asarray(values, dtype=np.float64).ravel()
         if len(row) != len(columns):
-            raise ScoreError(f"{path}: video {key!r} has {len(row)} scores; expected one for each of {len(columns)} classes")
+            raise ScoreError(
+                f"{path}: video {key!r} has {len(row)} scores; expected one for each of {len(columns)} classes"
+            )
         ranking[key.removeprefix("v_")] = _ranked(row, columns)
     return ranking
 
@@ -121,4 +135,6 @@ def _label(path: Path | str, name: Any, labels: Mapping[str, int]) -> int:
     try:
         return folded[re.sub(r"[\W_]+", "", str(name)).lower()]
     except KeyError:
-        raise ScoreError(f"{path}: unknown class {name!r}; expected one of {len(labels)}, such as {next(iter(labels), None)!r}") from None
+        raise ScoreError(
+            f"{path}: unknown class {name!r}; expected one of {len(labels)}, such as {next(iter(labels), None)!r}"
+        ) from None

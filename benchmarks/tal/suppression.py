@@ -1,7 +1,8 @@
-"""From a localizer's many overlapping segments to detections: non-maximum suppression, hard and soft, score voting, and fused class scores.
+"""From a localizer's many overlapping segments to detections: non-maximum suppression, hard and soft, score voting, and
+fused class scores.
 
-Segments are ``[start, end]`` in any unit. The results are those of the field's compiled kernels; all classes of a video go through one
-vectorised loop whose steps are as many as the detections that the largest class keeps.
+Segments are ``[start, end]`` in any unit. The results are those of the field's compiled kernels; all classes of a video
+go through one vectorised loop whose steps are as many as the detections that the largest class keeps.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ class Detections(NamedTuple):
 class Suppression:
     """How overlapping detections are thinned out; a call does it.
 
-    Soft (Bodla et al., arXiv 1704.04503): the best detection is taken, and those that overlap it lose score, by exp(−IoU²/sigma)
-    (``gaussian``), by 1 − IoU from ``iou_threshold`` on (``linear``), or all of it from there on (``hard``); and so on with those that
-    still have ``min_score``. The best detection of all is kept whatever its score. Not soft: those above ``min_score`` that do not overlap
-    a better one by ``iou_threshold`` are kept as they are.
+    Soft (Bodla et al., arXiv 1704.04503): the best detection is taken, and those that overlap it lose score, by
+    exp(−IoU²/sigma) (``gaussian``), by 1 − IoU from ``iou_threshold`` on (``linear``), or all of it from there on
+    (``hard``); and so on with those that
+    still have ``min_score``. The best detection of all is kept whatever its score. Not soft: those above ``min_score``
+    that do not overlap a better one by ``iou_threshold`` are kept as they are.
 
-    ``multiclass`` treats each class by itself. Otherwise labels do not matter, and ``voting`` above 0 moves each kept segment to the mean
-    of all segments that overlap it so much, weighted by their scores; with ``multiclass`` there is no voting, as in the reference.
-    ``max_segments`` is kept of each class, and of all.
+    ``multiclass`` treats each class by itself. Otherwise labels do not matter, and ``voting`` above 0 moves each kept
+    segment to the mean of all segments that overlap it so much, weighted by their scores; with ``multiclass`` there is
+    no voting, as in the reference. ``max_segments`` is kept of each class, and of all.
     """
 
     soft: bool = True
@@ -65,7 +67,10 @@ class Suppression:
         """(n, 2), (n,), (n,) → at most ``max_segments`` detections, on the CPU in float32, labels of their dtype."""
         segments, scores, labels = segments.detach().cpu().float(), scores.detach().cpu().float(), labels.detach().cpu()
         if segments.shape != (len(scores), 2) or labels.shape != scores.shape:
-            raise ValueError(f"expected (n, 2), (n,) and (n,), got {tuple(segments.shape)}, {tuple(scores.shape)}, {tuple(labels.shape)}")
+            raise ValueError(
+                f"expected (n, 2), (n,) and (n,), got {tuple(segments.shape)}, {tuple(scores.shape)}, "
+                f"{tuple(labels.shape)}"
+            )
         groups = _by_label(labels.numpy()) if self.multiclass else [np.arange(len(scores))]
         kept, values = self._keep(segments.numpy(), scores.numpy(), groups)
         order = np.argsort(-values, kind="stable")[: self.max_segments]
@@ -86,7 +91,8 @@ class Suppression:
 
 
 def vote(kept: Tensor, segments: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Each of ``kept`` (k, 2) as the mean of those of ``segments`` (n, 2) with at least this IoU, weighted by ``scores`` (n,).
+    """Each of ``kept`` (k, 2) as the mean of those of ``segments`` (n, 2) with at least this IoU, weighted by
+    ``scores`` (n,).
 
     A segment that no other one reaches stays as it is (the reference makes NaN of one without length).
     """
@@ -100,7 +106,9 @@ def vote(kept: Tensor, segments: Tensor, scores: Tensor, threshold: float) -> Te
 
 
 def fuse(segments: Tensor, scores: Tensor, classes: Sequence[tuple[int, float]]) -> Detections:
-    """Class-agnostic detections (n, 2), (n,) once for each (label, score) of their video, the scores multiplied; not sorted again."""
+    """Class-agnostic detections (n, 2), (n,) once for each (label, score) of their video, the scores multiplied; not
+    sorted again.
+    """
     count = len(scores)
     labels = torch.tensor([label for label, _ in classes], dtype=torch.long).repeat_interleave(count)
     factors = [scores * score for _, score in classes]
@@ -122,7 +130,9 @@ def _by_label(labels: NDArray[Any]) -> list[Integers]:
 
 
 class _Pool:
-    """Groups side by side, a row each: (rows, width), padded where ``alive`` is false. Rows and columns go as they are used up."""
+    """Groups side by side, a row each: (rows, width), padded where ``alive`` is false. Rows and columns go as they are
+    used up.
+    """
 
     def __init__(self, spans: Floats, scores: Floats, groups: Sequence[Integers]) -> None:
         width = max(map(len, groups))

@@ -1,15 +1,15 @@
 """Videos that are drawn: real MP4 files with annotations in ActivityNet's form, any number of them, from a seed.
 
-Patches act before a cluttered, drifting, noisy background. Each kind of action has a twin that looks the same in every frame and differs
-only in the direction of its motion or the order of its colours:
+Patches act before a cluttered, drifting, noisy background. Each kind of action has a twin that looks the same in every
+frame and differs only in the direction of its motion or the order of its colours:
 
     rise        stripes move up        its twin's move down
     advance     stripes move right     its twin's move left
     sequence    red, green, blue, …    its twin is blue, green, red, …
 
-Twins, and patches that stand or tremble, come more often than actions do and at the same time. So neither what a single frame shows nor
-the amount of motion tells an action from what is none; a backbone has to be trained on it. Mirrored, what advances is its twin: clips of
-these videos must not be flipped.
+Twins, and patches that stand or tremble, come more often than actions do and at the same time. So neither what a single
+frame shows nor the amount of motion tells an action from what is none; a backbone has to be trained on it. Mirrored,
+what advances is its twin: clips of these videos must not be flipped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ THREE = np.array([[230, 50, 50], [50, 230, 50], [60, 80, 240]], dtype=np.float32
 
 @dataclass(frozen=True)
 class Act:
-    """Something that a patch does from ``start`` to ``end`` seconds. ``forward``: it is the action ``kind``, otherwise its twin."""
+    """Something that a patch does from ``start`` to ``end`` seconds. ``forward``: it is the action ``kind``, otherwise
+    its twin.
+    """
 
     kind: str
     forward: bool
@@ -58,7 +60,8 @@ def synthesize(
     noise: float = 12.0,
     progress: bool = False,
 ) -> Path:
-    """Draw videos, and write them to ``folder/videos`` with their annotations in ``folder/annotations.json``, whose path is returned.
+    """Draw videos, and write them to ``folder/videos`` with their annotations in ``folder/annotations.json``, whose
+    path is returned.
 
     Args:
         folder: where; made where it is missing.
@@ -84,7 +87,9 @@ def synthesize(
 
 
 def _entry(number: int, frames: int, acts: Sequence[Act]) -> dict[str, Any]:
-    actions = [{"label": act.kind, "segment": [act.start, act.end]} for act in acts if act.forward and act.kind in ACTIONS]
+    actions = [
+        {"label": act.kind, "segment": [act.start, act.end]} for act in acts if act.forward and act.kind in ACTIONS
+    ]
     subset = "validation" if number % TEST_EVERY == TEST_EVERY - 1 else "training"
     return {"subset": subset, "duration": frames / FPS, "fps": FPS, "frames": frames, "annotations": actions}
 
@@ -93,7 +98,9 @@ def _entry(number: int, frames: int, acts: Sequence[Act]) -> dict[str, Any]:
 
 
 def script(duration: float, rng: np.random.Generator) -> list[Act]:
-    """Three rows of acts, one after the other with breaks: the first row's are actions more often than not, the others' never."""
+    """Three rows of acts, one after the other with breaks: the first row's are actions more often than not, the others'
+    never.
+    """
     acts = []
     for chance in (0.6, 0.0, 0.0):
         clock = rng.uniform(0.0, 1.5)
@@ -125,7 +132,9 @@ def _background(frames: int, size: int, rng: np.random.Generator) -> Floats:
     pattern = _blurred(rng.uniform(30, 200, (7, 7, 3)), size + margin)
     for _ in range(rng.integers(3, 7)):
         patch = Patch.random(rng, size, rng.uniform(0, size + margin, 2), radius=0.1)
-        _paint(pattern[None], patch.cover(size + margin), patch.look(size + margin, str(rng.choice(ACTIONS)), np.zeros(1)))
+        _paint(
+            pattern[None], patch.cover(size + margin), patch.look(size + margin, str(rng.choice(ACTIONS)), np.zeros(1))
+        )
     turn, speed = rng.uniform(0, 2 * math.pi, 2), rng.uniform(0.5, 1.5, 2) / FPS
     shift = np.round(margin / 2 * (1 + np.sin(turn + speed * np.arange(frames)[:, None]))).astype(int)
     return np.stack([pattern[y : y + size, x : x + size] for y, x in shift])
@@ -143,7 +152,9 @@ def _blurred(coarse: NDArray[np.float64], size: int) -> Floats:
 
 @dataclass(frozen=True)
 class Patch:
-    """A shape at a ``place`` (down, right), stripes of length ``wave`` in two ``colours``, and which of three colours it begins with."""
+    """A shape at a ``place`` (down, right), stripes of length ``wave`` in two ``colours``, and which of three colours
+    it begins with.
+    """
 
     shape: str
     place: NDArray[np.float64]
@@ -158,16 +169,29 @@ class Patch:
         dark, light = rng.uniform(0, 90, 3), rng.uniform(165, 255, 3)
         colours = np.stack([dark, light]).astype(np.float32)
         shape = str(rng.choice(["disc", "square", "diamond"]))
-        return cls(shape, place, rng.uniform(0.85, 1.15) * radius * size, rng.uniform(0.14, 0.2) * size, colours, int(rng.integers(3)))
+        return cls(
+            shape,
+            place,
+            rng.uniform(0.85, 1.15) * radius * size,
+            rng.uniform(0.14, 0.2) * size,
+            colours,
+            int(rng.integers(3)),
+        )
 
     def cover(self, size: int) -> Floats:
         """How far each pixel is covered, (1, size, size)."""
         down, right = np.abs(np.indices((size, size), dtype=np.float32) - self.place.astype(np.float32)[:, None, None])
-        distance = {"disc": np.hypot(down, right), "square": np.maximum(down, right) * 1.13, "diamond": (down + right) * 0.8}[self.shape]
+        distance = {
+            "disc": np.hypot(down, right),
+            "square": np.maximum(down, right) * 1.13,
+            "diamond": (down + right) * 0.8,
+        }[self.shape]
         return (self.radius - distance + 0.5).clip(0, 1)[None]
 
     def look(self, size: int, kind: str, turns: NDArray[np.float64]) -> Floats:
-        """What it shows after so many ``turns`` (frames,) of its stripes or colours: (frames, size, size, 3) or (frames, 1, 1, 3)."""
+        """What it shows after so many ``turns`` (frames,) of its stripes or colours: (frames, size, size, 3) or
+        (frames, 1, 1, 3).
+        """
         if kind == "sequence":
             return THREE[(self.first + np.floor(3 * turns).astype(int)) % 3][:, None, None]
         down, right = np.indices((size, size), dtype=np.float32)
@@ -204,9 +228,17 @@ def _turns(act: Act, kind: str, frames: int, rng: np.random.Generator) -> NDArra
 
 
 def encode(frames: NDArray[np.uint8], path: Path | str) -> None:
-    """Write frames (frames, height, width, 3) as H.264 in MP4, with a frame every second at which decoding can start."""
-    # x264's lookahead runs beside the encoder, and what it has seen by then changes what is written; without it, files repeat.
-    options = {"crf": "18", "preset": "veryfast", "g": str(FPS), "x264-params": "sync-lookahead=0:rc-lookahead=0:mbtree=0"}
+    """Write frames (frames, height, width, 3) as H.264 in MP4, with a frame every second at which decoding can
+    start.
+    """
+    # x264's lookahead runs beside the encoder, and what it has seen by then changes what is written; without it, files
+    # repeat.
+    options = {
+        "crf": "18",
+        "preset": "veryfast",
+        "g": str(FPS),
+        "x264-params": "sync-lookahead=0:rc-lookahead=0:mbtree=0",
+    }
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -1,12 +1,12 @@
 """Training under Lightning: what a step is, what is logged, how parameters move.
 
 Note [Randomness of a step]
-    The k-th batch of a run draws from generators that are seeded with (seed, k, process) when it begins. So a run that is resumed there
-    goes on as if it had never stopped, and no generator's state has to be kept.
+    The k-th batch of a run draws from generators that are seeded with (seed, k, process) when it begins. So a run that
+    is resumed there goes on as if it had never stopped, and no generator's state has to be kept.
 
 Note [One pass]
-    A run is one Lightning epoch of ``steps x accumulate`` batches, cut from an endless sequence of shuffled passes over the data
-    (`loading.Batches`). Evaluation comes every so many steps, not at the end of a pass.
+    A run is one Lightning epoch of ``steps x accumulate`` batches, cut from an endless sequence of shuffled passes over
+    the data (`loading.Batches`). Evaluation comes every so many steps, not at the end of a pass.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Run(L.LightningModule):
 
 
 def _without_scalars(network: nn.Module) -> None:
-    """Scalar parameters as vectors of one number, for `fully_shard` takes no others; a checkpoint of either loads into either."""
+    """Scalar parameters as vectors of one number, for `fully_shard` takes no others; a checkpoint of either loads into
+    either.
+    """
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 0:
@@ -115,17 +117,23 @@ class Classification(Run):
         self.log("test/top1", right, batch_size=len(labels), sync_dist=True, prog_bar=True)
 
 
-# -- optimizer --------------------------------------------------------------------------------------------------------------
+# -- optimizer
+# --------------------------------------------------------------------------------------------------------------
 
 
 def groups(network: Network | Classifier, options: Training) -> list[dict[str, Any]]:
-    """Parameters by rate and decay: rates fall by ``layer_decay`` per layer towards the input; norms and biases do not decay."""
+    """Parameters by rate and decay: rates fall by ``layer_decay`` per layer towards the input; norms and biases do not
+    decay.
+    """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, rate in _rates(network, options):
         if parameter.requires_grad:
             decay = 0.0 if sum(extent > 1 for extent in parameter.shape) <= 1 else options.weight_decay
             found.setdefault((rate, decay), []).append(parameter)
-    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in sorted(found.items(), key=lambda g: g[0])]
+    return [
+        {"params": members, "lr": rate, "weight_decay": decay}
+        for (rate, decay), members in sorted(found.items(), key=lambda g: g[0])
+    ]
 
 
 def _rates(network: Network | Classifier, options: Training) -> Iterable[tuple[nn.Parameter, float]]:

@@ -1,8 +1,8 @@
 """Video files: found by id, read frame by frame at exact places, and audited before a long run.
 
-A frame's number is its place in the order in which frames are shown. Reading packets without decoding them gives each frame's time stamp
-and the frames at which decoding can start; a frame is then reached by decoding from the last such one before it, and recognised by its
-time stamp, so it is the same frame as in a file decoded from its beginning.
+A frame's number is its place in the order in which frames are shown. Reading packets without decoding them gives each
+frame's time stamp and the frames at which decoding can start; a frame is then reached by decoding from the last such
+one before it, and recognised by its time stamp, so it is the same frame as in a file decoded from its beginning.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class VideoWarning(UserWarning):
 
 
 def find(folder: Path | str, ids: Iterable[str] | None = None) -> dict[str, Path]:
-    """The file of each id that has one, in ``folder`` or below: any common extension, the name with ActivityNet's ``v_`` or without.
+    """The file of each id that has one, in ``folder`` or below: any common extension, the name with ActivityNet's
+    ``v_`` or without.
 
     Without ``ids``, every video by its file's name without ``v_``.
 
@@ -85,7 +86,9 @@ def _bare(name: str) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, without reading on: number of frames (estimated where it does not say), frames per second, pixels."""
+    """What a file says of itself, without reading on: number of frames (estimated where it does not say), frames per
+    second, pixels.
+    """
 
     frames: int
     fps: float
@@ -102,8 +105,9 @@ class Header:
 class Index:
     """The frames of a file in the order in which they are shown.
 
-    ``stamps`` (n,) time stamps in units of ``unit`` seconds, empty where the format has none (frames are then counted from the beginning);
-    ``starts`` (k, 2) the time stamp of each frame at which decoding can start, and the position to seek to for it.
+    ``stamps`` (n,) time stamps in units of ``unit`` seconds, empty where the format has none (frames are then counted
+    from the beginning); ``starts`` (k, 2) the time stamp of each frame at which decoding can start, and the position to
+    seek to for it.
     """
 
     frames: int
@@ -213,8 +217,10 @@ def read(
     Args:
         path: a video file.
         numbers: places in the order in which frames are shown, from 0; in any order, repeated or not.
-        short_side: pixels of the shorter side, to which frames are scaled as they are decoded; without it, their own size.
-        lenient: frames that are not there or cannot be decoded are replaced by the nearest ones that can, with a :class:`VideoWarning`.
+        short_side: pixels of the shorter side, to which frames are scaled as they are decoded; without it, their own
+            size.
+        lenient: frames that are not there or cannot be decoded are replaced by the nearest ones that can, with a
+            :class:`VideoWarning`.
         threads: of the decoder.
 
     Raises:
@@ -224,7 +230,9 @@ def read(
     where = index(path)
     wanted, places = np.unique(np.asarray(numbers, dtype=np.int64), return_inverse=True)
     if len(wanted) and (wanted[0] < 0 or (wanted[-1] >= where.frames and not lenient)):
-        raise IndexError(f"{path}: frames {wanted[0]} to {wanted[-1]} were asked for; it has frames 0 to {where.frames - 1}")
+        raise IndexError(
+            f"{path}: frames {wanted[0]} to {wanted[-1]} were asked for; it has frames 0 to {where.frames - 1}"
+        )
     scaler = _Scaler(short_side)
     found: dict[int, NDArray[np.uint8]] = {}
     try:
@@ -233,23 +241,34 @@ def read(
     except FFmpegError as error:
         if not lenient:
             at = next((n for n in wanted.tolist() if n not in found), 0)
-            raise VideoError(path, f"frame {at} of {where.frames} ({at / where.fps:.2f} s) cannot be decoded ({_reason(error)})") from None
+            raise VideoError(
+                path, f"frame {at} of {where.frames} ({at / where.fps:.2f} s) cannot be decoded ({_reason(error)})"
+            ) from None
     return _stack(path, where, wanted, found, lenient)[torch.from_numpy(places.ravel())]
 
 
-def _stack(path: Path | str, where: Index, wanted: NDArray[np.int64], found: dict[int, NDArray[np.uint8]], lenient: bool) -> Tensor:
+def _stack(
+    path: Path | str, where: Index, wanted: NDArray[np.int64], found: dict[int, NDArray[np.uint8]], lenient: bool
+) -> Tensor:
     absent = [number for number in wanted.tolist() if number not in found]
     if absent and not (lenient and found):
         at = absent[0]
-        raise VideoError(path, f"frame {at} of {where.frames} ({at / where.fps:.2f} s) cannot be decoded; the file may be truncated")
+        raise VideoError(
+            path, f"frame {at} of {where.frames} ({at / where.fps:.2f} s) cannot be decoded; the file may be truncated"
+        )
     if absent:
-        text = f"{path}: {len(absent)} of {len(wanted)} frames cannot be decoded, from frame {absent[0]} on; their neighbours are used"
+        text = (
+            f"{path}: {len(absent)} of {len(wanted)} frames cannot be decoded, from frame {absent[0]} on; "
+            "their neighbours are used"
+        )
         warnings.warn(text, VideoWarning, stacklevel=3)
         known = np.array(sorted(found))
         for number in absent:
             found[number] = found[int(known[np.abs(known - number).argmin()])]
     frames = [found[number] for number in wanted.tolist()]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) if frames else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+    return (
+        torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) if frames else torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+    )
 
 
 @dataclass
@@ -266,7 +285,9 @@ class _Scaler:
         return frame.reformat(*self.size, format="rgb24", interpolation="BILINEAR").to_ndarray()
 
 
-def _frames(path: Path | str, where: Index, wanted: Sequence[int], threads: int, lenient: bool) -> Iterator[tuple[int, VideoFrame]]:
+def _frames(
+    path: Path | str, where: Index, wanted: Sequence[int], threads: int, lenient: bool
+) -> Iterator[tuple[int, VideoFrame]]:
     """(number, frame) of the ``wanted`` ones, ascending; those that the decoder does not give are left out."""
     if not len(where.stamps):
         yield from _counted(path, set(wanted), threads)
@@ -308,7 +329,8 @@ class _Reader:
         if start > self.began:
             self._seek(start)
         frame = self._forward(stamp)
-        # Formats count positions differently: where a seek led past the frame, begin at an earlier start, at worst at the first.
+        # Formats count positions differently: where a seek led past the frame, begin at an earlier start, at worst at
+        # the first.
         while frame is not None and frame.pts > stamp and self.began > 0 and start > 0:
             start = max(start - 1, 0)
             self._seek(start)
@@ -356,34 +378,49 @@ class Audit:
     """Ids whose file and annotation differ in length: seconds of either. They are used."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.found)} videos can be read, {len(self.missing)} are missing, {len(self.faulty)} are corrupt or truncated"]
+        lines = [
+            f"{len(self.found)} videos can be read, {len(self.missing)} are missing, {len(self.faulty)} are corrupt "
+            "or truncated"
+        ]
         lines += [f"  missing: {name}" for name in self.missing]
         lines += [f"  corrupt: {reason}" for reason in self.faulty.values()]
-        lines += [f"  length: {name}: the file has {a:.2f} s, the annotation {b:.2f} s" for name, (a, b) in self.lengths.items()]
+        lines += [
+            f"  length: {name}: the file has {a:.2f} s, the annotation {b:.2f} s"
+            for name, (a, b) in self.lengths.items()
+        ]
         return "\n".join(lines)
 
 
-def audit(annotations: Annotations, folder: Path | str, *, thorough: bool = False, workers: int = 1, progress: bool = True) -> Audit:
+def audit(
+    annotations: Annotations, folder: Path | str, *, thorough: bool = False, workers: int = 1, progress: bool = True
+) -> Audit:
     """Look for each annotated video, and whether its file can be read.
 
     Args:
         annotations: whose videos to look for.
         folder: where.
-        thorough: decode every frame. Otherwise packets are read, which finds truncated files, and three frames are decoded.
+        thorough: decode every frame. Otherwise packets are read, which finds truncated files, and three frames are
+            decoded.
         workers: files at a time.
         progress: show a progress bar.
     """
     paths = find(folder, [video.id for video in annotations.videos])
     with Progress(disable=not progress) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("checking videos", total=len(paths))
-        checks = dict(zip(paths, pool.map(lambda path: _advance(bar, task, fault(path, thorough)), paths.values()), strict=True))
+        checks = dict(
+            zip(paths, pool.map(lambda path: _advance(bar, task, fault(path, thorough)), paths.values()), strict=True)
+        )
     found = {name: path for name, path in paths.items() if checks[name] is None}
     both = ((name, header(path).duration, annotations.by_id[name].duration) for name, path in found.items())
     return Audit(
         found,
         tuple(video.id for video in annotations.videos if video.id not in paths),
         {name: reason for name, reason in checks.items() if reason is not None},
-        {name: (file, said) for name, file, said in both if abs(file - said) > max(SLACK, 0.05 * said) and np.isfinite(said)},
+        {
+            name: (file, said)
+            for name, file, said in both
+            if abs(file - said) > max(SLACK, 0.05 * said) and np.isfinite(said)
+        },
     )
 
 

@@ -29,7 +29,13 @@ def main() -> None:
 
 
 def _sweep(zoo: str, cases: list[Case], options: argparse.Namespace) -> None:
-    config = {"zoo": zoo, "all": options.all, "only": options.only, "limit_seconds": options.limit, "threads_per_model": 1}
+    config = {
+        "zoo": zoo,
+        "all": options.all,
+        "only": options.only,
+        "limit_seconds": options.limit,
+        "threads_per_model": 1,
+    }
     config["resumed"] = options.resume is not None  # then rows may be of commits before the record's
     scratch = options.resume or Path(tempfile.gettempdir(), "revwire-zoo", _commit())
     record = run(f"zoo_{zoo}{'_all' if options.all else ''}", config, lambda: _measured(zoo, cases, scratch, options))
@@ -42,7 +48,13 @@ def _sweep(zoo: str, cases: list[Case], options: argparse.Namespace) -> None:
 
 
 def _measured(zoo: str, cases: list[Case], scratch: Path, options: argparse.Namespace) -> list[Row]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task(zoo, total=len(cases))
 
@@ -56,18 +68,26 @@ def _measured(zoo: str, cases: list[Case], scratch: Path, options: argparse.Name
 
 def _commit() -> str:
     """The commit, by which unfinished sweeps are found again."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description="Sweep the model zoos, and write a record for each.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.zoo", description="Sweep the model zoos, and write a record for each."
+    )
     parser.add_argument("--zoo", action="append", choices=ZOOS, help="only this one (may be given again)")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="only models whose name matches; then no record is written")
+    parser.add_argument(
+        "--only", default="*", metavar="GLOB", help="only models whose name matches; then no record is written"
+    )
     parser.add_argument("--all", action="store_true", help="every registered name, not one for each family")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one model")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="scratch folder to go on with; default: one for each commit")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="scratch folder to go on with; default: one for each commit"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     return parser.parse_args()
 

@@ -1,4 +1,6 @@
-"""A case of the sweep: a model that can be built, and an example that it takes. Nothing is built before ``build()`` is called."""
+"""A case of the sweep: a model that can be built, and an example that it takes. Nothing is built before ``build()`` is
+called.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class Built:
 
     Attributes:
         model: in train mode.
-        example: what ``revwire.convert`` takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example: what ``revwire.convert`` takes: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments.
     """
 
     model: nn.Module

@@ -1,26 +1,27 @@
 """An independent count of residual adds: by the kernels that a forward pass runs, without revwire.
 
-What is counted, exactly. The model runs once; each tensor that a kernel derives from the inputs of the model is an *activation*.
-A kernel is
+What is counted, exactly. The model runs once; each tensor that a kernel derives from the inputs of the model is an
+*activation*. A kernel is
 
 - a *view*: it moves elements and keeps their number (reshape, transpose, roll, a cast, a copy);
 - *pointwise*: element i of the result depends on element i of each operand alone (PyTorch's own tag, and dropout);
 - a *norm* (layer, batch, group, instance, RMS, where they are one kernel);
 - or else *mixing* (products, convolutions, pooling, reductions, softmax); a norm mixes too.
 
-A *residual add* is an addition ``add``, ``add_`` or ``addcmul`` of two activations of one shape, the *skip* and the *branch*,
-where the branch was computed, by at least one mixing kernel on the way, from the *fork*: the skip itself, or what the skip is a
-view of, or the skip before it was multiplied by something that is no activation (a number, a parameter, a dropout mask). So
-neither ``x + 0.04 * x**3`` nor a rotary embedding is one, nor is a projection shortcut, nor a concatenation, nor a gate. A sum
-``x + F(x) + G(x)`` of one fork is one residual add, wherever its brackets are.
+A *residual add* is an addition ``add``, ``add_`` or ``addcmul`` of two activations of one shape, the *skip* and the
+*branch*, where the branch was computed, by at least one mixing kernel on the way, from the *fork*: the skip itself, or
+what the skip is a view of, or the skip before it was multiplied by something that is no activation (a number, a
+parameter, a dropout mask). So neither ``x + 0.04 * x**3`` nor a rotary embedding is one, nor is a projection shortcut,
+nor a concatenation, nor a gate. A sum ``x + F(x) + G(x)`` of one fork is one residual add, wherever its brackets are.
 
-An add lies *in a chain* if its fork is the result of another residual add, seen through views, and pointwise kernels and norms of
-one activation that keep the shape; or if its own result is the fork of another in this way. A skip that was detached, so that
-gradients take the branch only, links to nothing. An add is *nested* if it lies between the fork of another add in a chain and that
-add's branch operand: a wiring that rewires the outer one recomputes it, and need not rewire it.
+An add lies *in a chain* if its fork is the result of another residual add, seen through views, and pointwise kernels
+and norms of one activation that keep the shape; or if its own result is the fork of another in this way. A skip that
+was detached, so that gradients take the branch only, links to nothing. An add is *nested* if it lies between the fork
+of another add in a chain and that add's branch operand: a wiring that rewires the outer one recomputes it, and need not
+rewire it.
 
-Limits: a fused kernel is seen as one; a norm of several kernels is not taken for a norm (what it makes can be the fork of an add,
-but it ends a chain); sums of stacked tensors and scattered additions are not taken for adds.
+Limits: a fused kernel is seen as one; a norm of several kernels is not taken for a norm (what it makes can be the fork
+of an add, but it ends a chain); sums of stacked tensors and scattered additions are not taken for adds.
 """
 
 from __future__ import annotations
@@ -44,14 +45,20 @@ ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.addcmul.default", "ate
 BLIND = "reads the shape of its argument only (a random mask is no activation)"
 KERNELS = {
     SCALE: "mul mul_ div div_ neg native_dropout dropout dropout_",
-    VIEW: """clone _to_copy _unsafe_view copy_ roll flip contiguous alias lift_fresh cat stack index index_select gather constant_pad_nd
-        repeat pixel_shuffle pixel_unshuffle im2col index_put index_put_ slice_scatter select_scatter view_copy split_with_sizes
-        channel_shuffle embedding scatter narrow_copy _reshape_copy tril triu""",
-    NORM: """native_layer_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update
-        batch_norm cudnn_batch_norm native_group_norm _fused_rms_norm rms_norm""",
+    VIEW: """
+        clone _to_copy _unsafe_view copy_ roll flip contiguous alias lift_fresh cat stack index index_select gather
+        constant_pad_nd repeat pixel_shuffle pixel_unshuffle im2col index_put index_put_ slice_scatter select_scatter
+        view_copy split_with_sizes channel_shuffle embedding scatter narrow_copy _reshape_copy tril triu
+    """,
+    NORM: """
+        native_layer_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+        _batch_norm_with_update batch_norm cudnn_batch_norm native_group_norm _fused_rms_norm rms_norm
+    """,
     POINTWISE: "hardswish hardswish_ _prelu_kernel hardsigmoid mish clamp_",
-    BLIND: """empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_empty_strided
-        bernoulli""",
+    BLIND: """
+        empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
+        new_empty_strided bernoulli
+    """,
 }
 """What is known of kernels by name; of the others, PyTorch's tags decide."""
 KIND = {name: kind for kind, names in KERNELS.items() for name in names.split()}
@@ -59,7 +66,9 @@ KIND = {name: kind for kind, names in KERNELS.items() for name in names.split()}
 
 @dataclass(frozen=True)
 class Add:
-    """A residual add: the qualified name of the innermost module around it, whether it lies in a chain, and nested in another."""
+    """A residual add: the qualified name of the innermost module around it, whether it lies in a chain, and nested in
+    another.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -106,7 +115,9 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Node:
-    """One activation. ``above`` and ``mixed`` are sets of nodes as bits: all ancestors, and those with a mixing kernel on the way."""
+    """One activation. ``above`` and ``mixed`` are sets of nodes as bits: all ancestors, and those with a mixing kernel
+    on the way.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -116,7 +127,9 @@ class _Node:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows activations through every kernel. A tensor is known by its storage and its place in it; storages are kept alive."""
+    """Follows activations through every kernel. A tensor is known by its storage and its place in it; storages are kept
+    alive.
+    """
 
     def __init__(self, where: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -157,14 +170,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _addition(self, operands: list[Tensor], nodes: list[int | None], out: Tensor) -> None:
         result = self.cells[_storage(out)][_place_of(out)]
-        grads = {n: t.requires_grad for t, n in zip(operands, nodes, strict=True) if n is not None and t.shape == out.shape}
+        grads = {
+            n: t.requires_grad for t, n in zip(operands, nodes, strict=True) if n is not None and t.shape == out.shape
+        }
         pairs = [(a, b) for a in grads for b in grads if a != b]
         found = [add for a, b in pairs if (add := self._found(a, b, result, cut=grads[b] and not grads[a])) is not None]
         if found:
             self.adds[result] = max(found, key=lambda add: add.fork)
 
     def _found(self, skip: int, branch: int, result: int, cut: bool) -> _Found | None:
-        """The add that these operands make. If the skip is a sum itself, and the branch is of the fork of that sum, both are one."""
+        """The add that these operands make. If the skip is a sum itself, and the branch is of the fork of that sum,
+        both are one.
+        """
         path = self.where[-1] if self.where else ""
         way = list(self.up(skip, (VIEW, SCALE)))
         for at in way:
@@ -177,11 +194,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _Found(inner.fork, (*inner.branches, branch), result, inner.cut, path)
 
     def up(self, node: int, through: tuple[str, ...]) -> Iterator[int]:
-        """The node, and what it comes from by kernels of these kinds with one activation each, that keep the number of elements."""
+        """The node, and what it comes from by kernels of these kinds with one activation each, that keep the number of
+        elements.
+        """
         for _ in range(LONGEST):
             yield node
             at = self.nodes[node]
-            if at.kind not in through or len(at.parents) != 1 or prod(self.nodes[at.parents[0]].shape) != prod(at.shape):
+            if (
+                at.kind not in through
+                or len(at.parents) != 1
+                or prod(self.nodes[at.parents[0]].shape) != prod(at.shape)
+            ):
                 return
             node = at.parents[0]
 
@@ -228,7 +251,11 @@ def _kind(func: Any, active: int) -> str:
 def _counted(watch: _Watch) -> Count:
     chained: set[int] = set()
     for add in watch.adds.values():
-        before = None if add.cut else next((n for n in watch.up(add.fork, (VIEW, SCALE, POINTWISE, NORM)) if n in watch.adds), None)
+        before = (
+            None
+            if add.cut
+            else next((n for n in watch.up(add.fork, (VIEW, SCALE, POINTWISE, NORM)) if n in watch.adds), None)
+        )
         if before is not None:
             chained |= {before, add.result}
     outer = [watch.adds[n] for n in chained]
@@ -238,7 +265,9 @@ def _counted(watch: _Watch) -> Count:
 
 def _nested(watch: _Watch, add: _Found, outer: list[_Found]) -> bool:
     above = watch.nodes[add.result].above
-    return any(above >> o.fork & 1 and any(_reaches(watch, add.result, b) for b in o.branches) for o in outer if o is not add)
+    return any(
+        above >> o.fork & 1 and any(_reaches(watch, add.result, b) for b in o.branches) for o in outer if o is not add
+    )
 
 
 def _reaches(watch: _Watch, low: int, high: int) -> bool:

@@ -1,4 +1,5 @@
-"""Hugging Face transformers: one small random model for each architecture, over language, vision, speech, video and several of them at once.
+"""Hugging Face transformers: one small random model for each architecture, over language, vision, speech, video and
+several of them at once.
 
 A row is: name of the class, what it is fed, options of its configuration.
 """
@@ -23,10 +24,22 @@ SAMPLES = 4000
 Options = dict[str, Any]
 Feed = Callable[[], dict[str, Any]]
 _SPECIAL: Options = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_BERT: Options = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH}
+_BERT: Options = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 2 * WIDTH,
+}
 _TEXT: Options = {**_BERT, "vocab_size": VOCABULARY}
 _LLAMA: Options = {**_TEXT, "num_key_value_heads": 2, **_SPECIAL}
-_GPT: Options = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+_GPT: Options = {
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _IMAGE: Options = {**_BERT, "image_size": SIDE, "patch_size": PATCH}
 _MOE: Options = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
 _SEQ2SEQ: Options = {
@@ -40,7 +53,14 @@ _SEQ2SEQ: Options = {
     "decoder_start_token_id": 2,
     **_SPECIAL,
 }
-_T5: Options = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": HEADS, "vocab_size": VOCABULARY}
+_T5: Options = {
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "vocab_size": VOCABULARY,
+}
 _WAVE: Options = {
     **_BERT,
     "conv_dim": (16, 16),
@@ -133,7 +153,11 @@ def _grid_image() -> dict[str, Any]:
 # -- configurations with parts -----------------------------------------------------------------------------------------
 
 
-_CLIP: Options = {"text_config": {**_TEXT, "max_position_embeddings": 32, **_SPECIAL}, "vision_config": _IMAGE, "projection_dim": WIDTH}
+_CLIP: Options = {
+    "text_config": {**_TEXT, "max_position_embeddings": 32, **_SPECIAL},
+    "vision_config": _IMAGE,
+    "projection_dim": WIDTH,
+}
 _PATCHES = (SIDE // PATCH) ** 2
 _LLAVA: Options = {
     "text_config": {"model_type": "llama", **_LLAMA},
@@ -196,10 +220,19 @@ _DECODERS: dict[str, tuple[Feed, Options]] = {
     "CodeGenForCausalLM": (_text, {**_GPT, "rotary_dim": 4}),
     "CTRLModel": (_text, {**_GPT, "dff": 64}),
     "OPTForCausalLM": (_text, {**_TEXT, "ffn_dim": 64, "word_embed_proj_dim": WIDTH, **_SPECIAL}),
-    "BloomForCausalLM": (_text, {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY, **_SPECIAL}),
-    "MptForCausalLM": (_text, {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "vocab_size": VOCABULARY, "expansion_ratio": 2}),
+    "BloomForCausalLM": (
+        _text,
+        {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY, **_SPECIAL},
+    ),
+    "MptForCausalLM": (
+        _text,
+        {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "vocab_size": VOCABULARY, "expansion_ratio": 2},
+    ),
     "BioGptForCausalLM": (_text, {**_TEXT, **_SPECIAL}),
-    "XGLMForCausalLM": (_text, {"d_model": WIDTH, "num_layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 64, "vocab_size": VOCABULARY}),
+    "XGLMForCausalLM": (
+        _text,
+        {"d_model": WIDTH, "num_layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 64, "vocab_size": VOCABULARY},
+    ),
     "FalconForCausalLM": (_text, {**_TEXT, "new_decoder_architecture": True, "num_kv_heads": 2, **_SPECIAL}),
     "LlamaForCausalLM": (_text, _LLAMA),
     "MistralForCausalLM": (_text, {**_LLAMA, "sliding_window": 4}),

@@ -28,7 +28,9 @@ METHODS = ("stored", "revwire", "checkpoint")
 
 
 def measure(case: Case, publish: Callable[[Row], None]) -> None:
-    """Measure one case. ``publish`` gets the row after every stage, so that a process that is ended leaves what it had."""
+    """Measure one case. ``publish`` gets the row after every stage, so that a process that is ended leaves what it
+    had.
+    """
     row = empty(case)
     probe: _Probe | None = None
     stages: dict[str, Callable[[], None]] = {"build": lambda: None}
@@ -49,7 +51,18 @@ def measure(case: Case, publish: Callable[[Row], None]) -> None:
 
 def empty(case: Case) -> Row:
     """The row of a case of which nothing is known yet."""
-    figures = ("adds", "adds_in_chains", "adds_nested", "units", "inside", "chains", "patterns", "skipped", "missing", "convert_seconds")
+    figures = (
+        "adds",
+        "adds_in_chains",
+        "adds_nested",
+        "units",
+        "inside",
+        "chains",
+        "patterns",
+        "skipped",
+        "missing",
+        "convert_seconds",
+    )
     checks = ("reconstruction_error", "gradient_error", "bit_exact", "gradients_equal", "unstable")
     row: Row = {"zoo": case.zoo, "model": case.name, "class": None, "stage": "build", "failures": {}}
     row |= dict.fromkeys(figures) | {f"{check}_{coupling}": None for coupling in COUPLINGS for check in checks}
@@ -153,7 +166,11 @@ class _Probe:
         with torch.random.fork_rng():
             found = count(self.model, *args, **kwargs)
         self._restore(kept)
-        self.row["adds"], self.row["adds_in_chains"], self.row["adds_nested"] = found.found, found.in_chains, found.nested
+        self.row["adds"], self.row["adds_in_chains"], self.row["adds_nested"] = (
+            found.found,
+            found.in_chains,
+            found.nested,
+        )
         self.row["missing"] = found.in_chains - found.nested
 
     def bytes(self) -> None:
@@ -265,7 +282,9 @@ def _checkpointed(model: nn.Module, hosts: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache, which a training step does not need, and which a recompute under checkpointing would fill twice."""
+    """No key-value cache, which a training step does not need, and which a recompute under checkpointing would fill
+    twice.
+    """
     configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
     kept = [(c, c.use_cache) for c in configs.values()]
     for config, _ in kept:

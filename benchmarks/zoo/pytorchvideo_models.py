@@ -1,7 +1,7 @@
 """pytorchvideo: slow, slowfast, x3d, mvit, csn, r2plus1d, c2d, i3d, on small clips.
 
-The heads of the convolutional networks pool windows of the size that a clip of 224 pixels leaves; here they pool whatever is left,
-so that the clip can be small.
+The heads of the convolutional networks pool windows of the size that a clip of 224 pixels leaves; here they pool
+whatever is left, so that the clip can be small.
 """
 
 from __future__ import annotations

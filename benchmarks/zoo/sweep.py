@@ -1,7 +1,9 @@
-"""The sweep: every case in a process of its own, with a time limit and one thread; what was measured already is not measured again.
+"""The sweep: every case in a process of its own, with a time limit and one thread; what was measured already is not
+measured again.
 
-A server process imports PyTorch and the zoos once, and forks for each case. A case leaves one JSON file in the scratch folder, which
-the next run finds; a file whose case did not end (a crash, the time limit) says so, and counts as measured too.
+A server process imports PyTorch and the zoos once, and forks for each case. A case leaves one JSON file in the scratch
+folder, which the next run finds; a file whose case did not end (a crash, the time limit) says so, and counts as
+measured too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Libraries that no model zoo shares a style with: segmentation, CLIP training, transformer research, medical images, diffusion, graphs.
+"""Libraries that no model zoo shares a style with: segmentation, CLIP training, transformer research, medical images,
+diffusion, graphs.
 
 A row is: name, what it is fed, and how it is made. Each library is imported only when one of its models is built.
 """
@@ -75,7 +76,9 @@ class _DeepGraph(nn.Module):
         library: Any = import_module("torch_geometric.nn")
         self.enter, self.leave = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 4)
         self.layers = nn.ModuleList(
-            library.DeepGCNLayer(library.GENConv(WIDTH, WIDTH, learn_t=True), nn.LayerNorm(WIDTH), nn.ReLU(), block=block, dropout=0.1)
+            library.DeepGCNLayer(
+                library.GENConv(WIDTH, WIDTH, learn_t=True), nn.LayerNorm(WIDTH), nn.ReLU(), block=block, dropout=0.1
+            )
             for _ in range(LAYERS)
         )
 
@@ -95,7 +98,9 @@ class _GraphTransformer(nn.Module):
         super().__init__()
         library: Any = import_module("torch_geometric.nn")
         self.enter = nn.Linear(8, WIDTH)
-        self.layers = nn.ModuleList(library.GPSConv(WIDTH, library.SAGEConv(WIDTH, WIDTH), heads=HEADS, dropout=0.1) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(
+            library.GPSConv(WIDTH, library.SAGEConv(WIDTH, WIDTH), heads=HEADS, dropout=0.1) for _ in range(LAYERS)
+        )
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         """Features (nodes, 8) and edges (2, count) to features (nodes, width)."""
@@ -111,7 +116,11 @@ def _research(kind: str, wrapper: str = "TransformerWrapper", **options: Any) ->
     def make() -> nn.Module:
         library: Any = import_module("x_transformers")
         layers = getattr(library, kind)(dim=WIDTH, depth=LAYERS, heads=HEADS, attn_dim_head=8, **options)
-        outside = {"image_size": 32, "patch_size": 8} if wrapper.startswith("ViT") else {"num_tokens": VOCABULARY, "max_seq_len": 32}
+        outside = (
+            {"image_size": 32, "patch_size": 8}
+            if wrapper.startswith("ViT")
+            else {"num_tokens": VOCABULARY, "max_seq_len": 32}
+        )
         model: nn.Module = getattr(library, wrapper)(**outside, attn_layers=layers)
         return model
 
@@ -132,7 +141,13 @@ _UNET2D: dict[str, Any] = {
     "norm_num_groups": 4,
 }
 _SMP, _MONAI, _DIFFUSERS = "segmentation_models_pytorch", "monai.networks.nets", "diffusers"
-_ATTENDING = {"num_attention_heads": HEADS, "attention_head_dim": 8, "num_layers": LAYERS, "sample_size": 16, "patch_size": 2}
+_ATTENDING = {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": 8,
+    "num_layers": LAYERS,
+    "sample_size": 16,
+    "patch_size": 2,
+}
 
 _ROWS: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module]]] = {
     "smp.Unet(resnet34)": (_image, _of(_SMP, "Unet", "resnet34", encoder_weights=None)),
@@ -144,7 +159,11 @@ _ROWS: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module]]] = {
     "open_clip.CLIP(vit)": (lambda: (_image(side=32), _ids()), _of("open_clip", "CLIP", **_TOWERS)),
     "open_clip.CLIP(resnet)": (
         lambda: (_image(side=32), _ids()),
-        _of("open_clip", "CLIP", **{**_TOWERS, "vision_cfg": {"layers": (3, 3, 3, 3), "width": 16, "head_width": 16, "image_size": 32}}),
+        _of(
+            "open_clip",
+            "CLIP",
+            **{**_TOWERS, "vision_cfg": {"layers": (3, 3, 3, 3), "width": 16, "head_width": 16, "image_size": 32}},
+        ),
     ),
     "x_transformers.Decoder": (_ids, _research("Decoder")),
     "x_transformers.Decoder(rotary, rmsnorm, swiglu)": (
@@ -163,12 +182,22 @@ _ROWS: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module]]] = {
             "x_transformers",
             "XTransformer",
             dim=WIDTH,
-            **{f"{s}_{k}": v for s in ("enc", "dec") for k, v in (("num_tokens", 96), ("depth", 3), ("heads", 4), ("max_seq_len", 32))},
+            **{
+                f"{s}_{k}": v
+                for s in ("enc", "dec")
+                for k, v in (("num_tokens", 96), ("depth", 3), ("heads", 4), ("max_seq_len", 32))
+            },
         ),
     ),
-    "monai.UNet(residual)": (_volume, _of(_MONAI, "UNet", 3, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=2)),
+    "monai.UNet(residual)": (
+        _volume,
+        _of(_MONAI, "UNet", 3, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=2),
+    ),
     "monai.SwinUNETR": (partial(_volume, 64), _of(_MONAI, "SwinUNETR", 1, 2, feature_size=12, depths=(2, 2, 2, 2))),
-    "monai.UNETR": (_volume, _of(_MONAI, "UNETR", 1, 2, (32, 32, 32), feature_size=8, hidden_size=48, mlp_dim=64, num_heads=4)),
+    "monai.UNETR": (
+        _volume,
+        _of(_MONAI, "UNETR", 1, 2, (32, 32, 32), feature_size=8, hidden_size=48, mlp_dim=64, num_heads=4),
+    ),
     "monai.SegResNet": (_volume, _of(_MONAI, "SegResNet", 3, 8, 1, 2, blocks_down=(1, 2, 2, 4))),
     "monai.SegResNetDS": (_volume, _of(_MONAI, "SegResNetDS", 3, 8, 1, 2, blocks_down=(2, 2, 3))),
     "monai.DynUNet(residual)": (
@@ -177,7 +206,10 @@ _ROWS: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module]]] = {
     ),
     "monai.VNet": (_volume, _of(_MONAI, "VNet", 3, 1, 2)),
     "monai.HighResNet": (_volume, _of(_MONAI, "HighResNet", 3, 1, 2)),
-    "monai.ViT": (_volume, _of(_MONAI, "ViT", 1, (32, 32, 32), (8, 8, 8), hidden_size=48, mlp_dim=64, num_layers=4, num_heads=4)),
+    "monai.ViT": (
+        _volume,
+        _of(_MONAI, "ViT", 1, (32, 32, 32), (8, 8, 8), hidden_size=48, mlp_dim=64, num_layers=4, num_heads=4),
+    ),
     "monai.resnet50": (_volume, _of(_MONAI, "resnet50", spatial_dims=3, n_input_channels=1, num_classes=2)),
     "diffusers.UNet2DModel": (
         lambda: {"sample": _image(4, 16), "timestep": torch.tensor([3, 500])},
@@ -191,7 +223,11 @@ _ROWS: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module]]] = {
         ),
     ),
     "diffusers.UNet2DConditionModel": (
-        lambda: {"sample": _image(4, 16), "timestep": torch.tensor([3, 500]), "encoder_hidden_states": torch.randn(2, 6, 24)},
+        lambda: {
+            "sample": _image(4, 16),
+            "timestep": torch.tensor([3, 500]),
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+        },
         _of(
             _DIFFUSERS,
             "UNet2DConditionModel",

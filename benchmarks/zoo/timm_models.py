@@ -19,7 +19,9 @@ from benchmarks.zoo.case import Built, Case
 ZOO = "timm_models"
 SMALLEST = Path(__file__).with_name("timm_smallest.txt")
 SIDES = (96, 112, 128)
-"""Pixels to try, smallest first, before the model's own size: at 96, a stage of stride 32 is 3 x 3, and no 1 x 1 hides a shape."""
+"""Pixels to try, smallest first, before the model's own size: at 96, a stage of stride 32 is 3 x 3, and no 1 x 1 hides
+a shape.
+"""
 SHORTER: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 4}}
 """Options for models whose smallest is too large for the time limit."""
 
@@ -47,7 +49,13 @@ def _build(name: str) -> Built:
             model = timm.create_model(name, **options, **SHORTER.get(name, {}))
             example = torch.randn(2, *side)
             _try(model, example)
-        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:  # the size does not suit the model
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AssertionError,
+            IndexError,
+        ) as error:  # the size does not suit the model
             failures.append(f"{side}: {type(error).__name__}: {error}")
             continue
         return Built(model.train(), example)

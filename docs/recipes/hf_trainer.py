@@ -25,10 +25,14 @@ class Sentences(Dataset):
 def main() -> list[float]:
     """Train a small language model; returns the losses."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, use_cache=False)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, use_cache=False
+    )
     model = LlamaForCausalLM(config)
     data = Sentences()
-    revwire.convert(model, {"input_ids": data.ids[:2]})  # leave gradient_checkpointing off: there is nothing left to checkpoint
+    revwire.convert(
+        model, {"input_ids": data.ids[:2]}
+    )  # leave gradient_checkpointing off: there is nothing left to checkpoint
     with tempfile.TemporaryDirectory() as folder:
         options = {"use_cpu": not torch.cuda.is_available(), "bf16": True, "logging_steps": 1, "report_to": []}
         arguments = TrainingArguments(folder, max_steps=5, learning_rate=1e-2, **options)

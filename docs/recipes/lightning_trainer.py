@@ -35,7 +35,9 @@ def main() -> list[float]:
     lightning.seed_everything(0)
     classifier = Classifier()
     data = DataLoader(TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8)), batch_size=8)
-    trainer = lightning.Trainer(max_epochs=5, precision="bf16-mixed", gradient_clip_val=1.0, logger=False, enable_checkpointing=False)
+    trainer = lightning.Trainer(
+        max_epochs=5, precision="bf16-mixed", gradient_clip_val=1.0, logger=False, enable_checkpointing=False
+    )
     trainer.fit(classifier, data)
     return classifier.losses
 

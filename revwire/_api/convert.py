@@ -50,32 +50,37 @@ def plan(
 
     Args:
         model: any module; it is run once on ``example_inputs`` and left as found.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a list,
-            say) is passed as the one argument.
-        coupling: ``"bdia"`` (γ = 1/16, and 1/64 for post-normalised blocks), ``"bdia:1/8"``, ``"re2tal"``, another name, or a
-            `Coupling`; or a dict from globs over the names of units and hosts to couplings, where the first match counts, and
-            what matches none has the default.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a
+            list, say) is passed as the one argument.
+        coupling: ``"bdia"`` (γ = 1/16, and 1/64 for post-normalised blocks), ``"bdia:1/8"``, ``"re2tal"``, another
+            name, or a `Coupling`; or a dict from globs over the names of units and hosts to couplings, where the first
+            match counts, and what matches none has the default.
         exact: fixed-point streams (True), float streams (False), or what the coupling needs (None).
         include, exclude: globs over the qualified names of units and of their hosts, such as ``"blocks.1*"``.
-        whole: globs over the qualified names of modules that are to be one unit each, whatever residual adds they hold: the outermost that
-            matches and can be. Fewer units keep fewer bits, and each holds more when it is rebuilt. The function is another one, as the
-            couplings stand elsewhere. ``"auto"``, with a memory budget: each residual add a unit, or each host, whichever serves it better.
-        anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as often as
-            the measured drift of float streams needs to stay within ``tolerance``.
-        tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in backward.
-        chunks: run each unit in so many chunks of the batch, or of tokens or windows where its branch treats each by itself: a backward
-            pass then holds the activations of one chunk at a time. An int, or a dict from globs over the names of units and hosts to ints.
-            Windows that cannot run together are a chunk each. What may be cut is found on the example, with the model in eval mode and
-            once in train mode; other units run whole, but for products of activations in their branches that are larger than what goes
-            in (the maps of attention): those run by heads, or queries. None: whole units, or under a memory budget, as few as fit it.
-        checkpoint: globs over the qualified names of modules outside of chains that run under activation checkpointing, the outermost that
-            match; ``"stays"``: the blocks whose residual adds stay, such as those that change shape. Their batch statistics count once.
-            None: none, or under a memory budget, those that stay if it is better so; ``[]``: none in any case.
-        memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds weights, ``.grad`` and
-            inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that needs least. A few steps are measured, with
-            the mean square of the outputs as loss, in the mode that the model is in; then each unit is stored, checkpointed (with or
-            without what its products gave) or reversible, so that the step is fastest within the budget. ``plan.forecast`` has the
-            prediction. None: every unit is reversible.
+        whole: globs over the qualified names of modules that are to be one unit each, whatever residual adds they hold:
+            the outermost that matches and can be. Fewer units keep fewer bits, and each holds more when it is rebuilt.
+            The function is another one, as the couplings stand elsewhere. ``"auto"``, with a memory budget: each
+            residual add a unit, or each host, whichever serves it better.
+        anchors: keep the true state every so many units of a chain, from which rebuilding then goes on; ``"auto"``: as
+            often as the measured drift of float streams needs to stay within ``tolerance``.
+        tolerance: largest relative error of a rebuilt state in float streams; more is refused here, and an error in
+            backward.
+        chunks: run each unit in so many chunks of the batch, or of tokens or windows where its branch treats each by
+            itself: a backward pass then holds the activations of one chunk at a time. An int, or a dict from globs over
+            the names of units and hosts to ints. Windows that cannot run together are a chunk each. What may be cut is
+            found on the example, with the model in eval mode and once in train mode; other units run whole, but for
+            products of activations in their branches that are larger than what goes in (the maps of attention): those
+            run by heads, or queries. None: whole units, or under a memory budget, as few as fit it.
+        checkpoint: globs over the qualified names of modules outside of chains that run under activation checkpointing,
+            the outermost that match; ``"stays"``: the blocks whose residual adds stay, such as those that change shape.
+            Their batch statistics count once. None: none, or under a memory budget, those that stay if it is better so;
+            ``[]``: none in any case.
+        memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds
+            weights, ``.grad`` and inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that
+            needs least. A few steps are measured, with the mean square of the outputs as loss, in the mode that the
+            model is in; then each unit is stored, checkpointed (with or without what its products gave) or reversible,
+            so that the step is fastest within the budget. ``plan.forecast`` has the prediction. None: every unit is
+            reversible.
 
     Returns:
         The plan: chains, units, and each residual add that stays, with its reason.
@@ -92,7 +97,13 @@ def plan(
         ['layers.0.self_attn', 'layers.0.linear1']
     """
     options = _options(
-        Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, chunks=chunks, checkpoint=checkpoint, budget=memory_budget
+        Choice.of(coupling, exact, anchors, tolerance),
+        include,
+        exclude,
+        whole,
+        chunks=chunks,
+        checkpoint=checkpoint,
+        budget=memory_budget,
     )
     if memory_budget is None and chunks in (None, 1):  # nothing has to run
         return _prepare(model, example_inputs, options).plan
@@ -125,8 +136,8 @@ def convert(
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
-        model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, checkpoint, memory_budget: as for
-            `plan`. Without ``example_inputs``, the first call of the model is the example.
+        model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, checkpoint,
+            memory_budget: as for `plan`. Without ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
     Raises:
@@ -138,7 +149,16 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = _options(Choice.of(coupling, exact, anchors, tolerance), include, exclude, whole, strict, chunks, checkpoint, memory_budget)
+    options = _options(
+        Choice.of(coupling, exact, anchors, tolerance),
+        include,
+        exclude,
+        whole,
+        strict,
+        chunks,
+        checkpoint,
+        memory_budget,
+    )
     _refuse_converted(model)
     if example_inputs is None:
         vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"), _rewire)
@@ -188,7 +208,11 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
         install(model.get_submodule(path), path, slots)
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
     parted = [
-        Parted(install_parts(model.get_submodule(path), path, chains[core.chain], core.sizes, known), core.chain, core.place)
+        Parted(
+            install_parts(model.get_submodule(path), path, chains[core.chain], core.sizes, known),
+            core.chain,
+            core.place,
+        )
         for path, core in cores.items()
     ]
     vars(model)[_STATE] = Converted(found, chains, checkpointed, parted)
@@ -219,7 +243,8 @@ def revert(model: M) -> M:
 
 @contextmanager
 def stored_activations(model: nn.Module) -> Iterator[None]:
-    """Within this context the converted model computes the same function with ordinary autograd, which stores activations.
+    """Within this context the converted model computes the same function with ordinary autograd, which stores
+    activations.
 
     For checking: outputs and gradients are those of the reversible run, in exact mode to the bit.
 
@@ -248,7 +273,8 @@ def _refuse_converted(model: nn.Module) -> None:
     taken = [n for n, m in model.named_modules() if isinstance(standing_forward(m), (FirstCall, InstanceForward))]
     if taken:
         raise ConversionError(
-            f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call revwire.revert(model) first"
+            f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call "
+            "revwire.revert(model) first"
         )
 
 
@@ -257,7 +283,8 @@ def _refuse_skipped(found: Plan) -> None:
     if left or not found.chains:
         what = "; ".join(f"{s.path}: {s.reason}" for s in left[:5]) or "no chain of residual units was found"
         raise ConversionError(
-            f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass strict=False"
+            f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass "
+            "strict=False"
         )
 
 
@@ -270,7 +297,8 @@ def _prepare(model: nn.Module, example_inputs: Any, options: Options) -> Prepare
         raise
     except Exception as error:
         raise ConversionError(
-            f"{type(model).__name__}: the model failed on the example inputs ({type(error).__name__}: {error}); pass what its forward "
+            f"{type(model).__name__}: the model failed on the example inputs ({type(error).__name__}: {error}); pass "
+            "what its forward "
             "takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from error
     return Planner(recording, options).run()

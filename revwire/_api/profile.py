@@ -1,4 +1,6 @@
-"""`profile`: what a training step of a converted model costs, beside the same step with stored activations and with checkpointing."""
+"""`profile`: what a training step of a converted model costs, beside the same step with stored activations and with
+checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -91,8 +93,8 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
 def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Loss | None = None) -> Profile:
     """Measure a training step of a converted model: revwire, stored activations, and checkpointing per block.
 
-    The model is measured in the mode it is in (``train()`` or ``eval()``), on the device it is on, and is left as it was:
-    weights, buffers, ``.grad`` and random state.
+    The model is measured in the mode it is in (``train()`` or ``eval()``), on the device it is on, and is left as it
+    was: weights, buffers, ``.grad`` and random state.
 
     Args:
         model: a converted model.

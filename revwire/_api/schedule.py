@@ -1,4 +1,6 @@
-"""`set_coupling` and `CouplingSchedule`: change the coupling of a converted model while it trains. Nothing is rebuilt."""
+"""`set_coupling` and `CouplingSchedule`: change the coupling of a converted model while it trains. Nothing is
+rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def set_coupling(model: nn.Module, coupling: Couplings, *, exact: bool | None = 
 
     Args:
         model: a converted model.
-        coupling: as for `convert`: a coupling, or a dict from globs to couplings. Units that no glob matches keep theirs.
+        coupling: as for `convert`: a coupling, or a dict from globs to couplings. Units that no glob matches keep
+            theirs.
         exact: fixed-point streams (True), float streams (False), or what the couplings need (None).
 
     Raises:
@@ -61,7 +64,9 @@ def _choice(coupling: Couplings, chain: Chain, exact: bool | None) -> Choice:
     return Choice.of(coupling, exact, anchors, chain.tolerance)  # type: ignore[arg-type]
 
 
-def _couplings(choice: Choice, planned: PlannedChain, chain: Chain, by_glob: bool) -> tuple[list[Coupling], bool, int | None]:
+def _couplings(
+    choice: Choice, planned: PlannedChain, chain: Chain, by_glob: bool
+) -> tuple[list[Coupling], bool, int | None]:
     """(the coupling of each unit, whether exact, units between anchors)."""
     couplings = [
         (replace(choice, default=old) if by_glob else choice).coupling((u.path, u.host), u.pattern)
@@ -87,15 +92,18 @@ def _set(model: nn.Module, found: Sequence[tuple[Sequence[Coupling], bool, int |
 
 
 class CouplingSchedule:
-    """Moves the coupling of a converted model to a target, a share at each step, as a learning-rate scheduler moves a rate.
+    """Moves the coupling of a converted model to a target, a share at each step, as a learning-rate scheduler moves a
+    rate.
 
-    The parameters go from those the chains have now to those of the target. In exact streams the parameter that sets |b| goes in powers
-    of two. Source of the idea: DR2Net (arXiv 2401.04105), which moves (α, β) from the pretrained network to the reversible one.
+    The parameters go from those the chains have now to those of the target. In exact streams the parameter that sets
+    |b| goes in powers of two. Source of the idea: DR2Net (arXiv 2401.04105), which moves (α, β) from the pretrained
+    network to the reversible one.
 
     Args:
         model: a converted model; all its units have one coupling, of the target's kind.
         target: the coupling at the end.
-        total: number of calls of `step` after which it is reached: optimizer steps or epochs, whichever `step` is called by.
+        total: number of calls of `step` after which it is reached: optimizer steps or epochs, whichever `step` is
+            called by.
         shape: ``"linear"``, ``"cosine"`` (slow at both ends), or ``"step"``: at each of ``milestones``.
         milestones: with ``"step"``, ascending counts of `step` at which an equal part of the way is taken.
 
@@ -114,11 +122,18 @@ class CouplingSchedule:
     """
 
     def __init__(
-        self, model: nn.Module, target: str | Coupling, *, total: int | None = None, shape: Shape = "linear", milestones: Sequence[int] = ()
+        self,
+        model: nn.Module,
+        target: str | Coupling,
+        *,
+        total: int | None = None,
+        shape: Shape = "linear",
+        milestones: Sequence[int] = (),
     ) -> None:
         if isinstance(vars(model).get("forward"), FirstCall):
             raise CouplingError(
-                "CouplingSchedule: got a model that waits for its first call; expected one that was called, or had an example"
+                "CouplingSchedule: got a model that waits for its first call; expected one that was called, or had "
+                "an example"
             )
         self.model = model
         self.target = coupling_from(target)
@@ -167,7 +182,9 @@ class CouplingSchedule:
         """
         keys = self.state_dict().keys()
         if set(state) != set(keys):
-            raise CouplingError(f"CouplingSchedule: got a state with {sorted(state)}; expected {sorted(keys)}, as state_dict() gives")
+            raise CouplingError(
+                f"CouplingSchedule: got a state with {sorted(state)}; expected {sorted(keys)}, as state_dict() gives"
+            )
         self.start, self.target = coupling_from(state["start"]), coupling_from(state["target"])
         self.total, self.shape, self.milestones = int(state["total"]), state["shape"], tuple(state["milestones"])
         self.count = int(state["count"])
@@ -189,8 +206,12 @@ class CouplingSchedule:
             raise CouplingError(f"CouplingSchedule: got shape {self.shape!r}; expected 'linear', 'cosine' or 'step'")
         if self.shape == "step":
             if not self.milestones or list(self.milestones) != sorted(set(self.milestones)):
-                raise CouplingError(f"CouplingSchedule: got milestones {list(self.milestones)}; expected ascending counts of steps")
+                raise CouplingError(
+                    f"CouplingSchedule: got milestones {list(self.milestones)}; expected ascending counts of steps"
+                )
             return self.milestones[-1]
         if total is None or total < 1:
-            raise CouplingError(f"CouplingSchedule: got total={total}; expected the number of steps after which the target is reached")
+            raise CouplingError(
+                f"CouplingSchedule: got total={total}; expected the number of steps after which the target is reached"
+            )
         return total

@@ -1,4 +1,6 @@
-"""`verify`: measure on a converted model what the library promises: rebuilt states, and gradients, against stored activations."""
+"""`verify`: measure on a converted model what the library promises: rebuilt states, and gradients, against stored
+activations.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,13 @@ class Check:
         reconstruction_error: largest relative error of a rebuilt state.
         gradient_error: largest relative error of a gradient (each tensor by its own largest magnitude).
         output_equal: outputs equal to the bit.
-        function_change: difference of the outputs to those of the original network, relative to their size (of the vectors of all
-            outputs, in the mode that the model is in; random numbers as in the other runs). A measure, no fault.
+        function_change: difference of the outputs to those of the original network, relative to their size (of the
+            vectors of all outputs, in the mode that the model is in; random numbers as in the other runs). A measure,
+            no fault.
         units: per unit, in the order of the backward pass.
         inexact: names of the parameters and inputs whose gradients differ.
-        unstable: names of those whose gradients differ between runs with stored activations too (a kernel of the network
-            itself is not deterministic); they are not compared.
+        unstable: names of those whose gradients differ between runs with stored activations too (a kernel of the
+            network itself is not deterministic); they are not compared.
     """
 
     bit_exact: bool
@@ -68,7 +71,11 @@ class Check:
             f"gradients differ from stored activations by at most {self.gradient_error:.2g}; "
             f"the output differs from the original network's by {self.function_change:.2%}"
             + (f" ({len(self.inexact)} tensors: {', '.join(self.inexact[:3])} ...)" if self.inexact else "")
-            + (f"; not compared, as they vary with stored activations too: {', '.join(self.unstable)}" if self.unstable else "")
+            + (
+                f"; not compared, as they vary with stored activations too: {', '.join(self.unstable)}"
+                if self.unstable
+                else ""
+            )
         )
 
 
@@ -94,8 +101,8 @@ class _Witness:
 def verify(model: nn.Module, example_inputs: Any) -> Check:
     """Run one forward and backward reversibly, and one with stored activations, and compare.
 
-    The loss is a fixed random projection of all floating-point outputs. Both runs use deterministic kernels where PyTorch
-    has them. The model's mode is used as it is; its gradients, buffers, and the random state are left as found.
+    The loss is a fixed random projection of all floating-point outputs. Both runs use deterministic kernels where
+    PyTorch has them. The model's mode is used as it is; its gradients, buffers, and the random state are left as found.
 
     Args:
         model: a converted model.
@@ -139,10 +146,13 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
     )
 
 
-def _unstable(model: nn.Module, example_inputs: Any, grads: dict[str, Tensor], true: dict[str, Tensor]) -> tuple[str, ...]:
+def _unstable(
+    model: nn.Module, example_inputs: Any, grads: dict[str, Tensor], true: dict[str, Tensor]
+) -> tuple[str, ...]:
     """Where gradients differ: the names of those that also differ between runs with stored activations.
 
-    Some kernels rarely differ from themselves, so runs are repeated until each difference is explained, or `_REPEATS` times.
+    Some kernels rarely differ from themselves, so runs are repeated until each difference is explained, or `_REPEATS`
+    times.
     """
     left = {name for name, g in true.items() if not torch.equal(grads[name], g)}
     found = set[str]()
@@ -179,7 +189,10 @@ def _distance(got: list[Tensor], true: list[Tensor]) -> float:
     """Norm of the difference of all outputs, relative to that of the true ones; infinite where other outputs come."""
     if [t.shape for t in got] != [t.shape for t in true]:
         return float("inf")
-    change, size = (sum(float(t.double().square().sum()) for t in ts) for ts in ([a - b for a, b in zip(got, true, strict=True)], true))
+    change, size = (
+        sum(float(t.double().square().sum()) for t in ts)
+        for ts in ([a - b for a, b in zip(got, true, strict=True)], true)
+    )
     return float((change / size) ** 0.5) if size else float(change > 0)
 
 

@@ -67,7 +67,10 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
             loss = mean_square(output)
             del output
         if not loss.requires_grad:
-            raise BudgetError(f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some weights")
+            raise BudgetError(
+                f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some "
+                "weights"
+            )
         turn(state.chains)
         loss.backward()  # type: ignore[no-untyped-call]
 

@@ -1,27 +1,29 @@
 """What a step costs when some units are stored or checkpointed, from one measured step in which all are reversible.
 
 Note [Bytes by prefix]
-    Backward passes visit units in the reverse order of forward, so at any moment the units whose memory waits are the first p
-    of them. A stretch of the step then holds what was measured, plus what those p units keep beyond their reversible form. In its own
-    backward a unit has its activations in any mode: kept, or just recomputed.
+    Backward passes visit units in the reverse order of forward, so at any moment the units whose memory waits are the
+    first p of them. A stretch of the step then holds what was measured, plus what those p units keep beyond their
+    reversible form. In its own backward a unit has its activations in any mode: kept, or just recomputed.
 
-    Something else may hold part of what a unit saves, whatever its form: autocast its casts of weights until the forward pass ends (the
-    *turn*), the output of a model keys and values for a cache, or all hidden states. So much less is what a stored unit keeps beyond.
+    Something else may hold part of what a unit saves, whatever its form: autocast its casts of weights until the
+    forward pass ends (the *turn*), the output of a model keys and values for a cache, or all hidden states. So much
+    less is what a stored unit keeps beyond.
 
 Note [Checkpointing each block]
-    What `torch.utils.checkpoint` around each block of the original network that has units would need is estimated from the same
-    measurement. A step holds the inputs of the blocks so far (that of the last one is an activation of its first unit); in the backward of
-    a block, the activations of all of its units, and one gradient. What was measured around a unit holds instead the kept bits of the
-    units so far, two states of its chain, and a gradient of each; in its forward, the two states, the third that it makes, and the float
-    tensor that carries the gradient of x_{k-1}.
+    What `torch.utils.checkpoint` around each block of the original network that has units would need is estimated from
+    the same measurement. A step holds the inputs of the blocks so far (that of the last one is an activation of its
+    first unit); in the backward of a block, the activations of all of its units, and one gradient. What was measured
+    around a unit holds instead the kept bits of the units so far, two states of its chain, and a gradient of each; in
+    its forward, the two states, the third that it makes, and the float tensor that carries the gradient of x_{k-1}.
 
 Note [Forms]
     What a mode keeps depends on the neighbours, since states are shared:
 
     ===  ============  =============================================================================
     r    reversible    the kept bits: what was measured
-    c    checkpointed  one state, and samples; in float streams one state more where the unit before is not checkpointed. Where the branch
-                       gives fewer bits than a state has: that result, beside the kept bits, instead of a state
+    c    checkpointed  one state, and samples; in float streams one state more where the unit before is not
+                       checkpointed. Where the branch gives fewer bits than a state has: that result, beside the kept
+                       bits, instead of a state
     p    selective     as checkpointed, and the results of its products: measured
     s    stored        its activations; where the run of such units begins, the two states before it
     z    stored        likewise, where the run ends the chain: its two states replace those of the end
@@ -50,9 +52,10 @@ _OWN = ("enter", "grad", "complete", "rebuilt", "undone")
 class _Levels:
     """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward.
 
-    ``again``: by how much its rebuilding, or that of its last chunk, rose above what was there. ``complete``: of its rebuilding until
-    its gradient had all that it needs. ``undone``: of its backward from when the branch's result has gone. A recompute that stops has
-    nothing between these.
+    ``again``: by how much its rebuilding, or that of its last chunk, rose above what was there. ``complete``: of its
+    rebuilding until
+    its gradient had all that it needs. ``undone``: of its backward from when the branch's result has gone. A recompute
+    that stops has nothing between these.
     """
 
     start: int = 0
@@ -79,7 +82,9 @@ class _Levels:
 
 @dataclass
 class _Rebuilding:
-    """Seconds that a run is rebuilt, of those the rest when all is there that its gradient needs, and in how many chunks."""
+    """Seconds that a run is rebuilt, of those the rest when all is there that its gradient needs, and in how many
+    chunks.
+    """
 
     seconds: float
     rest: float | None
@@ -121,13 +126,17 @@ class Costs:
         kept, state, exact: by chain (and place), as in `UnitCost`.
     """
 
-    def __init__(self, measured: Measured, kept: Sequence[Sequence[int]], state: Sequence[int], exact: Sequence[bool]) -> None:
+    def __init__(
+        self, measured: Measured, kept: Sequence[Sequence[int]], state: Sequence[int], exact: Sequence[bool]
+    ) -> None:
         self.measured = measured
         self._sizes = kept, state, exact
         self.seconds = sum(s.seconds for s in measured.stretches)
         self.levels = [_Levels() for _ in measured.places]
         self.spent = [0.0] * len(measured.places)  # seconds of each run's own stretches
-        self.recomputing = [0.0] * len(measured.places)  # those of them that depend on the form: of its forward, and of rebuilding it
+        self.recomputing = [0.0] * len(
+            measured.places
+        )  # those of them that depend on the form: of its forward, and of rebuilding it
         self.waiting = [Peaks(0, 0)] * (len(measured.places) + 1)  # of stretches in which the first p units wait
         self._read()
         rebuilt = _rebuilding(measured.stretches)
@@ -164,7 +173,8 @@ class Costs:
 
     @classmethod
     def mixed(cls, choices: Sequence[Costs]) -> Costs:
-        """Those of a step in which each run goes as in one of several measured steps: ``choices`` has the costs of that step for each.
+        """Those of a step in which each run goes as in one of several measured steps: ``choices`` has the costs of that
+        step for each.
 
         What lies before a run, and waits for its backward, is that of the runs before it, whichever way those go.
         """
@@ -185,7 +195,9 @@ class Costs:
         return out
 
     def samples(self, size: int) -> list[int]:
-        """Runs, one for each kind of unit, of which some may be selective within a budget: as many as one step may try together."""
+        """Runs, one for each kind of unit, of which some may be selective within a budget: as many as one step may try
+        together.
+        """
         kinds: dict[tuple[int, ...], int] = {}
         peak, _ = self.forecast(self.uniform("reversible"))
         for run, unit in enumerate(self.units):
@@ -219,7 +231,9 @@ class Costs:
     @property
     def starts(self) -> list[int]:
         """Bytes alive where each run begins, and where the last one has ended."""
-        return [*(at.start for at in self.levels), self.levels[-1].start + self.levels[-1].grown] if self.levels else [0]
+        return (
+            [*(at.start for at in self.levels), self.levels[-1].start + self.levels[-1].grown] if self.levels else [0]
+        )
 
     def _read(self) -> None:
         """Sort the stretches of the step; see Note [Bytes by prefix]."""
@@ -255,7 +269,9 @@ class Costs:
                 continue
             p = max(alive, default=-1) + 1
             forward, backward = self.waiting[p]
-            self.waiting[p] = Peaks(forward, max(backward, stretch.peak)) if turned else Peaks(max(forward, stretch.peak), backward)
+            self.waiting[p] = (
+                Peaks(forward, max(backward, stretch.peak)) if turned else Peaks(max(forward, stretch.peak), backward)
+            )
 
     def own(self, run: int, form: Form) -> int:
         """The peak of a unit's own stretches, without what the units before it keep beyond their reversible form."""
@@ -266,9 +282,13 @@ class Costs:
         unit, at = self.units[run], self.levels[run]
         if form == "p":
             return self.peaks(run, "r").moved(unit.selective.own if unit.selective else 0)
-        if form == "c" and unit.looks:  # x_{k-1} is kept meanwhile; in forward it (or the result) is there anyway, but for the last unit
+        if (
+            form == "c" and unit.looks
+        ):  # x_{k-1} is kept meanwhile; in forward it (or the result) is there anyway, but for the last unit
             share = min(1.0, unit.held / unit.rebuilt) if unit.rebuilt else 1.0  # of its largest chunk
-            part = int(unit.state * share) if unit.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
+            part = (
+                int(unit.state * share) if unit.result and share < 1 else 0
+            )  # of x_{k-1}, which comes before its recompute
             forward = at.forward + (int(unit.result * (1 - share)) if unit.result else unit.state if unit.ends else 0)
             return Peaks(forward, max(at.complete, at.undone or at.backward) + part).moved(unit.looks)
         if MODES[form] != "stored":
@@ -278,9 +298,13 @@ class Costs:
         meanwhile = at.start + waits + at.again  # as in its rebuilding
         forward = min(max(at.forward, meanwhile), at.forward + unit.saved - unit.early)
         besides = {"y": 1, "x": 2}.get(form, 0) * unit.state
-        if besides and unit.saves_state:  # as the unit before it did, whose float value of the state is there in any form
+        if (
+            besides and unit.saves_state
+        ):  # as the unit before it did, whose float value of the state is there in any form
             besides -= unit.state
-        return Peaks(max(forward, stored) + besides, at.backward + waits - unit.lasting - (2 * unit.state if form == "a" else 0))
+        return Peaks(
+            max(forward, stored) + besides, at.backward + waits - unit.lasting - (2 * unit.state if form == "a" else 0)
+        )
 
     def forecast(self, forms: Sequence[Form]) -> tuple[int, float]:
         """(peak bytes of a step above rest, seconds of a step) with these forms of the runs, in forward order."""
@@ -296,7 +320,8 @@ class Costs:
         return peak, seconds
 
     def checkpointed(self, blocks: Sequence[int]) -> tuple[int, float]:
-        """What checkpointing around each block would cost, estimated; ``blocks`` numbers the block of each run, ascending.
+        """What checkpointing around each block would cost, estimated; ``blocks`` numbers the block of each run,
+        ascending.
 
         See Note [Checkpointing each block].
         """
@@ -315,7 +340,9 @@ class Costs:
             others = sum(chains.values()) - chains.get(key, 0)  # of chains that wait, the states are there too
             around = inputs - bits - others
             whole = unit.saved - unit.held  # where it was measured in chunks
-            peak = max(peak, at.forward - 4 * unit.state + around, at.backward - 4 * unit.state + around + inside + whole)
+            peak = max(
+                peak, at.forward - 4 * unit.state + around, at.backward - 4 * unit.state + around + inside + whole
+            )
             chains[key] = 2 * unit.state
             bits += unit.kept
             inside += unit.saved

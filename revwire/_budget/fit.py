@@ -1,14 +1,16 @@
-"""The planner: pick, unit by unit, stored, checkpointed or reversible, so that a step fits a memory budget in the least time.
+"""The planner: pick, unit by unit, stored, checkpointed or reversible, so that a step fits a memory budget in the least
+time.
 
 Note [Ways to cut]
-    A step is measured with units whole, then with all in 2, 4, ... chunks, until some mix fits. What a unit's own stretches take does not
-    depend on how the others are cut, so each unit then goes the coarsest way with which it fits by itself: chunks cost time, and where
-    a unit's peak is that of its weights' gradients, they cost memory too.
+    A step is measured with units whole, then with all in 2, 4, ... chunks, until some mix fits. What a unit's own
+    stretches take does not depend on how the others are cut, so each unit then goes the coarsest way with which it fits
+    by itself: chunks cost time, and where a unit's peak is that of its weights' gradients, they cost memory too.
 
 Note [The search]
-    Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes by prefix]
-    in `_costs`), so partial choices that keep about as many bytes, and leave the open chains in the same forms, compare by their seconds
-    alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the budget wide; bytes themselves are never rounded.
+    Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes
+    by prefix] in `_costs`), so partial choices that keep about as many bytes, and leave the open chains in the same
+    forms, compare by their seconds alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the
+    budget wide; bytes themselves are never rounded.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def fit(
 ) -> Plan:
     """Measure a step, give each unit of ``chains`` its mode, and return the plan with the modes and the forecast.
 
-    Each unit has the coarsest chunks with which some mix fits. Without a budget, finer ones are tried while they lower the least
-    peak by 2 %.
+    Each unit has the coarsest chunks with which some mix fits. Without a budget, finer ones are tried while they lower
+    the least peak by 2 %.
 
     Args:
         plan, chains: of a converted model.
@@ -72,7 +74,9 @@ def fit(
         blocks = _blocks(plan, costs) if best is None else None
         checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
         stored = stored or Point(*costs.forecast(costs.uniform("stored")))
-        found = None if size is None else _found(tried, [_coarsest(tried, size), [len(tried) - 1] * len(costs.units)], size)
+        found = (
+            None if size is None else _found(tried, [_coarsest(tried, size), [len(tried) - 1] * len(costs.units)], size)
+        )
         smallest = size if found and size else _least(tried)[0]
         if size is not None and smallest <= size:
             best, ways = smallest, tried
@@ -104,9 +108,15 @@ def _costs(plan: Plan, chains: Sequence[Chain], step: Callable[[], None], device
     return Costs(found, kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
 
 
-def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, size: int | None) -> _Mix:
-    """The same ways to cut, with the best forms where some units may be selective: measured where a budget leaves something to buy."""
-    if size is None or all(unit.fixed or MODES[form] == "stored" for unit, form in zip(found.costs.units, found.forms, strict=True)):
+def _with_selective(
+    found: _Mix, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, size: int | None
+) -> _Mix:
+    """The same ways to cut, with the best forms where some units may be selective: measured where a budget leaves
+    something to buy.
+    """
+    if size is None or all(
+        unit.fixed or MODES[form] == "stored" for unit, form in zip(found.costs.units, found.forms, strict=True)
+    ):
         return found
     runs = found.costs.samples(size)
     if not runs:
@@ -128,8 +138,10 @@ def _with_selective(found: _Mix, chains: Sequence[Chain], step: Callable[[], Non
 def _unsteady(plan: Plan) -> BudgetError:
     """The error that says that steps cannot be compared."""
     return BudgetError(
-        f"{plan.model}: got steps that are not alike, though each drew the same random numbers: units run in one, and not in another; "
-        "expected the same ones in each; pass no memory_budget, or switch off what leaves layers out (layer drop) while you convert"
+        f"{plan.model}: got steps that are not alike, though each drew the same random numbers: units run in one, "
+        "and not in another; "
+        "expected the same ones in each; pass no memory_budget, or switch off what leaves layers out (layer drop) "
+        "while you convert"
     )
 
 
@@ -137,15 +149,20 @@ def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint:
     """The error that says that no mix fits."""
     rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
     return BudgetError(
-        f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least {smallest} "
-        f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this example; pass "
-        f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps none){rival}",
+        f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least "
+        f"{smallest} "
+        f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this "
+        "example; pass "
+        f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps "
+        f"none){rival}",
         smallest,
     )
 
 
 def serves_better(a: Forecast, b: Forecast) -> bool:
-    """Whether ``a`` is clearly the better plan for the same budget: faster; or, where the least memory was asked for, smaller."""
+    """Whether ``a`` is clearly the better plan for the same budget: faster; or, where the least memory was asked for,
+    smaller.
+    """
     if a.budget is not None:
         return a.seconds < 0.98 * b.seconds
     return a.peak_bytes < 0.98 * b.peak_bytes or (a.peak_bytes <= b.peak_bytes and a.seconds < 0.98 * b.seconds)

@@ -52,12 +52,14 @@ class UnitCost:
         state: bytes of one of its chain's states.
         exact: whether those are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
         looks: bytes of samples that are kept of what a checkpointed unit saved, where its recompute stops.
-        early, lasting: bytes, of those saved, that something else holds until the forward pass ends, or until the unit's backward begins
-            (the former include the latter).
-        saves_state: whether it saves its input itself, as the float value of a state, which also carries a gradient to the next unit.
+        early, lasting: bytes, of those saved, that something else holds until the forward pass ends, or until the
+            unit's backward begins (the former include the latter).
+        saves_state: whether it saves its input itself, as the float value of a state, which also carries a gradient to
+            the next unit.
         result: bytes of what its branch gives, where a checkpointed unit keeps that instead of a state; else 0.
         gain: seconds by which a step is shorter when it is stored.
-        relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has all that it needs.
+        relief: seconds by which a step is shorter when it is checkpointed: its recompute stops when its gradient has
+            all that it needs.
         arithmetic: those of them that its kept bits and the way back take.
         ends: whether it is the last of its chain.
         fixed: it stays reversible: nothing is rebuilt for it, or it runs several times.

@@ -22,8 +22,8 @@ Kind = Literal["begin", "enter", "leave", "turn", "grad", "complete", "rebuilt",
 
 
 class Mark(NamedTuple):
-    """A moment of a step: a unit begins, has ended, the backward pass is about to begin, a unit gets its gradient, has all that this
-    needs, has its input rebuilt, or only what its gradient needs is left of that.
+    """A moment of a step: a unit begins, has ended, the backward pass is about to begin, a unit gets its gradient, has
+    all that this needs, has its input rebuilt, or only what its gradient needs is left of that.
 
     ``run`` counts runs of units.
     """
@@ -119,7 +119,9 @@ class _Sample(NamedTuple):
 
 
 class _Marker:
-    """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark; unless it only ``times``, sees what is saved."""
+    """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark; unless it only ``times``,
+    sees what is saved.
+    """
 
     def __init__(self, chains: Sequence[Chain], note: Callable[[], None], *, times: bool = False) -> None:
         self.numbers = {id(chain): i for i, chain in enumerate(chains)}
@@ -175,7 +177,9 @@ class _Marker:
                 known = self.newest.get(address)
                 if address == state:
                     self.states[run] = _Seen(t.untyped_storage())
-                if address not in there and (known is None or not known.alive):  # what was there is gone, and its memory used again
+                if address not in there and (
+                    known is None or not known.alive
+                ):  # what was there is gone, and its memory used again
                     self.newest[address] = _Seen(t.untyped_storage())
                     seen.append(self.newest[address])
             return pack(t)

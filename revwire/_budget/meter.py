@@ -1,10 +1,11 @@
-"""Measure a training step piece by piece: what is alive, and how long it takes, from one mark in the chains to the next.
+"""Measure a training step piece by piece: what is alive, and how long it takes, from one mark in the chains to the
+next.
 
 Note [Marks]
     A chain tells its meter where each unit begins and ends in the forward pass, and its monitor when a state has been
-    rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the CPU
-    the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching allocator
-    is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
+    rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
+    CPU the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching
+    allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
 """
 
 from __future__ import annotations
@@ -59,13 +60,15 @@ class Measured:
         places: the unit of each run, in the order of the forward pass.
         stretches: the pieces of the step, in order.
         saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
-        rebuilt: bytes that its recomputes save, all together: fewer, where autocast keeps one cast of x_k, which is a leaf there.
+        rebuilt: bytes that its recomputes save, all together: fewer, where autocast keeps one cast of x_k, which is a
+            leaf there.
         held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
         arithmetic: of each run.
         looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
         results: bytes of what the branch of a run gave, where that is narrower than a state.
         saves_state: whether a run saves its input itself, as the float value of a state, which nothing else holds.
-        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or until the run is rebuilt.
+        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or until the
+            run is rebuilt.
     """
 
     places: tuple[Place, ...]
@@ -85,7 +88,9 @@ _TRIES = 3
 
 
 class Unsteady(Exception):  # noqa: N818 (no fault of the caller)
-    """Steps are not alike: recomputes that stop early in one go on to their end in the next (what they saved differed)."""
+    """Steps are not alike: recomputes that stop early in one go on to their end in the next (what they saved
+    differed).
+    """
 
 
 Modes = tuple[Mode, ...]
@@ -99,7 +104,8 @@ def measured(
     rounds: int = 2,
     modes: Sequence[Modes | None] | None = None,
 ) -> Measured:
-    """Run ``step`` (forward and backward) a few times with every unit reversible, or in these modes, and measure its stretches.
+    """Run ``step`` (forward and backward) a few times with every unit reversible, or in these modes, and measure its
+    stretches.
 
     ``step`` leaves nothing behind that was not there after it had run once.
     """
@@ -122,10 +128,23 @@ def measured(
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
     runs = range(len(marker.places))
     sizes = {run: sum(seen.size for seen in marker.seen.get(run, ())) for run in marker.rebuilt}
-    by_run = (sizes, marker.rebuilt, marker.held, marker.looks, marker.results, marker.saves_state, marker.early, marker.lasting)
-    saved, rebuilt, held, looks, results, saves_state, early, lasting = (tuple(found.get(run, 0) for run in runs) for found in by_run)
+    by_run = (
+        sizes,
+        marker.rebuilt,
+        marker.held,
+        marker.looks,
+        marker.results,
+        marker.saves_state,
+        marker.early,
+        marker.lasting,
+    )
+    saved, rebuilt, held, looks, results, saves_state, early, lasting = (
+        tuple(found.get(run, 0) for run in runs) for found in by_run
+    )
     arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
-    return Measured(tuple(marker.places), stretches, saved, arithmetic, rebuilt, held, looks, results, saves_state, early, lasting)
+    return Measured(
+        tuple(marker.places), stretches, saved, arithmetic, rebuilt, held, looks, results, saves_state, early, lasting
+    )
 
 
 @contextmanager
@@ -226,7 +245,9 @@ def _timed(sample: _Sample, device: torch.device) -> Arithmetic:
     kept = _best(lambda: streams.step(state, x, x, rule, undone=True), device)
     dropped = _best(lambda: streams.step(state, x, x, rule, undone=False), device)
     stepped = streams.step(state, x, x, rule, undone=True)
-    return Arithmetic(max(0.0, kept - dropped), _best(lambda: streams.unstep(stepped.state, x, x, rule, stepped.bits), device))
+    return Arithmetic(
+        max(0.0, kept - dropped), _best(lambda: streams.unstep(stepped.state, x, x, rule, stepped.bits), device)
+    )
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:

@@ -30,7 +30,9 @@ class _Mix(NamedTuple):
 
 
 def _found(ways: Sequence[Costs], choices: Sequence[Sequence[int]], size: int) -> _Mix | None:
-    """The first of several choices of a way for each run that has forms that fit, with the best of them; see Note [Ways to cut]."""
+    """The first of several choices of a way for each run that has forms that fit, with the best of them; see Note [Ways
+    to cut].
+    """
     for choice in choices:
         costs = _mixed(ways, choice)
         forms = search(costs, size)
@@ -54,7 +56,8 @@ def _lowest(ways: Sequence[Costs]) -> list[int]:
 
 
 def _picked(ways: Sequence[Costs], pick: Callable[[Sequence[int]], int]) -> list[int]:
-    """A way for each run, by the peaks of its own stretches when it is reversible, after the runs before it went their ways.
+    """A way for each run, by the peaks of its own stretches when it is reversible, after the runs before it went their
+    ways.
 
     A unit that runs several times goes the finest of them each time.
     """

@@ -51,7 +51,10 @@ def search(costs: Costs, budget: int) -> list[Form] | None:
                 then: _Open = others if unit.ends else tuple(sorted((*others, (unit.chain, form))))
                 for choice in choices:
                     kept, early = choice.kept + extra, choice.early + there
-                    if own[form].over(choice.kept, choice.early) > budget or costs.waiting[run + 1].over(kept, early) > budget:
+                    if (
+                        own[form].over(choice.kept, choice.early) > budget
+                        or costs.waiting[run + 1].over(kept, early) > budget
+                    ):
                         continue
                     new = _Choice(kept, early, choice.gain + gain, (form, choice.forms))
                     for key in ((then, kept // width), (then, -(10**12))):  # the second: that which keeps least

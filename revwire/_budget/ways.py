@@ -22,18 +22,23 @@ from revwire.measure._training_step import run_model
 
 
 class _Ways:
-    """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may choose.
+    """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may
+    choose.
 
     Whether what lies outside of chains is checkpointed is another choice, where there is one to ``choose``.
     How units may be cut is looked at when a way is asked for that cuts some: that takes several runs of each.
     """
 
-    def __init__(self, model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False
+    ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
         self.tried: list[tuple[Prober, Chunks]] = []
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
-        refuse_idle_globs("chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in self.names for n in several])
+        refuse_idle_globs(
+            "chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in self.names for n in several]
+        )
 
     def __iter__(self) -> Iterator[Cutting]:
         chunks = self.chunks
@@ -72,10 +77,14 @@ class _Ways:
         return Cutting(cut)
 
     def mix(self, picks: Picks) -> None:
-        """Cut each unit in one of the ways that were tried; where it is not cut into as many chunks, the rest is left to its cores."""
+        """Cut each unit in one of the ways that were tried; where it is not cut into as many chunks, the rest is left
+        to its cores.
+        """
         for number, (chain, names) in enumerate(zip(self.state.chains, self.names, strict=True)):
             ways = [self.tried[picks.get((number, place), 0)] for place in range(len(names))]
-            chain.cuts = tuple(prober.cut(chain, place, wanted(wish, names[place])) for place, (prober, wish) in enumerate(ways))
+            chain.cuts = tuple(
+                prober.cut(chain, place, wanted(wish, names[place])) for place, (prober, wish) in enumerate(ways)
+            )
         for parted in self.state.parted:
             place, chain = (parted.chain, parted.place), self.state.chains[parted.chain]
             count = wanted(self.tried[picks.get(place, 0)][1], self.names[parted.chain][parted.place])
@@ -88,7 +97,8 @@ class Cutting(NamedTuple):
 
     Attributes:
         apply: lets the model run so, on top of the ways that were kept before.
-        undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and replaces it.
+        undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and
+            replaces it.
     """
 
     apply: Callable[[], None]

@@ -60,11 +60,15 @@ _aten = torch.ops.aten
 
 
 _COPIES = frozenset({_aten.clone.default, _aten._unsafe_view.default, _aten.view.default})
-"""The kernels of ``reshape`` and ``contiguous`` where they cannot do without a copy: the order of the elements stays."""
+"""The kernels of ``reshape`` and ``contiguous`` where they cannot do without a copy: the order of the elements
+stays.
+"""
 
 
 def is_view(args: Any, out: Any, kernels: list[Any]) -> bool:
-    """Whether a result re-reads the memory of the first argument, with all its elements; or copies it to another shape or layout."""
+    """Whether a result re-reads the memory of the first argument, with all its elements; or copies it to another shape
+    or layout.
+    """
     if not isinstance(out, Tensor) or not args or not isinstance(args[0], Tensor) or out is args[0]:
         return False
     x = args[0]

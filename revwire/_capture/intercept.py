@@ -56,7 +56,9 @@ _ORIGINALS: dict[str, Any] = {}
 
 @contextmanager
 def intercepted(recorder: Interceptor) -> Iterator[None]:
-    """Route module calls and opaque functions of this thread through the recorder. Several threads may record at once."""
+    """Route module calls and opaque functions of this thread through the recorder. Several threads may record at
+    once.
+    """
     previous = _STATE.active
     with _LOCK:
         if not _USERS[0]:

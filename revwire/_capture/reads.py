@@ -11,15 +11,16 @@ _SHAPE_READS = """
 
 
 _FREE_READS = """
-    device dtype dim ndim ndimension is_floating_point is_complex is_cuda is_mps is_xpu is_meta is_cpu is_sparse is_quantized
-    is_nested is_mkldnn is_xla is_mtia is_maia is_ipu is_vulkan layout get_device is_inference _version names is_tensor __hash__
-    __repr__ __str__ __format__ is_autocast_enabled result_type __dlpack_device__ is_signed is_sparse_csr _set_grad_enabled
-    is_same_size
+    device dtype dim ndim ndimension is_floating_point is_complex is_cuda is_mps is_xpu is_meta is_cpu is_sparse
+    is_quantized is_nested is_mkldnn is_xla is_mtia is_maia is_ipu is_vulkan layout get_device is_inference _version
+    names is_tensor __hash__ __repr__ __str__ __format__ is_autocast_enabled result_type __dlpack_device__ is_signed
+    is_sparse_csr _set_grad_enabled is_same_size
 """
 
 
 _STATE_CHANGES = """
-    requires_grad_ detach_ retain_grad register_hook register_post_accumulate_grad_hook resize_ resize_as_ set_ share_memory_
+    requires_grad_ detach_ retain_grad register_hook register_post_accumulate_grad_hook resize_ resize_as_ set_
+    share_memory_
 """
 
 

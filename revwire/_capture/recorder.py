@@ -46,7 +46,9 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _indexes_by_numbers(func: Any, args: Any) -> bool:
     """Whether this is an index by numbers, whose result has a shape that the shapes of its arguments tell."""
-    return func is torch.ops.aten.index.Tensor and not any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
+    return func is torch.ops.aten.index.Tensor and not any(
+        t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1])
+    )
 
 
 class Recorder(TorchFunctionMode):
@@ -70,11 +72,17 @@ class Recorder(TorchFunctionMode):
         """Learn the qualified names of the root's modules and of all tensors they hold (as they are during the run)."""
         for name, module in self.recording.root.named_modules(remove_duplicate=False):
             self.recording.module_names[id(module)] = (*self.recording.module_names.get(id(module), ()), name)
-            held = {**{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}, **module._parameters, **module._buffers}
+            held = {
+                **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
+                **module._parameters,
+                **module._buffers,
+            }
             for key, t in held.items():
                 if t is not None:
                     self.names[id(t)] = (*self.names.get(id(t), ()), f"{name}.{key}" if name else key)
-                    if address_of(t) is not None:  # else it has no memory of its own that can be named: sharded, meta, sparse
+                    if (
+                        address_of(t) is not None
+                    ):  # else it has no memory of its own that can be named: sharded, meta, sparse
                         self.owned.add(t.untyped_storage().data_ptr())
 
     # -- values ----------------------------------------------------------------------------------------------------
@@ -100,11 +108,15 @@ class Recorder(TorchFunctionMode):
         if is_constant(leaf):
             return plain(leaf)
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            return Opaque(leaf, {f.name: self.noted(getattr(leaf, f.name, None)) for f in dataclasses.fields(leaf) if f.init})
+            return Opaque(
+                leaf, {f.name: self.noted(getattr(leaf, f.name, None)) for f in dataclasses.fields(leaf) if f.init}
+            )
         return Opaque(leaf)
 
     def mark_custom(self, structure: Any) -> None:
-        """A custom function whose ``apply`` was bound to a name before the run is not intercepted, but its results show it."""
+        """A custom function whose ``apply`` was bound to a name before the run is not intercepted, but its results show
+        it.
+        """
         for t in tensors_in(structure):
             number = self.memory.number_of(t)
             if number is not None and issubclass(type(t.grad_fn), BackwardCFunction):
@@ -149,7 +161,9 @@ class Recorder(TorchFunctionMode):
         writes: dict[int, tuple[int, int]] = {}
         for t, version in versions:
             produced = self.recording.values[self.number_of(t)].event
-            if version_of(t) != version and not (event.is_module and produced > event.number):  # else noted by a call inside
+            if version_of(t) != version and not (
+                event.is_module and produced > event.number
+            ):  # else noted by a call inside
                 for alias in self.memory.aliases(t):
                     if id(alias) not in writes:
                         writes[id(alias)] = (self.number_of(alias), self.bind(alias, event.number, dynamic))
@@ -189,7 +203,9 @@ class Recorder(TorchFunctionMode):
             self.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
         return out
 
-    def module_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, body: bool = False) -> Any:
+    def module_call(
+        self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, body: bool = False
+    ) -> Any:
         """A module call; ``body``: it is the forward alone, without the module's hooks."""
         with self.bookkeeping():
             self.note_draws()
@@ -218,7 +234,8 @@ class Recorder(TorchFunctionMode):
     def hooked_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces.
 
-        There is no backward pass here, so backward hooks are left out; in a step, chains go on through what they put between modules.
+        There is no backward pass here, so backward hooks are left out; in a step, chains go on through what they put
+        between modules.
         """
         forward, own = module.forward, vars(module).get("forward", None)
 
@@ -320,7 +337,9 @@ class Recorder(TorchFunctionMode):
         if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
             return
         sharing = self.memory.sharing.get(address_of(t) or 0)
-        if sharing is not None and any(r() is not None for r in sharing[1]):  # else the memory was another tensor's before
+        if sharing is not None and any(
+            r() is not None for r in sharing[1]
+        ):  # else the memory was another tensor's before
             key = (sharing[0], t.numel())
             if key in self.counted:
                 return

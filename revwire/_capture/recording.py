@@ -1,4 +1,6 @@
-"""What a run of a module leaves behind: values, events, reads. Data only; `_trace` writes it, `_chains` and `_graph` read it."""
+"""What a run of a module leaves behind: values, events, reads. Data only; `_trace` writes it, `_chains` and `_graph`
+read it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,19 @@ ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
 
 PRODUCTS = frozenset(
     getattr(torch.ops.aten, name)
-    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear", "convolution", "_convolution")
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "matmul",
+        "linear",
+        "convolution",
+        "_convolution",
+    )
 )
 
 
@@ -73,7 +87,8 @@ class Event:
     (value before, value after) for each tensor that was written in place, under each of its names. ``view``: the result
     is a re-reading of the input's storage with all its elements, or a copy of them in another shape or layout.
     ``saved``: bytes that autograd would keep for it.
-    ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran under.
+    ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran
+    under.
     ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
     around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides
     tensors: attributes, containers; ``assigned`` holds the attributes.
@@ -105,7 +120,12 @@ class Event:
             return False
         kernels = [k for k in self.kernels if k not in _CASTS]
         scaled = "alpha" in (self.kwargs or {}) or len(self.args) > 2
-        return len(kernels) == 1 and kernels[0] in ADDITIONS and not scaled and len(list(refs((self.args, self.kwargs)))) == 2
+        return (
+            len(kernels) == 1
+            and kernels[0] in ADDITIONS
+            and not scaled
+            and len(list(refs((self.args, self.kwargs)))) == 2
+        )
 
     @property
     def is_product(self) -> bool:
@@ -146,7 +166,9 @@ class Recording:
         """The recording of one module call, as if its module had been the root."""
         top = self.events[call]
         inside = self.events[call : top.end]
-        numbers = {r.value for e in inside for r in refs((e.args, e.kwargs, e.out, [Ref(w) for p in e.writes for w in p]))}
+        numbers = {
+            r.value for e in inside for r in refs((e.args, e.kwargs, e.out, [Ref(w) for p in e.writes for w in p]))
+        }
         renumber = {old: new for new, old in enumerate(sorted(numbers))}
         prefixes = [f"{n}." if n else "" for n in self.module_names.get(id(top.target), ())]
         out = Recording(top.target, {k: _within(v, prefixes, "") for k, v in self.module_names.items()})
@@ -164,7 +186,9 @@ class Recording:
         return out
 
     def hidden(self, calls: Iterable[int]) -> str | None:
-        """What these module calls do in their own code that a graph cannot hold, or None. The first one's hooks do not count."""
+        """What these module calls do in their own code that a graph cannot hold, or None. The first one's hooks do not
+        count.
+        """
         _, *others = calls = sorted(calls)
         for read in self.reads:
             if read.parent in calls and read.kind in HIDDEN:

@@ -8,7 +8,8 @@ Note [Why a run on values]
     always does. What it decided *on* is written down too: reading a shape or a value of a tensor is a `Read`.
 
 Note [Nothing is kept alive]
-    What autograd saves is measured and dropped, and the recording holds weak references: memory stays that of inference.
+    What autograd saves is measured and dropped, and the recording holds weak references: memory stays that of
+    inference.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def _refuse_lazy(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if is_lazy(p):
             raise CaptureError(
-                f"{type(module).__name__}: got the lazy parameter {name!r}; expected all weights to exist; call the model once first"
+                f"{type(module).__name__}: got the lazy parameter {name!r}; expected all weights to exist; call the "
+                "model once first"
             )
 
 

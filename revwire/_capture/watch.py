@@ -1,5 +1,6 @@
-"""What Python does during a run besides calling torch: attributes it assigns, containers it fills, random numbers it draws,
-objects it looks into. A graph holds none of these, so code that does them must not be opened; and all are undone after a run.
+"""What Python does during a run besides calling torch: attributes it assigns, containers it fills, random numbers it
+draws, objects it looks into. A graph holds none of these, so code that does them must not be opened; and all are undone
+after a run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from revwire._structures import IDENTITIES
 
 
 def context_of_its_own() -> Context:
-    """A copy of the present context, with copies of the containers among its variables: what hooks collect there in a run is not seen."""
+    """A copy of the present context, with copies of the containers among its variables: what hooks collect there in a
+    run is not seen.
+    """
     context = copy_context()
     for variable, value in list(context.items()):
         if isinstance(value, (list, dict, set)):
@@ -47,7 +50,9 @@ _LOOKS = (
 )
 
 
-_HARMLESS = frozenset({"__class__", "__dict__", "__dataclass_fields__", "__deepcopy__", "__reduce_ex__", "__copy__", "__getstate__"})
+_HARMLESS = frozenset(
+    {"__class__", "__dict__", "__dataclass_fields__", "__deepcopy__", "__reduce_ex__", "__copy__", "__getstate__"}
+)
 
 
 _LOCK = threading.Lock()

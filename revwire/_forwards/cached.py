@@ -1,10 +1,11 @@
 """Forwards that run programs: graphs of their module, one for each signature of a call.
 
 Note [Programs and signatures]
-    A module keeps one program per *signature*: what Python could have decided on, apart from tensor values: the kinds of
-    the arguments and the constants among them, training flags, the submodules, the constants among the attributes of the
-    opened modules, autocast, whether gradients are enabled, and (only where the opened code looked at a shape) all shapes
-    and strides. A call with a new signature is captured anew and kept beside the others, so a program never runs on a
+    A module keeps one program per *signature*: what Python could have decided on, apart from tensor values: the kinds
+    of the arguments and the constants among them, training flags, the submodules, the constants among the attributes of
+    the opened modules, autocast, whether gradients are enabled, and (only where the opened code looked at a shape) all
+    shapes and strides. A call with a new signature is captured anew and kept beside the others, so a program never runs
+    on a
     decision it has not seen. What no signature holds: variables outside of the module (globals, closures, the clock).
 """
 
@@ -26,7 +27,9 @@ _MAX_LOOKS = 16
 
 
 class _Guarded(Protocol):
-    """A program, and what it holds for: all shapes or those of its capture, and the modules whose attributes its code depends on."""
+    """A program, and what it holds for: all shapes or those of its capture, and the modules whose attributes its code
+    depends on.
+    """
 
     @property
     def shape_dependent(self) -> bool: ...
@@ -48,7 +51,9 @@ class ProgramForward(InstanceForward, Generic[P]):
         self.guarded: dict[int, nn.Module] = {id(module): module}
         self.look: Look | None = None
         self.looks = 0  # in a row that showed a change
-        self.last: tuple[Any, Standing, P] | None = None  # the signature, what the modules were, and the program of the last call
+        self.last: tuple[Any, Standing, P] | None = (
+            None  # the signature, what the modules were, and the program of the last call
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs are compiled code for this module: a copy captures its own."""

@@ -1,11 +1,12 @@
 """Modules outside of chains under activation checkpointing: blocks that change shape, or whatever the caller names.
 
 Note [What checkpointing leaves to its caller]
-    `torch.utils.checkpoint` runs a module again in backward, with its random state and autocast. It does not see that weights were
-    written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own away), lets batch
-    normalisation count a batch twice, and believes what comes out. Here weights are compared by their version counters, those that
-    were lent are put back, the recompute writes to copies of the buffers and gets containers as the forward found them; it runs to its
-    end, and samples of its results must be those of the forward, to the bit.
+    `torch.utils.checkpoint` runs a module again in backward, with its random state and autocast. It does not see that
+    weights were written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own
+    away), lets batch normalisation count a batch twice, and believes what comes out. Here weights are compared by their
+    version counters, those that were lent are put back, the recompute writes to copies of the buffers and gets
+    containers as the forward found them; it runs to its end, and samples of its results must be those of the forward,
+    to the bit.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class _Run:
         args, kwargs = tree_unflatten(leaves, self.structure)
         out = self.forward.plain(*args, **kwargs)
         if not same_glances(self.glances, _glances(out)):
-            raise self._fault("it computed other values", "the same as in the forward pass: no change of inputs, attributes or mode")
+            raise self._fault(
+                "it computed other values", "the same as in the forward pass: no change of inputs, attributes or mode"
+            )
         return out
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -102,7 +105,9 @@ class _Run:
         Raises:
             ReconstructionError: a weight was written to since.
         """
-        for weight, version, now in zip(self.owned.weights, self.owned.versions, versions_of(self.owned.weights), strict=True):
+        for weight, version, now in zip(
+            self.owned.weights, self.owned.versions, versions_of(self.owned.weights), strict=True
+        ):
             if now != version:
                 name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
@@ -113,8 +118,10 @@ class _Run:
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:
         return ReconstructionError(
-            f"{self.forward.path} (checkpointed): between forward and backward, {got}; expected {expected}. Gradients of this pass are not "
-            "valid: zero them; then change nothing before backward, or leave the module as it is (convert(..., checkpoint=[]))"
+            f"{self.forward.path} (checkpointed): between forward and backward, {got}; expected {expected}. "
+            "Gradients of this pass are not "
+            "valid: zero them; then change nothing before backward, or leave the module as it is (convert(..., "
+            "checkpoint=[]))"
         )
 
 

@@ -15,7 +15,9 @@ from revwire._plan.options import Options
 class FirstCall:
     """Stands in for the forward of a model that is converted by its first call."""
 
-    def __init__(self, model: nn.Module, options: Options, original: Any, rewire: Callable[[nn.Module, Any, Options], None]) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, original: Any, rewire: Callable[[nn.Module, Any, Options], None]
+    ) -> None:
         self.model = model
         self.options = options
         self.original = original

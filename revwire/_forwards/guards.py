@@ -32,7 +32,9 @@ class _Same:
 
 
 class Standing:
-    """What a host and the modules whose code its programs hold are now, apart from tensor values: hashable, and hashed once."""
+    """What a host and the modules whose code its programs hold are now, apart from tensor values: hashable, and hashed
+    once.
+    """
 
     __slots__ = ("_hash", "_value")
 
@@ -45,7 +47,9 @@ class Standing:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Standing) and self._hash == other._hash and self._value == other._value)
+        return self is other or (
+            isinstance(other, Standing) and self._hash == other._hash and self._value == other._value
+        )
 
 
 class _Owner(NamedTuple):
@@ -54,14 +58,17 @@ class _Owner(NamedTuple):
     ref: ReferenceType[Any]
     names: list[str]
     ids: tuple[int, ...]
-    containers: list[tuple[str, tuple[Any, ...]]]  # by name: the type, the keys (of a dict), and the identities of the items
+    containers: list[
+        tuple[str, tuple[Any, ...]]
+    ]  # by name: the type, the keys (of a dict), and the identities of the items
 
 
 class Look:
-    """A quick way to see that the `Standing` of a host is what it was at the last call: by the identity of all that it was made of.
+    """A quick way to see that the `Standing` of a host is what it was at the last call: by the identity of all that it
+    was made of.
 
-    It keeps constants and empty containers alive, so that no other object takes the identity of one, and nothing else: of the rest it
-    hears when it dies, and of containers it sees what is in them.
+    It keeps constants and empty containers alive, so that no other object takes the identity of one, and nothing else:
+    of the rest it hears when it dies, and of containers it sees what is in them.
     """
 
     def __init__(self, standing: Standing, host: nn.Module, guarded: Sequence[nn.Module]) -> None:

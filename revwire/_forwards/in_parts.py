@@ -28,7 +28,8 @@ from revwire._surroundings.randomness import accelerators_of, random_states
 
 
 class PartedForward(ProgramForward[CoreProgram]):
-    """The forward of a module whose core runs in parts. A call that cannot be captured, or holds no core, runs as it would have.
+    """The forward of a module whose core runs in parts. A call that cannot be captured, or holds no core, runs as it
+    would have.
 
     Args:
         module: the module.
@@ -39,7 +40,9 @@ class PartedForward(ProgramForward[CoreProgram]):
         original: an instance attribute ``forward`` that was there before, or None.
     """
 
-    def __init__(self, module: nn.Module, path: str, parting: Parting, sizes: Sizes, known: Known, original: Any = None) -> None:
+    def __init__(
+        self, module: nn.Module, path: str, parting: Parting, sizes: Sizes, known: Known, original: Any = None
+    ) -> None:
         super().__init__(module, path, original)
         self.parting = parting
         self.sizes = sizes
@@ -95,7 +98,9 @@ class PartedForward(ProgramForward[CoreProgram]):
         return program
 
     def is_small(self, leaves: list[Any]) -> bool:
-        """Whether a call without gradients is smaller than those with: what a step has room for, it has; and generation has many shapes."""
+        """Whether a call without gradients is smaller than those with: what a step has room for, it has; and generation
+        has many shapes.
+        """
         size = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
         if torch.is_grad_enabled():
             self.largest = max(self.largest, size)
@@ -103,10 +108,15 @@ class PartedForward(ProgramForward[CoreProgram]):
         return size < self.largest
 
     def agrees(self, program: CoreProgram, args: Any, kwargs: Any) -> bool:
-        """Whether the core in parts gives, in this call, what it gives whole; as far as that can be told where it draws random numbers."""
+        """Whether the core in parts gives, in this call, what it gives whole; as far as that can be told where it draws
+        random numbers.
+        """
         devices = accelerators_of([*tensors_in((args, kwargs)), *self.module.parameters()])
         outs: list[Any] = []
-        for run in (lambda given: self.plain(*given[0], **given[1]), lambda given: program(self.module, input_leaves(given))):
+        for run in (
+            lambda given: self.plain(*given[0], **given[1]),
+            lambda given: program(self.module, input_leaves(given)),
+        ):
             with torch.no_grad(), left_alone(self.module, devices):
                 before = random_states(devices)
                 outs.append(context_of_its_own().run(run, fresh_arguments((args, kwargs))))

@@ -1,4 +1,6 @@
-"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off again."""
+"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off
+again.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,16 @@ class RewiredForward(ProgramForward[Program]):
         for chain in {id(slot.chain): slot.chain for slot in self.slots}.values():
             chain.homes.note(self.module)
 
-    @_disable_dynamo  # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
+    # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
+    @_disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
-        leaves = [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
+        leaves = (
+            [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
+        )
         program = self.program_for(args, kwargs, leaves)
         if exporting() and (program is None or torch.is_grad_enabled()):
             raise self.cannot_export()
@@ -64,21 +69,31 @@ class RewiredForward(ProgramForward[Program]):
         return program(self.module, leaves)
 
     def cannot_export(self) -> CaptureError:
-        """The error that says that an exporter, which has no values to observe, can only write down a call that was met before."""
+        """The error that says that an exporter, which has no values to observe, can only write down a call that was met
+        before.
+        """
         return CaptureError(
-            f"{self.path or type(self.module).__name__}: got a call by an exporter that was not met before, or one with gradients; "
-            "expected a call that was; call the model on the example first, as it is to be exported: model.eval(), then both inside of "
+            f"{self.path or type(self.module).__name__}: got a call by an exporter that was not met before, or one "
+            "with gradients; "
+            "expected a call that was; call the model on the example first, as it is to be exported: model.eval(), "
+            "then both inside of "
             "`with torch.no_grad():`; or export revwire.revert(model)"
         )
 
     def refuse_old_backward_hooks(self) -> None:
-        """`register_backward_hook` shows the gradients of the last operation in a module, which is another one in a rewired module."""
+        """`register_backward_hook` shows the gradients of the last operation in a module, which is another one in a
+        rewired module.
+        """
         registry = nn.modules.module
         own = self.module._backward_hooks and not self.module._is_full_backward_hook
-        if (own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook)) and torch.is_grad_enabled():
+        if (
+            own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook)
+        ) and torch.is_grad_enabled():
             raise CaptureError(
-                f"{self.path or type(self.module).__name__}: got a hook of register_backward_hook, which is called with the gradients of "
-                "the module's last operation; expected full backward hooks on a rewired module; use register_full_backward_hook, or "
+                f"{self.path or type(self.module).__name__}: got a hook of register_backward_hook, which is called "
+                "with the gradients of "
+                "the module's last operation; expected full backward hooks on a rewired module; use "
+                "register_full_backward_hook, or "
                 f"exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             )
 
@@ -88,8 +103,8 @@ class RewiredForward(ProgramForward[Program]):
     def capture(self, args: Any, kwargs: Any) -> Program:
         """Observe the original forward on copies of the arguments, and build the program of this signature.
 
-        Without gradients a module may take another path (a fused kernel) in which the units cannot be seen; then the path
-        that it takes with gradients serves.
+        Without gradients a module may take another path (a fused kernel) in which the units cannot be seen; then the
+        path that it takes with gradients serves.
 
         Raises:
             CaptureError: it cannot be captured, or does not have the units it had at conversion.
@@ -107,12 +122,15 @@ class RewiredForward(ProgramForward[Program]):
                 return self.observe(args, kwargs, torch.is_grad_enabled() or not str(error).startswith(ASSIGNS))
         except RevwireError as error:
             raise CaptureError(
-                f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call it as in the "
-                f"example, give convert() an example of this call, or exclude it: convert(..., exclude=[{self.path + '*'!r}])"
+                f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call "
+                "it as in the "
+                "example, give convert() an example of this call, or exclude it: convert(..., "
+                f"exclude=[{self.path + '*'!r}])"
             ) from error
 
     def settle(self, args: Any, kwargs: Any) -> None:
-        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not assign twice.
+        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not
+        assign twice.
 
         What it keeps is kept with its gradient, as in the original, where that comes from weights alone.
 
@@ -123,14 +141,21 @@ class RewiredForward(ProgramForward[Program]):
         given = list(tensors_in((args, kwargs)))
         devices = accelerators_of([*given, *self.module.parameters()])
         before = [(m, attributes_of(m)) for m in self.module.modules()]
-        with preserved_random_state(devices), python_random_kept(), buffers_kept([self.module]), counters_kept(self.module):
+        with (
+            preserved_random_state(devices),
+            python_random_kept(),
+            buffers_kept([self.module]),
+            counters_kept(self.module),
+        ):
             self.plain(*args, **kwargs)
         for module, attributes in before:
             for name in changed(attributes, module):
                 if any(_comes_from(t, given) for t in tensors_in(vars(module).get(name))):
                     for m, old in before:
                         restore(m, old)
-                    raise CaptureError(f"keeps in its attribute {name!r} what it computed from its input, with the gradient")
+                    raise CaptureError(
+                        f"keeps in its attribute {name!r} what it computed from its input, with the gradient"
+                    )
 
     def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
         """One attempt of `capture`."""

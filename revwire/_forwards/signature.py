@@ -1,4 +1,6 @@
-"""What Python in the opened code of a host could decide on, apart from tensor values; see Note [Programs and signatures]."""
+"""What Python in the opened code of a host could decide on, apart from tensor values; see Note [Programs and
+signatures].
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,30 @@ def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         args, kwargs: of the call.
         leaves: the tensors and objects among them.
     """
-    if len(leaves) == 1 and not kwargs and len(args) == 1 and args[0] is leaves[0] and type(leaves[0]) is Tensor and leaves[0].is_cpu:
+    if (
+        len(leaves) == 1
+        and not kwargs
+        and len(args) == 1
+        and args[0] is leaves[0]
+        and type(leaves[0]) is Tensor
+        and leaves[0].is_cpu
+    ):
         cast = "cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         return _OF_ONE, (_kind(leaves[0]),), (0,), (torch.is_grad_enabled(), cast)  # as below, in the common case
     first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
     devices = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
-    modes = (torch.is_grad_enabled(), *((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in devices))
+    modes = (
+        torch.is_grad_enabled(),
+        *((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in devices),
+    )
     return (_skeleton((args, kwargs)), tuple(map(_kind, leaves)), tuple(first[id(leaf)] for leaf in leaves), modes)
 
 
 def details(host: nn.Module, leaves: list[Any]) -> Any:
     """What only counts for code that looks at shapes: sizes, strides, and which weights want gradients."""
-    tensors = tuple((tuple(t.shape), t.stride(), t.storage_offset(), t.is_leaf) if _is_plain(t) else None for t in leaves)
+    tensors = tuple(
+        (tuple(t.shape), t.stride(), t.storage_offset(), t.is_leaf) if _is_plain(t) else None for t in leaves
+    )
     return tensors, tuple(p.requires_grad for p in host.parameters())
 
 

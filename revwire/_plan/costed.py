@@ -12,7 +12,8 @@ def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
     """The plan of a chain with the coupling and the arithmetic that it has now, and what they keep."""
     bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
     units = tuple(
-        replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=chunks_of(u, chain, i)) for i, u in enumerate(planned.units)
+        replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=chunks_of(u, chain, i))
+        for i, u in enumerate(planned.units)
     )
     return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
 

@@ -31,7 +31,9 @@ def _options(
         parse_budget(budget)
 
     def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
-        found: tuple[Any, ...] = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+        found: tuple[Any, ...] = (
+            (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+        )
         if not patterns:
             return ()
         if not all(isinstance(glob, str) for glob in found):
@@ -41,7 +43,9 @@ def _options(
     globs = listed("whole", whole)
     wish = AUTO if globs == (AUTO,) else globs
     if wish == AUTO and budget is None:
-        raise ConversionError("whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules")
+        raise ConversionError(
+            "whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules"
+        )
     kept = None if checkpoint is None else listed("checkpoint", checkpoint)
     return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
 
@@ -68,7 +72,10 @@ def parse_budget(budget: Budget) -> int | None:
         return None
     size = budget if type(budget) is int else _parsed(budget) if isinstance(budget, str) else 0
     if size <= 0:
-        raise BudgetError(f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MB' or the like, or 'least'")
+        raise BudgetError(
+            f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MB' or the like, or "
+            "'least'"
+        )
     return size
 
 
@@ -103,7 +110,13 @@ class Choice:
     tolerance: float = FLOAT_TOLERANCE
 
     @classmethod
-    def of(cls, couplings: Couplings, exact: bool | None = None, anchors: Anchors = None, tolerance: float = FLOAT_TOLERANCE) -> Choice:
+    def of(
+        cls,
+        couplings: Couplings,
+        exact: bool | None = None,
+        anchors: Anchors = None,
+        tolerance: float = FLOAT_TOLERANCE,
+    ) -> Choice:
         """What the caller wrote, checked.
 
         Raises:
@@ -145,8 +158,10 @@ class Choice:
         elif worst[0] > self.tolerance:
             names = " + ".join(dict.fromkeys(repr(c.name) for c in couplings))
             raise CouplingError(
-                f"{where}: got exact=False for coupling {names} over {run} units, which would rebuild a state with a relative error of "
-                f"about {worst[0]:.1g}; expected at most {self.tolerance:g}; pass exact=True, anchors='auto', or another coupling"
+                f"{where}: got exact=False for coupling {names} over {run} units, which would rebuild a state with a "
+                "relative error of "
+                f"about {worst[0]:.1g}; expected at most {self.tolerance:g}; pass exact=True, anchors='auto', or "
+                "another coupling"
             )
         return exact, spacing
 
@@ -169,7 +184,9 @@ def refuse_idle_globs(option: str, globs: Iterable[str], names: Sequence[tuple[s
     for glob in globs:
         if not any(fnmatchcase(n, glob) for several in names for n in several):
             some = ", ".join(several[0] for several in names[:3])
-            raise ConversionError(f"{option}: got the glob {glob!r}, which matches no unit; expected one that does: {some} ...")
+            raise ConversionError(
+                f"{option}: got the glob {glob!r}, which matches no unit; expected one that does: {some} ..."
+            )
 
 
 def _float_error(couplings: Sequence[Coupling]) -> float:
@@ -189,7 +206,9 @@ def refuse_no_chunks(chunks: Any) -> None:
     """
     for count in chunks.values() if isinstance(chunks, Mapping) else (chunks,):
         if type(count) is not int or count < 1:
-            raise ConversionError(f"chunks: got {count!r}; expected a number of chunks from 1, or a dict from globs to such numbers")
+            raise ConversionError(
+                f"chunks: got {count!r}; expected a number of chunks from 1, or a dict from globs to such numbers"
+            )
 
 
 def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:

@@ -20,10 +20,11 @@ class PlannedUnit:
         shape: shape of the stream in the example.
         saved_bytes: bytes that autograd would keep for this unit in the example.
         kept_bytes: bytes that are kept for it instead.
-        mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose, ``"checkpointed"``, ``"selective"``
-            (checkpointed, with what its products gave) or ``"stored"``.
+        mode: how its activations come back in backward: ``"reversible"``, or as a memory budget chose,
+            ``"checkpointed"``, ``"selective"`` (checkpointed, with what its products gave) or ``"stored"``.
         chunks: into how many chunks it is cut, with the shape of the example.
-        parts: in how many parts the core of its branch runs, the products of activations with each other (the heads of attention).
+        parts: in how many parts the core of its branch runs, the products of activations with each other (the heads of
+            attention).
     """
 
     path: str
@@ -107,7 +108,11 @@ class Forecast:
         budget = "least memory" if self.budget is None else f"budget {_bytes(self.budget)}"
         lines = [f"{budget}: predicted peak of a step {_point(self.planned)}"]
         uniform = f"  every unit stored: {_point(self.stored)}; every unit reversible: {_point(self.reversible)}"
-        rival = f"; torch.utils.checkpoint around the same blocks: about {_point(self.checkpoint)}" if self.checkpoint else ""
+        rival = (
+            f"; torch.utils.checkpoint around the same blocks: about {_point(self.checkpoint)}"
+            if self.checkpoint
+            else ""
+        )
         lines += [uniform + rival, *self.advice]
         return "\n".join(lines)
 
@@ -165,7 +170,9 @@ class Plan:
 
     @property
     def coverage(self) -> float:
-        """Units rewired / residual adds found. Adds inside a rewired branch, and projection shortcuts, are not counted."""
+        """Units rewired / residual adds found. Adds inside a rewired branch, and projection shortcuts, are not
+        counted.
+        """
         left = sum(not (s.computed_shortcut or s.inside_unit) for s in self.skipped)
         return len(self.units) / (len(self.units) + left) if self.units or left else 0.0
 
@@ -186,23 +193,32 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         total = sum(c.bytes_saved for c in self.chains)
-        head = f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, saves {_bytes(total)}"
+        head = (
+            f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, "
+            f"saves {_bytes(total)}"
+        )
         forecast = [str(self.forecast)] if self.forecast else self._advice()
         return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *self._skipped_lines()])
 
     def _advice(self) -> list[str]:
-        """One line per chain whose streams and bits cost most of what they spare: too shallow to be worth a recompute."""
+        """One line per chain whose streams and bits cost most of what they spare: too shallow to be worth a
+        recompute.
+        """
         lines = []
         for chain in self.chains:
             stored = sum(u.saved_bytes for u in chain.units)
             if chain.bytes_saved < stored / 4:
                 hosts = [*dict.fromkeys(u.host for u in chain.units)]
                 lines.append(
-                    f"{chain.name}: {len(chain.units)} units save {_bytes(chain.bytes_saved)} of {_bytes(stored)}: little for the "
+                    f"{chain.name}: {len(chain.units)} units save {_bytes(chain.bytes_saved)} of {_bytes(stored)}: "
+                    "little for the "
                     f"price of a recompute; consider exclude={hosts!r}, or a memory_budget"
                 )
         if self.left_bytes > sum(u.saved_bytes for u in self.units) / 10:
-            lines.append(f"the blocks that stay keep {_bytes(self.left_bytes)}: consider checkpoint='stays', which recomputes them")
+            lines.append(
+                f"the blocks that stay keep {_bytes(self.left_bytes)}: consider checkpoint='stays', which recomputes "
+                "them"
+            )
         return lines
 
     def _checkpointed_lines(self) -> list[str]:
@@ -214,16 +230,22 @@ class Plan:
         return []
 
     def _skipped_lines(self) -> list[str]:
-        """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only counted."""
+        """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only
+        counted.
+        """
         stays = Counter((s.path, s.reason) for s in self.skipped if not s.inside_unit)
         inside = sum(s.inside_unit for s in self.skipped)
         lines = [f"stays: {sum(stays.values())} residual adds"] if stays else []
-        lines += [f"  {path}{f' ({count} times)' if count > 1 else ''}: {reason}" for (path, reason), count in stays.items()]
+        lines += [
+            f"  {path}{f' ({count} times)' if count > 1 else ''}: {reason}" for (path, reason), count in stays.items()
+        ]
         return lines + ([f"{inside} more lie inside the branches of rewired units"] if inside else [])
 
 
 def _modes(c: PlannedChain) -> str:
-    """Runs of units of one mode, in order: ``2 stored, 10 reversible``; where there are many, how many units have which."""
+    """Runs of units of one mode, in order: ``2 stored, 10 reversible``; where there are many, how many units have
+    which.
+    """
     runs = [(len(list(run)), mode) for mode, run in groupby(u.mode for u in c.units)]
     if len(runs) > 4:
         runs = sorted(((n, mode) for mode, n in Counter(u.mode for u in c.units).items()), reverse=True)
@@ -246,7 +268,16 @@ def _row(c: PlannedChain) -> tuple[str, ...]:
     hosts = first if first == last or not last else f"{first} .. {last.rsplit('.', 1)[-1]}"
     shape = "x".join(str(s) for s in c.units[0].shape)
     arithmetic = f"{c.coupling} {'exact' if c.exact else 'float'}"
-    return c.name, hosts, str(len(c.units)), patterns, shape, arithmetic, str(c.bits if c.exact else 0), _bytes(c.bytes_saved)
+    return (
+        c.name,
+        hosts,
+        str(len(c.units)),
+        patterns,
+        shape,
+        arithmetic,
+        str(c.bits if c.exact else 0),
+        _bytes(c.bytes_saved),
+    )
 
 
 def _bytes(count: int) -> str:

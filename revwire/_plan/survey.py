@@ -43,7 +43,9 @@ class InBranch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is to be installed: the slots of each host, the modules with cores in branches, by name; and what is known of calls."""
+    """What is to be installed: the slots of each host, the modules with cores in branches, by name; and what is known
+    of calls.
+    """
 
     plan: Plan
     chains: list[Chain]
@@ -75,7 +77,9 @@ class Planner:
             if not failed:
                 self.options.choice.refuse_idle_globs([(u.path, u.host_path) for members in units for u in members])
                 self.refuse_idle_wholes(units)
-                plan = Plan(type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search))
+                plan = Plan(
+                    type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search)
+                )
                 self.mark_last(units, chains, plan)
                 names, left = self.checkpointed(search, units)
                 plan = replace(plan, checkpointed=names, left_bytes=left)
@@ -93,7 +97,9 @@ class Planner:
             if c.host not in self.keys:
                 self.keys[c.host] = unit_keys(self.recording.cut(c.host))
             key = self.keys[c.host].get(c.add - c.host, ((), -1))
-            self.found[c.add] = _Found(c, self.name(c.host), key, self.path(c, key), pattern_of(c, self.recording.events))
+            self.found[c.add] = _Found(
+                c, self.name(c.host), key, self.path(c, key), pattern_of(c, self.recording.events)
+            )
         return self.found[c.add]
 
     def path(self, c: Candidate, key: UnitKey) -> str:
@@ -131,7 +137,8 @@ class Planner:
         return [call for call in calls if any(fnmatchcase(self.name(call), glob) for glob in wish)]
 
     def checkpointed(self, search: Search, units: list[list[_Found]]) -> tuple[tuple[str, ...], int]:
-        """(names of the modules outside of chains that are to be checkpointed, or may be; bytes that other blocks keep which could be).
+        """(names of the modules outside of chains that are to be checkpointed, or may be; bytes that other blocks keep
+        which could be).
 
         Raises:
             ConversionError: a glob finds none that can be.
@@ -146,16 +153,23 @@ class Planner:
 
         def free(call: int) -> bool:
             calls = {call, *self.recording.calls_around(call)}
-            return bool(self.name(call)) and call not in around and calls.isdisjoint(rewired) and can_run_twice(flow, call)
+            return (
+                bool(self.name(call)) and call not in around and calls.isdisjoint(rewired) and can_run_twice(flow, call)
+            )
 
         left = [c.host for c in search.rejected if not c.inside and not (c.reason or "").startswith(CALLER)]
         found: dict[str, None] = {}
         for glob in wish or ():
-            calls = left if glob == STAYS else [e.number for e in events if e.is_module and fnmatchcase(self.name(e.number), glob)]
+            calls = (
+                left
+                if glob == STAYS
+                else [e.number for e in events if e.is_module and fnmatchcase(self.name(e.number), glob)]
+            )
             good = [call for call in sorted(set(calls)) if free(call)]
             if not good and glob != STAYS:
                 raise ConversionError(
-                    f"checkpoint: got {glob!r}, under which no module can be checkpointed; expected modules that the example ran, "
+                    f"checkpoint: got {glob!r}, under which no module can be checkpointed; expected modules that the "
+                    "example ran, "
                     "outside of chains and holding none, which draw or keep nothing beside tensors"
                 )
             found.update({self.name(call): None for call in good})
@@ -184,8 +198,10 @@ class Planner:
             if not any(whole and fnmatchcase(host, glob) for host, whole in hosts.items()):
                 some = ", ".join([repr(host) for host in hosts if host][:5])
                 raise ConversionError(
-                    f"whole: got {glob!r}, under which no module can be one unit; expected modules that lead an input to an output of the "
-                    f"same shape by residual adds, at least two in a row; such as those that hold units now: {some or 'the model itself'}"
+                    f"whole: got {glob!r}, under which no module can be one unit; expected modules that lead an "
+                    "input to an output of the "
+                    "same shape by residual adds, at least two in a row; such as those that hold units now: "
+                    f"{some or 'the model itself'}"
                 )
 
     # -- chains ----------------------------------------------------------------------------------------------------
@@ -218,8 +234,9 @@ class Planner:
     def mark_last(self, units: list[list[_Found]], chains: list[Chain], plan: Plan) -> None:
         """Let the chain whose backward comes first keep what its last unit saves, where that does not raise the peak.
 
-        What the model saves behind that chain has gone when the unit's backward begins, so it only counts as far as it is
-        more than the gradients that the backward makes meanwhile, for which a quarter of the unit's own bytes is allowed.
+        What the model saves behind that chain has gone when the unit's backward begins, so it only counts as far as it
+        is more than the gradients that the backward makes meanwhile, for which a quarter of the unit's own bytes is
+        allowed.
         """
         if not chains:
             return
@@ -262,7 +279,9 @@ class Planner:
                 Program.of(build_graph(cut, inline), again, held)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
-                failed.update({v.candidate.add: reason for members in units for v in members if v.host_path == u.host_path})
+                failed.update(
+                    {v.candidate.add: reason for members in units for v in members if v.host_path == u.host_path}
+                )
         return failed
 
     # -- the plan --------------------------------------------------------------------------------------------------
@@ -271,7 +290,9 @@ class Planner:
         first = self.recording.values[units[0].candidate.fork]
         width = 8 if first.dtype.itemsize == 8 else 4
         streams = 2 * _elements(first.shape) * width
-        bare = PlannedChain(chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0)
+        bare = PlannedChain(
+            chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
+        )
         return with_costs(bare, chain)
 
     def planned_unit(self, u: _Found) -> PlannedUnit:

@@ -1,9 +1,10 @@
 """Graph of a host + units -> a program that runs the host on two streams.
 
 Note [Order and writes]
-    A unit runs as one call, when all that it needs is there. Calls of the host that stood between the parts of a unit, and
-    need some of them, move behind it. So where anything is written in place, each reader of that memory must still stand
-    on the same side of the write; and a unit may write to memory of its own making only, since it will be computed twice.
+    A unit runs as one call, when all that it needs is there. Calls of the host that stood between the parts of a unit,
+    and need some of them, move behind it. So where anything is written in place, each reader of that memory must still
+    stand on the same side of the write; and a unit may write to memory of its own making only, since it will be
+    computed twice.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class _Assembly:
             if n.target in (operator.getitem, getattr) and n.args[0] in inside:
                 inside.add(n)
         ordered = [n for n in nodes if n in inside]
-        cut = _Cut(slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else [])
+        cut = _Cut(
+            slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else []
+        )
         self._close(cut)
         return cut
 
@@ -131,14 +134,20 @@ class _Assembly:
         """What the nodes of a cut need from outside of it, and what they give."""
         taken = set(cut.all_nodes)
         cut.extras = list(
-            dict.fromkeys(i for n in cut.nodes for i in n.all_input_nodes if i not in taken and i is not cut.fork and i.op != "get_attr")
+            dict.fromkeys(
+                i
+                for n in cut.nodes
+                for i in n.all_input_nodes
+                if i not in taken and i is not cut.fork and i.op != "get_attr"
+            )
         )
         cut.sides = [n for n in cut.nodes if n is not cut.out and any(u not in taken for u in n.users)]
         self._check_own_memory(cut)
         cut.unit = self._unit(cut)
 
     def _let_go_of_what_others_need(self) -> None:
-        """Where parallel units need each other's inner values: the parts that make those run outside of the units, as they did.
+        """Where parallel units need each other's inner values: the parts that make those run outside of the units, as
+        they did.
 
         Their activations are then stored; the units keep the rest of their branches, and their places in their chains.
         """
@@ -208,7 +217,9 @@ class _Assembly:
         return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later, self._assigned(cut))
 
     def _assigned(self, cut: _Cut) -> tuple[tuple[str, str], ...]:
-        """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward did."""
+        """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward
+        did.
+        """
         recording = self.host.recording
         calls = [recording.events[self.host.event_of[n]] for n in cut.nodes if n in self.host.event_of]
         inner = [e for call in calls if call.is_module for e in recording.events[call.number : call.end] if e.is_module]
@@ -216,13 +227,17 @@ class _Assembly:
         return tuple(dict.fromkeys((paths[0], name) for paths, name in named if paths))
 
     def _instead_of_sum(self, graph: fx.Graph, cut: _Cut, branch: fx.Node) -> fx.Node:
-        """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what it may write to."""
+        """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what
+        it may write to.
+        """
         storage = self.host.storage_of.get(cut.add)
         written = any(storage in self.host.writes.get(n, ()) for n in cut.nodes)
         return graph.call_function(writable, (branch,)) if written else branch
 
     def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
-        """The calls that are views of a stream: between two units of this host, and on the way to a unit of a host inside it."""
+        """The calls that are views of a stream: between two units of this host, and on the way to a unit of a host
+        inside it.
+        """
         numbers = {n: s.chain for c, s in zip(units, slots, strict=True) for n in (*c.views, *c.lead)}
         calls = {node: event for node, event in self.host.event_of.items() if node.op == "call_function"}
         views = {node: numbers[event] for node, event in calls.items() if event in numbers}

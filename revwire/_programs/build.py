@@ -80,7 +80,9 @@ class _Builder:
         self.host.opened = [self.recording.root]
         self.hold_inputs()
         forward = self.attribute(WHOLE_FORWARD)
-        node = self.graph.call_function(Spelled(_call, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs))
+        node = self.graph.call_function(
+            Spelled(_call, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs)
+        )
         self.bind_results(self.top, self.top.out, node)
         return self.finished()
 
@@ -117,7 +119,9 @@ class _Builder:
         if not event.is_module and not event.writes and not self.makes_something(event):
             return
         if not event.is_module and any(self.recording.values[r.value].custom for r in refs(event.out)):
-            raise CaptureError("calls a custom autograd function by a name bound to its apply; call Function.apply itself")
+            raise CaptureError(
+                "calls a custom autograd function by a name bound to its apply; call Function.apply itself"
+            )
         args, kwargs = self.argument(event.args), self.argument(event.kwargs or {})
         node = self.module_node(event, args, kwargs) if event.is_module else self.function_node(event, args, kwargs)
         if event.is_module and not self.makes_something(event):
@@ -130,13 +134,17 @@ class _Builder:
         if event.modes == self.top.modes:
             return self.graph.call_module(path, args, kwargs)
         module = self.attribute(path)
-        return self.graph.call_function(self.moded(event, lambda m, *a, **k: m(*a, **k), "call_module"), (module, *args), kwargs)
+        return self.graph.call_function(
+            self.moded(event, lambda m, *a, **k: m(*a, **k), "call_module"), (module, *args), kwargs
+        )
 
     def function_node(self, event: Event, args: Any, kwargs: Any) -> fx.Node:
         target, name = event.target, getattr(event.target, "__name__", "")
         if name == "__get__":
             target, args = getattr, (args[0], event.target.__self__.__name__)
-        elif isinstance(target, (torch.jit.ScriptFunction, MethodType)) or not _is_found(target):  # fx would look in a module of torch's
+        elif isinstance(target, (torch.jit.ScriptFunction, MethodType)) or not _is_found(
+            target
+        ):  # fx would look in a module of torch's
             target = Spelled(target, str(name or "scripted"))
         if event.modes != self.top.modes:
             target = self.moded(event, target, name or "call")
@@ -199,7 +207,9 @@ class _Builder:
         if isinstance(structure, Opaque):
             return self.object_node(structure)
         if is_named_tuple(structure):
-            return self.graph.call_function(Spelled(type(structure), type(structure).__name__), tuple(map(self.argument, structure)))
+            return self.graph.call_function(
+                Spelled(type(structure), type(structure).__name__), tuple(map(self.argument, structure))
+            )
         if type(structure) in (list, tuple, torch.Size):
             items = [self.argument(s) for s in structure]
             return (
@@ -208,10 +218,16 @@ class _Builder:
                 else tuple(items)
             )
         if is_sequence(structure):  # the result type of a torch function
-            return self.graph.call_function(Spelled(type(structure), type(structure).__name__), ([self.argument(s) for s in structure],))
+            return self.graph.call_function(
+                Spelled(type(structure), type(structure).__name__), ([self.argument(s) for s in structure],)
+            )
         if is_mapping(structure):
             table = {_key(k): self.argument(v) for k, v in structure.items()}
-            return table if type(structure) is dict else self.graph.call_function(Spelled(OrderedDict, "OrderedDict"), (table,))
+            return (
+                table
+                if type(structure) is dict
+                else self.graph.call_function(Spelled(OrderedDict, "OrderedDict"), (table,))
+            )
         if isinstance(structure, slice):
             return slice(*(self.argument(s) for s in (structure.start, structure.stop, structure.step)))
         return structure
@@ -237,7 +253,9 @@ class _Builder:
     def output(self, structure: Any) -> Any:
         lost = [leaf for leaf in leaves_of(structure) if isinstance(leaf, Opaque) and id(leaf.obj) not in self.opaque]
         if any(self.object_path(leaf.obj) is None for leaf in lost):
-            raise CaptureError(f"returns an object of its own: {', '.join(sorted({type(leaf.obj).__name__ for leaf in lost}))}")
+            raise CaptureError(
+                f"returns an object of its own: {', '.join(sorted({type(leaf.obj).__name__ for leaf in lost}))}"
+            )
         return self.argument(structure)
 
     # -- what the host owns ----------------------------------------------------------------------------------------
@@ -252,7 +270,11 @@ class _Builder:
         found = self.recording.values[value]
         for module in self.host.opened if found.existing is not None and not found.names else ():
             for name, table in vars(module).items():
-                for key in [k for k, t in table.items() if t is found.existing and type(k) is str] if type(table) is dict else ():
+                for key in (
+                    [k for k, t in table.items() if t is found.existing and type(k) is str]
+                    if type(table) is dict
+                    else ()
+                ):
                     path = ".".join(p for p in (self.path_of(module), name) if p)
                     return self.graph.call_function(operator.getitem, (self.attribute(path), key))
         return None
@@ -268,7 +290,9 @@ class _Builder:
         path = found.names[0] if found.names else self.attribute_path(found.existing)
         if path is None:
             origin = "was made by a call that cannot be seen" if found.event < 0 else "is internal to another module"
-            raise CaptureError(f"uses a tensor of shape {tuple(found.shape)} that is neither its argument nor its own ({origin})")
+            raise CaptureError(
+                f"uses a tensor of shape {tuple(found.shape)} that is neither its argument nor its own ({origin})"
+            )
         return path
 
     def attribute_path(self, obj: Any) -> str | None:
@@ -302,7 +326,8 @@ def _key(key: Any) -> Any:
 
 
 def build_graph(recording: Recording, inline: set[int]) -> HostGraph:
-    """The graph of the root of a recording, in which the module calls ``inline`` are opened (`CLOSED`: not even the root).
+    """The graph of the root of a recording, in which the module calls ``inline`` are opened (`CLOSED`: not even the
+    root).
 
     Raises:
         CaptureError: the root does what a graph cannot repeat; the message is a short reason.

@@ -54,5 +54,7 @@ class _ViewCall:
 
 def writable(x: Tensor) -> Tensor:
     """``x``, or a copy of it if what computed it may need its value for a gradient (a ReLU does, a norm does not)."""
-    safe = not x.requires_grad or (x.grad_fn is not None and x._base is None and not hasattr(type(x.grad_fn), "_saved_result"))
+    safe = not x.requires_grad or (
+        x.grad_fn is not None and x._base is None and not hasattr(type(x.grad_fn), "_saved_result")
+    )
     return x if safe else x.clone()

@@ -52,7 +52,9 @@ def in_modes(modes: Modes, outside: Modes, call: Callable[..., Any]) -> Callable
 
 
 class Compiled:
-    """A graph as a Python function ``f(host, *inputs)``; submodules and weights are looked up on the host at each call."""
+    """A graph as a Python function ``f(host, *inputs)``; submodules and weights are looked up on the host at each
+    call.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:

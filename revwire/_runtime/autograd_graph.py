@@ -20,7 +20,9 @@ def running_pass() -> int:
 
 
 def _is_checkpointed(f: Tensor) -> bool:
-    """Whether the graph behind ``f`` has a node that will run modules again: that of reentrant checkpointing, of whichever library."""
+    """Whether the graph behind ``f`` has a node that will run modules again: that of reentrant checkpointing, of
+    whichever library.
+    """
     seen, todo = set[Any](), [f.grad_fn]
     while todo:
         node = todo.pop()

@@ -70,7 +70,9 @@ class Chain:
         return {**vars(self), "waiting": None}
 
     def set_anchors(self, spacing: int | None, *, adapts: bool = False, tolerance: float = FLOAT_TOLERANCE) -> None:
-        """Keep the true state every ``spacing`` units (None: never); where it ``adapts``, more often if rebuilt states drift."""
+        """Keep the true state every ``spacing`` units (None: never); where it ``adapts``, more often if rebuilt states
+        drift.
+        """
         self.spacing, self.adapts, self.tolerance = spacing, adapts, tolerance
 
     def anchored(self, place: int) -> bool:
@@ -92,7 +94,9 @@ class Chain:
         return self.modes is not None and self.modes[place] == "stored"
 
     def chunks(self, place: int | None, plain: bool, x: Tensor, extras: tuple[Any, ...]) -> tuple[Chunk, ...]:
-        """The chunks in which the unit that a tape has come to runs on ``x`` and extra inputs; none where it runs whole."""
+        """The chunks in which the unit that a tape has come to runs on ``x`` and extra inputs; none where it runs
+        whole.
+        """
         cut = None if self.cuts is None or place is None or plain else self.cuts[place]
         return () if cut is None else cut.chunks(x, extras)
 

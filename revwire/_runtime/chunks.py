@@ -42,7 +42,10 @@ class Chunk(NamedTuple):
         """The rule of this part, where there is one number for each sample."""
         if rule.signs is None or self.dim != BATCH:
             return rule
-        a, c, signs = (f.narrow(BATCH, self.start, self.length) if isinstance(f, Tensor) else f for f in (rule.a, rule.c, rule.signs))
+        a, c, signs = (
+            f.narrow(BATCH, self.start, self.length) if isinstance(f, Tensor) else f
+            for f in (rule.a, rule.c, rule.signs)
+        )
         return Rule(a, rule.b, c, rule.bits, signs)  # type: ignore[arg-type]
 
 
@@ -67,7 +70,9 @@ class Windows(NamedTuple):
 
 
 def _together(ends: Sequence[int], count: int) -> list[int]:
-    """The ends of runs of pieces, each as long as it can be without being longer than the ``count``-th part of all (or one piece)."""
+    """The ends of runs of pieces, each as long as it can be without being longer than the ``count``-th part of all (or
+    one piece).
+    """
     most, out, start = -(-ends[-1] // count), list[int](), 0
     for end, after in pairwise([*ends, 2 * ends[-1]]):
         if after - start > most:
@@ -85,7 +90,8 @@ class Cut:
         rank: dimensions of the stream for which that was found.
         dims: dimensions along which its branch treats every element by itself, the batch first.
         slices: whether its extra inputs are cut with the batch, where they have as many elements there.
-        kinds: of the extra inputs for which that was found; with others (a mask that the example had not) a unit runs whole.
+        kinds: of the extra inputs for which that was found; with others (a mask that the example had not) a unit runs
+            whole.
         windows: dimensions along which it treats pieces by themselves.
         shared: dimensions along which chunks share the random numbers that the branch draws.
     """
@@ -99,17 +105,23 @@ class Cut:
     shared: tuple[int, ...] = ()
 
     def chunks(self, x: Tensor, extras: tuple[Any, ...]) -> tuple[Chunk, ...]:
-        """The chunks in which the branch runs on this stream tensor and these extra inputs; none if it must stay whole."""
+        """The chunks in which the branch runs on this stream tensor and these extra inputs; none if it must stay
+        whole.
+        """
         found = self.chunks_of(x.shape)
         return found if found and kinds_of(extras, x) == self.kinds else ()
 
     def chunks_of(self, shape: Sequence[int]) -> tuple[Chunk, ...]:
-        """The chunks of a stream of this shape, along the first dimension that has enough of them; none if it must stay whole."""
+        """The chunks of a stream of this shape, along the first dimension that has enough of them; none if it must stay
+        whole.
+        """
         if len(shape) != self.rank:
             return ()
         ways: list[tuple[int, int, Windows | None]] = [(shape[d], d, None) for d in self.dims]
         ways += [(len(w.ends), w.dim, w) for w in self.windows if w.sizes == tuple(shape[1:])]
-        size, dim, windows = next((way for way in ways if way[0] >= self.count), max(ways, key=lambda way: way[0], default=(0, 0, None)))
+        size, dim, windows = next(
+            (way for way in ways if way[0] >= self.count), max(ways, key=lambda way: way[0], default=(0, 0, None))
+        )
         if size < 2:
             return ()
         length = -(-size // self.count)
@@ -127,7 +139,9 @@ Kinds = tuple[Any, ...]
 
 
 def kinds_of(extras: tuple[Any, ...], x: Tensor) -> Kinds:
-    """How extra inputs go with the samples and tokens of ``x``: for each tensor, which of its sizes are 1, and whether it has a batch."""
+    """How extra inputs go with the samples and tokens of ``x``: for each tensor, which of its sizes are 1, and whether
+    it has a batch.
+    """
     batch = x.shape[BATCH] if x.dim() else 1
 
     def kind(leaf: Any) -> Any:
@@ -185,9 +199,11 @@ def joined(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
 
 
 def concatenated(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
-    """These parts as one tensor through which gradients flow, in the layout of another (`torch.cat` knows no transposed one).
+    """These parts as one tensor through which gradients flow, in the layout of another (`torch.cat` knows no transposed
+    one).
 
-    It is never a view: FSDP2, and backward hooks, hand a view of it to the next block, and the chain goes on behind that.
+    It is never a view: FSDP2, and backward hooks, hand a view of it to the next block, and the chain goes on behind
+    that.
     """
     out = torch.cat(list(parts), dim)
     return out if out.stride() == like.stride() else torch.empty_like(like).copy_(out)

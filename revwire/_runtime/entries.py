@@ -1,4 +1,6 @@
-"""What a tape keeps of each unit: no activation, only what a recompute needs, and what tells whether it came out right."""
+"""What a tape keeps of each unit: no activation, only what a recompute needs, and what tells whether it came out
+right.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ class Result(NamedTuple):
 
 @dataclass(slots=True)
 class Stop:
-    """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in `_tape`.
+    """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in
+    `_tape`.
 
     Attributes:
         looked: the numbers of those among the saved tensors that were looked at.
@@ -121,7 +124,9 @@ class ViewRecord:
     def undo(self, state: Tensor) -> Tensor:
         """The state before the view."""
         shape, strides = self.before.shape, self.before.stride()
-        out = torch.empty_strided(shape, strides, dtype=state.dtype, device=state.device)  # `empty_like` knows no stride of a size of 1
+        out = torch.empty_strided(
+            shape, strides, dtype=state.dtype, device=state.device
+        )  # `empty_like` knows no stride of a size of 1
         moved = self.view(out)
         if is_whole_view(moved, out):
             moved.copy_(state)

@@ -12,10 +12,11 @@ Note [Values and gradients]
     the value of the tape's state.
 
 Note [Gradients that wait]
-    A step gives b·g to x_{k-1}, a·g to x_k and c·g to the branch. The first is asked for last, when the branch has used the third: so it
-    is made of the third then, by a node (`_Later`) that stands before the branch in forward, and therefore comes after it in backward.
-    While the branch holds the most memory, one gradient of a state is there instead of two. The branch gets the exact c·g. A branch that
-    writes to the gradient that it is given, which PyTorch forbids, would change that of x_{k-1} too: the node sees it, and refuses.
+    A step gives b·g to x_{k-1}, a·g to x_k and c·g to the branch. The first is asked for last, when the branch has used
+    the third: so it is made of the third then, by a node (`_Later`) that stands before the branch in forward, and
+    therefore comes after it in backward. While the branch holds the most memory, one gradient of a state is there
+    instead of two. The branch gets the exact c·g. A branch that writes to the gradient that it is given, which PyTorch
+    forbids, would change that of x_{k-1} too: the node sees it, and refuses.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Share:
     """What the branch of a unit and x_{k-1} have in common: one gradient; see Note [Gradients that wait].
 
     Attributes:
-        divisor: c/b, by which the gradient of the branch is divided to be that of x_{k-1}: a whole number in couplings with c = 1 + b.
+        divisor: c/b, by which the gradient of the branch is divided to be that of x_{k-1}: a whole number in couplings
+            with c = 1 + b.
         version: its version counter when the branch was given it.
     """
 
@@ -100,7 +102,9 @@ class _Step(torch.autograd.Function):
     """x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k); see Note [Two kinds of graph node]."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
+    def forward(
+        ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None
+    ) -> Tensor:
         ctx.rule, ctx.dtype, ctx.share = tape.now, f.dtype, share
         ctx.kept = tape.kept
         out = tape.step(current, f, unit)
@@ -152,7 +156,9 @@ def _refuse_forward_mode() -> NoReturn:
 
 
 def comes_from(x: Tensor, chain: Chain, most: int = 8) -> bool:
-    """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be continued."""
+    """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be
+    continued.
+    """
     nodes = [x.grad_fn] if x.grad_fn is not None else []
     for node in nodes:  # grows
         if len(nodes) > most:
@@ -171,7 +177,9 @@ def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
 
 
 def later(tape: Tape, unit: Unit, previous: Tensor) -> tuple[Tensor, Share | None]:
-    """``previous`` for the step of a unit that has not run yet; its gradient waits where it can be made of the branch's."""
+    """``previous`` for the step of a unit that has not run yet; its gradient waits where it can be made of the
+    branch's.
+    """
     if not (tape.keep and previous.requires_grad and tape.shares(unit)):
         return previous, None
     share = Share(tape, unit)
@@ -179,7 +187,9 @@ def later(tape: Tape, unit: Unit, previous: Tensor) -> tuple[Tensor, Share | Non
 
 
 def step(tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None = None) -> Tensor:
-    """Differentiable step: the float tensors carry gradients, the tape carries the state; ``share`` as `later` gave it."""
+    """Differentiable step: the float tensors carry gradients, the tape carries the state; ``share`` as `later` gave
+    it.
+    """
     if tape.keep:
         return _Step.apply(tape, unit, previous, current, f, share)  # type: ignore[no-any-return]
     return tape.step(current, f, unit)

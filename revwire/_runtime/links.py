@@ -38,7 +38,9 @@ class Link:
     version: int
     previous: Tensor | None
     current: Tensor | None
-    seen_as: tuple[Any, Any] | None = None  # where the linked tensor is a view: the place in the graph and the layout that tell which
+    seen_as: tuple[Any, Any] | None = (
+        None  # where the linked tensor is a view: the place in the graph and the layout that tell which
+    )
     behind: Link | None = None  # the link of the tensor that the linked one stands for; see Note [Identities]
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -96,7 +98,9 @@ def _edge_behind(x: Tensor) -> tuple[Any, int]:
     edge = _edge_of(x)
     for node, number in _identities(x):
         edge = node.next_functions[number]
-    return (None, 0) if edge[0] is None or hasattr(edge[0], "variable") else edge  # a node that only accumulates stands for a leaf
+    return (
+        (None, 0) if edge[0] is None or hasattr(edge[0], "variable") else edge
+    )  # a node that only accumulates stands for a leaf
 
 
 def _identities(x: Tensor) -> Iterator[tuple[Any, int]]:

@@ -1,4 +1,6 @@
-"""What may look on while a chain runs. Observers are told; they are handed what they need as it is, and this file knows no tape."""
+"""What may look on while a chain runs. Observers are told; they are handed what they need as it is, and this file knows
+no tape.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ Observer = Callable[..., None]
 
 
 class Meter(Protocol):
-    """Sees where a unit begins, what its branch saves, where it ends, when a recompute has saved all that its gradient needs, and when
-    it is over."""
+    """Sees where a unit begins, what its branch saves, where it ends, when a recompute has saved all that its gradient
+    needs, and when it is over."""
 
     def enter(self, chain: Any, unit: Any) -> None: ...
 

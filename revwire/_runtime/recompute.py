@@ -34,11 +34,15 @@ class _Again(NamedTuple):
 
 
 class _Enough(BaseException):
-    """Ends a recompute when all is there that its gradient needs. No `Exception`, so that few handlers in a branch take it for a fault."""
+    """Ends a recompute when all is there that its gradient needs. No `Exception`, so that few handlers in a branch take
+    it for a fault.
+    """
 
 
 class _UntilEnough:
-    """Around a recompute, which makes a graph: when there is ``enough``, whatever ends it does (TorchScript hides `_Enough` in another)."""
+    """Around a recompute, which makes a graph: when there is ``enough``, whatever ends it does (TorchScript hides
+    `_Enough` in another).
+    """
 
     __slots__ = ("before", "enough")
 
@@ -76,7 +80,9 @@ def _modules_found(record: UnitRecord, gone: list[Place]) -> Iterator[None]:
 
 
 def _modules_as_found(record: UnitRecord, gone: list[Place]) -> AbstractContextManager[None]:
-    """Let a recompute find weights, buffers and attributes as the forward did, where anything of these may be another."""
+    """Let a recompute find weights, buffers and attributes as the forward did, where anything of these may be
+    another.
+    """
     return _modules_found(record, gone) if gone or record.owned.writers or record.attributes else NOTHING
 
 

@@ -19,7 +19,16 @@ from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import _NO_PASS, _is_checkpointed, recording_nothing, running_pass
 from revwire._runtime.chunks import joined
 from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
-from revwire._runtime.recompute import _OTHER_CALLS, _Again, _CheckpointWatch, _Enough, _modules_as_found, _name, _never, _UntilEnough
+from revwire._runtime.recompute import (
+    _OTHER_CALLS,
+    _Again,
+    _CheckpointWatch,
+    _Enough,
+    _modules_as_found,
+    _name,
+    _never,
+    _UntilEnough,
+)
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import evaluate
 from revwire._streams.samples import Fingerprint, glance, same_glances
@@ -73,10 +82,14 @@ class Rewind:
         """
         self.tape.passes.pop(self.task, None)
         self.cache.clear()
-        if not self.retained and not self.parts and self.current is not None:  # else it failed, and nothing is left to go on from
+        if (
+            not self.retained and not self.parts and self.current is not None
+        ):  # else it failed, and nothing is left to go on from
             self.tape.shorten(self.position, (self.previous, self.current))
         if self.pending:
-            for (record, after, _), values in zip(self.pending, torch.stack([d for _, _, d in self.pending]).tolist(), strict=True):
+            for (record, after, _), values in zip(
+                self.pending, torch.stack([d for _, _, d in self.pending]).tolist(), strict=True
+            ):
                 self._judge(record, after, values)
 
     # -- walking ---------------------------------------------------------------------------------------------------
@@ -89,7 +102,8 @@ class Rewind:
             self._start_over(position)
         if torch.is_grad_enabled() and self.task != _NO_PASS:
             raise UnsupportedTransformError(
-                f"{self.tape.chain.name}: got create_graph=True (a double backward); expected a first-order backward; compute it "
+                f"{self.tape.chain.name}: got create_graph=True (a double backward); expected a first-order "
+                "backward; compute it "
                 "inside `with revwire.stored_activations(model):`, or on `revwire.revert(model)`"
             )
         with recording_nothing():
@@ -107,14 +121,17 @@ class Rewind:
         tensor, version = self.cache.pop(index)
         if tensor._version != version:
             raise self._unit(position).fault(
-                self.tape.chain, "a tensor needed for its gradient was modified by an in-place operation", "no such operation"
+                self.tape.chain,
+                "a tensor needed for its gradient was modified by an in-place operation",
+                "no such operation",
             )
         return tensor
 
     def _start_over(self, position: int) -> None:
         if not self.retained or position >= len(self.tape.records):
             raise ReconstructionError(
-                f"{self.tape.chain.name}: got a backward through a unit whose record was freed; pass retain_graph=True to the first "
+                f"{self.tape.chain.name}: got a backward through a unit whose record was freed; pass "
+                "retain_graph=True to the first "
                 "backward through it"
             )
         self.previous, self.current = self.tape.intact_state()
@@ -192,11 +209,15 @@ class Rewind:
             self.previous, self.current = before, whole
 
     def _from_result(self, record: UnitRecord, current: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x_{k-1}, or a chunk of it, and its summary, by the kept result of the branch; see Note [Results in 16 bits] in `_tape`."""
+        """x_{k-1}, or a chunk of it, and its summary, by the kept result of the branch; see Note [Results in 16 bits]
+        in `_tape`.
+        """
         assert record.result is not None
         value, version = record.result
         if version_of(value) != version:
-            raise self._fault(record, "the result of its branch was modified in place", "no in-place write before backward")
+            raise self._fault(
+                record, "the result of its branch was modified in place", "no in-place write before backward"
+            )
         following = self._now() if record.chunk is None else record.chunk.of(self._now())
         if not self.retained:
             record.result = None
@@ -216,7 +237,9 @@ class Rewind:
     # -- recomputing -----------------------------------------------------------------------------------------------
 
     def _evaluated(self, position: int, record: UnitRecord, state: Tensor) -> _Again:
-        """The branch on the state x_k again, as far as that is needed; where what it saved seems to differ, to its end."""
+        """The branch on the state x_k again, as far as that is needed; where what it saved seems to differ, to its
+        end.
+        """
         again = self._recompute(position, record, state)
         if again.f is None and record.stop and not same_glances(record.stop.looks, again.looks):
             self.tape.chain.run_whole.add(record.unit.path)
@@ -225,7 +248,9 @@ class Rewind:
         return again
 
     def _recompute(self, position: int, record: UnitRecord, state: Tensor, *, whole: bool = False) -> _Again:
-        """Evaluate the branch again, as in forward, on the state x_k, as far as it is needed, or all of it; fills the cache."""
+        """Evaluate the branch again, as in forward, on the state x_k, as far as it is needed, or all of it; fills the
+        cache.
+        """
         self._check_versions(record)
         wide = self.tape.streams.read(state)
         x = (wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach()
@@ -242,7 +267,9 @@ class Rewind:
                 raise _Enough
             index, meta = len(cache), (t.shape, t.dtype, t.device)
             if index >= len(saved) or saved[index] != meta:
-                raise self._fault(record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward")
+                raise self._fault(
+                    record, f"its recompute saved another tensor at {index}: {meta}", "the same as in forward"
+                )
             cache[index] = (t.detach(), t._version)
             if index in looked and (found := glance(t)) is not None:
                 looks.append(found)
@@ -261,36 +288,52 @@ class Rewind:
         with until, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
             f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
         if x._version != version:
-            raise self._fault(record, "its branch wrote to its own input in place", "a branch that leaves its input as it is")
+            raise self._fault(
+                record, "its branch wrote to its own input in place", "a branch that leaves its input as it is"
+            )
         if len(cache) != len(record.saved):
             raise self._fault(record, f"its recompute saved {len(cache)} tensors", f"{len(record.saved)} as in forward")
         if watch is not None and (watch.found or (f is not None and _is_checkpointed(f))):
             raise self._fault(
                 record,
-                "the weights that torch.func.functional_call lent it were taken back, and a torch.utils.checkpoint inside of it would run "
+                "the weights that torch.func.functional_call lent it were taken back, and a torch.utils.checkpoint "
+                "inside of it would run "
                 "again without them",
                 "no checkpointing inside of this branch",
             )
         self.cache = cache
         if not self.retained:
             record.products = None
-        return _Again(wide, None if f is None or until.enough else f.detach(), [cache[number][0] for number in record.witnesses], looks)
+        return _Again(
+            wide,
+            None if f is None or until.enough else f.detach(),
+            [cache[number][0] for number in record.witnesses],
+            looks,
+        )
 
     def _check_versions(self, record: UnitRecord) -> None:
         for tensor, version in record.inputs:
             if tensor._version != version:
-                raise self._fault(record, "an extra input of it was modified in place", "no in-place write before backward")
+                raise self._fault(
+                    record, "an extra input of it was modified in place", "no in-place write before backward"
+                )
         if record.products and not record.products.intact:
-            raise self._fault(record, "the result of a product in it was modified in place", "no in-place write before backward")
+            raise self._fault(
+                record, "the result of a product in it was modified in place", "no in-place write before backward"
+            )
         for reference, version in record.stop.constants if record.stop else ():
             constant = reference()
             if constant is not None and constant._version != version:
-                raise self._fault(record, "a constant that it uses was modified in place", "no in-place write before backward")
+                raise self._fault(
+                    record, "a constant that it uses was modified in place", "no in-place write before backward"
+                )
         owned = record.owned
         now = versions_of(owned.weights)
         if now != owned.versions:
             weight = next(w for w, a, b in zip(owned.weights, owned.versions, now, strict=True) if a != b)
-            raise self._fault(record, f"its weight {_name(record, weight)!r} was modified in place", "the weights of the forward pass")
+            raise self._fault(
+                record, f"its weight {_name(record, weight)!r} was modified in place", "the weights of the forward pass"
+            )
 
     # -- checking --------------------------------------------------------------------------------------------------
 
@@ -314,14 +357,18 @@ class Rewind:
         whats = ("its rebuilt input differs", "its branch computed other values")
         for what, value, allowed in zip(whats, values, self.tape.streams.allowed(record.fingerprint), strict=True):
             if not value <= allowed and not self.tape.streams.hopeless(record.fingerprint, after):
-                raise self._fault(record, f"{what} (by {value:.3g}; {allowed:.3g} is allowed)", "the same as in the forward pass")
+                raise self._fault(
+                    record, f"{what} (by {value:.3g}; {allowed:.3g} is allowed)", "the same as in the forward pass"
+                )
 
     def _fault(self, record: UnitRecord, got: str, expected: str) -> ReconstructionError:
         return record.fault(self.tape.chain, got, expected)
 
 
 def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:
-    """The hook that gives the tensors that the branch of the unit at ``position`` saved, by their numbers: recomputed if need be."""
+    """The hook that gives the tensors that the branch of the unit at ``position`` saved, by their numbers: recomputed
+    if need be.
+    """
     passes: dict[int, Rewind] = tape.passes
     running = torch._C._current_graph_task_id
 

@@ -10,14 +10,16 @@ Note [Grad mode]
     A chain computes the same function in every grad mode, also if the mode changes between two of its units: the
     streams go on, in a tape that keeps records or does not. What must not happen is that a part of a chain runs under
     ``no_grad`` and gets its gradient from elsewhere, which is what `torch.utils.checkpoint` does with a part of it: the
-    gradient of the second stream would be lost, and a recompute would begin new streams in the middle. Both are refused.
+    gradient of the second stream would be lost, and a recompute would begin new streams in the middle. Both are
+    refused.
 
 Note [Identities]
-    FSDP2, and PyTorch where a module has backward hooks, hand a module its inputs (and PyTorch its caller the outputs) through an
-    identity function, in whose backward pass they act. That makes another tensor, behind which the chain goes on. A backward hook
-    sees, and may exchange, the whole gradient of a state, so no path may lead past its tensor: where the streams are wider than
-    the tensor, and have carriers of their own, they are entered anew through it. (There the gradient has the tensor's dtype for
-    a moment, as it has everywhere in the original network.) FSDP2 is content to hear that the gradient is there.
+    FSDP2, and PyTorch where a module has backward hooks, hand a module its inputs (and PyTorch its caller the outputs)
+    through an identity function, in whose backward pass they act. That makes another tensor, behind which the chain
+    goes on. A backward hook sees, and may exchange, the whole gradient of a state, so no path may lead past its tensor:
+    where the streams are wider than the tensor, and have carriers of their own, they are entered anew through it.
+    (There the gradient has the tensor's dtype for a moment, as it has everywhere in the original network.) FSDP2 is
+    content to hear that the gradient is there.
 """
 
 from __future__ import annotations
@@ -35,7 +37,17 @@ from revwire._runtime import functions as _engine
 from revwire._runtime.autograd_graph import running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
-from revwire._runtime.links import _LINK, _VIEW, Link, _edge_behind, _edge_of, _layout_of, _link_behind, _linked, _through
+from revwire._runtime.links import (
+    _LINK,
+    _VIEW,
+    Link,
+    _edge_behind,
+    _edge_of,
+    _layout_of,
+    _link_behind,
+    _linked,
+    _through,
+)
 from revwire._runtime.rewind import unpacker
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -48,16 +60,22 @@ from revwire._surroundings.modes import exporting, transformed
 _HEADROOM_UNCALIBRATED = 2.0**6
 
 
-_eager = _disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
+_eager = (
+    _disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
+)
 
 
 @_eager
-def apply(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()) -> tuple[Tensor, tuple[Any, ...]]:
+def apply(
+    chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()
+) -> tuple[Tensor, tuple[Any, ...]]:
     """As `run`, from anywhere."""
     return run(chain, unit, host, x, extras)
 
 
-def run(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()) -> tuple[Tensor, tuple[Any, ...]]:
+def run(
+    chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()
+) -> tuple[Tensor, tuple[Any, ...]]:
     """Run one unit on the streams behind ``x`` (any shape): (the unit's output, side outputs of its branch).
 
     Raises:
@@ -83,7 +101,9 @@ def run(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any,
         previous, share = _engine.later(link.tape, unit, previous)
         f, sides = link.tape.branch(unit, host, x, extras, chunks)
         dtype = _result_dtype(unit, x, f)
-        if torch.is_inference_mode_enabled():  # inference tensors have no version: a link could not tell a write to them
+        if (
+            torch.is_inference_mode_enabled()
+        ):  # inference tensors have no version: a link could not tell a write to them
             with torch.inference_mode(False), torch.no_grad():
                 out = _give_out(chain, link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
         else:
@@ -122,10 +142,14 @@ def _in_chunks(
     x: Tensor,
     extras: tuple[Any, ...],
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """Run a unit chunk by chunk: each has a branch and a step of its own, whose nodes autograd visits one chunk after the other."""
+    """Run a unit chunk by chunk: each has a branch and a step of its own, whose nodes autograd visits one chunk after
+    the other.
+    """
     tape, (previous, current) = link.tape, carriers
     parts = parts_of(x, chunks)
-    values = parts_of(current, chunks)  # made after the parts: gradients then add up in the order in which those of a whole unit do
+    values = parts_of(
+        current, chunks
+    )  # made after the parts: gradients then add up in the order in which those of a whole unit do
     before = views_of(previous, chunks)
     with tape.in_chunks(unit):
         outs, draws = [], SharedDraws(x)
@@ -163,7 +187,8 @@ def _link_of(chain: Chain, unit: Unit | None, x: Tensor) -> Link | None:
 def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
     if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
         raise ConversionError(
-            f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); expected a dense "
+            f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
+            "expected a dense "
             f"tensor of a real floating-point dtype; exclude it: convert(..., exclude=[{unit.path!r}])"
         )
     if unit.index and running_pass() != -1:
@@ -171,18 +196,31 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     if unit.index and not chain.warned and _engine.comes_from(x, chain):
         chain.warned = True
         warnings.warn(
-            f"{unit.path} ({chain.name}): got a tensor that something between two units made ({_edge_behind(x)[0].name()}); expected "
-            "the output of the unit before, as at conversion. The chain begins anew here: gradients are right, but it keeps two more "
-            "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, or dropout "
+            f"{unit.path} ({chain.name}): got a tensor that something between two units made "
+            f"({_edge_behind(x)[0].name()}); expected "
+            "the output of the unit before, as at conversion. The chain begins anew here: gradients are right, but "
+            "it keeps two more "
+            "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, "
+            "or dropout "
             "between blocks in a model that was converted in eval mode (convert it in train mode)",
             stacklevel=2,
         )
     exported = exporting()  # then there are no values to scale the streams for
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
-    streams = FloatStreams(chain.tolerance) if plain or exported or not chain.exact else _fixed_if_finite(chain, unit, wide)
+    streams = (
+        FloatStreams(chain.tolerance) if plain or exported or not chain.exact else _fixed_if_finite(chain, unit, wide)
+    )
     state = streams.enter(wide)
-    tape = Tape(chain, streams, (state, state), position=unit.index, keep=torch.is_grad_enabled(), unpacker=unpacker, plain=plain)
+    tape = Tape(
+        chain,
+        streams,
+        (state, state),
+        position=unit.index,
+        keep=torch.is_grad_enabled(),
+        unpacker=unpacker,
+        plain=plain,
+    )
     carrier = wide if isinstance(streams, FloatStreams) else _engine.enter(wide, streams, state)
     outward = carrier.to(x.dtype)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
@@ -196,7 +234,13 @@ def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
     if old.left_range is not None and torch.is_grad_enabled():
         raise old.left_range
     tape = Tape(
-        chain, old.streams, old.intact_state(), position=old.position, keep=torch.is_grad_enabled(), unpacker=unpacker, plain=old.plain
+        chain,
+        old.streams,
+        old.intact_state(),
+        position=old.position,
+        keep=torch.is_grad_enabled(),
+        unpacker=unpacker,
+        plain=old.plain,
     )
     return Link(tape, tape.progress, link.version, link.previous, link.current)
 
@@ -204,7 +248,8 @@ def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
 def _cut(chain: Chain, where: str) -> ReconstructionError:
     return ReconstructionError(
         f"{where} ({chain.name}): got a part of the chain inside of torch.utils.checkpoint (or another function that "
-        "recomputes it); expected the whole chain inside, or nothing of it; switch the model's own gradient checkpointing off, "
+        "recomputes it); expected the whole chain inside, or nothing of it; switch the model's own gradient "
+        "checkpointing off, "
         f"or exclude the module: convert(..., exclude=[{where!r}])"
     )
 
@@ -236,6 +281,7 @@ def refuse_transforms(name: str) -> None:
     """Raise inside of `torch.func` transforms, whose tensors are not what they seem."""
     if transformed():
         raise UnsupportedTransformError(
-            f"{name}: got a torch.func transform (grad, vmap, jvp ...); expected plain autograd; transform the original "
+            f"{name}: got a torch.func transform (grad, vmap, jvp ...); expected plain autograd; transform the "
+            "original "
             "network instead: revwire.revert(model)"
         )

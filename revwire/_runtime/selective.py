@@ -1,14 +1,16 @@
-"""Selective recomputes: what products of matrices, convolutions and attention gave in a forward is handed out again, not computed.
+"""Selective recomputes: what products of matrices, convolutions and attention gave in a forward is handed out again,
+not computed.
 
 Note [Selective units]
-    These calls take most of a branch's time, and what they give is a smaller part of what autograd keeps for it: norms, activation
-    functions and dropout save as much again. A selective unit (by a memory budget) is a checkpointed one that keeps them too, so its
-    recompute costs little. PyTorch's selective checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) makes the
-    same bargain.
-    A call is seen below autograd, by a dispatch mode, in forward and again in the recompute: which makes a graph as ever, as autograd does
-    not ask where results come from. Calls that draw random numbers run again, so that those after them draw what they drew. So does one
-    whose result the branch goes on to write to (which version counters do not always tell: recurrent cells write through views that have
-    counters of their own); and the last one, if its result is the branch's: a recompute stops before it.
+    These calls take most of a branch's time, and what they give is a smaller part of what autograd keeps for it: norms,
+    activation functions and dropout save as much again. A selective unit (by a memory budget) is a checkpointed one
+    that keeps them too, so its recompute costs little. PyTorch's selective checkpointing
+    (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) makes the same bargain. A call is seen below
+    autograd, by a dispatch mode, in forward and again in the recompute: which makes a graph as ever, as autograd does
+    not ask where results come from. Calls that draw random numbers run again, so that those after them draw what they
+    drew. So does one whose result the branch goes on to write to (which version counters do not always tell: recurrent
+    cells write through views that have counters of their own); and the last one, if its result is the branch's: a
+    recompute stops before it.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -42,7 +44,9 @@ _PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in _NAMES i
 
 @lru_cache(maxsize=64)
 def _dropout(func: Any) -> tuple[int, float] | None:
-    """Where the probability of dropout stands among the arguments of a call, and its default; None where it has none."""
+    """Where the probability of dropout stands among the arguments of a call, and its default; None where it has
+    none.
+    """
     for i, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
             return i, argument.default_value
@@ -52,7 +56,9 @@ def _dropout(func: Any) -> tuple[int, float] | None:
 @lru_cache(maxsize=1024)
 def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """Places and names of the arguments that a call writes to."""
-    return tuple((i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    return tuple(
+        (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    )
 
 
 def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -76,7 +82,9 @@ class _Call:
 
     def __init__(self, func: Any, out: Any) -> None:
         leaves, self.structure = tree_flatten(out)
-        plain = all(type(leaf) is Tensor and leaf.layout == torch.strided for leaf in leaves if isinstance(leaf, Tensor))
+        plain = all(
+            type(leaf) is Tensor and leaf.layout == torch.strided for leaf in leaves if isinstance(leaf, Tensor)
+        )
         self.func = func
         self.leaves: list[Any] | None = [_shared(t) if isinstance(t, Tensor) else t for t in leaves] if plain else None
         self.versions = self._now()

@@ -13,36 +13,40 @@ Note [Synchronisation]
     a number.
 
 Note [The last unit]
-    A backward pass begins with the last unit. Where that chain is the last of its model (``Chain.keeps_last``), rebuilding
-    the unit's activations first thing saves no memory at the peak, so autograd keeps them, and the tape ends before it,
-    with the states (x_{K-2}, x_{K-1}). One forward at a time does so: those that wait for their backward meanwhile (the
-    clips of a long video) keep two streams only. So do those inside of other saved-tensor hooks, whose owners (activation
-    checkpointing) expect the same tensors in every run.
+    A backward pass begins with the last unit. Where that chain is the last of its model (``Chain.keeps_last``),
+    rebuilding the unit's activations first thing saves no memory at the peak, so autograd keeps them, and the tape ends
+    before it, with the states (x_{K-2}, x_{K-1}). One forward at a time does so: those that wait for their backward
+    meanwhile (the clips of a long video) keep two streams only. So do those inside of other saved-tensor hooks, whose
+    owners (activation checkpointing) expect the same tensors in every run.
 
 Note [Stored units]
-    Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward pass goes past a run
-    of such units by the true states before it, which stand among the records; where the chain ends in one, the tape ends before it.
+    Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward
+    pass goes past a run of such units by the true states before it, which stand among the records; where the chain ends
+    in one, the tape ends before it.
 
 Note [What need not be rebuilt]
-    A checkpointed unit (by a memory budget) keeps the state before it: in exact streams x_{k-1} alone, as x_k is rebuilt to the bit by
-    those after it. So its recompute serves the gradient alone, and stops when the branch has saved the last tensor that this needs: what
-    is left, often the largest product of a branch, is not computed a second time. The checks then compare a sample of each tensor that was
-    saved, which is all that the gradient is made of. Where one differs (it may be a kernel's scratch space), the branch is computed to its
-    end, now and from then on, and its result decides. As in `torch.utils.checkpoint`, a recompute ends in the midst of the branch, by an
-    exception. Branches with hooks on their modules (which may come in pairs), those that save what cannot be compared, and all inside of
-    ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units with anchors, whose gain is
-    small, and float streams, which see the result only.
+    A checkpointed unit (by a memory budget) keeps the state before it: in exact streams x_{k-1} alone, as x_k is
+    rebuilt to the bit by those after it. So its recompute serves the gradient alone, and stops when the branch has
+    saved the last tensor that this needs: what is left, often the largest product of a branch, is not computed a second
+    time. The checks then compare a sample of each tensor that was saved, which is all that the gradient is made of.
+    Where one differs (it may be a kernel's scratch space), the branch is computed to its end, now and from then on, and
+    its result decides. As in `torch.utils.checkpoint`, a recompute ends in the midst of the branch, by an exception.
+    Branches with hooks on their modules (which may come in pairs), those that save what cannot be compared, and all
+    inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units
+    with anchors, whose gain is small, and float streams, which see the result only.
 
 Note [Results in 16 bits]
-    Under autocast, and in networks of 16-bit weights, a branch gives half as many bits as a state has. There a checkpointed unit keeps that
-    result instead of x_{k-1}, and its few bits: from both x_{k-1} is made again to the bit, before the recompute, which stops early just as
-    well. It costs half of what checkpointing keeps for a stream in 32 bits, and one step of the streams.
+    Under autocast, and in networks of 16-bit weights, a branch gives half as many bits as a state has. There a
+    checkpointed unit keeps that result instead of x_{k-1}, and its few bits: from both x_{k-1} is made again to the
+    bit, before the recompute, which stops early just as well. It costs half of what checkpointing keeps for a stream in
+    32 bits, and one step of the streams.
 
 Note [Chunks]
-    A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a record, a branch
-    and a step of its own, so that a backward pass rebuilds, and holds, the activations of one chunk at a time. The states change for all of
-    them at once: in forward when the last chunk is there (`Tape.join`), in backward when the first one is (`Rewind`). Autograd runs
-    the nodes that were made last first, so it goes through the chunks from the last to the first, and finishes each.
+    A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a
+    record, a branch and a step of its own, so that a backward pass rebuilds, and holds, the activations of one chunk at
+    a time. The states change for all of them at once: in forward when the last chunk is there (`Tape.join`), in
+    backward when the first one is (`Rewind`). Autograd runs the nodes that were made last first, so it goes through the
+    chunks from the last to the first, and finishes each.
 
 Note [What the checks see]
     In exact mode: any change of the rebuilt state, and of samples of the branch's result and of what its last layers
@@ -168,7 +172,9 @@ class Tape:
             return f, sides
         return self._recorded(unit, host, x, extras)
 
-    def _recorded(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    def _recorded(
+        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """Evaluate the branch with placeholders for what autograd saves."""
         version = version_of(x)
         record = self._record(unit, host, x, extras)
@@ -207,15 +213,25 @@ class Tape:
     def _products(self, unit: Unit) -> Products | None:
         """What keeps the products of the unit that runs now, if it is selective."""
         place, whole = unit.place(self.position), unit.path in self.chain.run_whole
-        return Products() if place is not None and self.streams.witnesses and self.chain.selects(place) and not whole else None
+        return (
+            Products()
+            if place is not None and self.streams.witnesses and self.chain.selects(place) and not whole
+            else None
+        )
 
     def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
-        """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its memory."""
+        """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its
+        memory.
+        """
         state = self.intact_state()[0]
-        return bool(self.streams.witnesses) and not sides and type(f) is Tensor and f.element_size() < state.element_size()
+        return (
+            bool(self.streams.witnesses) and not sides and type(f) is Tensor and f.element_size() < state.element_size()
+        )
 
     def _keeps(self, place: int) -> bool:
-        """Whether autograd keeps what the unit at this place saves; see Note [The last unit] and Note [Stored units]."""
+        """Whether autograd keeps what the unit at this place saves; see Note [The last unit] and Note [Stored
+        units].
+        """
         chain = self.chain
         if chain.stores(place):
             self.kept = Kept()
@@ -232,7 +248,13 @@ class Tape:
         """Whether the recompute of the unit that runs now may stop early; see Note [What need not be rebuilt]."""
         place = unit.place(self.position)
         chain = self.chain
-        if place is None or not chain.checkpoints(place) or unit.path in chain.run_whole or not self.streams.witnesses or not stops_early():
+        if (
+            place is None
+            or not chain.checkpoints(place)
+            or unit.path in chain.run_whole
+            or not self.streams.witnesses
+            or not stops_early()
+        ):
             return False
         return not any(hooked(m) for root in unit.modules(host) for m in root.modules())
 
@@ -257,11 +279,13 @@ class Tape:
         )
 
     def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
-        """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
+        """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a
+        graph.
 
         ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
-        which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the recompute stops early,
-        all but its input is looked at; and buffers that are saved must not be written to, which the version counters tell, as in autograd.
+        which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the
+        recompute stops early, all but its input is looked at; and buffers that are saved must not be written to, which
+        the version counters tell, as in autograd.
         """
         saved, owned, stop = record.saved, record.owned, record.stop
         inputs = {id(x), id(x._base)}
@@ -276,7 +300,9 @@ class Tape:
                 if not owner.is_leaf:
                     if can_be_sampled(t):
                         last.append((number, t))
-                elif owner.requires_grad or id(owner) in buffers:  # a weight from outside of the unit's modules, or a buffer
+                elif (
+                    owner.requires_grad or id(owner) in buffers
+                ):  # a weight from outside of the unit's modules, or a buffer
                     known.add(id(owner))
                     owned.note(owner)
                 elif stop:
@@ -290,7 +316,9 @@ class Tape:
 
     @staticmethod
     def _look(record: UnitRecord, stop: Stop, number: int, t: Tensor) -> None:
-        """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its recompute."""
+        """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its
+        recompute.
+        """
         found = glance(t) if record.stop else None
         if found is None:
             record.stop = None
@@ -306,7 +334,9 @@ class Tape:
         place = unit.place(self.position)
         assert place is not None
         anchored = self.chain.anchored(place)
-        undone = self.rewinds and self.kept is None and previous is not current and (not anchored or self._by_result(place))
+        undone = (
+            self.rewinds and self.kept is None and previous is not current and (not anchored or self._by_result(place))
+        )
         following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
         if not (in_range or self._in_range(out)):
             if self.keep:
@@ -330,12 +360,17 @@ class Tape:
 
     @contextmanager
     def in_chunks(self, unit: Unit) -> Iterator[None]:
-        """Run one unit chunk by chunk, by `branch_on` and `step` for each, and `join`; if it fails, nothing of it stays."""
+        """Run one unit chunk by chunk, by `branch_on` and `step` for each, and `join`; if it fails, nothing of it
+        stays.
+        """
         _, current = self.intact_state()
         place = unit.place(self.position)
         assert place is not None
         records, start = len(self.records), self.start
-        self.kept, self._whole = Kept() if self.rewinds and self.chain.stores(place) else None, self._rule(unit, place, current)
+        self.kept, self._whole = (
+            Kept() if self.rewinds and self.chain.stores(place) else None,
+            self._rule(unit, place, current),
+        )
         try:
             yield
         except BaseException:
@@ -346,7 +381,9 @@ class Tape:
             self._chunk, self._open = None, None
             self._parts.clear()
 
-    def branch_on(self, chunk: Chunk, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    def branch_on(
+        self, chunk: Chunk, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """As `branch`, on one chunk of x_k."""
         _, current = self.intact_state()
         self._chunk, self.now = chunk, chunk.rule(self._whole)
@@ -434,14 +471,18 @@ class Tape:
         return True
 
     def _summary(self, previous: Tensor, known: Tensor | None) -> Tensor | None:
-        """That of the state of x_{k-1}, where the record of the unit that has just run will be kept; empty where it is known anyway."""
+        """That of the state of x_{k-1}, where the record of the unit that has just run will be kept; empty where it is
+        known anyway.
+        """
         if self.start is None or self._open is None:
             return known
         if self._open.stop and not self._open.by_result:
             return previous.new_empty(0)
         return self.streams.summary(previous) if known is None else known
 
-    def _keep_record(self, bits: Tensor | None, summary: Tensor | None, f: Tensor, begins: bool, anchored: bool) -> None:
+    def _keep_record(
+        self, bits: Tensor | None, summary: Tensor | None, f: Tensor, begins: bool, anchored: bool
+    ) -> None:
         record, self._open = self._open, None
         if self.start is not None and record is not None:
             assert summary is not None
@@ -461,13 +502,17 @@ class Tape:
             self.records.append(None)
 
     def relayout(self, view: Callable[[Tensor], Tensor]) -> bool:
-        """Apply a view, or a copy to another layout, to both streams; False (and nothing done) if it shows only a part."""
+        """Apply a view, or a copy to another layout, to both streams; False (and nothing done) if it shows only a
+        part.
+        """
         previous, current = self.intact_state()
         moved = view(previous), view(current)
         if moved[0].numel() != previous.numel() or moved[1].numel() != current.numel():
             return False
         if self.rewinds and not self._passing:
-            self.records.append(ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None)
+            self.records.append(
+                ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None
+            )
         self._advance(moved)
         return True
 
@@ -484,7 +529,8 @@ class Tape:
         """
         if self.state is None:
             raise ReconstructionError(
-                f"{self.chain.name}: got a second backward through a chain whose state was freed by the first (or lost by one that "
+                f"{self.chain.name}: got a second backward through a chain whose state was freed by the first (or "
+                "lost by one that "
                 "failed); pass retain_graph=True to the first one"
             )
         if _versions(self.state) != self.versions:
@@ -494,12 +540,15 @@ class Tape:
     def written(self) -> ReconstructionError:
         """The error that says that somebody wrote to a state."""
         return ReconstructionError(
-            f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it unchanged; write "
+            f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it "
+            "unchanged; write "
             "to a clone of the chain's output, or convert with exact=True"
         )
 
     def shorten(self, position: int, state: tuple[Tensor, Tensor]) -> None:
-        """After a backward pass that does not retain the graph: what it walked over is gone, what lies before may be asked for."""
+        """After a backward pass that does not retain the graph: what it walked over is gone, what lies before may be
+        asked for.
+        """
         if self.start is not None and position > self.start:
             del self.records[position:]
             self.state, self.versions = state, _versions(state)
@@ -550,8 +599,10 @@ class Tape:
 
     def _out_of_range(self, unit: Unit) -> RangeError:
         return RangeError(
-            f"{unit.path} ({self.chain.name}): got a value that is not finite, or of magnitude {self.streams.bound:.4g} or more; "
-            "expected the streams to stay within 2^5 times the range they were scaled for; convert with an example whose values are of "
+            f"{unit.path} ({self.chain.name}): got a value that is not finite, or of magnitude "
+            f"{self.streams.bound:.4g} or more; "
+            "expected the streams to stay within 2^5 times the range they were scaled for; convert with an example "
+            "whose values are of "
             "the magnitude you train on, lower the learning rate, or pass exact=False"
         )
 

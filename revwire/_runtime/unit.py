@@ -21,7 +21,8 @@ class Unit:
         kind: ``"residual"``: the branch returns F(x); ``"block"``: it returns B(x), and F = B − x.
         branch: ``branch(host, x, *extras) -> (F(x) or B(x), side outputs)``.
         modules: ``modules(host)`` gives the modules whose parameters and buffers the branch uses.
-        later: its further places in the chain, ascending, where the chain runs through the same unit again (shared weights).
+        later: its further places in the chain, ascending, where the chain runs through the same unit again (shared
+            weights).
         assigned: (module, attribute) of what the branch assigns to, by the module's name in the host.
     """
 
@@ -41,7 +42,9 @@ class Unit:
 
 
 Mode = Literal["stored", "selective", "checkpointed", "reversible"]
-"""How a unit's activations come back: kept by autograd, recomputed (but for products) from a kept input, or all, or from a rebuilt one."""
+"""How a unit's activations come back: kept by autograd, recomputed (but for products) from a kept input, or all, or
+from a rebuilt one.
+"""
 
 
 def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:

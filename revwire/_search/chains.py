@@ -5,10 +5,10 @@ Definitions, besides those of `_adds`:
 - A *unit* runs from its fork to its *out*: the add, and what is done to the sum before it becomes a fork again (a
   post-activation, a post-normalisation).
 - Units whose out is the next one's fork, but for views, form a *chain*.
-- Between two units of a chain no matrix is multiplied with, and nothing convolved: a block that ends so is far from the identity, and
-  rewired as x + (block(x) − x) it would not keep its function.
-- A host whose code cannot be taken apart, or a module of which the caller wants that, may be a unit *as a whole*: from one of its inputs
-  to one of its outputs.
+- Between two units of a chain no matrix is multiplied with, and nothing convolved: a block that ends so is far from the
+  identity, and rewired as x + (block(x) − x) it would not keep its function.
+- A host whose code cannot be taken apart, or a module of which the caller wants that, may be a unit *as a whole*: from
+  one of its inputs to one of its outputs.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ Refusal = Callable[[Candidate], str | None]
 Wish = Callable[[Candidate], Sequence[int]]
 
 
-def find_chains(recording: Recording, refuse: Refusal = lambda _: None, shortest: int = 2, whole: Wish = lambda _: ()) -> Search:
+def find_chains(
+    recording: Recording, refuse: Refusal = lambda _: None, shortest: int = 2, whole: Wish = lambda _: ()
+) -> Search:
     """All chains of at least ``shortest`` units in a recording, the outermost where residuals nest.
 
     Args:
         recording: a run of the whole model.
-        refuse: gives the reason why a residual add must stay, or None. Where it is not the caller's wish, the host cannot
-            be taken apart, and is tried as a whole.
+        refuse: gives the reason why a residual add must stay, or None. Where it is not the caller's wish, the host
+            cannot be taken apart, and is tried as a whole.
         shortest: chains with fewer units stay.
-        whole: gives the module calls around a residual add that may be a unit as a whole, the one to try first in front. Where
-            none of them is a unit of a chain then, the add is a unit of its own.
+        whole: gives the module calls around a residual add that may be a unit as a whole, the one to try first in
+            front. Where none of them is a unit of a chain then, the add is a unit of its own.
     """
     barred: set[int] = set()
     while True:
@@ -71,11 +73,15 @@ def find_chains(recording: Recording, refuse: Refusal = lambda _: None, shortest
         barred |= alone
 
 
-def _found(recording: Recording, refuse: Refusal, shortest: int, whole: Wish, barred: set[int]) -> tuple[Search, set[int]]:
+def _found(
+    recording: Recording, refuse: Refusal, shortest: int, whole: Wish, barred: set[int]
+) -> tuple[Search, set[int]]:
     """(the search, those of the calls that the caller would have whole which are in no chain: their parts may be)."""
     flow = Flow(recording)
     candidates = residual_adds(flow)
-    asked = {call for c in candidates if c.reason is None for call in [call for call in whole(c) if call not in barred][:1]}
+    asked = {
+        call for c in candidates if c.reason is None for call in [call for call in whole(c) if call not in barred][:1]
+    }
     found = {call: w for call in asked if (w := whole_call(flow, call, candidates)) is not None and refuse(w) is None}
     for c in candidates:
         if c.reason is None and any(call in found for call in recording.calls_around(c.add)):
@@ -84,7 +90,11 @@ def _found(recording: Recording, refuse: Refusal, shortest: int, whole: Wish, ba
     _absorb_sums(candidates)
     search = Search(recording)
     good = [c for c in candidates if c.reason is None]
-    wholes = [w for w in (whole_call(flow, call, candidates) for call in sorted(closed)) if w is not None and refuse(w) is None]
+    wholes = [
+        w
+        for w in (whole_call(flow, call, candidates) for call in sorted(closed))
+        if w is not None and refuse(w) is None
+    ]
     chains = _link(flow, sorted([*good, *wholes, *found.values()], key=lambda c: c.result))
     chains = _outermost(chains, shortest)
     _separate(flow, chains)
@@ -100,7 +110,9 @@ def _found(recording: Recording, refuse: Refusal, shortest: int, whole: Wish, ba
         if outer is not None:
             c.inside = True
             if c.reason != PART_AS_ASKED:
-                c.reason = PART_OF_WHOLE if outer.whole else "inside the branch of another unit, which is the larger saving"
+                c.reason = (
+                    PART_OF_WHOLE if outer.whole else "inside the branch of another unit, which is the larger saving"
+                )
         elif c.reason is None:
             c.reason = "stands alone: a chain needs at least two units whose streams follow each other unchanged"
         search.rejected.append(c)
@@ -140,7 +152,9 @@ def _link(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
     following: dict[int, Candidate] = {}
     preceded: set[int] = set()
     steps = {c.add: len(found[1]) for c in candidates if (found := climb(flow, c.fork, by_result)) is not None}
-    nearest = sorted((c for c in candidates if c.add in steps), key=lambda c: steps[c.add])  # a sum goes on in what is added to it next
+    nearest = sorted(
+        (c for c in candidates if c.add in steps), key=lambda c: steps[c.add]
+    )  # a sum goes on in what is added to it next
     for widen in (False, True):
         for c in (c for c in nearest if c.add not in preceded):
             before = predecessor(flow, c, by_result, following if widen else None)
@@ -159,10 +173,13 @@ def _link(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
     return chains
 
 
-def predecessor(flow: Flow, c: Candidate, by_result: dict[int, Candidate], followed: Container[int] | None = None) -> Candidate | None:
+def predecessor(
+    flow: Flow, c: Candidate, by_result: dict[int, Candidate], followed: Container[int] | None = None
+) -> Candidate | None:
     """The unit whose sum becomes the fork of ``c``, which depends on nothing else; sets its ``out``.
 
-    With ``followed``, the units whose place is taken, it may end outside of its host, which becomes a larger module then.
+    With ``followed``, the units whose place is taken, it may end outside of its host, which becomes a larger module
+    then.
     """
     found = climb(flow, c.fork, by_result)
     if found is None:
@@ -178,7 +195,11 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
     hops: Hops = []
     while value not in goals:
         step = flow.step_up(value)
-        if step is None or len(hops) == CLIMB or any(flow.recording.events[flow.recording.values[v].event].is_product for v in step[1]):
+        if (
+            step is None
+            or len(hops) == CLIMB
+            or any(flow.recording.events[flow.recording.values[v].event].is_product for v in step[1])
+        ):
             return None
         value = step[0]
         hops.append(step[1])
@@ -207,20 +228,28 @@ def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool
 
 
 def lead_in(flow: Flow, before: Candidate, c: Candidate, hops: Hops) -> int:
-    """Let a unit begin before what is done to its fork in its own host first (x = norm(x); x + F(x)): how many steps become its own.
+    """Let a unit begin before what is done to its fork in its own host first (x = norm(x); x + F(x)): how many steps
+    become its own.
 
     The unit is then a block: its output less its input is what is added.
     """
     own = next((n for n, hop in enumerate(hops) if not _touches(flow, before.host, hop)), len(hops))
     mine = hops[own:]
-    if c.whole or c.absorbed or not any(_is_call(flow, hop) for hop in mine) or not all(_touches(flow, c.host, hop) for hop in mine):
+    if (
+        c.whole
+        or c.absorbed
+        or not any(_is_call(flow, hop) for hop in mine)
+        or not all(_touches(flow, c.host, hop) for hop in mine)
+    ):
         return 0
     start = _end(before, hops, own)
     return len(mine) if begin_at(flow, c, start, mine) else 0
 
 
 def begin_at(flow: Flow, c: Candidate, start: int, hops: Hops) -> bool:
-    """Let a unit begin at an earlier value, from which ``hops`` lead to its fork, if its skip keeps shape and layout."""
+    """Let a unit begin at an earlier value, from which ``hops`` lead to its fork, if its skip keeps shape and
+    layout.
+    """
     kept = c.fork, c.branch, c.region
     c.fork, c.branch, c.region = start, None, c.region | frozenset(events_of(flow, hops))
     if keeps_layout(flow, c, c.result, ()):
@@ -239,7 +268,9 @@ def _is_call(flow: Flow, hop: list[int]) -> bool:
 
 
 def _posts(flow: Flow, before: Candidate, hops: Hops) -> int | None:
-    """How many steps belong to the unit: at least all but the views at their end, and the skip must keep shape and layout."""
+    """How many steps belong to the unit: at least all but the views at their end, and the skip must keep shape and
+    layout.
+    """
     values = flow.recording.values
     count = len(hops)
     while count and not _is_call(flow, hops[count - 1]):
@@ -265,7 +296,8 @@ def events_of(flow: Flow, hops: Hops) -> tuple[int, ...]:
 def _host_with(flow: Flow, c: Candidate, post: tuple[int, ...], follower: Candidate | None) -> int | None:
     """The host of a unit with these post calls, or None.
 
-    Where they lie outside of its own host, and it has a ``follower``: the innermost call around all, if that can be opened.
+    Where they lie outside of its own host, and it has a ``follower``: the innermost call around all, if that can be
+    opened.
     """
     recording = flow.recording
     if all(c.host in recording.calls_around(e) for e in post):
@@ -286,7 +318,9 @@ def _extend_last(flow: Flow, chain: list[Candidate]) -> None:
     made = {last.result}
     post: list[int] = []
     for model in (events[e] for e in chain[-2].post):
-        below = sorted(v for m in made for v in flow.children[m] if v not in made and made.issuperset(flow.activations(v)))
+        below = sorted(
+            v for m in made for v in flow.children[m] if v not in made and made.issuperset(flow.activations(v))
+        )
         nxt = [v for v in below if events[flow.recording.values[v].event].kernels == model.kernels]
         if not nxt:
             return
@@ -300,17 +334,25 @@ def _extend_last(flow: Flow, chain: list[Candidate]) -> None:
 def _outermost(chains: list[list[Candidate]], shortest: int) -> list[list[Candidate]]:
     """Chains that are long enough, without those inside a branch of another one."""
     long = [chain for chain in chains if len(chain) >= shortest]
-    inside = [any(_lies_in(c, u) for other in long if other is not chain for u in other for c in chain) for chain in long]
+    inside = [
+        any(_lies_in(c, u) for other in long if other is not chain for u in other for c in chain) for chain in long
+    ]
     return [chain for chain, nested in zip(long, inside, strict=True) if not nested]
 
 
 def _lies_in(c: Candidate, unit: Candidate) -> bool:
-    """Whether a unit lies in the branch of another; the region of one that is taken apart holds no module calls, only what they make."""
-    return c.add in unit.region or (c.whole and c is not unit and bool(c.region & unit.region) and not c.region > unit.region)
+    """Whether a unit lies in the branch of another; the region of one that is taken apart holds no module calls, only
+    what they make.
+    """
+    return c.add in unit.region or (
+        c.whole and c is not unit and bool(c.region & unit.region) and not c.region > unit.region
+    )
 
 
 def _separate(flow: Flow, chains: list[list[Candidate]]) -> None:
-    """Where two chains run through the same module, let its units belong to a larger one, in which the two calls are told apart."""
+    """Where two chains run through the same module, let its units belong to a larger one, in which the two calls are
+    told apart.
+    """
     recording = flow.recording
 
     def host(c: Candidate) -> int:
@@ -322,7 +364,9 @@ def _separate(flow: Flow, chains: list[list[Candidate]]) -> None:
         for number, chain in enumerate(chains):
             for c in chain:
                 calls.setdefault(host(c), {}).setdefault(c.host, number)
-        shared = {h for h, found in calls.items() if any(lists[a] != lists[b] for a in found.values() for b in found.values())}
+        shared = {
+            h for h, found in calls.items() if any(lists[a] != lists[b] for a in found.values() for b in found.values())
+        }
         moved = False
         for c in (c for chain in chains for c in chain if host(c) in shared and not c.whole):
             parent = recording.events[c.host].parent
@@ -347,7 +391,11 @@ def opened_calls(flow: Flow, units: list[Candidate]) -> dict[int, set[int]]:
                 opened.update(below)
             producer = recording.values[c.fork].event
             if producer >= 0:
-                opened.update(b for b in _below(recording, producer, c.host) if any(b in recording.calls_around(e) for e in c.region))
+                opened.update(
+                    b
+                    for b in _below(recording, producer, c.host)
+                    if any(b in recording.calls_around(e) for e in c.region)
+                )
         moved = False
         for c in units:
             outer = next((h for h, opened in inline.items() if c.host in opened), None)

@@ -20,7 +20,11 @@ class Flow:
         self.recording = recording
         self.parents: list[tuple[int, ...]] = [() for _ in recording.values]
         self.children: list[list[int]] = [[] for _ in recording.values]
-        inputs = {r.value for r in refs((recording.events[0].args, recording.events[0].kwargs))} if recording.events else set()
+        inputs = (
+            {r.value for r in refs((recording.events[0].args, recording.events[0].kwargs))}
+            if recording.events
+            else set()
+        )
         self.active = [False] * len(recording.values)
         self.unseen = [v.event < 0 and not v.names and v.number not in inputs for v in recording.values]
         for value in recording.values:
@@ -29,7 +33,9 @@ class Flow:
                 self.parents[value.number] = tuple(
                     dict.fromkeys(r.value for r in refs((event.args, event.kwargs)) if r.value != value.number)
                 )
-            self.active[value.number] = value.number in inputs or any(self.active[p] for p in self.parents[value.number])
+            self.active[value.number] = value.number in inputs or any(
+                self.active[p] for p in self.parents[value.number]
+            )
             self.unseen[value.number] |= any(self.unseen[p] for p in self.parents[value.number])
             for parent in self.parents[value.number]:
                 self.children[parent].append(value.number)
@@ -70,8 +76,8 @@ class Flow:
     def step_up(self, value: int) -> tuple[int, list[int]] | None:
         """(the nearest value that all activations of ``value`` come through, ``value`` and those in between), or None.
 
-        One call of one activation is the simplest step; a normalisation that is spelled out, or a gate, is a longer one. An
-        addition of two activations is no step: it joins two streams.
+        One call of one activation is the simplest step; a normalisation that is spelled out, or a gate, is a longer
+        one. An addition of two activations is no step: it joins two streams.
         """
         between = [value]
         waiting = set(self.activations(value))

@@ -16,8 +16,8 @@ from revwire._structures import Ref, mapped, refs
 def keeps_layout(flow: Flow, c: Candidate, out: int, post: tuple[int, ...]) -> bool:
     """Whether ``out`` has the shape of the fork of ``c``, and element i of the skip arrives at place i of it.
 
-    Where a view leads from the fork to ``out``, the views are tried on the numbers of the elements. Other calls are taken to
-    keep the order.
+    Where a view leads from the fork to ``out``, the views are tried on the numbers of the elements. Other calls are
+    taken to keep the order.
     """
     events, values = flow.recording.events, flow.recording.values
     shape = values[c.fork].shape

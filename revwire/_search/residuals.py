@@ -4,7 +4,8 @@ Definitions, on the values (tensors) and events (calls) of a `Recording`:
 
 - A *residual add* is an addition one of whose operands, the *skip*, is an ancestor of the other. The skip may have been
   scaled, dropped out or viewed on the way; ``fork`` is the value before that.
-- Its *region* is what lies on a path from the fork to the add. Its *host* is the innermost module call around all of it.
+- Its *region* is what lies on a path from the fork to the add. Its *host* is the innermost module call around all of
+  it.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def _is_unseen(flow: Flow, first: int, second: int) -> bool:
 def _unseen(flow: Flow, event: Event, fork: int) -> Candidate:
     host = flow.recording.calls_around(event.number)[-1]
     reason = "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds"
-    return Candidate(event.number, fork, None, fork, host, frozenset(), result=next(refs(event.out)).value, reason=reason)
+    return Candidate(
+        event.number, fork, None, fork, host, frozenset(), result=next(refs(event.out)).value, reason=reason
+    )
 
 
 def _candidate(flow: Flow, event: Event, result: int, fork: int, branch: int | None) -> Candidate:
@@ -100,7 +103,10 @@ def _candidate(flow: Flow, event: Event, result: int, fork: int, branch: int | N
     c = Candidate(event.number, fork, branch, result, host, frozenset(region - {event.number}), result=result)
     if branch is None and not _light_skip(flow, event, fork):
         c.computed_shortcut = True
-        c.reason = f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): the input is not carried on"
+        c.reason = (
+            f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): "
+            "the input is not carried on"
+        )
     elif flow.recording.events[host].hooked:
         c.reason = "lies in a hook of its module, at least in part"
     elif values[fork].shape != values[result].shape:
@@ -172,14 +178,19 @@ def innermost_call(flow: Flow, events: Iterable[int]) -> int:
 
 
 def whole_call(flow: Flow, call: int, candidates: list[Candidate]) -> Candidate | None:
-    """A module call as one unit: from an input of its own to an output of the same shape, by residual adds; None if it has no such.
+    """A module call as one unit: from an input of its own to an output of the same shape, by residual adds; None if it
+    has no such.
 
     The code of the module is not opened, so another output must not be made from this one, nor an input be written to.
     """
     event, values = flow.recording.events[call], flow.recording.values
     ends = list(dict.fromkeys(leaf.value for leaf in _plain_leaves(event.out) if isinstance(leaf, Ref)))
     starts = {leaf.value for leaf in _plain_leaves((event.args, event.kwargs)) if isinstance(leaf, Ref)}
-    forks = {c.result: c.fork for c in candidates if call < c.add < event.end and values[c.fork].shape == values[c.result].shape}
+    forks = {
+        c.result: c.fork
+        for c in candidates
+        if call < c.add < event.end and values[c.fork].shape == values[c.result].shape
+    }
     for out in ends:
         fork = _spine(flow, out, starts, forks)
         if fork is None or _has_effects(flow, call, starts):
@@ -212,7 +223,9 @@ def _spine(flow: Flow, value: int, starts: set[int], forks: dict[int, int]) -> i
 
 
 def can_run_twice(flow: Flow, call: int) -> bool:
-    """Whether a module call, made twice, leaves behind what it leaves when it is made once (buffers, which are exchanged, aside)."""
+    """Whether a module call, made twice, leaves behind what it leaves when it is made once (buffers, which are
+    exchanged, aside).
+    """
     event = flow.recording.events[call]
     starts = {leaf.value for leaf in leaves_of((event.args, event.kwargs)) if isinstance(leaf, Ref)}
     return not _has_effects(flow, call, starts)

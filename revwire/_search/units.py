@@ -33,17 +33,21 @@ def unit_keys(recording: Recording) -> dict[int, UnitKey]:
 
 
 def find_units(
-    recording: Recording, wanted: list[tuple[UnitKey, int]], followed: Container[int] = (), following: Container[int] = ()
+    recording: Recording,
+    wanted: list[tuple[UnitKey, int]],
+    followed: Container[int] = (),
+    following: Container[int] = (),
 ) -> tuple[list[Candidate], set[int]]:
     """The units of one host, found again in a recording of it: (units in order, module calls to open).
 
     Args:
         recording: a run of the host alone.
-        wanted: for each unit, its key and the number of post calls between its add and its output in the example. There may
-            be fewer or more of them in another mode of the host (a dropout after the sum).
-        followed: the places in ``wanted`` of units that another one follows, so that they end at a result of the host, if
-            they are the last in it.
-        following: those that follow another one, so that they begin at an input of the host, if they are the first in it.
+        wanted: for each unit, its key and the number of post calls between its add and its output in the example. There
+            may be fewer or more of them in another mode of the host (a dropout after the sum).
+        followed: the places in ``wanted`` of units that another one follows, so that they end at a result of the host,
+            if they are the last in it.
+        following: those that follow another one, so that they begin at an input of the host, if they are the first in
+            it.
 
     Raises:
         CaptureError: this run of the host does not have those units.
@@ -95,7 +99,8 @@ def _views_above(flow: Flow, value: int) -> tuple[int, ...]:
 
 
 def _extend_to_output(flow: Flow, c: Candidate, posts: int, returned: bool) -> bool:
-    """Let a unit that nothing in its host follows end ``posts`` calls after its add, on the way to a result; or elsewhere on that way.
+    """Let a unit that nothing in its host follows end ``posts`` calls after its add, on the way to a result; or
+    elsewhere on that way.
 
     Args:
         posts: how many calls there were in the example.

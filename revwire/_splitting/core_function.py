@@ -1,11 +1,13 @@
-"""Cores in parts: a piece of a branch that treats parts of its inputs each by itself (heads), run part by part, and recomputed so.
+"""Cores in parts: a piece of a branch that treats parts of its inputs each by itself (heads), run part by part, and
+recomputed so.
 
 Note [Cores in parts]
-    Autograd keeps the inputs of a core, and nothing of what it computes inside. Its backward goes through the parts from the last to the
-    first, computes each again, and takes its gradients. An input that all parts share gets the sum of theirs, added in that order.
-    `stored_activations` runs the same parts with ordinary autograd, which adds in the same order, so its gradients are the same
-    to the bit. A core inside of a reversible unit is computed three times: in forward, when the unit is rebuilt, and in backward. Samples
-    of what comes out the last time are compared with those of the first.
+    Autograd keeps the inputs of a core, and nothing of what it computes inside. Its backward goes through the parts
+    from the last to the first, computes each again, and takes its gradients. An input that all parts share gets the sum
+    of theirs, added in that order. `stored_activations` runs the same parts with ordinary autograd, which adds in the
+    same order, so its gradients are the same to the bit. A core inside of a reversible unit is computed three times: in
+    forward, when the unit is rebuilt, and in backward. Samples of what comes out the last time are compared with those
+    of the first.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _FLOAT_TOLERANCE = 5e-2  # as for a branch in float streams that computes in 16 
 
 @dataclass
 class Parting:
-    """Into how many parts the core of a module is cut; ``chain`` is that of the unit in whose branch the module runs."""
+    """Into how many parts the core of a module is cut; ``chain`` is that of the unit in whose branch the module
+    runs.
+    """
 
     chain: Chain
     count: int = 1
@@ -65,7 +69,8 @@ class InParts:
     """What the program of a module calls for its core.
 
     Args:
-        run: ``run(module, size, *inputs)``: the core on inputs whose parted dimension has this size; a tuple of tensors.
+        run: ``run(module, size, *inputs)``: the core on inputs whose parted dimension has this size; a tuple of
+            tensors.
         border: what goes in and comes out.
         parting: into how many parts it is cut.
         path: of the module, for errors.
@@ -87,12 +92,19 @@ class InParts:
             return self.joined(self.run(module, part[1], *self.given(inputs, part)) for part in parts)
         if self.parting.chain.stored:
             lengths, dims = [length for _, length in parts], self.border.dims
-            split = [x.view_as(x) if d is None else torch.split(x, lengths, d) for x, d in zip(inputs, dims, strict=True)]
+            split = [
+                x.view_as(x) if d is None else torch.split(x, lengths, d) for x, d in zip(inputs, dims, strict=True)
+            ]
             found = []
-            for i, length in enumerate(lengths):  # views for the core and for each part: gradients are added up part by part
+            for i, length in enumerate(
+                lengths
+            ):  # views for the core and for each part: gradients are added up part by part
                 given = [x.view_as(x) if isinstance(x, Tensor) else x[i] for x in split]
                 found.append(self.run(module, length, *given))
-            return tuple(torch.cat(outs, d).contiguous() for outs, d in zip(zip(*found, strict=True), self.border.outs, strict=True))
+            return tuple(
+                torch.cat(outs, d).contiguous()
+                for outs, d in zip(zip(*found, strict=True), self.border.outs, strict=True)
+            )
         return _Parts.apply(self, module, parts, *inputs)  # type: ignore[no-any-return]
 
     def given(self, inputs: Sequence[Tensor], part: tuple[int, int]) -> list[Tensor]:
@@ -102,17 +114,21 @@ class InParts:
     def alone(
         self, module: nn.Module, inputs: Sequence[Tensor], needs: Sequence[bool], part: tuple[int, int]
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """The inputs of a part as leaves, and its outputs with a graph of their own. (Without gradients, other kernels may be taken.)"""
+        """The inputs of a part as leaves, and its outputs with a graph of their own. (Without gradients, other kernels
+        may be taken.)
+        """
         given = [x.detach().requires_grad_(need) for x, need in zip(self.given(inputs, part), needs, strict=True)]
         with torch.enable_grad():
             return given, self.run(module, part[1], *given)
 
     def same(self, before: Tensor, after: Tensor) -> bool:
-        """Whether what came out is what came out in forward, as far as was looked; in float streams, where inputs are rebuilt up to
-        rounding, on average."""
+        """Whether what came out is what came out in forward, as far as was looked; in float streams, where inputs are
+        rebuilt up to rounding, on average."""
         if same_glances([before], [after]):
             return True
-        return not self.parting.chain.exact and bool((before - after).abs().mean() <= _FLOAT_TOLERANCE * before.abs().mean())
+        return not self.parting.chain.exact and bool(
+            (before - after).abs().mean() <= _FLOAT_TOLERANCE * before.abs().mean()
+        )
 
     def joined(self, parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The outputs of all parts, each written to its place as soon as it is there."""
@@ -120,7 +136,10 @@ class InParts:
         start = 0
         for found in parts:
             if not outs:
-                sizes = [[*t.shape[:d], self.border.size, *t.shape[d + 1 :]] for t, d in zip(found, self.border.outs, strict=True)]
+                sizes = [
+                    [*t.shape[:d], self.border.size, *t.shape[d + 1 :]]
+                    for t, d in zip(found, self.border.outs, strict=True)
+                ]
                 outs = [t.new_empty(size) for t, size in zip(found, sizes, strict=True)]
             length = found[0].shape[self.border.outs[0]]
             for out, t, d in zip(outs, found, self.border.outs, strict=True):
@@ -143,7 +162,9 @@ class _Parts(torch.autograd.Function):
     """A core, part by part; see Note [Cores in parts]."""
 
     @staticmethod
-    def forward(ctx: Any, core: InParts, module: nn.Module, parts: list[tuple[int, int]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, core: InParts, module: nn.Module, parts: list[tuple[int, int]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.core, ctx.module, ctx.parts = core, module, parts
         ctx.surroundings, ctx.looks = [], []
         wanted: list[bool] = []  # of the outputs
@@ -169,7 +190,8 @@ class _Parts(torch.autograd.Function):
         core: InParts = ctx.core
         if torch.is_grad_enabled():
             raise UnsupportedTransformError(
-                f"{core.path}: got create_graph=True (a double backward) through a core in parts; expected a first-order backward; "
+                f"{core.path}: got create_graph=True (a double backward) through a core in parts; expected a "
+                "first-order backward; "
                 "compute it inside `with revwire.stored_activations(model):`, or convert with chunks=1"
             )
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
@@ -183,13 +205,17 @@ class _Parts(torch.autograd.Function):
             cuts = [None if g is None else g.narrow(d, *part) for g, d in zip(grads, core.border.outs, strict=True)]
             asked = [(out, g) for out, g in zip(outs, cuts, strict=True) if g is not None and out.requires_grad]
             if asked:
-                parts = torch.autograd.grad([o for o, _ in asked], [given[i] for i in wanted], [g for _, g in asked], allow_unused=True)
+                parts = torch.autograd.grad(
+                    [o for o, _ in asked], [given[i] for i in wanted], [g for _, g in asked], allow_unused=True
+                )
                 for i, g in zip(wanted, parts, strict=True):
                     _gather(found[i], g, given[i], core.border.dims[i])
         if not core.same(torch.cat(ctx.looks), torch.cat(looks)):
             raise ReconstructionError(
-                f"{core.path}: between forward and backward, a core in parts computed other values; expected the same as in the forward "
-                "pass: no change of mode, hooks or attributes before backward, and deterministic kernels. Gradients of this pass are not "
+                f"{core.path}: between forward and backward, a core in parts computed other values; expected the "
+                "same as in the forward "
+                "pass: no change of mode, hooks or attributes before backward, and deterministic kernels. Gradients "
+                "of this pass are not "
                 "valid: zero them; then convert with chunks=1"
             )
         return None, None, None, *(_whole(parts, d) for parts, d in zip(found, core.border.dims, strict=True))

@@ -27,9 +27,11 @@ _SIZED = ("view", "reshape", "expand", "unflatten", "repeat")
 
 
 class Relation(NamedTuple):
-    """What a part of a call's result needs: the dimension of each input along which it needs the same part (None: all of it).
+    """What a part of a call's result needs: the dimension of each input along which it needs the same part (None: all
+    of it).
 
-    ``size``: the place among the call's constants of the number that stands for the size of the parted dimension, if there is one.
+    ``size``: the place among the call's constants of the number that stands for the size of the parted dimension, if
+    there is one.
     """
 
     dims: tuple[int | None, ...]
@@ -41,7 +43,9 @@ Known = dict[Any, Relation | None]
 
 
 def _aligned(own: Sequence[int], shape: Sequence[int], dim: int) -> int | None:
-    """The dimension of an input that is broadcast to ``shape``, of which it needs the same part; None: it is the same for all."""
+    """The dimension of an input that is broadcast to ``shape``, of which it needs the same part; None: it is the same
+    for all.
+    """
     d = dim - (len(shape) - len(own))
     return d if d >= 0 and own[d] == shape[dim] else None
 

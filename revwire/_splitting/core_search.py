@@ -1,14 +1,15 @@
 """The core of a module: calls whose results are larger than what goes into them, and which treat parts of it alone.
 
 Note [Cores]
-    Where two activations are multiplied (each query with each key), the product may be much larger than both. Around such a product, a
-    core is grown call by call, along one of its dimensions (the heads, or the queries): a call belongs to it as long as a part of its
-    result, along a dimension, needs the same part of its inputs alone, or what all parts share. For element-wise calls that is known from
-    their declaration; of others it is found out by running them on random tensors of the recorded shapes, whole and in two halves (of
-    another size each, so that statistics of the whole cannot pass for those of a half). Calls that multiply by weights stay outside.
-    Modules that own nothing are opened, so that a core is made of calls of torch's alone, and others stay outside. In place, a core may
-    write to what it made itself. All else of the module stays in its order: the core is computed at one moment, when all is there that
-    goes in, and before anything needs what comes out.
+    Where two activations are multiplied (each query with each key), the product may be much larger than both. Around
+    such a product, a core is grown call by call, along one of its dimensions (the heads, or the queries): a call
+    belongs to it as long as a part of its result, along a dimension, needs the same part of its inputs alone, or what
+    all parts share. For element-wise calls that is known from their declaration; of others it is found out by running
+    them on random tensors of the recorded shapes, whole and in two halves (of another size each, so that statistics of
+    the whole cannot pass for those of a half). Calls that multiply by weights stay outside. Modules that own nothing
+    are opened, so that a core is made of calls of torch's alone, and others stay outside. In place, a core may write to
+    what it made itself. All else of the module stays in its order: the core is computed at one moment, when all is
+    there that goes in, and before anything needs what comes out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ Sizes = tuple[int, ...]
 
 
 def which(sizes: Sizes, count: int) -> int:
-    """The dimension along which to cut a core into so many parts: the first that has as many elements, or the one that has most."""
+    """The dimension along which to cut a core into so many parts: the first that has as many elements, or the one that
+    has most.
+    """
     return next((i for i, size in enumerate(sizes) if size >= count), sizes.index(max(sizes)))
 
 
@@ -108,7 +111,8 @@ def core_program(recording: Recording, path: str, parting: Parting, known: Known
 
 
 def calls_with_cores(flow: Flow, host: int, region: Iterable[int], known: Known) -> dict[int, Sizes]:
-    """The module calls inside of a host whose own code holds a core, with its sizes; the innermost, where several lie inside each other.
+    """The module calls inside of a host whose own code holds a core, with its sizes; the innermost, where several lie
+    inside each other.
 
     Args:
         flow: of a run of the model.
@@ -134,7 +138,13 @@ def _searched(recording: Recording, known: Known) -> _Search:
     """The search in the code of the root of a recording, with the modules opened that own nothing, if that can be."""
     inline = set[int]()
     for e in recording.events[1:]:
-        if e.is_module and (e.parent == 0 or e.parent in inline) and not e.hooked and _owns_nothing(e.target) and not _acts(recording, e):
+        if (
+            e.is_module
+            and (e.parent == 0 or e.parent in inline)
+            and not e.hooked
+            and _owns_nothing(e.target)
+            and not _acts(recording, e)
+        ):
             inline.add(e.number)
     try:
         return _Search(build_graph(recording, inline), known)
@@ -151,7 +161,9 @@ def _acts(recording: Recording, event: Event) -> bool:
 
 def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
     """The sizes of the dimensions along which the core of a module call may be cut; none where it has none."""
-    if recording.events[call].hooked or any(_is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)):
+    if recording.events[call].hooked or any(
+        _is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)
+    ):
         return ()
     try:
         return tuple(core.size for core in _searched(recording.cut(call), known).found())
@@ -193,7 +205,10 @@ class _Search:
     def is_result(self, node: fx.Node) -> bool:
         """Whether a node is one of several results of a call."""
         made = (
-            node.target is operator.getitem and node in self.value_of and node not in self.host.event_of and isinstance(node.args[1], int)
+            node.target is operator.getitem
+            and node in self.value_of
+            and node not in self.host.event_of
+            and isinstance(node.args[1], int)
         )
         return made and node.args[0] in self.host.event_of and node.args[0] not in self.value_of
 
@@ -216,7 +231,8 @@ class _Search:
     # -- finding ---------------------------------------------------------------------------------------------------
 
     def found(self) -> list[_Core]:
-        """The core that is largest compared with what goes in, along each dimension along which it may be cut, best first.
+        """The core that is largest compared with what goes in, along each dimension along which it may be cut, best
+        first.
 
         Raises:
             CaptureError: there is none.
@@ -234,11 +250,17 @@ class _Search:
             raise CaptureError("holds no core that may run in parts")
         best = max(good, key=self.gain)
         order = self.dimensions(self.value_of[best.seed].shape)
-        same = {core.dims[best.seed]: core for core in reversed(good) if best.seed in core.dims and core.dims[best.seed] in order}
+        same = {
+            core.dims[best.seed]: core
+            for core in reversed(good)
+            if best.seed in core.dims and core.dims[best.seed] in order
+        }
         return [same[dim] for dim in order if dim in same]
 
     def dimensions(self, shape: tuple[int, ...]) -> list[int]:
-        """Those along which a core may be cut, best first: heads, then queries, then samples. The last one is what is summed over."""
+        """Those along which a core may be cut, best first: heads, then queries, then samples. The last one is what is
+        summed over.
+        """
         return [*range(1, len(shape) - 1), 0] if len(shape) > 3 else [*range(len(shape) - 1)]
 
     def event(self, node: fx.Node) -> Event:
@@ -253,7 +275,9 @@ class _Search:
         while todo:
             for node in todo:  # grows
                 todo += [*self.grow_down(dims, node, size), *self.grow_up(dims, node, size)]
-            todo = [new for node in list(dims) for new in self.grow_up(dims, node, size)]  # what others had to come before
+            todo = [
+                new for node in list(dims) for new in self.grow_up(dims, node, size)
+            ]  # what others had to come before
         core = _Core({n: dims[n] for n in self.nodes if n in dims}, size, seed)
         for node in core.dims:
             for i, d in zip(self.inputs(node), self.related(node, dims[node]).dims, strict=True):
@@ -284,16 +308,22 @@ class _Search:
         return [self.call(u) for u in self.users(node) if u not in core.dims]
 
     def grow_down(self, dims: dict[fx.Node, int], node: fx.Node, size: int) -> list[fx.Node]:
-        """Take in the calls that go on from a node of the core, and need nothing that comes from it by a way outside."""
+        """Take in the calls that go on from a node of the core, and need nothing that comes from it by a way
+        outside.
+        """
         new: list[fx.Node] = []
-        if any(user in self.host.elided for user in node.users):  # a module hands it on, and may act on it, or on its gradient
+        if any(
+            user in self.host.elided for user in node.users
+        ):  # a module hands it on, and may act on it, or on its gradient
             return new
         for user in self.users(node):
             if user in dims or not self.may_belong(user) or self.comes_back(user, dims):
                 continue
             for d, s in enumerate(self.value_of[user].shape):
                 relation = self.relation(user, d) if s == size else None
-                if relation is not None and all(dims.get(i, at) == at for i, at in zip(self.inputs(user), relation.dims, strict=True)):
+                if relation is not None and all(
+                    dims.get(i, at) == at for i, at in zip(self.inputs(user), relation.dims, strict=True)
+                ):
                     dims[user] = d
                     new.append(user)
                     break
@@ -321,7 +351,9 @@ class _Search:
         return all(u in dims and self.wants(u, dims[u], node) == {dim} for u in self.users(node))
 
     def is_cut_out(self, dims: dict[fx.Node, int], node: fx.Node, dim: int) -> bool:
-        """Whether a node is a view of a part of something whose other parts stay outside: the gradient of that would be larger."""
+        """Whether a node is a view of a part of something whose other parts stay outside: the gradient of that would be
+        larger.
+        """
         larger = [i for i in self.inputs(node) if self.bytes_of(i) > self.bytes_of(node)] if self.is_view(node) else []
         return any(u not in dims and not self.serves_only(dims, u, dim) for i in larger for u in self.users(i))
 
@@ -330,14 +362,20 @@ class _Search:
         return {d for other, d in zip(self.inputs(node), self.related(node, dim).dims, strict=True) if other is i}
 
     def may_belong(self, node: fx.Node) -> bool:
-        """Whether a call may be computed again in parts: it is one of torch's, and does not multiply by weights; see `writes_outside`."""
+        """Whether a call may be computed again in parts: it is one of torch's, and does not multiply by weights; see
+        `writes_outside`.
+        """
         if node not in self.belongs:
             self.belongs[node] = self._may_belong(node)
         return self.belongs[node]
 
     def _may_belong(self, node: fx.Node) -> bool:
         call = self.call(node)
-        if call not in self.host.event_of or node not in self.value_of or any(i not in self.value_of for i in self.inputs(node)):
+        if (
+            call not in self.host.event_of
+            or node not in self.value_of
+            or any(i not in self.value_of for i in self.inputs(node))
+        ):
             return False
         event = self.event(node)
         if event.is_module or event.opaque or (call in self.host.writes and not event.is_pointwise):
@@ -347,8 +385,9 @@ class _Search:
     def gain(self, core: _Core) -> float:
         """How much larger the largest that is made inside is than what goes in: that is kept instead of it.
 
-        What is handed in, and enters by element-wise calls only (a bias, a mask), is there anyway. Where much comes out of what is
-        made inside (maps of attention), little is gained; more where that is only returned, and may be dropped, than where it is used.
+        What is handed in, and enters by element-wise calls only (a bias, a mask), is there anyway. Where much comes out
+        of what is made inside (maps of attention), little is gained; more where that is only returned, and may be
+        dropped, than where it is used.
         """
         end = self.nodes[-1]
         inside = [self.bytes_of(n) for n in core.dims if n not in core.outs and not self.is_view(n)]
@@ -394,7 +433,13 @@ class _Search:
         call, inputs = self.call(node), self.inputs(node)
         values = [self.value_of[i] for i in inputs]
         constants = repr(fx.map_arg((call.args, call.kwargs), lambda n: f"<{inputs.index(n)}>"))
-        return self.event(node).target, self.index(node), tuple((v.shape, v.dtype) for v in values), constants, self.event(node).modes
+        return (
+            self.event(node).target,
+            self.index(node),
+            tuple((v.shape, v.dtype) for v in values),
+            constants,
+            self.event(node).modes,
+        )
 
     def index(self, node: fx.Node) -> int | None:
         """Which of several results of its call it is."""
@@ -425,10 +470,17 @@ class _Search:
         given = [_random(self.value_of[i], self.device, most, wide=wide) for i in self.inputs(node)]
         half = shape[dim] // 2
         whole = self.run(node, given)
-        if not isinstance(whole, Tensor) or whole.shape != shape or not whole.numel() or bool((whole == whole.flatten()[0]).all()):
+        if (
+            not isinstance(whole, Tensor)
+            or whole.shape != shape
+            or not whole.numel()
+            or bool((whole == whole.flatten()[0]).all())
+        ):
             return None  # the last: what is the same everywhere shows nothing
         for relation in self.ways(node, dim):
-            if all(self.holds(node, given, relation, whole, dim, *part) for part in ((0, half), (half, shape[dim] - half))):
+            if all(
+                self.holds(node, given, relation, whole, dim, *part) for part in ((0, half), (half, shape[dim] - half))
+            ):
                 return relation
         return None
 
@@ -450,7 +502,9 @@ class _Search:
             if count < _MOST_WAYS and any(d is not None for d in dims):
                 yield from (Relation(dims, number) for number in numbers)
 
-    def holds(self, node: fx.Node, given: list[Tensor], relation: Relation, whole: Tensor, dim: int, start: int, length: int) -> bool:
+    def holds(
+        self, node: fx.Node, given: list[Tensor], relation: Relation, whole: Tensor, dim: int, start: int, length: int
+    ) -> bool:
         part = [x if d is None else x.narrow(d, start, length) for x, d in zip(given, relation.dims, strict=True)]
         try:
             found = self.run(node, part, relation.size, length)
@@ -494,7 +548,10 @@ class _Search:
         for node, dim in core.dims.items():
             call, relation = self.call(node), self.related(node, dim)
             if (call, relation) not in made:
-                needs = {i: env[i] if i in env else given[i, d] for i, d in zip(self.inputs(node), relation.dims, strict=True)}
+                needs = {
+                    i: env[i] if i in env else given[i, d]
+                    for i, d in zip(self.inputs(node), relation.dims, strict=True)
+                }
                 copied = graph.node_copy(call, needs.__getitem__)
                 if relation.size is not None:
                     copied.args, copied.kwargs = _with_size(copied, relation.size, size)

@@ -1,26 +1,29 @@
-"""Units that run in chunks: of the batch, of tokens, of windows, where a branch treats each by itself. Each chunk is rebuilt by itself.
+"""Units that run in chunks: of the batch, of tokens, of windows, where a branch treats each by itself. Each chunk is
+rebuilt by itself.
 
 Note [What may be cut]
-    Along a dimension, F may be cut where F(x)[i] depends on x[i] alone. That is found on the example, with the model in eval mode
-    (without dropout): a random half of the elements along the dimension is exchanged for others, and the results of the other half must
-    stay the same to the bit, and the other way round; and the chunks, computed alone, must give what the whole gives (up to the rounding
-    of matrix products of another size), so that F does not count positions either. Weights are moved a little meanwhile: a part of a
-    branch that begins as zero (an output layer, a gate) hides what it will do once it has been trained. Branches that write buffers
-    (batch statistics) are never cut.
+    Along a dimension, F may be cut where F(x)[i] depends on x[i] alone. That is found on the example, with the model in
+    eval mode (without dropout): a random half of the elements along the dimension is exchanged for others, and the
+    results of the other half must stay the same to the bit, and the other way round; and the chunks, computed alone,
+    must give what the whole gives (up to the rounding of matrix products of another size), so that F does not count
+    positions either. Weights are moved a little meanwhile: a part of a branch that begins as zero (an output layer, a
+    gate) hides what it will do once it has been trained. Branches that write buffers (batch statistics) are never cut.
 
 Note [Windows]
-    Where elements act on each other, they may do so in pieces that do not (the windows of attention, along time). Where the first two end
-    is found by exchanging one element of each; the others are taken to be as long as the second, and then any of them are exchanged,
-    of which the rest must know nothing. A window that is shifted around the border is two pieces. What pieces there are depends on the
-    size of the input (where one window covers all, it is not shifted), so such a cut holds for the sizes of the example alone; a unit
-    runs whole on others. Neighbouring pieces are one chunk only in those numbers of chunks for which the branch, run on each, was seen to
-    give the same as on the whole: a branch that shifts its windows would shift those of the chunk.
+    Where elements act on each other, they may do so in pieces that do not (the windows of attention, along time). Where
+    the first two end is found by exchanging one element of each; the others are taken to be as long as the second, and
+    then any of them are exchanged, of which the rest must know nothing. A window that is shifted around the border is
+    two pieces. What pieces there are depends on the size of the input (where one window covers all, it is not shifted),
+    so such a cut holds for the sizes of the example alone; a unit runs whole on others. Neighbouring pieces are one
+    chunk only in those numbers of chunks for which the branch, run on each, was seen to give the same as on the whole:
+    a branch that shifts its windows would shift those of the chunk.
 
 Note [Random numbers in chunks]
-    Dropout draws a number for each element, so chunks of samples draw theirs one after the other. Along other dimensions that would break
-    what a whole sample shares (stochastic depth drops its branch or does not). So a branch that draws random numbers is cut along a
-    dimension other than the batch only where all that it draws has the same shape for a chunk as for the whole; then each chunk draws the
-    same numbers again (`Chunk.shares`), and the generator ends where a plain forward leaves it.
+    Dropout draws a number for each element, so chunks of samples draw theirs one after the other. Along other
+    dimensions that would break what a whole sample shares (stochastic depth drops its branch or does not). So a branch
+    that draws random numbers is cut along a dimension other than the batch only where all that it draws has the same
+    shape for a chunk as for the whole; then each chunk draws the same numbers again (`Chunk.shares`), and the generator
+    ends where a plain forward leaves it.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ class Prober:
     def __init__(self, counts: Iterable[int]) -> None:
         self.counts = sorted(set(counts))
         self.found: dict[tuple[int, int], _Found] = {}
-        self.draws: dict[tuple[int, int], tuple[int, ...]] = {}  # the dimensions along which a unit that draws may share what it draws
+        self.draws: dict[
+            tuple[int, int], tuple[int, ...]
+        ] = {}  # the dimensions along which a unit that draws may share what it draws
         self.stage: Literal["dimensions", "draws", "batch"] = "dimensions"
         self.looks = False  # at a unit, in whose branch others may lie
 
@@ -67,7 +72,9 @@ class Prober:
         finally:
             self.looks = False
 
-    def _look(self, keys: list[tuple[int, int]], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
+    def _look(
+        self, keys: list[tuple[int, int]], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+    ) -> None:
         if self.stage == "draws":
             if any(key in self.found for key in keys) and _draws(unit, host, x, extras):
                 seen = next(self.found[key] for key in keys if key in self.found)
@@ -84,7 +91,9 @@ class Prober:
             self.found[key] = found if same else found._replace(dims=(), windows=(), open=False)
 
     def _usable(self, key: tuple[int, int]) -> tuple[tuple[int, ...], tuple[Windows, ...]] | None:
-        """The dimensions along which a unit may be cut, and its windows, if there are any; those that its random numbers allow."""
+        """The dimensions along which a unit may be cut, and its windows, if there are any; those that its random
+        numbers allow.
+        """
         found, shared = self.found[key], self.draws.get(key)
         dims = tuple(d for d in found.dims if shared is None or d == BATCH or d in shared)
         windows = tuple(w for w in found.windows if shared is None or w.dim in shared)
@@ -113,9 +122,11 @@ class Prober:
 
 
 def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], counts: Iterable[int]) -> Prober:
-    """Run a converted model on its example in eval mode, and in train mode, and see how its units may be cut into so many chunks.
+    """Run a converted model on its example in eval mode, and in train mode, and see how its units may be cut into so
+    many chunks.
 
-    The model is left as it was. One that cannot run in train mode on the example counts as one that draws random numbers.
+    The model is left as it was. One that cannot run in train mode on the example counts as one that draws random
+    numbers.
 
     Raises:
         ConversionError: the model fails in eval mode.
@@ -127,7 +138,8 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
             run()
         except Exception as error:
             raise ConversionError(
-                f"{type(model).__name__}: chunks= looks at the model in eval mode, in which it failed on the example inputs "
+                f"{type(model).__name__}: chunks= looks at the model in eval mode, in which it failed on the example "
+                "inputs "
                 f"({type(error).__name__}: {error}); pass an example that it takes in eval mode, or leave chunks= out"
             ) from error
         prober.stage = "draws"

@@ -52,8 +52,8 @@ def _same_states(before: RandomStates, after: RandomStates) -> bool:
 def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], counts: Sequence[int]) -> _Found:
     """Along which dimensions the branch treats every element, or every window, by itself; see Note [What may be cut].
 
-    Beside the batch, the first dimension that has windows, or enough elements, is enough. A batch of one is looked at last, and only where
-    nothing else may be cut: it takes two samples.
+    Beside the batch, the first dimension that has windows, or enough elements, is enough. A batch of one is looked at
+    last, and only where nothing else may be cut: it takes two samples.
     """
     none, most = _Found(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
     if unit.assigned or Inventory.of(unit.modules(host)).writers or _draws(unit, host, x, extras):
@@ -63,7 +63,9 @@ def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], 
     dims, windows = [], []
     with _moved_weights(unit.modules(host)):
         several = x.dim() > 1 and x.shape[BATCH] > 1
-        slices = next((s for s in (False, True) if several and _may_be_cut(unit, host, x, extras, BATCH, most, slices=s)), None)
+        slices = next(
+            (s for s in (False, True) if several and _may_be_cut(unit, host, x, extras, BATCH, most, slices=s)), None
+        )
         if slices is not None:
             dims.append(BATCH)
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(extras)):
@@ -77,7 +79,9 @@ def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], 
                 windows += [] if found is None else [found]
             if windows or (dims[-1:] == [d] and x.shape[d] >= most):
                 break
-    return none._replace(dims=tuple(dims), slices=bool(slices), windows=tuple(windows), open=x.dim() > 1 and not several)
+    return none._replace(
+        dims=tuple(dims), slices=bool(slices), windows=tuple(windows), open=x.dim() > 1 and not several
+    )
 
 
 def _cuts_batch(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> bool:
@@ -89,7 +93,9 @@ def _cuts_batch(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...],
 @contextmanager
 def _moved_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Give the modules, and all below them, other weights near their own, none of them zero."""
-    kept = [(m, name, p) for root in modules for m in root.modules() for name, p in m._parameters.items() if p is not None]
+    kept = [
+        (m, name, p) for root in modules for m in root.modules() for name, p in m._parameters.items() if p is not None
+    ]
     moved: dict[int, nn.Parameter] = {}
     try:
         for module, name, p in kept:
@@ -104,7 +110,15 @@ def _moved_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _may_be_cut(
-    unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], dim: int, count: int, *, slices: bool, whole: Tensor | None = None
+    unit: Unit,
+    host: nn.Module,
+    x: Tensor,
+    extras: tuple[Any, ...],
+    dim: int,
+    count: int,
+    *,
+    slices: bool,
+    whole: Tensor | None = None,
 ) -> bool:
     if x.shape[dim] < 2 or not x.numel():
         return False
@@ -140,7 +154,9 @@ def _windows(
     if len(ends) < 2 or not as_whole(ends):
         return None
     together = [_together(ends, count) for count in counts]
-    merged = [n for n, borders in zip(counts, together, strict=True) if 1 < len(borders) < len(ends) and as_whole(borders)]
+    merged = [
+        n for n, borders in zip(counts, together, strict=True) if 1 < len(borders) < len(ends) and as_whole(borders)
+    ]
     return Windows(dim, ends, tuple(merged), tuple(x.shape[1:]))
 
 
@@ -180,7 +196,9 @@ def _pieces(branch: Callable[[Tensor], Tensor], x: Tensor, dim: int, whole: Tens
     return tuple(ends.tolist())
 
 
-def _shared(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], found: _Found, count: int) -> tuple[int, ...]:
+def _shared(
+    unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], found: _Found, count: int
+) -> tuple[int, ...]:
     """The dimensions along which what the branch draws has the same shape for a chunk as for the whole."""
 
     def draws(x: Tensor, extras: tuple[Any, ...]) -> list[Any]:
@@ -190,12 +208,22 @@ def _shared(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], fou
         seen.note_hidden()
         return seen.shapes
 
-    ways: list[tuple[int, tuple[Windows, ...]]] = [*((d, ()) for d in found.dims), *((w.dim, (w,)) for w in found.windows)]
+    ways: list[tuple[int, tuple[Windows, ...]]] = [
+        *((d, ()) for d in found.dims),
+        *((w.dim, (w,)) for w in found.windows),
+    ]
     shared = []
     try:
         whole = draws(x, extras)
         for dim, windows in ways:
-            cut = Cut(max(2, min(count, x.shape[dim])), found.rank, () if windows else (dim,), found.slices, found.kinds, windows)
+            cut = Cut(
+                max(2, min(count, x.shape[dim])),
+                found.rank,
+                () if windows else (dim,),
+                found.slices,
+                found.kinds,
+                windows,
+            )
             chunks = cut.chunks_of(x.shape)
             if whole and chunks and all(draws(*_part(x, extras, p, cut)) == whole for p in chunks):
                 shared.append(dim)
@@ -214,7 +242,9 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shapes: list[Any] = []
 
     def note_hidden(self) -> None:
-        """Note, as what equals nothing, that the generators have moved since the last operator that is known to draw."""
+        """Note, as what equals nothing, that the generators have moved since the last operator that is known to
+        draw.
+        """
         if not _same_states(self.states, random_states(self.devices)):
             self.shapes.append(object())
 
@@ -235,7 +265,9 @@ def _part(x: Tensor, extras: tuple[Any, ...], chunk: Chunk, cut: Cut) -> tuple[T
 
 
 def _independent(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], dim: int, whole: Tensor) -> bool:
-    """Whether results stay, to the bit, where a random half of the elements along a dimension is exchanged; both ways round."""
+    """Whether results stay, to the bit, where a random half of the elements along a dimension is exchanged; both ways
+    round.
+    """
     size, other = x.shape[dim], _other(x, dim)
     chosen = torch.randperm(size, device=x.device)
     for stay in (chosen[: size // 2], chosen[size // 2 :]):

@@ -1,4 +1,6 @@
-"""Packing of the few low bits that a fixed-point step keeps: whole-tensor operations on bytes only, no loop over elements."""
+"""Packing of the few low bits that a fixed-point step keeps: whole-tensor operations on bytes only, no loop over
+elements.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ SEGMENTS = 64
 
 
 def pack_bits(state: Tensor, bits: int) -> Tensor:
-    """The ``bits`` (1 to 7) low bits of every element of an integer tensor, packed: uint8, ``bits`` bytes per 8 elements.
+    """The ``bits`` (1 to 7) low bits of every element of an integer tensor, packed: uint8, ``bits`` bytes per 8
+    elements.
 
     They are cut into planes of 4, 2 and 1 bits; a plane is halved, one half beside the other, until its bytes are full.
     """
@@ -79,11 +82,13 @@ class _Layout(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _layout(n: int, m: int) -> _Layout:
-    """The layout of `_bits.pack_bits` for n values of m bits: planes of 4, 2 and 1 bits; the values that share a byte lie far apart.
+    """The layout of `_bits.pack_bits` for n values of m bits: planes of 4, 2 and 1 bits; the values that share a byte
+    lie far apart.
 
     Returns:
-        A row for each group of values that have the same place in their bytes: the first byte and the end of the plane, the group's
-        first value, the shift and the mask that cut its bits out, the shift to their place in the byte, whether it is the plane's first.
+        A row for each group of values that have the same place in their bytes: the first byte and the end of the plane,
+        the group's first value, the shift and the mask that cut its bits out, the shift to their place in the byte,
+        whether it is the plane's first.
     """
     import numpy as np
 

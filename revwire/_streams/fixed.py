@@ -108,7 +108,13 @@ class FixedStreams(Streams):
 
     def _numbers(self, state: Tensor, x: Tensor, rule: Rule) -> tuple[float, float, int] | None:
         """(a, c, m) where the compiled form serves: for numbers, not for one number per sample."""
-        if self.compiled and rule.bits is not None and isinstance(rule.a, float) and isinstance(rule.c, float) and rule.signs is None:
+        if (
+            self.compiled
+            and rule.bits is not None
+            and isinstance(rule.a, float)
+            and isinstance(rule.c, float)
+            and rule.signs is None
+        ):
             return (rule.a, rule.c, rule.bits) if _kernels.suits(state, x) else None
         return None
 
@@ -127,12 +133,15 @@ class FixedStreams(Streams):
     def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
         """They show a fault that the sums of states cannot.
 
-        Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of that layer is not.
+        Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of
+        that layer is not.
         """
         values = _kernels.sampled(f, saved, _FOLD, _FEWER) if self.compiled else None
         if values is None:
             with torch.no_grad():
-                wide = torch.float64 if any(t.dtype == torch.float64 for t in (f, *saved)) else torch.float32  # autocast mixes no others
+                wide = (
+                    torch.float64 if any(t.dtype == torch.float64 for t in (f, *saved)) else torch.float32
+                )  # autocast mixes no others
                 values = torch.cat([_spread(f, _FOLD).to(wide), *(_spread(t, _FEWER).to(wide) for t in saved)])
         return Sample(values, f.dtype)
 
@@ -152,12 +161,16 @@ def _bits(rule: Rule) -> int:
 
 
 def _half(m: int) -> int:
-    """Added before a shift to the right by m, so that it rounds to the nearest: rounding down would add up over the units."""
+    """Added before a shift to the right by m, so that it rounds to the nearest: rounding down would add up over the
+    units.
+    """
     return 1 << m - 1
 
 
 def _rounded(wide: Tensor) -> Tensor:
-    """Round a float tensor, in place, so that what is not finite becomes an integer out of range when it is converted."""
+    """Round a float tensor, in place, so that what is not finite becomes an integer out of range when it is
+    converted.
+    """
     wide.round_()
     if _SATURATES or wide.device.type != "cpu":
         wide.nan_to_num_(nan=float("inf"))

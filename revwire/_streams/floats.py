@@ -60,8 +60,12 @@ class FloatStreams(Streams):
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         if not before.branch.numel():
             return before.state.new_zeros(2)
-        deltas = torch.stack([torch.dist(before.state, after.state, float("inf")), torch.dist(before.branch, after.branch, 1)])
-        sizes = torch.stack([torch.linalg.vector_norm(before.state, float("inf")), torch.linalg.vector_norm(before.branch, 1)])
+        deltas = torch.stack(
+            [torch.dist(before.state, after.state, float("inf")), torch.dist(before.branch, after.branch, 1)]
+        )
+        sizes = torch.stack(
+            [torch.linalg.vector_norm(before.state, float("inf")), torch.linalg.vector_norm(before.branch, 1)]
+        )
         return deltas.div_(sizes.add_(torch.finfo(sizes.dtype).tiny))
 
     def allowed(self, before: Fingerprint) -> tuple[float, float]:

@@ -3,9 +3,11 @@
 `_numerics` says what is computed; its plain form, one PyTorch call after the other, is the reference. Each of its dozen
 calls reads and writes a whole stream, most of them into new memory; here each stream is read once and written once. The
 rounding of a·x + c·f may differ from the plain form in its last bit (PyTorch's CPU kernels fuse that multiplication and
-addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.compiled` says which.
+addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.compiled` says
+which.
 
-The kernels (`native`) work on the flat memory of dense tensors. Their results are new tensors, so no version counter is passed over.
+The kernels (`native`) work on the flat memory of dense tensors. Their results are new tensors, so no version counter is
+passed over.
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ _NATIVE = "revwire._streams.native"
 
 
 _LEAST_PER_THREAD = 1 << 21
-"""Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait beside it."""
+"""Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait
+beside it.
+"""
 
 
 class Advanced(NamedTuple):
-    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; and whether all is in range (else the rest is undefined)."""
+    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; and whether all is in range (else the rest
+    is undefined).
+    """
 
     state: Tensor
     value: Tensor
@@ -51,13 +57,21 @@ def suits(*tensors: Tensor) -> bool:
     """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
     layout = tensors[0].stride()
     for t in tensors:
-        if not (type(t) is Tensor and (t.dtype is torch.int32 or t.dtype is torch.float32) and t.is_cpu and t.stride() == layout):
+        if not (
+            type(t) is Tensor
+            and (t.dtype is torch.int32 or t.dtype is torch.float32)
+            and t.is_cpu
+            and t.stride() == layout
+        ):
             return False
     return True
 
 
-def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool) -> Advanced:
-    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `_numerics` defines it; ``keep`` what it takes to come back.
+def advance(
+    previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool
+) -> Advanced:
+    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `_numerics` defines it; ``keep`` what it takes to
+    come back.
 
     That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
     """
@@ -67,7 +81,9 @@ def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, 
     sums = _no_sums() if keep else None
     tensors = (previous, x, f, state, value)
     numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
-    in_range = _in_parts(k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr()))
+    in_range = _in_parts(
+        k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr())
+    )
     bits = None
     if m and keep:
         size = -(-n // 8) * m
@@ -78,7 +94,16 @@ def advance(previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, 
 
 
 def retreat(
-    following: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, bits: Tensor | None, *, negative: bool, scale: int
+    following: Tensor,
+    x: Tensor,
+    f: Tensor,
+    a: float,
+    c: float,
+    m: int,
+    bits: Tensor | None,
+    *,
+    negative: bool,
+    scale: int,
 ) -> tuple[Tensor, Tensor]:
     """X_{k-1}, the inverse of `advance`, and its sums."""
     k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
@@ -110,7 +135,9 @@ def _no_sums() -> Tensor:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two byte tensors on the CPU, dense and of one size, are equal: in the compiled form where that is in use."""
+    """Whether two byte tensors on the CPU, dense and of one size, are equal: in the compiled form where that is in
+    use.
+    """
     size, native = a.numel(), sys.modules.get(_NATIVE)
     if size % 8 or b.numel() != size:
         return torch.equal(a, b)
@@ -120,7 +147,9 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Tensor | None:
-    """``elements`` numbers of ``f`` and ``fewer`` of each of at most two others, at equal distances; None where this form does not do."""
+    """``elements`` numbers of ``f`` and ``fewer`` of each of at most two others, at equal distances; None where this
+    form does not do.
+    """
     steps = []
     for t, count in ((f, elements), *[(t, fewer) for t in saved]):
         n = t.numel()
@@ -141,14 +170,18 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 
 def _in_parts(kernel: Callable[..., bool], numbers: tuple[float, ...], n: int, addresses: tuple[int, ...]) -> bool:
-    """Run a kernel on the segments of a stream, shared by threads if there is enough to do; whether it says True of all."""
+    """Run a kernel on the segments of a stream, shared by threads if there is enough to do; whether it says True of
+    all.
+    """
     if n < 2 * _LEAST_PER_THREAD:
         return kernel(*numbers, n, 0, SEGMENTS, *addresses)
     threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD, SEGMENTS)
     if threads < 2:
         return kernel(*numbers, n, 0, SEGMENTS, *addresses)
     bounds = [SEGMENTS * i // threads for i in range(threads + 1)]
-    return all(list(_pool(os.getpid(), threads).map(lambda part: kernel(*numbers, n, *part, *addresses), pairwise(bounds))))
+    return all(
+        list(_pool(os.getpid(), threads).map(lambda part: kernel(*numbers, n, *part, *addresses), pairwise(bounds)))
+    )
 
 
 @lru_cache(maxsize=2)

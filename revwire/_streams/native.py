@@ -1,7 +1,8 @@
 """The compiled loops of `_kernels`. Imported where Numba is installed, when the first of them is to run.
 
-They take addresses: making NumPy arrays of tensors costs more than the work on a small one. A stream is cut into `SEGMENTS` parts, of each
-of which a loop can give the sum of the integers on its way, and between which threads share the work.
+They take addresses: making NumPy arrays of tensors costs more than the work on a small one. A stream is cut into
+`SEGMENTS` parts, of each of which a loop can give the sum of the integers on its way, and between which threads share
+the work.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,attr-defined"
@@ -52,10 +53,20 @@ def advance(a, c, one, m, half, sign, n, first, last, previous, x, f, state, val
     a, c, one = _float32(a), _float32(c), _float32(one)
     m, half, sign, outside = _int32(m), _int32(half), _int32(sign), _int32(0)
     all_olds, all_news = carray(_at(previous), n, _int32), carray(_at(state), n, _int32)
-    all_xs, all_fs, all_values = carray(_at(x), n, _float32), carray(_at(f), n, _float32), carray(_at(value), n, _float32)
+    all_xs, all_fs, all_values = (
+        carray(_at(x), n, _float32),
+        carray(_at(f), n, _float32),
+        carray(_at(value), n, _float32),
+    )
     for s in range(first, last):
         low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _int32(0)
-        olds, news, xs, fs, values = all_olds[low:high], all_news[low:high], all_xs[low:high], all_fs[low:high], all_values[low:high]
+        olds, news, xs, fs, values = (
+            all_olds[low:high],
+            all_news[low:high],
+            all_xs[low:high],
+            all_fs[low:high],
+            all_values[low:high],
+        )
         for j in range(len(olds)):
             wide = _rint(fs[j] * c + xs[j] * a)
             fits = abs(wide) < _limit  # not so for NaN
@@ -134,7 +145,9 @@ def _take(out, count, numbers, step):
 
 @_compiled
 def sample(out, first, first_step, a, a_step, b, b_step, elements, fewer):
-    """``elements`` of the numbers at ``first`` and ``fewer`` of those at ``a`` and ``b`` (if there), at equal distances."""
+    """``elements`` of the numbers at ``first`` and ``fewer`` of those at ``a`` and ``b`` (if there), at equal
+    distances.
+    """
     sampled = carray(_at(out), elements + 2 * fewer, _float32)
     _take(sampled, elements, first, first_step)
     if a:

@@ -27,12 +27,24 @@ def _spread(x: Tensor, count: int) -> Tensor:
 
 
 def can_be_sampled(x: Tensor) -> bool:
-    """Whether a saved tensor has elements, with the same values whenever it is computed again (scratch space has not)."""
+    """Whether a saved tensor has elements, with the same values whenever it is computed again (scratch space has
+    not).
+    """
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided
 
 
 _COMPARED = frozenset(
-    (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
+    (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.bool,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+    )
 )
 
 

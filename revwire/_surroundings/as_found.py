@@ -35,7 +35,9 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_alone(module: nn.Module, devices: tuple[torch.device, ...]) -> Iterator[None]:
-    """A run of a module inside of this leaves nothing behind: no random state, attribute, shard or buffer is another one."""
+    """A run of a module inside of this leaves nothing behind: no random state, attribute, shard or buffer is another
+    one.
+    """
     with (
         preserved_random_state(devices),
         python_random_kept(),

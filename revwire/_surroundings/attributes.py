@@ -109,7 +109,9 @@ MISSING = object()
 
 @contextmanager
 def attributes_as_found(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no trace."""
+    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no
+    trace.
+    """
     now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
     try:
         for m, name, value in attributes:

@@ -17,7 +17,11 @@ from revwire._surroundings.inventory import Inventory, _is_written, version_of
 @contextmanager
 def counters_kept(root: nn.Module) -> Iterator[None]:
     """Undo writes to buffers that are no floating-point statistics (those are kept apart by `buffers_kept`)."""
-    kept = [(b, version_of(b), b.detach().clone()) for b in root.buffers() if not b.is_floating_point() and not b.is_inference()]
+    kept = [
+        (b, version_of(b), b.detach().clone())
+        for b in root.buffers()
+        if not b.is_floating_point() and not b.is_inference()
+    ]
     try:
         yield
     finally:
@@ -35,10 +39,14 @@ _QUIET: WeakSet[nn.Module] = WeakSet()  # modules whose last forward moved no ve
 
 
 class Written:
-    """What a forward of these modules (not of those below them) writes to their buffers; see Note [Buffers that are read and written]."""
+    """What a forward of these modules (not of those below them) writes to their buffers; see Note [Buffers that are
+    read and written].
+    """
 
     def __init__(self, modules: Iterable[nn.Module], *, copied: bool = False) -> None:
-        """Before the forward; ``copied``: with copies of all that is written, counters too, whatever was written last time."""
+        """Before the forward; ``copied``: with copies of all that is written, counters too, whatever was written last
+        time.
+        """
         self.copied = copied
         self.before = [(m, quiet := m in _QUIET and not copied, _with_copies(m, not quiet)) for m in modules]
 
@@ -53,7 +61,9 @@ class Written:
                 elif module._buffers.get(name) is not buffer:  # another tensor took its place: it is a copy itself
                     old[name] = buffer
             loud = any(b.is_floating_point() for name, b, _, _ in buffers if name in old)
-            found |= {(id(module), name): value for name, value in old.items() if (loud or self.copied) and value is not None}
+            found |= {
+                (id(module), name): value for name, value in old.items() if (loud or self.copied) and value is not None
+            }
             if loud and quiet:
                 _QUIET.discard(module)
             elif not (loud or quiet):
@@ -64,8 +74,8 @@ class Written:
 def statistics_of(modules: Iterable[nn.Module]) -> Copies:
     """Copies of the running statistics of those among these modules that are in train mode.
 
-    Batch normalisation saves them for a gradient that does not use them, and its forward changes them: a recompute that is compared finds
-    those of the forward.
+    Batch normalisation saves them for a gradient that does not use them, and its forward changes them: a recompute that
+    is compared finds those of the forward.
     """
     found = [m for m in modules if m.training and isinstance(m, _NormBase)]
     named = [(m, name, m._buffers.get(name)) for m in found for name in ("running_mean", "running_var")]

@@ -1,7 +1,7 @@
 """Copies of stateful arguments (key-value caches, say): new containers around the same, detached tensors.
 
-A call may write to such an object. A capture, and every recompute, must find it as the forward pass found it, and must not
-write to the caller's.
+A call may write to such an object. A capture, and every recompute, must find it as the forward pass found it, and must
+not write to the caller's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from revwire._surroundings.inventory import version_of
 
 
 def snapshot(obj: Any, tensor: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
-    """``obj`` with its structure copied, and ``tensor`` applied to its tensors. Modules and what cannot be copied are shared.
+    """``obj`` with its structure copied, and ``tensor`` applied to its tensors. Modules and what cannot be copied are
+    shared.
 
-    Tensors are only detached by default: in-place writes to them are not undone; they change a recompute, which is detected.
+    Tensors are only detached by default: in-place writes to them are not undone; they change a recompute, which is
+    detected.
     """
     memo: dict[int, Any] = {}
     _share(obj, memo, set(), tensor)
@@ -55,7 +57,9 @@ Versions = list[tuple[Tensor, int]]
 
 
 def detached(value: Any, found: Versions) -> Any:
-    """``value`` with each tensor in it detached, which is noted in ``found``; containers and stateful objects are copied."""
+    """``value`` with each tensor in it detached, which is noted in ``found``; containers and stateful objects are
+    copied.
+    """
     if isinstance(value, Tensor):
         out = value.detach().requires_grad_(value.requires_grad)
         found.append((out, version_of(out)))

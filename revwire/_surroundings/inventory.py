@@ -15,7 +15,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around the forward of a module, its own or global ones."""
     registry = nn.modules.module
-    return any(getattr(module, h) for h in _HOOKS) or bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
+    return any(getattr(module, h) for h in _HOOKS) or bool(
+        registry._global_forward_hooks or registry._global_forward_pre_hooks
+    )
 
 
 Table = dict[str, Any]

@@ -13,7 +13,9 @@ from torch import nn
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Let code that is compiled by `torch.compile` run as it was written: compilers refuse to trace what is being observed."""
+    """Let code that is compiled by `torch.compile` run as it was written: compilers refuse to trace what is being
+    observed.
+    """
     if "torch._dynamo" not in sys.modules:  # then nothing is
         yield
         return
@@ -24,7 +26,11 @@ def nothing_compiled() -> Iterator[None]:
 @contextmanager
 def backward_hooks_left_out(module: nn.Module) -> Iterator[None]:
     """Let a module (not those below it) forget its full backward hooks."""
-    names = ("_backward_hooks", "_backward_pre_hooks") if module._is_full_backward_hook is not False else ("_backward_pre_hooks",)
+    names = (
+        ("_backward_hooks", "_backward_pre_hooks")
+        if module._is_full_backward_hook is not False
+        else ("_backward_pre_hooks",)
+    )
     kept = {name: vars(module)[name] for name in names}
     vars(module).update({name: OrderedDict() for name in names})
     try:
@@ -62,7 +68,9 @@ def exporting() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a `torch.func` transform is in force: tensors are not what they seem, and saved-tensor hooks do not work there."""
+    """Whether a `torch.func` transform is in force: tensors are not what they seem, and saved-tensor hooks do not work
+    there.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -72,7 +80,9 @@ def _hooked() -> bool:
 
 
 def stops_early() -> bool:
-    """Whether recomputes may stop early, as `torch.utils.checkpoint.set_checkpoint_early_stop` says for those of PyTorch."""
+    """Whether recomputes may stop early, as `torch.utils.checkpoint.set_checkpoint_early_stop` says for those of
+    PyTorch.
+    """
     return getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", None) is not False
 
 

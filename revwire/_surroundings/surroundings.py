@@ -1,16 +1,17 @@
 """All that a recompute must reproduce: random state, autocast, weights, buffers. It leaves no trace in global state.
 
 Note [Weights that are exchanged]
-    `torch.func.functional_call` lends a module other weights for the time of a forward. A recompute finds the module's own again,
-    and takes those that the forward used: the gradients are theirs. A weight that somebody replaced for good looks much the same;
-    that is a mistake, and is left for the checks to find. What was lent is no `Parameter`, or one that went while a tensor came back
-    that the module had at conversion. Shards and other kinds of tensors are left to those who manage them.
+    `torch.func.functional_call` lends a module other weights for the time of a forward. A recompute finds the module's
+    own again, and takes those that the forward used: the gradients are theirs. A weight that somebody replaced for good
+    looks much the same; that is a mistake, and is left for the checks to find. What was lent is no `Parameter`, or one
+    that went while a tensor came back that the module had at conversion. Shards and other kinds of tensors are left to
+    those who manage them.
 
 Note [Buffers that are read and written]
-    The power iteration of a spectral norm begins where the forward before ended, so its recompute needs the buffers as the forward
-    found them. Which they are is seen from version counters, module by module: where a forward moved that of a floating-point
-    buffer, copies of what it wrote are kept; else none, and from the next forward on none are made. (Batch normalisation moves no such
-    counter; its counter of batches is no floating-point number.)
+    The power iteration of a spectral norm begins where the forward before ended, so its recompute needs the buffers as
+    the forward found them. Which they are is seen from version counters, module by module: where a forward moved that
+    of a floating-point buffer, copies of what it wrote are kept; else none, and from the next forward on none are made.
+    (Batch normalisation moves no such counter; its counter of batches is no floating-point number.)
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class _Restored:
             if casts:
                 with ExitStack() as stack:
                     for kind, enabled, dtype in casts:
-                        stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=there.cache_enabled))
+                        stack.enter_context(
+                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=there.cache_enabled)
+                        )
                     self.stack = stack.pop_all()
         except BaseException:
             set_random_states(self.outside)

@@ -15,8 +15,14 @@ from revwire._surroundings.inventory import Place, Table
 
 @contextmanager
 def shards_kept(root: nn.Module) -> Iterator[None]:
-    """Let FSDP2 take away again what a run has gathered: it counts which weights are whole, and attributes alone do not tell it."""
-    kept = [(m, list(m.parameters())) for m in root.modules() if hasattr(m, "unshard") and callable(getattr(m, "reshard", None))]
+    """Let FSDP2 take away again what a run has gathered: it counts which weights are whole, and attributes alone do not
+    tell it.
+    """
+    kept = [
+        (m, list(m.parameters()))
+        for m in root.modules()
+        if hasattr(m, "unshard") and callable(getattr(m, "reshard", None))
+    ]
     try:
         yield
     finally:
@@ -34,7 +40,9 @@ class Homes(dict[int, ReferenceType[Tensor]]):
 
     def note(self, module: nn.Module) -> None:
         """Learn the tensors of a module and of all below it."""
-        for gone in [i for i, known in list(self.items()) if known() is None]:  # replicas do this in several threads at once
+        for gone in [
+            i for i, known in list(self.items()) if known() is None
+        ]:  # replicas do this in several threads at once
             self.pop(gone, None)
         self.update({id(t): ref(t) for t in (*module.parameters(), *module.buffers())})
 
@@ -49,7 +57,9 @@ def lent(tables: list[tuple[Table, Table, bool]], homes: Homes) -> list[Place]:
     out: list[Place] = []
     for table, then, is_weight in tables:
         if [*table] != [*then] or not all(map(is_, table.values(), then.values())):
-            places = ((table, name, t, is_weight) for name, t in then.items() if t is not None and table.get(name) is not t)
+            places = (
+                (table, name, t, is_weight) for name, t in then.items() if t is not None and table.get(name) is not t
+            )
             out += [place for place in places if _was_lent(place, homes)]
     return out
 

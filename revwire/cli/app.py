@@ -31,22 +31,31 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False)
 
 
-Name = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, pytorchvideo:NAME or package.module:factory")]
+Name = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, pytorchvideo:NAME or package.module:factory"),
+]
 
 
 Inputs = Annotated[
-    list[str] | None, typer.Option("--input", metavar="SHAPE", help="shape of an input, such as 1,3,224,224; repeat for several")
+    list[str] | None,
+    typer.Option("--input", metavar="SHAPE", help="shape of an input, such as 1,3,224,224; repeat for several"),
 ]
 
 
 AsList = Annotated[bool, typer.Option("--as-list", help="pass the inputs as one list instead of as arguments")]
 
 
-CouplingName = Annotated[str | None, typer.Option("--coupling", help="re2tal, bdia, bdia:1/16 …; the default is the library's")]
+CouplingName = Annotated[
+    str | None, typer.Option("--coupling", help="re2tal, bdia, bdia:1/16 …; the default is the library's")
+]
 
 
 Exact = Annotated[
-    bool | None, typer.Option("--exact/--no-exact", help="fixed-point or floating-point streams; by default what the coupling needs")
+    bool | None,
+    typer.Option(
+        "--exact/--no-exact", help="fixed-point or floating-point streams; by default what the coupling needs"
+    ),
 ]
 
 
@@ -58,21 +67,30 @@ Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", 
 
 Whole = Annotated[
     list[str] | None,
-    typer.Option("--whole", metavar="GLOB", help="these modules one unit each; repeatable; auto: if a budget is better so"),
+    typer.Option(
+        "--whole", metavar="GLOB", help="these modules one unit each; repeatable; auto: if a budget is better so"
+    ),
 ]
 
 
-ChunkCount = Annotated[int | None, typer.Option("--chunks", help="run units in so many chunks of the batch, or of tokens")]
+ChunkCount = Annotated[
+    int | None, typer.Option("--chunks", help="run units in so many chunks of the batch, or of tokens")
+]
 
 
 Checkpoint = Annotated[
     list[str] | None,
-    typer.Option("--checkpoint", metavar="GLOB", help="checkpoint these modules, outside of chains; stays: the blocks that stay"),
+    typer.Option(
+        "--checkpoint", metavar="GLOB", help="checkpoint these modules, outside of chains; stays: the blocks that stay"
+    ),
 ]
 
 
 MemoryBudget = Annotated[
-    str | None, typer.Option("--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits")
+    str | None,
+    typer.Option(
+        "--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits"
+    ),
 ]
 
 
@@ -171,7 +189,9 @@ def profile_command(
 def demo_command(
     quick: Annotated[bool, typer.Option("--quick", help="fewer images, fewer steps, a smaller clip")] = False,
     coupling: CouplingName = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="load Kinetics weights for the video backbone from its hub")] = False,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="load Kinetics weights for the video backbone from its hub")
+    ] = False,
 ) -> None:
     """The whole story on real photographs and a real clip: plan, predictions, checks, memory, time, fine-tuning."""
     with _reported():
@@ -181,7 +201,9 @@ def demo_command(
     raise typer.Exit(0 if passed else 1)
 
 
-def _prepared(name: str, inputs: list[str] | None, as_list: bool, train: bool, pretrained: bool) -> tuple[nn.Module, Any]:
+def _prepared(
+    name: str, inputs: list[str] | None, as_list: bool, train: bool, pretrained: bool
+) -> tuple[nn.Module, Any]:
     """The model and its example inputs, once it is known that the one takes the other."""
     shapes = tuple(map(_shape, inputs or ()))
     torch.manual_seed(0)
@@ -205,7 +227,9 @@ def _try(network: nn.Module, examples: Any) -> None:
             fresh = tree_map(lambda leaf: leaf, examples)  # some models write to the list that they are given
             network(**fresh) if isinstance(fresh, dict) else network(*fresh)
     except Exception as error:  # whatever a model raises on an input that does not suit it
-        raise UsageError(f"the model does not run on this input ({first_line(error)}); pass its shape with --input") from error
+        raise UsageError(
+            f"the model does not run on this input ({first_line(error)}); pass its shape with --input"
+        ) from error
 
 
 def _shape(text: str) -> Shape:

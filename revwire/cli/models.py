@@ -1,4 +1,6 @@
-"""From a name on the command line to a model: ``timm:…``, ``torchvision:…``, ``pytorchvideo:…`` or ``package.module:factory``."""
+"""From a name on the command line to a model: ``timm:…``, ``torchvision:…``, ``pytorchvideo:…`` or
+``package.module:factory``.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def load(name: str, *, pretrained: bool = False) -> Subject:
     zoo, colon, model = name.partition(":")
     if not colon or not zoo or not model:
         raise UsageError(
-            f"got the model name {name!r}; expected ZOO:MODEL, for example timm:vit_tiny_patch16_224 or package.module:factory"
+            f"got the model name {name!r}; expected ZOO:MODEL, for example timm:vit_tiny_patch16_224 or "
+            "package.module:factory"
         )
     if zoo in ZOOS:
         return ZOOS[zoo](model, pretrained)
@@ -89,7 +92,8 @@ def _crop(weights: Any) -> int:
     return int(crop[0]) if crop else 224
 
 
-# Frames and side that the architectures of pytorchvideo's hub are built for; their heads pool with kernels of fixed size.
+# Frames and side that the architectures of pytorchvideo's hub are built for; their heads pool with kernels of fixed
+# size.
 _FRAMES = {
     "csn_r101": (32, 256),
     "mvit_base_32x3": (32, 224),
@@ -123,11 +127,17 @@ def _pytorchvideo(name: str, pretrained: bool) -> Subject:
     return Subject(model, (fast,))
 
 
-ZOOS: dict[str, Callable[[str, bool], Subject]] = {"timm": _timm, "torchvision": _torchvision, "pytorchvideo": _pytorchvideo}
+ZOOS: dict[str, Callable[[str, bool], Subject]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "pytorchvideo": _pytorchvideo,
+}
 
 
 def _factory(module: str, attribute: str) -> Subject:
-    """``package.module:factory``: a module, a callable that returns one, or one that returns (module, example inputs)."""
+    """``package.module:factory``: a module, a callable that returns one, or one that returns (module, example
+    inputs).
+    """
     sys.path.insert(0, os.getcwd())  # a script does not get its working directory from Python, `python -m` does
     try:
         made = getattr(import_module(module), attribute)
@@ -135,7 +145,8 @@ def _factory(module: str, attribute: str) -> Subject:
         near = get_close_matches(module, ZOOS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"got {module!r}, which is neither a zoo ({', '.join(ZOOS)}) nor a module that can be imported ({error}){hint}"
+            f"got {module!r}, which is neither a zoo ({', '.join(ZOOS)}) nor a module that can be imported "
+            f"({error}){hint}"
         ) from None
     except AttributeError:
         raise UsageError(f"the module {module!r} has no {attribute!r}") from None
@@ -146,7 +157,8 @@ def _factory(module: str, attribute: str) -> Subject:
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"{module}:{attribute} gave an object of type {type(model).__name__}; expected a torch.nn.Module, or (module, example inputs)"
+            f"{module}:{attribute} gave an object of type {type(model).__name__}; expected a torch.nn.Module, or "
+            "(module, example inputs)"
         )
     return Subject(model, inputs=inputs)
 
@@ -155,7 +167,9 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise UsageError(f"models of {name} need a package that is not installed ({error.name}): pip install 'revwire[video]'") from None
+        raise UsageError(
+            f"models of {name} need a package that is not installed ({error.name}): pip install 'revwire[video]'"
+        ) from None
 
 
 def _known(zoo: str, name: str, names: Iterable[str]) -> None:
@@ -163,7 +177,8 @@ def _known(zoo: str, name: str, names: Iterable[str]) -> None:
     if name not in names:
         near = get_close_matches(name, names, n=3)
         raise UsageError(
-            f"{zoo} has no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else f", but {len(names)} others")
+            f"{zoo} has no model {name!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else f", but {len(names)} others")
         )
 
 
@@ -173,7 +188,9 @@ def _built(build: Callable[[], nn.Module], name: str, pretrained: bool) -> nn.Mo
     except Exception as error:  # each hub client raises errors of its own where it cannot be reached
         if not pretrained:
             raise
-        raise UsageError(f"the weights of {name} could not be loaded ({first_line(error)}); leave out --pretrained") from error
+        raise UsageError(
+            f"the weights of {name} could not be loaded ({first_line(error)}); leave out --pretrained"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

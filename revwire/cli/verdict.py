@@ -8,7 +8,9 @@ from revwire._api.verify import Check
 from revwire._forwards.converted import report
 
 FLOAT_TOLERANCE = 1e-3
-"""Relative error at which float streams still pass: states within 1e-4 by the library's own limit, gradients ten times that."""
+"""Relative error at which float streams still pass: states within 1e-4 by the library's own limit, gradients ten times
+that.
+"""
 
 
 def holds(model: nn.Module, check: Check) -> bool:

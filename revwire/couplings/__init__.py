@@ -20,7 +20,8 @@ DEFAULT = "bdia"
 
 
 BY_PATTERN: dict[str, Coupling] = {"residual": Bdia(1 / 16), "post-activation": Bdia(1 / 16), "block": Bdia(1 / 64)}
-"""What `DEFAULT` stands for, by the pattern of a unit: the largest γ that keeps the pretrained function in the retention benchmarks.
+"""What `DEFAULT` stands for, by the pattern of a unit: the largest γ that keeps the pretrained function in the
+retention benchmarks.
 
 A post-normalised block moves its stream far at every unit, and so needs a smaller γ than the others do.
 """
@@ -40,8 +41,8 @@ SPELLINGS: dict[str, tuple[Callable[..., Coupling], int]] = {
 def coupling_from(spec: str | Coupling) -> Coupling:
     """The coupling a user named: a `Coupling`, or a name with its parameters.
 
-    ``"re2tal"``, ``"bdia:1/8"`` (γ), ``"bdia-random:1/2"`` (the magnitude of γ), ``"momentum:1/4"`` (γ), ``"dr2net:1,1/8"`` (α, β),
-    ``"midpoint:1/2,3/2"`` (a, h).
+    ``"re2tal"``, ``"bdia:1/8"`` (γ), ``"bdia-random:1/2"`` (the magnitude of γ), ``"momentum:1/4"`` (γ),
+    ``"dr2net:1,1/8"`` (α, β), ``"midpoint:1/2,3/2"`` (a, h).
 
     Raises:
         CouplingError: the name or its parameter is unknown.
@@ -57,7 +58,8 @@ def coupling_from(spec: str | Coupling) -> Coupling:
     values = [_number(spec, text) for text in parameters.split(",")] if parameters else []
     if make is None or len(values) > most:
         expected = ", ".join(
-            f"{n!r}" + (f" with {k} number{'s' if k > 1 else ''} after a colon" if k else "") for n, (_, k) in SPELLINGS.items()
+            f"{n!r}" + (f" with {k} number{'s' if k > 1 else ''} after a colon" if k else "")
+            for n, (_, k) in SPELLINGS.items()
         )
         raise CouplingError(f"coupling: got {spec!r}; expected {expected}, or a revwire.Coupling")
     return make(*values)

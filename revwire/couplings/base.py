@@ -64,7 +64,8 @@ class Rule:
     """The coefficients of one unit in one forward pass: numbers, or one number per sample.
 
     Attributes:
-        a, c: factors of x_k and of the branch's value: floats, or tensors of shape (batch, 1, .. 1) in the stream dtype.
+        a, c: factors of x_k and of the branch's value: floats, or tensors of shape (batch, 1, .. 1) in the stream
+            dtype.
         b: factor of x_{k-1}; with ``signs``, its magnitude. 0 where the step is never undone.
         bits: m, where |b| = 2^-m for a whole m; else None.
         signs: the signs of b, +1 or -1, of shape (batch, 1, .. 1) in the stream dtype, or None.
@@ -110,7 +111,9 @@ class Coupling(ABC):
     """The least m for which |b| = 2^-m is allowed."""
 
     plain_in_eval: ClassVar[bool] = False
-    """Whether units of a model in eval mode run as in the original network, x_{k+1} = x_k + F_k(x_k), with ordinary autograd."""
+    """Whether units of a model in eval mode run as in the original network, x_{k+1} = x_k + F_k(x_k), with ordinary
+    autograd.
+    """
 
     @property
     @abstractmethod
@@ -149,7 +152,8 @@ class Coupling(ABC):
         if m is None:
             neighbour = self.exact_neighbour().name if self.backward_parameter else "such a coefficient"
             raise CouplingError(
-                f"coupling {self.name!r}: got b = {self.coefficients.b}; exact arithmetic needs |b| = 2^-m with m = 0..{MOST_BITS}; "
+                f"coupling {self.name!r}: got b = {self.coefficients.b}; exact arithmetic needs |b| = 2^-m with m = "
+                f"0..{MOST_BITS}; "
                 f"choose {neighbour}, or pass exact=False"
             )
         return m
@@ -169,7 +173,8 @@ class Coupling(ABC):
         """
         if type(other) is not type(self):
             raise CouplingError(
-                f"coupling {self.name!r}: got a way to {other.name!r}; expected a coupling of the same kind; set_coupling changes the kind"
+                f"coupling {self.name!r}: got a way to {other.name!r}; expected a coupling of the same kind; "
+                "set_coupling changes the kind"
             )
         mine = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {n: v + share * (getattr(other, n) - v) for n, v in mine.items()}

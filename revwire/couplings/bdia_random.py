@@ -4,11 +4,13 @@
     x_{k+1} = x_k + F_k(x_k)                                                  (evaluation: E[γ] = 0)
     output  = x_K
 
-Training with random signs regularises; evaluation *is* the original network, to the bit in the stream's dtype. A model counts as in
-evaluation where the module that begins a chain is in eval mode; with gradients enabled its activations are then stored, as γ = 0
-cannot be inverted. The default generator of the stream's device gives the signs, one draw per unit.
+Training with random signs regularises; evaluation *is* the original network, to the bit in the stream's dtype. A model
+counts as in evaluation where the module that begins a chain is in eval mode; with gradients enabled its activations are
+then stored, as γ = 0 cannot be inverted. The default generator of the stream's device gives the signs, one draw per
+unit.
 
-Reference: Zhang, Lewis, Kleijn, "On Exact Bit-level Reversible Transformers Without Changing Architectures", arXiv 2407.09093.
+Reference: Zhang, Lewis, Kleijn, "On Exact Bit-level Reversible Transformers Without Changing Architectures", arXiv
+2407.09093.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from revwire.couplings.base import Coefficients, Coupling, Kind, Rule, named, ra
 
 @dataclass(frozen=True)
 class RandomBdia(Coupling):
-    """(a, b, c) = (1−γ, γ, 1+γ) with γ = ±1/2 or ±1/4, a sign per sample (dimension 0 of the stream) and unit; plain in eval mode.
+    """(a, b, c) = (1−γ, γ, 1+γ) with γ = ±1/2 or ±1/4, a sign per sample (dimension 0 of the stream) and unit; plain in
+    eval mode.
 
     Args:
         gamma: |γ|, 1/2 or 1/4: 1 or 2 bits per element and unit.

@@ -1,16 +1,17 @@
-"""Dynamic reversible dual-residual networks: two coefficients that move, during training, from the pretrained network to a reversible one.
+"""Dynamic reversible dual-residual networks: two coefficients that move, during training, from the pretrained network
+to a reversible one.
 
     x_i = F_i(x_{i-1}) + α·x_{i-1} + y_{i-1},   y_i = β·x_{i-1}               (the paper's letters)
     x_{k+1} = α·x_k + β·x_{k-1} + F_k(x_k)                                    (a, b, c) = (α, β, 1)
     output  = x_K
 
-At (α, β) = (1, 0) it is the pretrained network, which cannot be inverted; at (0, 1) it is the rewiring of Re2TAL, whose inverse
-loses nothing. `revwire.CouplingSchedule` moves it from (1, small) to (0, 1). β = 2^-m is exact in fixed point with m bits, so in exact mode
-a schedule moves β in powers of two, and α freely. The rule is not consistent (a + b = α + β is not 1): it does not keep the
-pretrained function, however small its step.
+At (α, β) = (1, 0) it is the pretrained network, which cannot be inverted; at (0, 1) it is the rewiring of Re2TAL, whose
+inverse loses nothing. `revwire.CouplingSchedule` moves it from (1, small) to (0, 1). β = 2^-m is exact in fixed point
+with m bits, so in exact mode a schedule moves β in powers of two, and α freely. The rule is not consistent (a + b = α +
+β is not 1): it does not keep the pretrained function, however small its step.
 
-Reference: Zhao, Liu, Mangalam, Ghanem, "Dr2Net: Dynamic Reversible Dual-Residual Networks for Memory-Efficient Finetuning",
-CVPR 2024, arXiv 2401.04105.
+Reference: Zhao, Liu, Mangalam, Ghanem, "Dr2Net: Dynamic Reversible Dual-Residual Networks for Memory-Efficient
+Finetuning", CVPR 2024, arXiv 2401.04105.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Dr2Net(Coupling):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta <= 1:
-            raise CouplingError(f"dr2net: got beta = {self.beta}; expected 0 < beta <= 1 (at 0 nothing can be inverted)")
+            raise CouplingError(
+                f"dr2net: got beta = {self.beta}; expected 0 < beta <= 1 (at 0 nothing can be inverted)"
+            )
 
     @property
     def name(self) -> str:

@@ -3,10 +3,11 @@
     p_{k+1} = a·p_{k-1} + (1−a)·p_k + h·F_k(p_k)                              (a, b, c) = (1−a, a, h)
     output  = p_K
 
-a = 1, h = 2 is the leapfrog (explicit midpoint) rule. The rule is consistent where h = 1 + a, and then it is `bdia` with γ = a, for
-any a; other h scale the branches. a = 2^-m is exact in fixed point with m bits.
+a = 1, h = 2 is the leapfrog (explicit midpoint) rule. The rule is consistent where h = 1 + a, and then it is `bdia`
+with γ = a, for any a; other h scale the branches. a = 2^-m is exact in fixed point with m bits.
 
-Reference: Gal, Eliasof, Treister, Haber, "Reversing Large Language Models for Efficient Training and Fine-Tuning", arXiv 2512.02056.
+Reference: Gal, Eliasof, Treister, Haber, "Reversing Large Language Models for Efficient Training and Fine-Tuning",
+arXiv 2512.02056.
 """
 
 from __future__ import annotations

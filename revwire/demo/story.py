@@ -29,7 +29,9 @@ def images(show: Show, options: dict[str, Any], *, quick: bool) -> bool:
     torch.manual_seed(0)
     batches = [photos.crops(pictures, each=2) for _ in range(5 if quick else 10)]
     unseen = photos.crops(pictures, each=4)
-    return _fine_tuned(show, model, batches, unseen, "which photograph is this crop from?", learning_rate=1e-3) and passed
+    return (
+        _fine_tuned(show, model, batches, unseen, "which photograph is this crop from?", learning_rate=1e-3) and passed
+    )
 
 
 def video(show: Show, options: dict[str, Any], *, quick: bool, pretrained: bool) -> bool:
@@ -45,7 +47,10 @@ def video(show: Show, options: dict[str, Any], *, quick: bool, pretrained: bool)
         show.predictions(clips.CLIPS[:1], before, after, clips.CATEGORIES)
     else:
         moved = ((after - before).norm() / before.norm()).item()
-        show.say(f"random weights (--pretrained fetches Kinetics-400's), so no predictions; conversion moved the logits by {moved:.2%}")
+        show.say(
+            "random weights (--pretrained fetches Kinetics-400's), so no predictions; conversion moved the logits "
+            f"by {moved:.2%}"
+        )
     passed = _checked(show, model, inputs, repeats=1 if quick else 2)
 
     model.head = nn.Linear(model.head.in_features, len(shots))  # type: ignore[arg-type, union-attr]
@@ -78,8 +83,12 @@ def _checked(show: Show, model: nn.Module, inputs: Tensor, repeats: int) -> bool
     return holds(model, check)
 
 
-def _fine_tuned(show: Show, model: nn.Module, batches: list[Batch], unseen: Batch, task: str, *, learning_rate: float) -> bool:
-    """Train, and train a twin with stored activations: the losses must agree to the bit. Then go back to the original wiring."""
+def _fine_tuned(
+    show: Show, model: nn.Module, batches: list[Batch], unseen: Batch, task: str, *, learning_rate: float
+) -> bool:
+    """Train, and train a twin with stored activations: the losses must agree to the bit. Then go back to the original
+    wiring.
+    """
     show.say(f"\nfine-tuning, {len(batches)} steps: {task}")
     twin = copy.deepcopy(model)
     with deterministic_kernels():  # on two threads the gradient of Swin's position biases varies by itself
@@ -88,7 +97,10 @@ def _fine_tuned(show: Show, model: nn.Module, batches: list[Batch], unseen: Batc
             expected = _losses(show, twin, batches, learning_rate, "stored activations")
     show.losses(losses)
     same, down = losses == expected, losses[-1] < losses[0]
-    show.say(f"the loss went {'down' if down else 'UP'}; {'the same to the bit' if same else 'NOT THE SAME'} with stored activations")
+    show.say(
+        f"the loss went {'down' if down else 'UP'}; {'the same to the bit' if same else 'NOT THE SAME'} with stored "
+        "activations"
+    )
     right = accuracy(model, unseen)
     revwire.revert(model)
     back = accuracy(model, unseen)

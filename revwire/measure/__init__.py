@@ -66,7 +66,8 @@ def peak_bytes(step: Step, device: torch.device | str = "cpu") -> int:
 
 
 def saved_bytes(forward: Step, device: torch.device | str = "cpu") -> int:
-    """What a forward pass leaves alive for as long as its result is: the result, and all that its graph saves, in bytes.
+    """What a forward pass leaves alive for as long as its result is: the result, and all that its graph saves, in
+    bytes.
 
     ``forward`` runs twice, as in `peak_bytes`. Tensors that were there before (weights, inputs) cost nothing.
 
@@ -96,9 +97,11 @@ def paired_seconds(variants: Mapping[str, Step], repeats: int, device: torch.dev
 
 
 def arithmetic_seconds(coupling: Coupling, x: Tensor, calls: int = 2000) -> tuple[float, float]:
-    """Seconds that a coupling's fixed-point arithmetic takes for one unit on states of the shape of ``x``: (forward, backward).
+    """Seconds that a coupling's fixed-point arithmetic takes for one unit on states of the shape of ``x``: (forward,
+    backward).
 
-    Forward is one step of the streams, backward the value of a state and one step back. The fastest of five runs of ``calls`` calls.
+    Forward is one step of the streams, backward the value of a state and one step back. The fastest of five runs of
+    ``calls`` calls.
 
     Args:
         coupling: one that has an exact form.

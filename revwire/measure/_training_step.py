@@ -32,9 +32,11 @@ def own_leaves(inputs: Any) -> Any:
 
 @contextmanager
 def autocast_left(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Leave the autocast around this call for a while. Yields what enters it again, as a training step does for its forward alone.
+    """Leave the autocast around this call for a while. Yields what enters it again, as a training step does for its
+    forward alone.
 
-    While it is on, autocast keeps its casts of weights; they go when the outermost context ends, which is before a backward pass begins.
+    While it is on, autocast keeps its casts of weights; they go when the outermost context ends, which is before a
+    backward pass begins.
     """
     kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.is_autocast_enabled(kind)]
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]

@@ -12,7 +12,11 @@ _ROWS = pytest.StashKey[dict[tuple[str, str], Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--stacks-table", choices=("write", "check"), help="write docs/training-stacks.md, or check that it is up to date")
+    parser.addoption(
+        "--stacks-table",
+        choices=("write", "check"),
+        help="write docs/training-stacks.md, or check that it is up to date",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

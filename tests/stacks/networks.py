@@ -10,7 +10,9 @@ WIDTH, TOKENS, CLASSES = 16, 6, 5
 
 
 class Attention(nn.Module):
-    """Attention with its projections apart, as tensor parallelism and adapters want them; as many heads as the projections are wide."""
+    """Attention with its projections apart, as tensor parallelism and adapters want them; as many heads as the
+    projections are wide.
+    """
 
     head = 8
 

@@ -1,4 +1,6 @@
-"""Checks that need two processes: all of one stack run in one pair of workers, since starting them costs more than running them."""
+"""Checks that need two processes: all of one stack run in one pair of workers, since starting them costs more than
+running them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def free_port() -> int:
 
 
 def outcomes(checks: dict[str, Check], backend: str = "gloo") -> dict[str, str]:
-    """Run every check in the same two processes; by name: what rank 0 returned, as text, or the traceback of the rank that failed.
+    """Run every check in the same two processes; by name: what rank 0 returned, as text, or the traceback of the rank
+    that failed.
 
     After a failure the processes are no longer in step, so what stands behind it is not run, and says so.
     """
@@ -37,13 +40,18 @@ def outcomes(checks: dict[str, Check], backend: str = "gloo") -> dict[str, str]:
         found = {}
         for name in checks:
             told = [Path(folder, f"{name}.{rank}") for rank in range(WORLD)]
-            texts = [path.read_text() if path.exists() else "failed: it was not run, as an earlier check failed" for path in told]
+            texts = [
+                path.read_text() if path.exists() else "failed: it was not run, as an earlier check failed"
+                for path in told
+            ]
             found[name] = next((t for t in texts if t.startswith("failed")), texts[0])
         return found
 
 
 def _worker(rank: int, checks: dict[str, Check], port: int, folder: Path, backend: str = "gloo") -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD)
+    )
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)

@@ -1,8 +1,8 @@
 """The table of docs/training-stacks.md: one row for what is asked of a stack, filled with what its tests came to.
 
-``pytest tests/stacks --stacks-table=write`` runs the tests, notes in ``outcomes.json`` what they came to, and renews the table
-and the listings of the recipes; of some files only, it renews their rows. ``=check`` runs the tests and fails if any of it says
-something else. What was not run here keeps its row, and says why.
+``pytest tests/stacks --stacks-table=write`` runs the tests, notes in ``outcomes.json`` what they came to, and renews
+the table and the listings of the recipes; of some files only, it renews their rows. ``=check`` runs the tests and fails
+if any of it says something else. What was not run here keeps its row, and says why.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ Kind = Literal["works", "refused"]
 
 
 def works(stack: str, what: str, note: str = "") -> pytest.MarkDecorator:
-    """Mark a test as the one that shows that ``what`` works in ``stack``; with ``note`` where there is something to know."""
+    """Mark a test as the one that shows that ``what`` works in ``stack``; with ``note`` where there is something to
+    know.
+    """
     return pytest.mark.stack(stack=stack, what=what, kind="works", note=note)
 
 
@@ -93,7 +95,9 @@ def noted(rows: list[Row]) -> list[Noted]:
     out = []
     for row in sorted(rows, key=lambda row: row.where):
         what = {"file": row.where[0].rpartition("/")[2], "stack": row.stack, "what": row.what, "on_gpu": row.on_gpu}
-        out.append({**what, "result": "" if row.on_gpu else row.result, "remark": row.note if row.on_gpu else row.remark})
+        out.append(
+            {**what, "result": "" if row.on_gpu else row.result, "remark": row.note if row.on_gpu else row.remark}
+        )
     return out
 
 
@@ -118,9 +122,15 @@ def table(rows: list[Noted]) -> str:
     lines = ["", "| stack | what | | |", "| --- | --- | --- | --- |"]
     for stack in STACKS:
         mine = [r for r in rows if r["stack"] == stack and not r["on_gpu"]]
-        lines += [f"| {stack if i == 0 else ''} | {r['what']} | {r['result']} | {r['remark']} |" for i, r in enumerate(mine)]
-    on_gpu = [f"- {r['stack']}: {r['what']}" + (f" ({r['remark']})" if r["remark"] else "") for r in rows if r["on_gpu"]]
-    return "\n".join([*lines, "", "Written for a GPU, and skipped where there is none (`pytest -m gpu`):", "", *on_gpu, "", ""])
+        lines += [
+            f"| {stack if i == 0 else ''} | {r['what']} | {r['result']} | {r['remark']} |" for i, r in enumerate(mine)
+        ]
+    on_gpu = [
+        f"- {r['stack']}: {r['what']}" + (f" ({r['remark']})" if r["remark"] else "") for r in rows if r["on_gpu"]
+    ]
+    return "\n".join(
+        [*lines, "", "Written for a GPU, and skipped where there is none (`pytest -m gpu`):", "", *on_gpu, "", ""]
+    )
 
 
 def recipe(name: str) -> str:

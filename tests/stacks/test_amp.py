@@ -1,4 +1,6 @@
-"""Mixed precision: autocast to bfloat16 and float16, `GradScaler`, and weights in half precision. The streams stay wide."""
+"""Mixed precision: autocast to bfloat16 and float16, `GradScaler`, and weights in half precision. The streams stay
+wide.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,9 @@ def with_branches(kind: type[Mlp]) -> Callable[[], nn.Module]:
     return make
 
 
-def assert_trains(make: Callable[[], nn.Module], call: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda m: m) -> None:
+def assert_trains(
+    make: Callable[[], nn.Module], call: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda m: m
+) -> None:
     model, twin = converted(make), converted(make)
     reversible = train(model, batches(Transformer), call=call(model))
     with revwire.stored_activations(twin):
@@ -132,7 +134,11 @@ class Counted:
         return dict(self.forward), dict(self.backward)
 
 
-@works(HOOKS, "forward hooks on submodules of branches", "twice in a training step: a recompute is a call (last unit: once)")
+@works(
+    HOOKS,
+    "forward hooks on submodules of branches",
+    "twice in a training step: a recompute is a call (last unit: once)",
+)
 def test_forward_hooks_on_submodules() -> None:
     model = converted(Transformer)
     forward, _ = Counted(model, also_blocks=False).step(model)
@@ -184,7 +190,11 @@ BACKWARD_HOOKS = "the gradient of the state at each end; it has the dtype of wha
 @pytest.mark.parametrize("exchanging", [False, True])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@works(HOOKS, "`register_full_backward_hook` and `_pre_hook` on a rewired block, once; what they return is used", BACKWARD_HOOKS)
+@works(
+    HOOKS,
+    "`register_full_backward_hook` and `_pre_hook` on a rewired block, once; what they return is used",
+    BACKWARD_HOOKS,
+)
 def test_backward_hooks_on_blocks(when: str, exchanging: bool, dtype: torch.dtype) -> None:
     """Before and after conversion."""
     example = Transformer.example().to(dtype)
@@ -214,7 +224,9 @@ def test_backward_hooks_on_blocks(when: str, exchanging: bool, dtype: torch.dtyp
 def test_old_backward_hooks_on_blocks() -> None:
     model = converted(Transformer)
     model.blocks[1].register_backward_hook(lambda *_: None)
-    with pytest.raises(revwire.CaptureError, match=r"blocks\.1: got a hook .*use register_full_backward_hook, or exclude"):
+    with pytest.raises(
+        revwire.CaptureError, match=r"blocks\.1: got a hook .*use register_full_backward_hook, or exclude"
+    ):
         model(Transformer.example())
 
 

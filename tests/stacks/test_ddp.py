@@ -89,7 +89,12 @@ def unused(rank: int, folder: Path) -> None:
             self.other = nn.Linear(16, 3)
 
     def run(model: nn.Module) -> Run:
-        return train(model, batches(Transformer, seed=rank), call=DistributedDataParallel(model, find_unused_parameters=True), seed=rank)
+        return train(
+            model,
+            batches(Transformer, seed=rank),
+            call=DistributedDataParallel(model, find_unused_parameters=True),
+            seed=rank,
+        )
 
     assert_trains_as_stored(TwoHeads, run)
 
@@ -115,7 +120,9 @@ def communicates_early(rank: int, folder: Path) -> list[str]:
 
 
 class AcrossRanks(nn.Module):
-    """Normalises by the mean of all ranks: a collective operation with a gradient, as in `SyncBatchNorm`, which needs a GPU."""
+    """Normalises by the mean of all ranks: a collective operation with a gradient, as in `SyncBatchNorm`, which needs a
+    GPU.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         total = all_reduce(x.mean((0, 2, 3)).clone()) / distributed.get_world_size()
@@ -208,12 +215,18 @@ def test_communication_starts_before_the_backward_of_the_chain_ends(found: dict[
     last = seen.index("block 0")
     before = seen[:last].count("bucket")
     assert before > 0
-    assert all("bucket" in seen[seen.index(f"block {i + 1}") : seen.index(f"block {i}")] for i in range(5))  # between any two blocks
+    assert all(
+        "bucket" in seen[seen.index(f"block {i + 1}") : seen.index(f"block {i}")] for i in range(5)
+    )  # between any two blocks
     figure(f"{before} of {seen.count('bucket')} buckets before the first block's gradients")
 
 
 @needs_gloo
-@works(STACK, "collective operations inside branches", "they are repeated by the recompute, in the same order on every rank")
+@works(
+    STACK,
+    "collective operations inside branches",
+    "they are repeated by the recompute, in the same order on every rank",
+)
 def test_a_collective_operation_in_a_branch(found: dict[str, str]) -> None:
     passed(found, "collective_in_a_branch")
 

@@ -38,7 +38,9 @@ def test_torch_export(network: type[nn.Module], state: str) -> None:
     model(x)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     for other in (x, 0.7 * x, torch.cat([x, -x])):
-        torch.testing.assert_close(program.module()(other), model(other), rtol=0, atol=ROUNDING if state == "converted" else 0)
+        torch.testing.assert_close(
+            program.module()(other), model(other), rtol=0, atol=ROUNDING if state == "converted" else 0
+        )
 
 
 @each_network
@@ -73,10 +75,17 @@ def trained_with_gradients(network: type[nn.Module], state: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("export", [torch.export.export, torch.jit.trace], ids=["export", "jit"])
-@refused(STACK, "a call that was not met before, or one with gradients", "call the model once, in eval mode, without gradients")
+@refused(
+    STACK,
+    "a call that was not met before, or one with gradients",
+    "call the model once, in eval mode, without gradients",
+)
 def test_exports_that_nothing_is_known_of(export) -> None:
     model, x = converted(ConvolutionNet).eval(), ConvolutionNet.example()
-    with torch.no_grad(), pytest.raises(revwire.CaptureError, match=r"blocks\.0: .* by an exporter .*call the model on the example"):
+    with (
+        torch.no_grad(),
+        pytest.raises(revwire.CaptureError, match=r"blocks\.0: .* by an exporter .*call the model on the example"),
+    ):
         export(model, (x,))
     model(x)
     with pytest.raises(revwire.CaptureError, match=r"with gradients; .*torch\.no_grad\(\)"):

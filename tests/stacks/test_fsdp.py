@@ -38,7 +38,12 @@ def sharded(model: nn.Module, by: str, **options: Any) -> nn.Module:
     """``model`` sharded by the layers of its units, by their modules, by block, or as a whole; the root in any case."""
     blocks = list(model.blocks)  # type: ignore[arg-type]
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
-    parts = {"layer": layers, "unit": [part for block in blocks for part in block.children()], "block": blocks, "root": []}[by]
+    parts = {
+        "layer": layers,
+        "unit": [part for block in blocks for part in block.children()],
+        "block": blocks,
+        "root": [],
+    }[by]
     for part in (*parts, model):
         fully_shard(part, mesh=mesh(), **options)
     return model
@@ -89,7 +94,11 @@ def hooked(rank: int, folder: Path, *, by: str, exchanging: bool, **options: Any
 
         assert_trains_as_stored(Transformer, run)
         reversible, stored = seen
-        assert [name for name, _ in reversible] == ["2", "2", "2", "1", "1", "1", "0", "0", "0"] * 3 == [name for name, _ in stored]
+        assert (
+            [name for name, _ in reversible]
+            == ["2", "2", "2", "1", "1", "1", "0", "0", "0"] * 3
+            == [name for name, _ in stored]
+        )
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(reversible, stored, strict=True))
 
 
@@ -128,7 +137,9 @@ def saves_and_resumes(rank: int, folder: Path) -> None:
     model, optimizer = make(seed=0)
     train(model, data[:2], optimizer=optimizer, seed=rank)
     names = ("model", "optimizer")
-    sharded_checkpoint.save(dict(zip(names, get_state_dict(model, optimizer), strict=True)), checkpoint_id=str(folder / "checkpoint"))
+    sharded_checkpoint.save(
+        dict(zip(names, get_state_dict(model, optimizer), strict=True)), checkpoint_id=str(folder / "checkpoint")
+    )
     straight = train(model, data[2:], optimizer=optimizer, seed=rank)
 
     other, optimizer = make(seed=1)
@@ -166,7 +177,10 @@ CHECKS = {
     **{f"by_{by}_with_statistics": partial(trains, by=by, network=ConvolutionNet) for by in ("unit", "block", "root")},
     **{f"chunks_by_{by}": partial(trains, by=by, chunks=2) for by in ("unit", "block", "root")},
     **{f"modes_by_{by}": partial(trains, by=by, modes=MODES) for by in ("layer", "unit", "block", "root")},
-    **{f"checkpointed_by_{by}": partial(trains, by=by, network=StagedNet, checkpoint="stays") for by in ("unit", "block", "root")},
+    **{
+        f"checkpointed_by_{by}": partial(trains, by=by, network=StagedNet, checkpoint="stays")
+        for by in ("unit", "block", "root")
+    },
     "modes_in_chunks": partial(trains, by="layer", modes=MODES, chunks=2),
     "keeps_whole_weights": partial(trains, by="block", reshard_after_forward=False),
     "keeps_whole_weights_of_units": partial(trains, by="unit", reshard_after_forward=False),
@@ -246,7 +260,9 @@ def test_sharded_checkpoints(found: dict[str, str]) -> None:
 
 @needs_gloo
 @works(
-    "Tensor parallelism", "`parallelize_module` on the layers of branches", "convert first; dropout between split layers differs by rank"
+    "Tensor parallelism",
+    "`parallelize_module` on the layers of branches",
+    "convert first; dropout between split layers differs by rank",
 )
 def test_tensor_parallelism(found: dict[str, str]) -> None:
     passed(found, "tensor_parallel")

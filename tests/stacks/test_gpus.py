@@ -1,4 +1,6 @@
-"""The distributed stacks on two GPUs over NCCL, and compiled branches on one: as on the CPU, against stored activations."""
+"""The distributed stacks on two GPUs over NCCL, and compiled branches on one: as on the CPU, against stored
+activations.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def data_parallel(rank: int, folder: Path) -> None:
 
 def fully_sharded(rank: int, folder: Path) -> None:
     def run(model: nn.Module) -> Run:
-        options = {"mesh": init_device_mesh("cuda", (WORLD,)), "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+        options = {
+            "mesh": init_device_mesh("cuda", (WORLD,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+        }
         for part in (*model.cuda().blocks, model):
             fully_shard(part, **options)
         return train(model, data(rank), seed=rank)

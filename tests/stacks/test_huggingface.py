@@ -35,8 +35,8 @@ class Sentences(Dataset):
 def language_model(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-        attention_dropout=0.1, use_cache=False, **options,
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, attention_dropout=0.1, use_cache=False, **options,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).train()
 

@@ -46,7 +46,9 @@ def loader() -> DataLoader:
 
 def fit(module: Module, folder: Path, epochs: int = 2, resume: Path | None = None, **options: Any) -> Run:
     torch.manual_seed(0)
-    trainer = lightning.Trainer(max_epochs=epochs, default_root_dir=folder, **{**QUIET, "enable_checkpointing": False, **options})
+    trainer = lightning.Trainer(
+        max_epochs=epochs, default_root_dir=folder, **{**QUIET, "enable_checkpointing": False, **options}
+    )
     trainer.fit(module, loader(), ckpt_path=resume)
     return Run(module.losses).finish(module)
 
@@ -80,7 +82,9 @@ def test_resuming(tmp_path: Path) -> None:
     assert resumed.losses == straight.losses[4:]
     resumed.losses = straight.losses
     resumed.assert_like(straight, recomputes=False)
-    loaded = Module.load_from_checkpoint(tmp_path / "epoch=1.ckpt", model=ConvolutionNet())  # not converted: the same keys
+    loaded = Module.load_from_checkpoint(
+        tmp_path / "epoch=1.ckpt", model=ConvolutionNet()
+    )  # not converted: the same keys
     assert all(torch.equal(t, straight.state[n]) for n, t in loaded.state_dict().items())
 
 

@@ -1,4 +1,6 @@
-"""What holds references to parameters, or takes their place: optimizers, averages, clipping, parametrisations, functional calls."""
+"""What holds references to parameters, or takes their place: optimizers, averages, clipping, parametrisations,
+functional calls.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +186,9 @@ each_kind_of_own_buffers = pytest.mark.parametrize("how", ["parametrization", "h
 SPECTRAL = "spectral norm in training mode (buffers that a branch reads and writes), before and after conversion"
 
 
-def pair(make: Callable[[], nn.Module], after: Callable[[nn.Module], nn.Module] = lambda m: m) -> tuple[nn.Module, nn.Module]:
+def pair(
+    make: Callable[[], nn.Module], after: Callable[[nn.Module], nn.Module] = lambda m: m
+) -> tuple[nn.Module, nn.Module]:
     """The same converted model twice."""
     make.example = Transformer.example  # type: ignore[attr-defined]
     return after(converted(make)), after(converted(make))
@@ -192,7 +196,11 @@ def pair(make: Callable[[], nn.Module], after: Callable[[nn.Module], nn.Module] 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @each_kind_of_own_buffers
-@works(STACK, SPECTRAL, "copies of these buffers (not of batch statistics) are kept with each forward that waits for its backward")
+@works(
+    STACK,
+    SPECTRAL,
+    "copies of these buffers (not of batch statistics) are kept with each forward that waits for its backward",
+)
 def test_spectral_norm(how: str, when: str) -> None:
     hooked = partial(with_own_buffers, how=how)
     model, twin = pair(lambda: hooked(Transformer())) if when == "before" else pair(lambda: Transformer(), hooked)
@@ -205,9 +213,15 @@ def test_spectral_norm(how: str, when: str) -> None:
 
 
 @each_kind_of_own_buffers
-@works(STACK, SPECTRAL, "copies of these buffers (not of batch statistics) are kept with each forward that waits for its backward")
+@works(
+    STACK,
+    SPECTRAL,
+    "copies of these buffers (not of batch statistics) are kept with each forward that waits for its backward",
+)
 def test_spectral_norm_of_several_forwards(how: str) -> None:
-    """As a discriminator is trained: two forwards, one backward; then the graph of one is used again, after a forward without gradients."""
+    """As a discriminator is trained: two forwards, one backward; then the graph of one is used again, after a forward
+    without gradients.
+    """
 
     def run(model: nn.Module) -> list[torch.Tensor]:
         real, fake = (x for x, _ in batches(Transformer, 2))
@@ -231,7 +245,9 @@ def test_a_fault_in_a_branch_with_spectral_norm_is_still_found() -> None:
     model = with_own_buffers(converted(Transformer), "parametrization")
     loss = model(Transformer.example()).sum()
     model.blocks[0].mlp.up.parametrizations.weight.original.data.mul_(1.01)
-    with pytest.raises(revwire.ReconstructionError, match=r"blocks\.0\.mlp .*(rebuilt input differs|computed other values)"):
+    with pytest.raises(
+        revwire.ReconstructionError, match=r"blocks\.0\.mlp .*(rebuilt input differs|computed other values)"
+    ):
         loss.backward()
 
 
@@ -270,8 +286,12 @@ def test_functional_calls(call) -> None:
         assert torch.equal(call(model, weights, (x,)), other(x))
 
 
-def other_weights(model: nn.Module, kind: str, factor: float = 0.9) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """(leaves, weights and buffers that are made of them): tensors, parameters of another module, or computed from one tensor."""
+def other_weights(
+    model: nn.Module, kind: str, factor: float = 0.9
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """(leaves, weights and buffers that are made of them): tensors, parameters of another module, or computed from one
+    tensor.
+    """
     if kind == "computed":  # as by a hypernetwork, or by steps of an inner optimizer
         scale = torch.tensor(factor, requires_grad=True)
         return [scale], {n: p.detach() * scale for n, p in model.named_parameters()}
@@ -284,7 +304,10 @@ def other_weights(model: nn.Module, kind: str, factor: float = 0.9) -> tuple[lis
     return leaves, weights | {n: b * factor for n, b in model.named_buffers()}
 
 
-FUNCTIONAL = "`functional_call` with other weights (tensors, parameters of another module, computed ones) and buffers, and its backward"
+FUNCTIONAL = (
+    "`functional_call` with other weights (tensors, parameters of another module, computed ones) and buffers, "
+    "and its backward"
+)
 each_kind_of_weights = pytest.mark.parametrize("kind", ["tensors", "parameters", "computed", "some"])
 
 
@@ -323,7 +346,9 @@ def test_backward_behind_a_functional_call(call, kind: str, network: type[nn.Mod
 @each_kind_of_weights
 @works(STACK, FUNCTIONAL)
 def test_functional_calls_in_any_order(kind: str) -> None:
-    """Calls with several weights and with the model's own wait for their backwards, one of which runs inside of another call."""
+    """Calls with several weights and with the model's own wait for their backwards, one of which runs inside of another
+    call.
+    """
 
     class Outer(nn.Module):
         def __init__(self, model: nn.Module, waiting: torch.Tensor) -> None:
@@ -367,7 +392,12 @@ def test_training_of_weights_outside_of_the_model() -> None:
         parametrised(model, "weight norm")
         weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
         optimizer = torch.optim.AdamW(weights.values(), lr=0.01)
-        run = train(model, batches(Transformer), call=lambda x: torch.func.functional_call(model, weights, (x,)), optimizer=optimizer)
+        run = train(
+            model,
+            batches(Transformer),
+            call=lambda x: torch.func.functional_call(model, weights, (x,)),
+            optimizer=optimizer,
+        )
         run.state = {n: w.detach().clone() for n, w in weights.items()}
         return run
 
@@ -430,7 +460,9 @@ def test_a_checkpoint_behind_a_functional_call(reentrant: bool) -> None:
     model(Transformer.example()).sum().backward()
     _, weights = other_weights(model, "tensors")
     loss = torch.func.functional_call(model, weights, (Transformer.example(),)).sum()
-    with pytest.raises(revwire.ReconstructionError, match=r"a torch\.utils\.checkpoint inside of it would run again without them"):
+    with pytest.raises(
+        revwire.ReconstructionError, match=r"a torch\.utils\.checkpoint inside of it would run again without them"
+    ):
         loss.backward()
 
 
@@ -442,7 +474,11 @@ def test_parameters_that_take_the_place_of_ones_from_after_conversion_are_refuse
     for kind in ("tensors", "parameters"):
         leaves, weights = other_weights(model, kind)
         loss = torch.func.functional_call(model, weights, (Transformer.example(),)).sum()
-        with nullcontext() if kind == "tensors" else pytest.raises(revwire.ReconstructionError, match=r"blocks\.1\.mlp .*weights"):
+        with (
+            nullcontext()
+            if kind == "tensors"
+            else pytest.raises(revwire.ReconstructionError, match=r"blocks\.1\.mlp .*weights")
+        ):
             loss.backward()
         assert all(t.grad is not None for t in leaves) == (kind == "tensors")
     assert all(p.grad is None for p in model.parameters())

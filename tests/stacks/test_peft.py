@@ -20,7 +20,9 @@ STACK = "PEFT"
 
 def adapted(model: nn.Module) -> nn.Module:
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["query", "value", "up"], modules_to_save=["head"])
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["query", "value", "up"], modules_to_save=["head"]
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -40,7 +42,9 @@ def run(model: nn.Module) -> Run:
     return out
 
 
-@pytest.mark.parametrize("order", ["convert, then adapt", "adapt, then convert", "adapt, then convert the model inside"])
+@pytest.mark.parametrize(
+    "order", ["convert, then adapt", "adapt, then convert", "adapt, then convert the model inside"]
+)
 @works(STACK, "LoRA: convert, then adapt; adapt, then convert")
 def test_lora(order: str) -> None:
     def made() -> nn.Module:
@@ -89,7 +93,14 @@ def test_frozen_backbones(trained: str) -> None:
     def run(model: nn.Module) -> Run:
         for name, p in model.named_parameters():
             p.requires_grad_(trained in name)
-        return train(model, batches(Transformer), optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01))
+        return train(
+            model,
+            batches(Transformer),
+            optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01),
+        )
 
-    recomputes = trained in ("norm", "bias")  # else the watched first block gets no gradient, and is not asked for again
+    recomputes = trained in (
+        "norm",
+        "bias",
+    )  # else the watched first block gets no gradient, and is not asked for again
     assert_trains_as_stored(Transformer, run, recomputes=recomputes)

@@ -46,7 +46,14 @@ def test_a_recipe_learns(name: str) -> None:
 @pytest.mark.parametrize("name", UNDER_TORCHRUN)
 def test_a_recipe_learns_under_torchrun(name: str) -> None:
     pytest.importorskip("timm", reason="needs timm")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(RECIPES / f"{name}.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(RECIPES / f"{name}.py"),
+    ]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -21,11 +21,15 @@ AUTOGRAD, CONVERSION = "Transforms of autograd", "Conversion itself"
 X = Transformer.example()
 
 
-@refused(AUTOGRAD, "double backward (`create_graph=True`)", "`revwire.stored_activations(model)`, or `revwire.revert(model)`")
+@refused(
+    AUTOGRAD, "double backward (`create_graph=True`)", "`revwire.stored_activations(model)`, or `revwire.revert(model)`"
+)
 def test_double_backward() -> None:
     model = converted(Transformer)
     x = X.clone().requires_grad_()
-    with pytest.raises(revwire.UnsupportedTransformError, match=r"create_graph=True .*stored_activations\(model\).*revwire\.revert"):
+    with pytest.raises(
+        revwire.UnsupportedTransformError, match=r"create_graph=True .*stored_activations\(model\).*revwire\.revert"
+    ):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
@@ -91,10 +95,16 @@ class ConvertsInside(nn.Module):
     (lambda m: revwire.plan(m, X), "another conversion"),
 ], ids=["fx", "jit", "export", "make_fx", "compile", "vmap", "convert"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")  # of the tracers
-@refused(CONVERSION, "inside of a trace (fx, `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func`)", "convert first, outside")
+@refused(
+    CONVERSION,
+    "inside of a trace (fx, `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func`)",
+    "convert first, outside",
+)
 def test_inside_of_a_trace(trace: Callable[[nn.Module], Any], name: str) -> None:
     torch._dynamo.reset()
-    with pytest.raises(revwire.ConversionError, match=rf"Transformer: .*inside of {name}; .*convert the model first, outside"):
+    with pytest.raises(
+        revwire.ConversionError, match=rf"Transformer: .*inside of {name}; .*convert the model first, outside"
+    ):
         trace(ConvertsInside())
 
 
@@ -126,4 +136,6 @@ def test_back_in_the_middle_of_training() -> None:
     other = torch.optim.AdamW(original.parameters(), lr=0.01)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     data = batches(Transformer, seed=2)
-    train(model, data, optimizer=optimizer).assert_like(train(original.train(), data, optimizer=other), recomputes=False)
+    train(model, data, optimizer=optimizer).assert_like(
+        train(original.train(), data, optimizer=other), recomputes=False
+    )

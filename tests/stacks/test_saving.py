@@ -28,7 +28,9 @@ def trained(network: type[nn.Module]) -> nn.Module:
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models have the same state, and compute and learn the same."""
-    states = list(a.state_dict()) == list(b.state_dict()) and all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+    states = list(a.state_dict()) == list(b.state_dict()) and all(
+        map(torch.equal, a.state_dict().values(), b.state_dict().values())
+    )
     network = type(a)
     x = network.example()
     with torch.no_grad():

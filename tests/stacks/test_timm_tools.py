@@ -31,7 +31,9 @@ def vit(**options: float) -> nn.Module:
 
 def resnet() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("resnet18", num_classes=5, layers=(3, 1, 1, 1), channels=(8, 16, 16, 16), stem_width=8).train()
+    return timm.create_model(
+        "resnet18", num_classes=5, layers=(3, 1, 1, 1), channels=(8, 16, 16, 16), stem_width=8
+    ).train()
 
 
 def converted(make) -> nn.Module:
@@ -75,7 +77,10 @@ def test_layer_decay(make) -> None:
 
 def _groups(model: nn.Module) -> list[dict]:
     by_id = {id(p): n for n, p in model.named_parameters()}
-    return [{**g, "param_names": [by_id[id(p)] for p in g["params"]]} for g in param_groups_layer_decay(model, layer_decay=0.5)]
+    return [
+        {**g, "param_names": [by_id[id(p)] for p in g["params"]]}
+        for g in param_groups_layer_decay(model, layer_decay=0.5)
+    ]
 
 
 @works(STACK, "`ModelEmaV3`, `NativeScaler`")
@@ -114,7 +119,9 @@ def test_the_models_own_checkpointing(make, when: str) -> None:
     if when == "after":
         model.set_grad_checkpointing(True)
     for m in (*model.modules(), *twin.modules()):
-        m.train(not isinstance(m, nn.BatchNorm2d))  # what is not in a chain is recomputed, and a checkpoint writes statistics twice
+        m.train(
+            not isinstance(m, nn.BatchNorm2d)
+        )  # what is not in a chain is recomputed, and a checkpoint writes statistics twice
     reversible = run(model)
     with revwire.stored_activations(twin):
         reversible.assert_like(run(twin), recomputes=False)

@@ -1,4 +1,6 @@
-"""`torch.compile`: of the whole model, and of branches (regional compilation). Gradients stay right, and graph breaks are counted."""
+"""`torch.compile`: of the whole model, and of branches (regional compilation). Gradients stay right, and graph breaks
+are counted.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,11 @@ def compile_branches(model: nn.Module, backend: str) -> nn.Module:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("network", [Transformer, ConvolutionNet], ids=["loop", "sequential"])
-@works(STACK, "`torch.compile(model)`", "each rewired block runs outside of the compiled graphs; compile the branches, too or instead")
+@works(
+    STACK,
+    "`torch.compile(model)`",
+    "each rewired block runs outside of the compiled graphs; compile the branches, too or instead",
+)
 def test_the_whole_model(network: type[nn.Module], backend: str, figure: Callable[[str], None]) -> None:
     def run(model: nn.Module) -> Run:
         return train(model, batches(network), call=torch.compile(model, backend=backend))
@@ -84,12 +90,18 @@ def test_branches_are_exact() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@works(STACK, "branches compiled by Inductor", "dropout draws other numbers than in eager mode, as always with Inductor")
+@works(
+    STACK, "branches compiled by Inductor", "dropout draws other numbers than in eager mode, as always with Inductor"
+)
 def test_inductor() -> None:
     make = partial(Transformer, 2, dropout=0.0)
     make.example = Transformer.example  # type: ignore[attr-defined]
-    compiled = assert_trains_as_stored(make, lambda m: train(compile_branches(m, "inductor"), batches(Transformer)), recomputes=False)
-    compiled.assert_like(train(converted(make), batches(Transformer)), tolerance=1e-5, recomputes=False)  # fused kernels round otherwise
+    compiled = assert_trains_as_stored(
+        make, lambda m: train(compile_branches(m, "inductor"), batches(Transformer)), recomputes=False
+    )
+    compiled.assert_like(
+        train(converted(make), batches(Transformer)), tolerance=1e-5, recomputes=False
+    )  # fused kernels round otherwise
     assert revwire.verify(compile_branches(converted(make), "inductor"), Transformer.example()).bit_exact
 
 

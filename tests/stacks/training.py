@@ -1,4 +1,5 @@
-"""A few training steps of a converted model, and of its twin that stores its activations: what every stack is measured against.
+"""A few training steps of a converted model, and of its twin that stores its activations: what every stack is measured
+against.
 
 In exact mode both must agree to the bit, in every loss and every weight; a test that cannot ask for that says why.
 """
@@ -38,12 +39,16 @@ class Run:
         return self
 
     def assert_like(self, stored: Run, *, tolerance: float = 0.0, recomputes: bool = True) -> None:
-        """As the run with stored activations, to the bit or within ``tolerance`` (absolute); and this one did recompute."""
+        """As the run with stored activations, to the bit or within ``tolerance`` (absolute); and this one did
+        recompute.
+        """
         assert self.losses, "nothing was trained"
         assert self.state.keys() == stored.state.keys()
         torch.testing.assert_close(torch.tensor(self.losses), torch.tensor(stored.losses), rtol=0, atol=tolerance)
         for name, value in self.state.items():
-            torch.testing.assert_close(value, stored.state[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                value, stored.state[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
         if recomputes:
             assert self.evaluations > stored.evaluations > 0, (self.evaluations, stored.evaluations)
 
@@ -61,7 +66,10 @@ def batches(model: type[nn.Module], steps: int = STEPS, *, size: int = 4, seed: 
     """Inputs and labels of each step."""
     generator = torch.Generator().manual_seed(seed)
     shape = model.example(size).shape  # type: ignore[operator]
-    return [(torch.randn(shape, generator=generator), torch.randint(0, 5, (size,), generator=generator)) for _ in range(steps)]
+    return [
+        (torch.randn(shape, generator=generator), torch.randint(0, 5, (size,), generator=generator))
+        for _ in range(steps)
+    ]
 
 
 def converted(make: Callable[[], nn.Module], *, seed: int = 0, **options: object) -> nn.Module:
@@ -75,7 +83,9 @@ def converted(make: Callable[[], nn.Module], *, seed: int = 0, **options: object
 
 @contextmanager
 def watched(model: nn.Module, run: Run) -> Iterator[None]:
-    """Count the evaluations of the second block's last layer: its branch is neither the first of its chain nor the last."""
+    """Count the evaluations of the second block's last layer: its branch is neither the first of its chain nor the
+    last.
+    """
 
     def count(*_: object) -> None:
         run.evaluations += 1
@@ -89,7 +99,9 @@ def watched(model: nn.Module, run: Run) -> Iterator[None]:
 
 
 def with_backward_hooks(model: nn.Module, seen: list[tuple[str, Tensor]], exchanging: bool) -> nn.Module:
-    """Full backward hooks and pre-hooks on every block, which scale the gradients that they see, or only look at them."""
+    """Full backward hooks and pre-hooks on every block, which scale the gradients that they see, or only look at
+    them.
+    """
 
     def hook(module: nn.Module, *gradients: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...] | None:
         seen.extend((name, g.clone()) for gs in gradients for g in gs)

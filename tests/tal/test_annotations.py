@@ -31,7 +31,9 @@ def write(folder, database):
 
 
 def test_videos_segments_and_classes_are_read(tmp_path):
-    path = write(tmp_path, {"b": video(annotations=[action("run", 0, 3), action("jump", "4.5", "10")]), "a": video("Validation")})
+    path = write(
+        tmp_path, {"b": video(annotations=[action("run", 0, 3), action("jump", "4.5", "10")]), "a": video("Validation")}
+    )
     found = read(path)
     assert found.classes == ("jump", "run")
     assert [v.id for v in found.videos] == ["b", "a"]
@@ -68,14 +70,23 @@ def test_an_empty_subset_is_said(tmp_path):
 FAULTS = {
     "unknown subset": (video("bogus"), r"video 'x': unknown subset 'bogus'; expected one of"),
     "unknown label": (video(annotations=[action(7)]), r"video 'x', annotation 0: unknown label 7"),
-    "outside": (video(annotations=[action(), action(end=12.0)]), r"video 'x', annotation 1: \[1, 12\] s lies outside its video of 10 s"),
+    "outside": (
+        video(annotations=[action(), action(end=12.0)]),
+        r"video 'x', annotation 1: \[1, 12\] s lies outside its video of 10 s",
+    ),
     "before": (video(annotations=[action(start=-1.0)]), r"video 'x', annotation 0: \[-1, 2\] s lies outside"),
     "order": (video(annotations=[action(start=3.0)]), r"video 'x', annotation 0: it starts at 3 s and ends at 2 s"),
     "empty": (video(annotations=[action(start=2.0)]), r"annotation 0: it starts at 2 s and ends at 2 s"),
     "no duration": ({"subset": "training", "annotations": []}, r"video 'x': it has no 'duration'"),
     "two fields": ({"duration": 1}, r"video 'x': it has no 'subset' and no 'annotations'"),
-    "no label": (video(annotations=[{"segment": [1, 2]}]), r"annotation 0: expected an object with 'label' and 'segment'"),
-    "no end": (video(annotations=[{"label": "a", "segment": [1]}]), r"annotation 0: its segment is \[1\]; expected \[start, end\]"),
+    "no label": (
+        video(annotations=[{"segment": [1, 2]}]),
+        r"annotation 0: expected an object with 'label' and 'segment'",
+    ),
+    "no end": (
+        video(annotations=[{"label": "a", "segment": [1]}]),
+        r"annotation 0: its segment is \[1\]; expected \[start, end\]",
+    ),
     "word": (video(annotations=[{"label": "a", "segment": [1, "two"]}]), r"its segment is \[1, 'two'\]"),
     "nan": (video(annotations=[{"label": "a", "segment": [1, float("nan")]}]), r"its segment is \[1, nan\]"),
     "duration": (video(duration=-3), r"video 'x': its duration is -3; expected seconds above 0"),
@@ -129,7 +140,9 @@ def test_a_video_that_comes_twice(tmp_path, again):
         assert [v.subset for v in read(path, lenient=True).videos] == ["training"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "this is not JSON"), ("[]", "'database'"), ('{"database": []}', "'database'")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "this is not JSON"), ("[]", "'database'"), ('{"database": []}', "'database'")]
+)
 @pytest.mark.parametrize("lenient", [False, True])
 def test_another_file_altogether(tmp_path, text, message, lenient):
     path = tmp_path / "a.json"
@@ -151,7 +164,9 @@ times = st.floats(-5, 30, allow_nan=False)
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), times, times), max_size=6), st.floats(1, 20))
 def test_what_has_length_is_read_and_what_lies_outside_is_counted(tmp_path_factory, items, duration):
-    path = write(tmp_path_factory.mktemp("a"), {"x": video(duration=duration, annotations=[action(*item) for item in items])})
+    path = write(
+        tmp_path_factory.mktemp("a"), {"x": video(duration=duration, annotations=[action(*item) for item in items])}
+    )
     found, faults = annotations.parse(path)
     good = [item for item in items if item[1] < item[2]]
     assert [(found.classes[s.label], s.start, s.end) for s in found.videos[0].segments] == good
@@ -170,7 +185,11 @@ def test_a_list_of_classes_may_have_a_heading(tmp_path):
 def test_published_files():
     root = Path(DATA)
     anet, faults = annotations.parse(root / "activitynet13/activity_net.v1-3.rebuilt.json")
-    assert {name: len(anet.subset(name).videos) for name in anet.subsets} == {"training": 10024, "validation": 4926, "testing": 5044}
+    assert {name: len(anet.subset(name).videos) for name in anet.subsets} == {
+        "training": 10024,
+        "validation": 4926,
+        "testing": 5044,
+    }
     assert sum(len(v.segments) for v in anet.videos) == 15410 + 7654 - sum(f.kind == "end before start" for f in faults)
     assert set(anet.classes) == set(annotations.read_classes(root / "activitynet13/action_name.csv"))
     thumos, faults = annotations.parse(root / "thumos14/thumos14.json")

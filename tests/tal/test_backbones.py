@@ -21,12 +21,18 @@ def small_swin():
 def small_slowfast(**blocks):
     torch.manual_seed(0)
     return SlowFast(
-        (2, 3, 1, 1), 4, PathwaySpec(8, (1, 7, 7), (0, 0, 1, 1)), PathwaySpec(1, (5, 7, 7), (1,) * 4), blocks=BlockSpec(**blocks)
+        (2, 3, 1, 1),
+        4,
+        PathwaySpec(8, (1, 7, 7), (0, 0, 1, 1)),
+        PathwaySpec(1, (5, 7, 7), (1,) * 4),
+        blocks=BlockSpec(**blocks),
     )
 
 
 def frames(count=8, size=32, batch=1, seed=0):
-    return torch.randint(0, 256, (batch, 3, count, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (batch, 3, count, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("make", [small_swin, small_slowfast])
@@ -67,7 +73,9 @@ def test_clips_have_gradients_and_are_reversible(checkpointed):
         video.grad = None
         backbone(video).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in (video, *backbone.parameters())]))
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99  # bdia with γ = 1/128 is nearly the same function
+    assert (
+        torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    )  # bdia with γ = 1/128 is nearly the same function
 
 
 def test_clips_of_a_converted_network_rebuild_to_the_bit():
@@ -123,7 +131,9 @@ def test_published_names_load_with_any_prefix(make, wrapped, tmp_path):
     for parameter in target.parameters():
         nn.init.zeros_(parameter)
     state = {wrapped + published_name(name): value for name, value in source.state_dict().items()}
-    torch.save({"state_dict": state | {"module.head.weight": torch.zeros(1)} if wrapped else state}, tmp_path / "epoch.pth")
+    torch.save(
+        {"state_dict": state | {"module.head.weight": torch.zeros(1)} if wrapped else state}, tmp_path / "epoch.pth"
+    )
     load_published(target, tmp_path / "epoch.pth")
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
 
@@ -134,7 +144,9 @@ def published_name(name):
     if "blocks" in parts:  # Swin: layers.0.blocks.1.norm1.weight
         inner = "Gm" if parts[4] in ("norm2", "mlp") else "Fm"
         return ".".join([*parts[:4], "inv_block", inner, *parts[4:]])
-    if parts[1].startswith("layer") and not parts[1].endswith("lateral"):  # SlowFast: slow_path.layer1.0.conv1.conv.weight
+    if parts[1].startswith("layer") and not parts[1].endswith(
+        "lateral"
+    ):  # SlowFast: slow_path.layer1.0.conv1.conv.weight
         around = [] if parts[3] == "downsample" else ["Fm"] if parts[2] == "0" else ["inv_block", "Fm"]
         return ".".join([*parts[:2], "blocks", parts[2], *around, *parts[3:]])
     return name
@@ -170,13 +182,20 @@ def test_which_convolution_goes_along_time(style, kernels):
 
 
 def test_a_window_that_fits_is_torchvisions():
-    """Where no window is clipped, no token is padding, and axes are as long as two windows, both are the same network."""
+    """Where no window is clipped, no token is padding, and axes are as long as two windows, both are the same
+    network.
+    """
     ours = VideoSwin(embed_dim=8, depths=(2,), num_heads=(2,), window_size=(2, 2, 2), patch_size=(2, 4, 4)).double()
     video = pytest.importorskip("torchvision").models.video.swin_transformer
     theirs = video.SwinTransformer3d([2, 4, 4], 8, [2], [2], [2, 2, 2], stochastic_depth_prob=0.0).double()
     state = {}
     for name, value in ours.state_dict().items():
-        for old, new in (("layers.0.blocks", "features.0"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"), ("norm3", "norm")):
+        for old, new in (
+            ("layers.0.blocks", "features.0"),
+            ("mlp.fc1", "mlp.0"),
+            ("mlp.fc2", "mlp.3"),
+            ("norm3", "norm"),
+        ):
             name = name.replace(old, new)
         state[name] = value
     missing, unexpected = theirs.load_state_dict(state, strict=False)
@@ -211,7 +230,9 @@ def test_the_blocks_of_a_slowfast_that_change_shape_can_be_checkpointed():
     video = frames().float()
     backbone = Backbone(small_slowfast(), freeze_norms=False).train()
     revwire.convert(backbone, video, checkpoint="stays")
-    assert len(revwire.report(backbone).checkpointed) == 10  # of each pathway the first of each stage, and a block that stands alone
+    assert (
+        len(revwire.report(backbone).checkpointed) == 10
+    )  # of each pathway the first of each stage, and a block that stands alone
     found = []
     for stored in (False, True):
         with revwire.stored_activations(backbone) if stored else nullcontext():

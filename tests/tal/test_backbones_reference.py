@@ -1,6 +1,7 @@
 """The backbones against OpenTAD's, rewired by `revwire.convert` alone: outputs, gradients, statistics.
 
-Both arithmetics meet the same tolerances: float streams (``exact=False``), which round as OpenTAD's do, and fixed-point streams, the
+Both arithmetics meet the same tolerances: float streams (``exact=False``), which round as OpenTAD's do, and fixed-point
+streams, the
 default for this coupling: 32 bits for a float32 network, 64 for a float64 one.
 """
 
@@ -62,7 +63,10 @@ def test_outputs_and_gradients(reference, dtype, exact):
             assert relative_error(x.grad, case["input_grad"]) < GRADIENTS[name]
         if "buffers_after_forward" in case:
             state = network.state_dict()
-            assert all(relative_error(state[network.own_name(n)], v) < OUTPUTS[name] for n, v in case["buffers_after_forward"].items())
+            assert all(
+                relative_error(state[network.own_name(n)], v) < OUTPUTS[name]
+                for n, v in case["buffers_after_forward"].items()
+            )
 
 
 def watched(network, paths):
@@ -85,13 +89,18 @@ def _check_gradients(network, case, dtype, tolerance):
     for name, expected in case["param_grads"].items():
         assert relative_error(gradients[network.own_name(name)], expected) < tolerance, name
     for name, expected in case.get("param_grads_f64", {}).items():
-        assert relative_error(gradients[network.own_name(name)], expected) < (F64 if dtype == torch.float64 else tolerance), name
+        assert relative_error(gradients[network.own_name(name)], expected) < (
+            F64 if dtype == torch.float64 else tolerance
+        ), name
     norms = {name: gradients[network.own_name(name)].double().norm().item() for name in case["all_grad_norms_f64"]}
     assert len(norms) == len(gradients)
     largest = max(case["all_grad_norms_f64"].values())
     for name, expected in case["all_grad_norms_f64"].items():
-        # A batch norm over one value per channel makes the gradients before it vanish: those are compared with the largest one.
-        assert abs(norms[name] - expected) < (F64 if dtype == torch.float64 else tolerance) * max(expected, 1e-3 * largest), name
+        # A batch norm over one value per channel makes the gradients before it vanish: those are compared with the
+        # largest one.
+        assert abs(norms[name] - expected) < (F64 if dtype == torch.float64 else tolerance) * max(
+            expected, 1e-3 * largest
+        ), name
 
 
 def test_rebuilt_to_the_bit(reference):
@@ -129,7 +138,9 @@ def test_stochastic_depth(dtype):
     network = revwire.convert(network.to(dtype), case["input"].to(dtype), coupling="re2tal", exact=False)
     out = network(case["input"].to(dtype))
     (out * case["loss_weight"].to(dtype)).sum().backward()
-    tolerance = 1e-6 if dtype == torch.float64 else OUTPUTS["re2swin"]  # 1 / (1 − p) was rounded to float32 in the reference
+    tolerance = (
+        1e-6 if dtype == torch.float64 else OUTPUTS["re2swin"]
+    )  # 1 / (1 − p) was rounded to float32 in the reference
     assert relative_error(out, dropped["output_f64"]) < tolerance
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     for name, expected in dropped["param_grads"].items():
@@ -141,7 +152,11 @@ def test_the_wrapper(reference, dtype):
     name, data = reference
     wrapper = load("re2wrapper")
     case = wrapper[name]
-    backbone = Backbone(network_of(data), steps=case["interpolate_size"], mean=wrapper["mean"], std=wrapper["std"]).to(dtype).train()
+    backbone = (
+        Backbone(network_of(data), steps=case["interpolate_size"], mean=wrapper["mean"], std=wrapper["std"])
+        .to(dtype)
+        .train()
+    )
     frames = case["frames"].squeeze(1)
     revwire.convert(backbone, frames, coupling="re2tal", exact=False)
     tolerance = F64 if dtype == torch.float64 else OUTPUTS[name]

@@ -52,7 +52,14 @@ def test_a_run_leaves_all_that_is_needed(folder):
     assert any(name.startswith("tensorboard/") for name in names)
     assert load(config.folder / "config.yaml") == config
     header = (config.folder / "csv/version_0/metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"train/loss", "train/classification", "train/regression", "cost/seconds", "cost/memory_mib", "test/mAP"} <= set(header)
+    assert {
+        "train/loss",
+        "train/classification",
+        "train/regression",
+        "cost/seconds",
+        "cost/memory_mib",
+        "test/mAP",
+    } <= set(header)
     record = json.loads(next(config.folder.glob("result.*.json")).read_text())
     assert record["status"] == "ok"
     assert record["results"][0]["steps"] == 2
@@ -63,7 +70,9 @@ def test_a_checkpoint_is_tested_and_its_detections_score_the_same(folder):
     config = load("synthetic", changes(folder))
     shown = run("evaluate", "--config", "synthetic", "--quiet", *changes(folder))
     assert "mAP@0.50" in shown
-    scored = run("evaluate", "--config", "synthetic", "--predictions", config.folder / "predictions.json", *changes(folder))
+    scored = run(
+        "evaluate", "--config", "synthetic", "--predictions", config.folder / "predictions.json", *changes(folder)
+    )
     for line in scored.splitlines():
         if line.startswith("mAP@0.50"):
             assert line.split()[1] == next(x.split()[1] for x in shown.splitlines() if x.startswith("mAP@0.50"))
@@ -71,7 +80,9 @@ def test_a_checkpoint_is_tested_and_its_detections_score_the_same(folder):
 
 def test_detections_in_a_folder_of_videos(folder, tmp_path):
     out = tmp_path / "found.json"
-    said = run("predict", "--config", "synthetic", "--videos", folder / "videos", "--output", out, "--quiet", *changes(folder))
+    said = run(
+        "predict", "--config", "synthetic", "--videos", folder / "videos", "--output", out, "--quiet", *changes(folder)
+    )
     assert "detections in 9 videos" in said
     results = json.loads(out.read_text())["results"]
     assert len(results) == 9
@@ -82,8 +93,21 @@ def test_detections_in_a_folder_of_videos(folder, tmp_path):
 
 def test_pictures(folder, tmp_path):
     predictions = load("synthetic", changes(folder)).folder / "predictions.json"
-    said = run("plot", "--config", "synthetic", "--predictions", predictions, "--output", tmp_path, "--most", 1, *changes(folder))
-    written = [Path(line) for line in "".join(said.split("\n")).replace(".png", ".png\n").replace(".html", ".html\n").split()]
+    said = run(
+        "plot",
+        "--config",
+        "synthetic",
+        "--predictions",
+        predictions,
+        "--output",
+        tmp_path,
+        "--most",
+        1,
+        *changes(folder),
+    )
+    written = [
+        Path(line) for line in "".join(said.split("\n")).replace(".png", ".png\n").replace(".html", ".html\n").split()
+    ]
     assert sorted(p.suffix for p in written) == [".html", ".png", ".png"]
     assert all(path.stat().st_size > 500 for path in written)
 
@@ -103,7 +127,18 @@ def test_an_audit_names_what_is_missing_and_what_is_corrupt(folder, tmp_path):
 
 def test_memory_grows_less_where_activations_are_rebuilt(tmp_path):
     arguments = [*SHORT, "data.root=nowhere", "backbone.options.depths=[4]"]
-    said = run("memory", "--config", "synthetic", "--frames", "16,32", "--memory", "stored,re2tal", "--output", tmp_path, *arguments)
+    said = run(
+        "memory",
+        "--config",
+        "synthetic",
+        "--frames",
+        "16,32",
+        "--memory",
+        "stored,re2tal",
+        "--output",
+        tmp_path,
+        *arguments,
+    )
     assert "ok" in said
     record = json.loads(next(tmp_path.glob("tal_memory_synthetic.*.json")).read_text())
     peaks = {(row["memory"], row["frames"]): row["peak_bytes"] for row in record["results"]}
@@ -126,7 +161,9 @@ def test_a_comparison_runs_each_variant_with_each_seed_and_goes_on_where_it_stop
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(comparison.subprocess, "run", here)
-    monkeypatch.setattr(comparison, "VARIANTS", {name: comparison.VARIANTS[name] for name in ("stored", "re2tal", "frozen")})
+    monkeypatch.setattr(
+        comparison, "VARIANTS", {name: comparison.VARIANTS[name] for name in ("stored", "re2tal", "frozen")}
+    )
     arguments = ["compare", "--config", "synthetic", "--seeds", 1, "--jobs", 1, "--rounds", 1, "--output", tmp_path]
     changed = [*changes(folder), f"output={tmp_path / 'runs'}", "training.steps=1"]
     run(*arguments, *changed)
@@ -135,11 +172,16 @@ def test_a_comparison_runs_each_variant_with_each_seed_and_goes_on_where_it_stop
     record = json.loads(next(tmp_path.glob("tal_synthetic.*.json")).read_text())
     rows = {row["variant"]: row for row in record["results"]}
     assert list(rows) == ["stored", "re2tal", "frozen"]
-    assert rows["frozen"]["cost"]["peak_bytes"] < rows["re2tal"]["cost"]["peak_bytes"] < rows["stored"]["cost"]["peak_bytes"]
+    assert (
+        rows["frozen"]["cost"]["peak_bytes"]
+        < rows["re2tal"]["cost"]["peak_bytes"]
+        < rows["stored"]["cost"]["peak_bytes"]
+    )
     assert rows["stored"]["cost"]["to_stored"]["median"] == 1
 
 
-# -- the first stage -------------------------------------------------------------------------------------------------------
+# -- the first stage
+# -------------------------------------------------------------------------------------------------------
 
 
 def clip(path, seed):
@@ -159,7 +201,14 @@ def test_both_stages_from_clips_in_folders_to_a_localizer(folder, tmp_path):
     cut = ("sampling.frames=8", "sampling.short_side=18", "sampling.crop=16", "sampling.stride=1")
     first = [f"data.root={tmp_path}", "data.videos=clips", f"output={tmp_path}", *SHORT[4:], *cut]
     first = [c for c in first if not c.startswith(("actionformer", "sampling.steps"))]
-    one = [*first, "sampling.steps=4", "training.precision=32-true", "training.accelerator=cpu", "data.workers=0", "training.batch=2"]
+    one = [
+        *first,
+        "sampling.steps=4",
+        "training.precision=32-true",
+        "training.accelerator=cpu",
+        "data.workers=0",
+        "training.batch=2",
+    ]
     assert '"top1"' in run("train", "--config", "kinetics", "--quiet", *one)
     weights = runs.latest(load("kinetics", one))
     shown = run("evaluate", "--config", "kinetics", "--quiet", *one)
@@ -171,13 +220,25 @@ def test_both_stages_from_clips_in_folders_to_a_localizer(folder, tmp_path):
 def test_features_take_the_place_of_videos(folder, tmp_path):
     (tmp_path / "features").mkdir()
     for video in json.loads((folder / "annotations.json").read_text())["database"]:
-        np.save(tmp_path / "features" / f"{video}.npy", np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32))
+        np.save(
+            tmp_path / "features" / f"{video}.npy", np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
+        )
     features = f"data.features={{path: {tmp_path / 'features'}, channels: 5}}"
-    said = run("train", "--config", "synthetic", "--quiet", *changes(folder), features, "sampling.frames=8", f"output={tmp_path}")
+    said = run(
+        "train",
+        "--config",
+        "synthetic",
+        "--quiet",
+        *changes(folder),
+        features,
+        "sampling.frames=8",
+        f"output={tmp_path}",
+    )
     assert '"steps": 2' in said
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------------
+# -- errors
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_wrong_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -185,13 +246,19 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip() == "error: command line: unknown key 'training.stepz'; did you mean 'training.steps'?"
+    assert (
+        capsys.readouterr().err.strip()
+        == "error: command line: unknown key 'training.stepz'; did you mean 'training.steps'?"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.annotations=none.json", r"data.annotations: got 'none.json', and there is no .*none.json; set it, or data.root"),
+        (
+            "data.annotations=none.json",
+            r"data.annotations: got 'none.json', and there is no .*none.json; set it, or data.root",
+        ),
         ("class_agnostic=true", r"data.class_scores: got None; expected a file of classes, as class_agnostic is true"),
         ("data.features.path=none", r"data.features: got 'none', and there is no"),
         ("training={strategy: fsdp, ema: 0.9}", r"training.ema: got an average of weights that are sharded"),
@@ -207,7 +274,9 @@ def test_data_that_do_not_fit_are_named(folder, change, message):
 @pytest.mark.skipif("REVWIRE_DATA" not in os.environ, reason="needs real videos: set REVWIRE_DATA")
 def test_real_videos_go_through_all_of_it(tmp_path):
     pytest.importorskip("torchvision")
-    config = load("decoding", [f"output={tmp_path}", "sampling.frames=32", "sampling.steps=16", "actionformer.max_steps=16"])
+    config = load(
+        "decoding", [f"output={tmp_path}", "sampling.frames=32", "sampling.steps=16", "actionformer.max_steps=16"]
+    )
     with pytest.warns(UserWarning, match="passed over 26 faults"):
         record = runs.train(config, progress=False)
     row = record.results[0]

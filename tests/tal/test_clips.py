@@ -1,4 +1,6 @@
-"""Clips: grids of frames and steps, what is kept of actions, the same items in every process, and files that cannot be read."""
+"""Clips: grids of frames and steps, what is kept of actions, the same items in every process, and files that cannot be
+read.
+"""
 
 import math
 from dataclasses import replace
@@ -70,7 +72,9 @@ def test_steps_of_a_resized_video_are_shares_of_its_duration():
     assert made.labels.tolist() == [1, 0]  # a segment of 1/200 of the video is too short for the grid
     assert made.timing.to_seconds(torch.tensor([4.0, 8, 16])).tolist() == [5, 10, 20]
     # what reaches over the video is cut to it
-    assert plan(Resize(64, 16), video(duration=20.0, segments=[(15, 24, 1), (21, 24, 0)]), 480, fps=24).segments.tolist() == [[12, 16]]
+    assert plan(
+        Resize(64, 16), video(duration=20.0, segments=[(15, 24, 1), (21, 24, 0)]), 480, fps=24
+    ).segments.tolist() == [[12, 16]]
     # where the file's length and the annotation's differ, shares of the video are what counts
     assert plan(Resize(64, 16), video(duration=20.0, segments=[(5, 10, 1)]), 500, fps=24).segments.tolist() == [[4, 8]]
 
@@ -78,7 +82,11 @@ def test_steps_of_a_resized_video_are_shares_of_its_duration():
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 5000), st.sampled_from([(64, 32, 2), (64, 64, 1), (32, 8, 3)]), st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+@given(
+    st.integers(1, 5000),
+    st.sampled_from([(64, 32, 2), (64, 64, 1), (32, 8, 3)]),
+    st.sampled_from([0.0, 0.25, 0.5, 0.75]),
+)
 def test_windows_cover_the_video(length, shape, overlap):
     sampling = Windows(*shape, overlap=overlap)
     made = [plan(sampling, video(duration=length / FPS), length, part) for part in range(sampling.count(length))]
@@ -99,7 +107,9 @@ def test_windows_cover_the_video(length, shape, overlap):
 
 
 def test_windows_as_in_the_published_configurations():
-    """THUMOS: 1024 frames, every second one, 512 steps, half overlapping: a minute at 30 frames a second is one window, four are."""
+    """THUMOS: 1024 frames, every second one, 512 steps, half overlapping: a minute at 30 frames a second is one window,
+    four are.
+    """
     sampling = Windows()
     assert sampling.count(1800) == 1
     offsets = [plan(sampling, video(), 7200, part).timing.offset for part in range(sampling.count(7200))]
@@ -211,7 +221,9 @@ def test_pixels_are_normalised_or_not(drawn):
     assert raw.dtype == torch.uint8
     scaled = data(drawn, Resize(16, 8), clips.centre(24), normalize=((1, 2, 3), (4, 5, 6)))[0].frames
     shape = (3, 1, 1, 1)
-    torch.testing.assert_close(scaled, (raw - torch.tensor([1.0, 2, 3]).view(shape)) / torch.tensor([4.0, 5, 6]).view(shape))
+    torch.testing.assert_close(
+        scaled, (raw - torch.tensor([1.0, 2, 3]).view(shape)) / torch.tensor([4.0, 5, 6]).view(shape)
+    )
 
 
 def test_frames_are_those_of_the_plan(drawn):
@@ -225,7 +237,9 @@ def test_videos_that_are_kept_are_decoded_once(drawn, monkeypatch):
     keys = [(turn, index) for turn in range(3) for index in range(3)]
     plain, kept, decoded = data(drawn, training=True), data(drawn, training=True, keep=True), []
     expected, read_file = [plain[key] for key in keys], videos.read
-    monkeypatch.setattr(videos, "read", lambda path, *args, **options: decoded.append(path) or read_file(path, *args, **options))
+    monkeypatch.setattr(
+        videos, "read", lambda path, *args, **options: decoded.append(path) or read_file(path, *args, **options)
+    )
     assert all(same(kept[key], clip) for key, clip in zip(keys, expected, strict=True))
     assert sorted(decoded) == sorted(drawn[1].values())
 
@@ -281,7 +295,9 @@ def test_a_batch(drawn):
 
 def test_training_leaves_videos_without_actions_out(drawn):
     annotations, files = drawn
-    empty = Annotations((*annotations.videos[:1], Video(annotations.videos[1].id, "training", 5.0, ())), annotations.classes)
+    empty = Annotations(
+        (*annotations.videos[:1], Video(annotations.videos[1].id, "training", 5.0, ())), annotations.classes
+    )
     assert len(Clips(empty, files, Resize(8, 8), clips.centre(32), training=True)) == 1
     assert len(Clips(empty, files, Resize(8, 8), clips.centre(32))) == 2
 

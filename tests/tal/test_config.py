@@ -46,7 +46,10 @@ def test_variants_differ_in_one_line(memory):
         ("training.stpes=3", "command line: unknown key 'training.stpes'; did you mean 'training.steps'"),
         ("backbone_lr=1", "unknown key 'backbone_lr'; did you mean 'training.backbone_lr'"),
         ("actionformer.chanels=3", "unknown key 'actionformer.chanels'; did you mean 'actionformer.channels'"),
-        ("backbone.options.drop_path=3", "unknown key 'backbone.options.drop_path'; did you mean 'backbone.options.drop_path_rate'"),
+        (
+            "backbone.options.drop_path=3",
+            "unknown key 'backbone.options.drop_path'; did you mean 'backbone.options.drop_path_rate'",
+        ),
         ("suppression.sgima=3", "unknown key 'suppression.sgima'; did you mean 'suppression.sigma'"),
         ("actionformer.in_channels=3", "unknown key 'actionformer.in_channels'"),
         ("training.zzz=3", "unknown key 'training.zzz'; expected one of training.accelerator, training.accumulate"),
@@ -103,7 +106,9 @@ def test_numbers_without_a_point_are_numbers():
 
 
 def test_folders_of_variants_differ():
-    folders = {load("thumos14", [o]).folder for o in ("memory=stored", "memory=bdia:1/8", "backbone.frozen=true", "seed=1")}
+    folders = {
+        load("thumos14", [o]).folder for o in ("memory=stored", "memory=bdia:1/8", "backbone.frozen=true", "seed=1")
+    }
     assert len(folders) == 4
     assert all(len(folder.parts) == 4 for folder in folders)
 
@@ -117,7 +122,9 @@ def test_dotted_keys_and_sections_are_the_same(tmp_path):
 
 
 def test_options_of_other_networks_are_unknown():
-    assert load("badminton", ["backbone.name=videomae_b", "backbone.options.layers=2"]).backbone.options == {"layers": 2}
+    assert load("badminton", ["backbone.name=videomae_b", "backbone.options.layers=2"]).backbone.options == {
+        "layers": 2
+    }
     with pytest.raises(ConfigError, match=r"unknown key 'backbone.options.embed_dim'"):
         load("badminton", ["backbone.name=videomae_b", "backbone.options.embed_dim=8"])
 

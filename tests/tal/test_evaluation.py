@@ -1,4 +1,6 @@
-"""mAP: against a plain loop on random detections, OpenTAD's figures and published ones; malformed detections by their place."""
+"""mAP: against a plain loop on random detections, OpenTAD's figures and published ones; malformed detections by their
+place.
+"""
 
 import json
 import os
@@ -45,7 +47,8 @@ def plain(annotations, results, threshold):
         free = {v.id: [(s.start, s.end) for s in v.segments if s.label == label] for v in annotations.videos}
         count = sum(map(len, free.values()))
         rows = sorted(
-            ((d["score"], v, *d["segment"]) for v, items in results.items() for d in items if d["label"] == name), key=lambda r: -r[0]
+            ((d["score"], v, *d["segment"]) for v, items in results.items() for d in items if d["label"] == name),
+            key=lambda r: -r[0],
         )
         right, precisions = 0, []
         for i, (_, v, start, end) in enumerate(rows, 1):
@@ -80,7 +83,9 @@ def test_it_is_the_plain_loop(first, second, rows, random):
     results = found(*((v, c, s, s + n, score) for (v, c, s, n), score in zip(rows, scores, strict=True)))
     assume(not _tied(annotations, results))
     result = evaluate(annotations, results, THUMOS)
-    assume(sum(result.segments) == sum(len(v.segments) for v in annotations.videos))  # repeated annotations do not count
+    assume(
+        sum(result.segments) == sum(len(v.segments) for v in annotations.videos)
+    )  # repeated annotations do not count
     for row, threshold in enumerate(THUMOS):
         expected = plain(annotations, results, threshold)
         assert dict(zip(result.classes, result.ap[row], strict=True)) == pytest.approx(expected, abs=1e-12)
@@ -151,11 +156,26 @@ def test_average_precision_of_nothing_is_zero():
 
 def test_what_is_left_out_is_said():
     annotations = truth(("v", [("a", 0, 10)]), ("w", [("b", 0, 10)]))
-    results = found(("v", "c", 0, 1, 0.5), ("u", "a", 0, 1, 0.5), ("v", "a", 3, 2, 0.4), ("v", "a", 0, 10, 0.3), ("w", "b", 0, 10, 1))
+    results = found(
+        ("v", "c", 0, 1, 0.5),
+        ("u", "a", 0, 1, 0.5),
+        ("v", "a", 3, 2, 0.4),
+        ("v", "a", 0, 10, 0.3),
+        ("w", "b", 0, 10, 1),
+    )
     result = evaluate(annotations, results, (0.5,), blocked=["w"])
-    assert (result.classes, result.other_labels, result.other_videos, result.without_length) == (("a",), {"c": 1}, {"u": 1}, 1)
+    assert (result.classes, result.other_labels, result.other_videos, result.without_length) == (
+        ("a",),
+        {"c": 1},
+        {"u": 1},
+        1,
+    )
     assert result.average == pytest.approx(1 / 3)
-    for said in ("no segment is labelled 'c'", "1 detections lie in 1 videos that are not evaluated", "1 detections do not end after"):
+    for said in (
+        "no segment is labelled 'c'",
+        "1 detections lie in 1 videos that are not evaluated",
+        "1 detections do not end after",
+    ):
         assert said in str(result)
 
 
@@ -198,7 +218,12 @@ def test_all_malformed_detections_are_counted():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[]", "'results'"), ("{}", "'results'"), ('{"results": []}', "by the ids of videos, got list")],
+    [
+        ("{", "not JSON"),
+        ("[]", "'results'"),
+        ("{}", "'results'"),
+        ('{"results": []}', "by the ids of videos, got list"),
+    ],
 )
 def test_another_file_altogether(tmp_path, text, message):
     path = tmp_path / "d.json"
@@ -223,7 +248,10 @@ def test_a_truth_with_faults_is_not_scored(tmp_path):
 def test_the_official_oracle_scores_one():
     root = Path(DATA, "activitynet13")
     result = evaluate(
-        root / "activity_net.v1-3.rebuilt.json", root / "official_sample_detection_prediction.json", ACTIVITYNET, subset="validation"
+        root / "activity_net.v1-3.rebuilt.json",
+        root / "official_sample_detection_prediction.json",
+        ACTIVITYNET,
+        subset="validation",
     )
     assert (result.ap == 1.0).all()
     assert len(result.classes) == 200

@@ -20,7 +20,10 @@ def written(path, data):
 
 
 def test_cuhk(tmp_path):
-    path = written(tmp_path / "c.json", {"class": ["run", "jump", "sit down"], "results": {"x": [0.1, 0.7, 0.2], "v_y": [0.6, 0.1, 0.3]}})
+    path = written(
+        tmp_path / "c.json",
+        {"class": ["run", "jump", "sit down"], "results": {"x": [0.1, 0.7, 0.2], "v_y": [0.6, 0.1, 0.3]}},
+    )
     found = scores.read(path, ["jump", "run", "SitDown"])
     assert found.top("x") == ((0, 0.7), (2, 0.2))
     assert found.top("v_x", 1) == ((0, 0.7),)
@@ -46,7 +49,10 @@ def test_untrimmednet(tmp_path):
     ("data", "message"),
     [
         ({"results": {}}, "it has 'results' but no 'class'"),
-        ({"results": {"x": [1]}, "class": ["run", "jump"]}, "video 'x' has 1 scores; expected one for each of 2 classes"),
+        (
+            {"results": {"x": [1]}, "class": ["run", "jump"]},
+            "video 'x' has 1 scores; expected one for each of 2 classes",
+        ),
         ({"results": {}, "class": ["fly"]}, "unknown class 'fly'; expected one of 2, such as 'run'"),
         ({"x": [1, 2]}, "expected CUHK's form"),
         ([], "expected CUHK's form"),
@@ -76,6 +82,11 @@ def right(truth, found):
 def test_published_scores_know_their_videos():
     root = Path(DATA)
     truth, _ = annotations.parse(root / "activitynet13/activity_net.v1-3.rebuilt.json")
-    assert right(truth.subset("validation"), scores.read(root / "activitynet13/video_level_top1_scores.json", truth.classes)) > 0.88
+    assert (
+        right(
+            truth.subset("validation"), scores.read(root / "activitynet13/video_level_top1_scores.json", truth.classes)
+        )
+        > 0.88
+    )
     truth, _ = annotations.parse(root / "thumos14/thumos14.json")
     assert right(truth.subset("test"), scores.read(root / "thumos14/uNet_test.npy", truth.classes)) > 0.9

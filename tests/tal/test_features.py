@@ -21,7 +21,10 @@ def rows(count, channels=5):
 
 
 def annotated(**durations):
-    videos = (Video(name, "training", d, (Segment(0.25 * d, 0.5 * d, 1), Segment(0.5 * d, d, 0))) for name, d in durations.items())
+    videos = (
+        Video(name, "training", d, (Segment(0.25 * d, 0.5 * d, 1), Segment(0.5 * d, d, 0)))
+        for name, d in durations.items()
+    )
     return Annotations(tuple(videos), ("a", "b"))
 
 
@@ -80,18 +83,26 @@ def test_windows_of_rows(tmp_path):
 
 @settings(deadline=None)
 @given(
-    st.integers(8, 200), st.sampled_from([1.0, 4.0, 16.0]), st.sampled_from([0.0, 8.0]), st.sampled_from([25.0, 30.0]), st.integers(0, 9)
+    st.integers(8, 200),
+    st.sampled_from([1.0, 4.0, 16.0]),
+    st.sampled_from([0.0, 8.0]),
+    st.sampled_from([25.0, 30.0]),
+    st.integers(0, 9),
 )
 def test_actions_lie_at_their_seconds(tmp_path_factory, count, stride, offset, fps, seed):
     duration = count * stride / fps
     source = features.find(written(tmp_path_factory.mktemp("f"), "npy", {"a": rows(count)}))
     sampling = Truncate(64, 64, 1, keep=0.01)
-    dataset = Features(annotated(a=duration), source, sampling, fps=fps, stride=stride, offset=offset, training=True, seed=seed)
+    dataset = Features(
+        annotated(a=duration), source, sampling, fps=fps, stride=stride, offset=offset, training=True, seed=seed
+    )
     clip = dataset[0]
     assert clip.timing.stride == stride
     first, last = clip.timing.start, clip.timing.to_seconds(float(clip.mask.sum()))
     expected = [
-        (max(s, first), min(e, last)) for s, e in ((0.25 * duration, 0.5 * duration), (0.5 * duration, duration)) if e > first and s < last
+        (max(s, first), min(e, last))
+        for s, e in ((0.25 * duration, 0.5 * duration), (0.5 * duration, duration))
+        if e > first and s < last
     ]
     found = clip.timing.to_seconds(clip.segments).tolist()
     for start, end in found:

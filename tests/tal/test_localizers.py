@@ -1,4 +1,6 @@
-"""The localizers by independent oracles: dense attention, loops over points and boxes, torchvision's losses; and that they learn."""
+"""The localizers by independent oracles: dense attention, loops over points and boxes, torchvision's losses; and that
+they learn.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +24,21 @@ STEPS, CHANNELS = 64, 8
 
 def actionformer(classes=3, **options):
     torch.manual_seed(0)
-    return ActionFormer(CHANNELS, classes, **{"channels": 32, "window": 5, "max_steps": STEPS, "levels": 4, "drop_path": 0.0} | options)
+    return ActionFormer(
+        CHANNELS, classes, **{"channels": 32, "window": 5, "max_steps": STEPS, "levels": 4, "drop_path": 0.0} | options
+    )
 
 
 def vsgn(classes=3, **options):
     torch.manual_seed(0)
-    options = {"channels": 32, "max_steps": STEPS, "strides": (2, 4, 8, 16), "scales": (3.0, 5.0), "layers": 1, "neighbours": 3} | options
+    options = {
+        "channels": 32,
+        "max_steps": STEPS,
+        "strides": (2, 4, 8, 16),
+        "scales": (3.0, 5.0),
+        "layers": 1,
+        "neighbours": 3,
+    } | options
     return VSGN(CHANNELS, classes, **options)
 
 
@@ -52,7 +63,8 @@ def batch(videos=2, steps=STEPS, seed=0):
     return features, mask, segments, labels
 
 
-# -- parts -----------------------------------------------------------------------------------------------------------------
+# -- parts
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 20])
@@ -80,7 +92,9 @@ def test_diou_and_giou_are_those_of_boxes_of_one_height():
     a, b = (torch.rand(2, 50, 2, generator=generator, dtype=torch.float64).cumsum(-1)).unbind()
     boxes = [torch.stack([s[:, 0] * 1e4, torch.zeros(50), s[:, 1] * 1e4, torch.ones(50)], 1).double() for s in (a, b)]
     torch.testing.assert_close(giou_loss(a, b), generalized_box_iou_loss(*boxes), rtol=0, atol=1e-6)
-    torch.testing.assert_close(diou_loss(a, b), distance_box_iou_loss(*boxes), rtol=0, atol=1e-6)  # the height hardly counts in the hull
+    torch.testing.assert_close(
+        diou_loss(a, b), distance_box_iou_loss(*boxes), rtol=0, atol=1e-6
+    )  # the height hardly counts in the hull
     torch.testing.assert_close(giou_loss(a.flip(1), b), giou_loss(a, b))
 
 
@@ -91,7 +105,9 @@ def test_targets_of_points_are_those_of_a_loop():
     labels = torch.tensor([0, 1, 2, 1, 0])
     classes, offsets = points.targets(segments, labels, 3, 1.5)
     assert classes.any()
-    for i, (t, low, high, stride) in enumerate(zip(points.position, points.low, points.high, points.stride, strict=True)):
+    for i, (t, low, high, stride) in enumerate(
+        zip(points.position, points.low, points.high, points.stride, strict=True)
+    ):
         candidates = []
         for n, (start, end) in enumerate(segments.tolist()):
             centre = (start + end) / 2
@@ -135,7 +151,9 @@ def test_anchors_stand_around_their_positions():
     assert boxes.shape == (2 * (4 + 2), 2)
     torch.testing.assert_close(boxes[:3], torch.tensor([[-1.5, 3.5], [-3.5, 5.5], [0.5, 5.5]]))
     torch.testing.assert_close(boxes_of(torch.zeros(12, 2), boxes), boxes)
-    torch.testing.assert_close(boxes_of(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 9.0]])), torch.tensor([[5.0, 14.0]]))
+    torch.testing.assert_close(
+        boxes_of(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 9.0]])), torch.tensor([[5.0, 14.0]])
+    )
     assert boxes_of(torch.tensor([[0.0, 1e9]]), torch.tensor([[0.0, 9.0]])).isfinite().all()
 
 
@@ -179,7 +197,8 @@ def test_selection():
     assert not agnostic.labels.any()
 
 
-# -- both localizers ---------------------------------------------------------------------------------------------------------
+# -- both localizers
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -199,7 +218,9 @@ def test_a_short_input_is_one_that_is_padded(make, classes):
 def test_losses_without_any_action(make):
     model = make()
     features, mask, _, _ = batch()
-    losses = model.losses(features.requires_grad_(), mask, [torch.zeros(0, 2)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2)
+    losses = model.losses(
+        features.requires_grad_(), mask, [torch.zeros(0, 2)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
+    )
     assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
     assert features.grad.isfinite().all()
@@ -260,12 +281,15 @@ def test_published_weights_of_a_whole_detector(make):
     source, target = make(), make()
     for parameter in target.parameters():
         torch.nn.init.zeros_(parameter)
-    state = {f"module.{name}": value for name, value in source.state_dict().items() if not name.startswith("loss_normalizer")}
+    state = {
+        f"module.{name}": value for name, value in source.state_dict().items() if not name.startswith("loss_normalizer")
+    }
     load_published(target, {"state_dict_ema": state | {"module.backbone.model.backbone.norm3.weight": torch.zeros(1)}})
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 
 
-# -- ActionFormer, VSGN ------------------------------------------------------------------------------------------------------
+# -- ActionFormer, VSGN
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_longer_inputs_in_evaluation():
@@ -301,7 +325,8 @@ def test_vsgn_has_one_length():
         vsgn(strides=(2, 6))
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------------
+# -- processes
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Group:

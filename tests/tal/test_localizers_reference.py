@@ -50,14 +50,18 @@ def test_actionformer_outputs(file, dtype):
     for case in data["cases"]:
         features, mask, raw = case["feats"].to(dtype), case["masks"], case["eval_raw"]
         outputs = model(features, mask)
-        for level, (logits, offsets, valid) in enumerate(zip(raw["cls_logits"], raw["reg"], raw["level_masks"], strict=True)):
+        for level, (logits, offsets, valid) in enumerate(
+            zip(raw["cls_logits"], raw["reg"], raw["level_masks"], strict=True)
+        ):
             assert_near(outputs.logits[level], logits, LOGITS)
             assert_near(outputs.offsets[level], offsets, LOGITS)
             assert torch.equal(outputs.masks[level], valid)
         points = model.points(outputs, features)
         columns = torch.stack([points.position, points.low, points.high, points.stride], 1)
         assert torch.equal(columns.float(), torch.cat(raw["points"]))
-        for (segments, scores), expected, score in zip(model.propose(features, mask), case["proposals"], case["scores"], strict=True):
+        for (segments, scores), expected, score in zip(
+            model.propose(features, mask), case["proposals"], case["scores"], strict=True
+        ):
             assert_near(segments, expected, SEGMENTS)
             assert_near(scores, score, SCORES)
 
@@ -68,7 +72,10 @@ def test_actionformer_pyramid(file):
     case = data["cases"][0]
     model = localizer(data, torch.float32, train=False)
     levels, _ = model.projection(*model._padded(case["feats"], case["masks"]))
-    assert all(relative_error(got, expected) < FEATURES for got, expected in zip(levels, case["eval_raw"]["proj_feats"], strict=True))
+    assert all(
+        relative_error(got, expected) < FEATURES
+        for got, expected in zip(levels, case["eval_raw"]["proj_feats"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("file", of("actionformer"))
@@ -111,7 +118,10 @@ def test_losses_and_gradients(file, dtype):
         for step, stored in enumerate(case["train_steps"]):
             losses = model.losses(features, case["masks"], case["gt_segments"], case["gt_labels"])
             stored64 = case["train_steps_f64"][step]
-            for expected, tolerance in ((stored["losses"], LOSSES), (stored64.get("losses", stored64), F64 if exact else LOSSES)):
+            for expected, tolerance in (
+                (stored["losses"], LOSSES),
+                (stored64.get("losses", stored64), F64 if exact else LOSSES),
+            ):
                 got = {names[n]: v.item() for n, v in losses.items()}
                 assert got | {"cost": sum(got.values())} == pytest.approx(expected, rel=tolerance)
             _check_normalizers(model, stored)
@@ -140,7 +150,9 @@ def _check_gradients(gradients, case):
     expected = case.get("param_grads", case.get("param_grad_norms"))
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
-        if name.endswith(("attn.key.bias", "attn.key_norm.bias")):  # zero: softmax does not see what all keys have in common
+        if name.endswith(
+            ("attn.key.bias", "attn.key_norm.bias")
+        ):  # zero: softmax does not see what all keys have in common
             assert gradients[name].abs().max() < 1e-6, name
         elif isinstance(value, torch.Tensor):
             assert relative_error(gradients[name], value) < GRADIENTS, name
@@ -161,15 +173,24 @@ def test_vsgn_outputs(file, dtype):
         for got, expected in zip([*levels, *neck], [*case["proj_feats"], *case["neck_feats"]], strict=True):
             assert relative_error(got, expected) < FEATURES
         outputs = model(features, mask)
-        for got, expected in zip([*outputs.logits, *outputs.offsets], [*case["cls_logits"], *case["offsets"]], strict=True):
+        for got, expected in zip(
+            [*outputs.logits, *outputs.offsets], [*case["cls_logits"], *case["offsets"]], strict=True
+        ):
             assert_near(got, expected, LOGITS)
         assert_near(outputs.boundaries, case["tem_logits"], LOGITS)
         assert torch.equal(model.anchors.float(), case["anchors"])
         assert_near(outputs.proposals, case["rpn_proposals"], SEGMENTS)
         assert_near(model.scores(outputs), case["rpn_scores"], SCORES)
-        same = case["corner_index_agrees_f32_f64"]  # elsewhere the ends of a proposal lie on the border of two positions
+        same = case[
+            "corner_index_agrees_f32_f64"
+        ]  # elsewhere the ends of a proposal lie on the border of two positions
         assert_near(outputs.refined[same], case["roi_proposals"][same], SEGMENTS)
-        looked = model.roi_head.look(neck[0], outputs.proposals).transpose(2, 3).flatten(3).flatten(0, 1)[: len(case["roi_feats"])]
+        looked = (
+            model.roi_head.look(neck[0], outputs.proposals)
+            .transpose(2, 3)
+            .flatten(3)
+            .flatten(0, 1)[: len(case["roi_feats"])]
+        )
         assert_near(looked[same.flatten()[: len(looked)]], case["roi_feats"][same.flatten()[: len(looked)]], LOGITS)
 
 
@@ -194,7 +215,9 @@ def test_vsgn_targets(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_decoded_suppressed_and_in_seconds(file):
-    """From features to what OpenTAD writes: `decode`, then suppression, seconds, and the scores of an external classifier."""
+    """From features to what OpenTAD writes: `decode`, then suppression, seconds, and the scores of an external
+    classifier.
+    """
     data = load(file)
     model = localizer(data, torch.float32, train=False)
     suppress = suppression({"min_score": 0.0, "multiclass": True} | data.get("nms", data.get("post_nms")))
@@ -212,7 +235,9 @@ def test_decoded_suppressed_and_in_seconds(file):
             assert_near(scores.sort().values, expected["scores"].sort().values, 1e-4)
             alike = 1 - len(detections.scores.unique()) / len(detections.scores)
             if alike < 0.05:  # else suppression has a choice: to VSGN, one place of the padding is like another
-                assert_near(segments.sort(0).values, expected["segments"].sort(0).values, 0.011)  # stored with two decimals
+                assert_near(
+                    segments.sort(0).values, expected["segments"].sort(0).values, 0.011
+                )  # stored with two decimals
 
 
 def suppression(nms):

@@ -1,4 +1,6 @@
-"""Pictures and tables: every segment is drawn where it lies, and a table says what a record holds, and nothing of what was not run."""
+"""Pictures and tables: every segment is drawn where it lies, and a table says what a record holds, and nothing of what
+was not run.
+"""
 
 import re
 
@@ -42,7 +44,10 @@ def test_bars_lie_where_segments_lie_and_names_are_escaped(tmp_path):
 
 
 def test_curves_are_drawn(tmp_path):
-    rows = [{"memory": m, "frames": f, "peak_bytes": p} for m, f, p in (("stored", 16, 2**20), ("stored", 32, None), ("bdia", 16, 2**19))]
+    rows = [
+        {"memory": m, "frames": f, "peak_bytes": p}
+        for m, f, p in (("stored", 16, 2**20), ("stored", 32, None), ("bdia", 16, 2**19))
+    ]
     for path in (
         report.memory_curve(rows, tmp_path / "new" / "memory.png"),
         report.map_curve({"a": {"0.5": 0.4, "0.7": 0.2}}, tmp_path / "map.png"),
@@ -56,14 +61,17 @@ def row(variant, seed, half, peak=2**20, seconds=None, ratio=None):
 
 
 def test_a_comparison_is_a_line_per_variant():
-    table = tal_tables.comparison([row("stored", 0, 0.5, seconds=1.0, ratio=1.0), row("stored", 1, 0.7), row("frozen", 0, 0.1, None)])
+    table = tal_tables.comparison(
+        [row("stored", 0, 0.5, seconds=1.0, ratio=1.0), row("stored", 1, 0.7), row("frozen", 0, 0.1, None)]
+    )
     assert table[1] == ["stored", "60.0", "50.0", "70.0", "30.0", "1.0", "1.000 (1.00×)", "10"]
     assert table[2] == ["frozen", "10.0", "10.0", "", "5.0", "", "", "10"]
 
 
 def test_what_does_not_fit_is_said():
     rows = [
-        {"memory": m, "batch": 1, "frames": f, "peak_bytes": p} for m, f, p in (("a", 8, 2**20), ("a", 16, None), ("b", 8, 1), ("b", 16, 2))
+        {"memory": m, "batch": 1, "frames": f, "peak_bytes": p}
+        for m, f, p in (("a", 8, 2**20), ("a", 16, None), ("b", 8, 1), ("b", 16, 2))
     ]
     assert tal_tables.memory(rows)[1] == ["a", "1", "does not fit"]
 
@@ -72,7 +80,9 @@ def test_every_recipe_has_a_line_and_nothing_stands_where_nothing_was_run(monkey
     monkeypatch.setattr(tal_tables, "read", lambda name: [])
     lines = tal_tables.recipes()[1:]
     assert all(line[5:] == ["", "", "", ""] for line in lines)
-    recipes = {path.stem for path in CONFIGS.glob("*_actionformer.yaml")} | {path.stem for path in CONFIGS.glob("*_vsgn.yaml")}
+    recipes = {path.stem for path in CONFIGS.glob("*_actionformer.yaml")} | {
+        path.stem for path in CONFIGS.glob("*_vsgn.yaml")
+    }
     assert {line[0].strip("`") for line in lines} == recipes
     published = {line[0].strip("`"): line[4] for line in lines if line[4]}
     assert set(published) == {name for name in recipes if re.fullmatch(r"\w+_re2\w+_actionformer", name)}
@@ -92,4 +102,6 @@ def test_the_most_frames_that_fit_are_found_between_what_fits_and_what_does_not(
     assert (found["largest_frames"], found["reason"]) == (1280, None)
     assert tried == [256, 512, 1024, 2048, 1536, 1280]
     monkeypatch.setattr(costs, "measured", lambda *_, **__: [{"peak_bytes": 1}])
-    assert costs.largest(load("thumos14"), "bdia", 1, 2**14, classes=20)["reason"] == "no limit was met up to 65536 frames"
+    assert (
+        costs.largest(load("thumos14"), "bdia", 1, 2**14, classes=20)["reason"] == "no limit was met up to 65536 frames"
+    )

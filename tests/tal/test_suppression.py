@@ -64,9 +64,15 @@ hows = st.builds(
 def test_it_is_the_plain_loop(items, how):
     segments, scores, labels = tensors(items)
     found = how(segments, scores, labels)
-    groups = [torch.nonzero(labels == c)[:, 0].tolist() for c in sorted(set(labels.tolist()))] if how.multiclass else [range(len(items))]
+    groups = (
+        [torch.nonzero(labels == c)[:, 0].tolist() for c in sorted(set(labels.tolist()))]
+        if how.multiclass
+        else [range(len(items))]
+    )
     expected = [
-        (score, group[i]) for group in groups for i, score in plain(segments[list(group)].tolist(), scores[list(group)].tolist(), how)
+        (score, group[i])
+        for group in groups
+        for i, score in plain(segments[list(group)].tolist(), scores[list(group)].tolist(), how)
     ]
     expected = sorted(expected, key=lambda item: -item[0])[: how.max_segments]
     assert found.scores.tolist() == pytest.approx([score for score, _ in expected], abs=1e-5)
@@ -110,9 +116,14 @@ def test_by_hand():
     labels = torch.tensor([0, 0, 0, 1])
     hard = Suppression(soft=False, iou_threshold=0.5)
     assert hard(segments, scores, labels).scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
-    assert Suppression(soft=False, iou_threshold=0.5, multiclass=False)(segments, scores, labels).labels.tolist() == [0, 0]
+    assert Suppression(soft=False, iou_threshold=0.5, multiclass=False)(segments, scores, labels).labels.tolist() == [
+        0,
+        0,
+    ]
     soft = Suppression(sigma=0.5, multiclass=False)(segments, scores, labels)
-    assert soft.scores.tolist() == pytest.approx([0.9, 0.7, 0.8 * np.exp(-0.81 / 0.5), 0.6 * np.exp(-1 / 0.5)], rel=1e-4)
+    assert soft.scores.tolist() == pytest.approx(
+        [0.9, 0.7, 0.8 * np.exp(-0.81 / 0.5), 0.6 * np.exp(-1 / 0.5)], rel=1e-4
+    )
     voted = Suppression(soft=False, iou_threshold=0.5, multiclass=False, voting=0.7)(segments, scores, labels)
     assert voted.segments[0].tolist() == pytest.approx([0.8 / 1.7, 10])
 
@@ -179,6 +190,8 @@ def test_opentad_keeps_the_same():
             found = how(case["segs"], case["scores"], case["labels"])
             assert not found.segments.isnan().any()
             _close(found, run, case["name"])
-        raw = Suppression(soft=False, iou_threshold=case["raw_nms"]["iou_threshold"], multiclass=False, max_segments=10**6)
+        raw = Suppression(
+            soft=False, iou_threshold=case["raw_nms"]["iou_threshold"], multiclass=False, max_segments=10**6
+        )
         kept = raw(case["segs"], case["scores"], torch.arange(len(case["scores"])))
         assert sorted(case["scores"][kept.labels].tolist()) == sorted(case["scores"][case["raw_nms"]["inds"]].tolist())

@@ -36,7 +36,10 @@ def test_a_seed_makes_the_same_videos_however_many(made, tmp_path):
     folder, annotations = made
     few = read(synthetic.synthesize(tmp_path / "few", videos=3, size=48, seconds=(5.0, 7.0)))
     assert [v.segments for v in few.videos] == [v.segments for v in annotations.videos[:3]]
-    assert all((tmp_path / "few/videos" / f.name).read_bytes() == f.read_bytes() for f in sorted((folder / "videos").iterdir())[:3])
+    assert all(
+        (tmp_path / "few/videos" / f.name).read_bytes() == f.read_bytes()
+        for f in sorted((folder / "videos").iterdir())[:3]
+    )
     other = read(synthetic.synthesize(tmp_path / "other", videos=3, seed=1, size=48, seconds=(5.0, 7.0)))
     assert other.videos[0].duration != few.videos[0].duration
 
@@ -70,7 +73,10 @@ def test_every_kind_of_act_comes_up():
 
 def films(kind, seed):
     """An action and its twin, alike in all else, without noise."""
-    return [synthetic.draw([Act(kind, forward, 0.0, 3.0)], 30, 48, 0.0, np.random.default_rng(seed)) for forward in (True, False)]
+    return [
+        synthetic.draw([Act(kind, forward, 0.0, 3.0)], 30, 48, 0.0, np.random.default_rng(seed))
+        for forward in (True, False)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))

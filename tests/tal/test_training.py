@@ -1,4 +1,6 @@
-"""Training: a resumed run is the run that was not stopped, two processes are one, and all ways to keep activations give one result."""
+"""Training: a resumed run is the run that was not stopped, two processes are one, and all ways to keep activations give
+one result.
+"""
 
 import csv
 import os
@@ -57,12 +59,17 @@ class PowerCut(Callback):
             raise RuntimeError("power cut")
 
 
-# -- resume ----------------------------------------------------------------------------------------------------------------
+# -- resume
+# ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [(), ("training.accumulate=2", "training.ema=0.9", "memory=bdia", "localizer=vsgn", "vsgn=VSGN")])
+@pytest.mark.parametrize(
+    "changes", [(), ("training.accumulate=2", "training.ema=0.9", "memory=bdia", "localizer=vsgn", "vsgn=VSGN")]
+)
 def test_a_resumed_run_ends_with_the_same_losses(tiny, changes):
-    changes = [c.replace("VSGN", "{channels: 32, strides: [2, 4], max_steps: 8, layers: 1, neighbours: 2}") for c in changes]
+    changes = [
+        c.replace("VSGN", "{channels: 32, strides: [2, 4], max_steps: 8, layers: 1, neighbours: 2}") for c in changes
+    ]
     whole, stopped = (tiny(f"name={name}", *changes) for name in ("whole", "stopped"))
     expected = runs.train(whole, progress=False).results[0]["figures"]
     with pytest.raises(RuntimeError, match="power cut"):
@@ -82,11 +89,14 @@ def test_a_run_without_checkpoint_cannot_be_resumed(tiny):
         runs.latest(tiny())
 
 
-# -- processes -------------------------------------------------------------------------------------------------------------
+# -- processes
+# -------------------------------------------------------------------------------------------------------------
 
 
 IDLE = ("attn.key.bias", "attn.key_norm.bias")
-"""Their gradients are 0 but for rounding, as attention does not see what it adds to all keys; AdamW blows the rounding up to steps."""
+"""Their gradients are 0 but for rounding, as attention does not see what it adds to all keys; AdamW blows the rounding
+up to steps.
+"""
 
 
 def port():
@@ -109,7 +119,8 @@ def together(data, tmp_path, *changes):
     }
     environments = [shared_environment | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"} for rank in "01"]
     running = [
-        subprocess.Popen(command, cwd=ROOT, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in environments
+        subprocess.Popen(command, cwd=ROOT, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for e in environments
     ]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "".join(outputs)
@@ -129,13 +140,18 @@ def test_two_processes_are_one_with_the_same_global_batch(data, tiny, tmp_path, 
         if name.endswith(IDLE):
             continue
         torch.testing.assert_close(
-            two[name].reshape(one[name].shape), one[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            two[name].reshape(one[name].shape),
+            one[name],
+            rtol=0,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
     record = next(both.folder.glob("result.*.json")).read_text()
     assert f'"mAP": {figures["mAP"]:.4f}'[:-1] in record
 
 
-# -- order -----------------------------------------------------------------------------------------------------------------
+# -- order
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_pass_has_every_clip_once_and_each_pass_its_own_order():
@@ -169,7 +185,9 @@ class Keys(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_goes_on_where_it_stopped(workers):
     def loader():
-        return TrainingLoader(Keys(), Batches(5, 2, 6, 0), num_workers=workers)  # workers read ahead of what is handed over
+        return TrainingLoader(
+            Keys(), Batches(5, 2, 6, 0), num_workers=workers
+        )  # workers read ahead of what is handed over
 
     whole = [b.tolist() for b in loader()]
     stopped, again = loader(), loader()
@@ -180,7 +198,8 @@ def test_a_loader_goes_on_where_it_stopped(workers):
     assert first + [b.tolist() for b in again] == whole
 
 
-# -- how activations are kept --------------------------------------------------------------------------------------------
+# -- how activations are kept
+# --------------------------------------------------------------------------------------------
 
 
 def gradients(config):
@@ -235,15 +254,22 @@ def test_what_is_no_number_of_chunks_is_an_error(tiny, memory):
         runs.prepared(tiny(f"memory={memory}"))
 
 
-# -- parameters ------------------------------------------------------------------------------------------------------------
+# -- parameters
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_rates_fall_towards_the_input(tiny):
     config = tiny("training.layer_decay=0.5", "training.backbone_lr=1.0", "training.lr=3.0")
     module, _ = runs.prepared(config)
     names = {id(p): name for name, p in module.network.named_parameters()}
-    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in training.groups(module.network, config.training) for p in g["params"]}
-    backbone = {name.removeprefix("backbone.network."): rate for name, rate in rates.items() if name.startswith("backbone")}
+    rates = {
+        names[id(p)]: (g["lr"], g["weight_decay"])
+        for g in training.groups(module.network, config.training)
+        for p in g["params"]
+    }
+    backbone = {
+        name.removeprefix("backbone.network."): rate for name, rate in rates.items() if name.startswith("backbone")
+    }
     assert len(module.network.blocks) == 2
     assert backbone["patch_embed.proj.weight"] == (0.25, 0.05)
     assert backbone["layers.0.blocks.0.attn.qkv.weight"] == (0.5, 0.05)

@@ -1,4 +1,6 @@
-"""Video files: frames at exact places in every container, and what is wrong with files that are corrupt, truncated or missing."""
+"""Video files: frames at exact places in every container, and what is wrong with files that are corrupt, truncated or
+missing.
+"""
 
 import os
 import shutil
@@ -30,7 +32,9 @@ KINDS = {
 
 
 def picture(number):
-    """A frame that shows its number: eight bits as black or white bars above, noise below, so that all frames take room in a file."""
+    """A frame that shows its number: eight bits as black or white bars above, noise below, so that all frames take room
+    in a file.
+    """
     bits = np.array([255 * (number >> i & 1) for i in range(8)], np.uint8)
     noise = np.random.default_rng(number).integers(0, 255, (SIZE // 2, SIZE), np.uint8)
     return np.concatenate([bits.repeat(SIZE // 8)[None].repeat(SIZE // 2, 0), noise])[..., None].repeat(3, -1)
@@ -59,7 +63,12 @@ def encode(path, codec="libx264", options=None, stamps=None, rate=25, container_
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("videos")
     for name, (codec, options) in KINDS.items():
-        encode(made / name, codec, options, container_options={"movflags": "faststart"} if name == "fast-start.mp4" else None)
+        encode(
+            made / name,
+            codec,
+            options,
+            container_options={"movflags": "faststart"} if name == "fast-start.mp4" else None,
+        )
     return made
 
 
@@ -172,7 +181,9 @@ def test_truncated_files(folder, tmp_path):
     assert "it is truncated" in videos.fault(mkv)
     with pytest.raises(IndexError, match="it has frames 0 to"):
         videos.read(path, [there])
-    with pytest.warns(VideoWarning, match=r"b\.mp4: \d+ of 90 frames cannot be decoded, from frame \d+ on; their neighbours are used"):
+    with pytest.warns(
+        VideoWarning, match=r"b\.mp4: \d+ of 90 frames cannot be decoded, from frame \d+ on; their neighbours are used"
+    ):
         frames = shown(videos.read(path, range(90), lenient=True))
     assert frames[: there - 2] == list(range(there - 2))
     assert frames[-1] == frames[there - 1] <= there
@@ -209,25 +220,34 @@ def test_an_audit_names_them(folder, tmp_path, capsys):
     assert "checking videos" in capsys.readouterr().out
     text = str(result)
     assert "2 videos can be read, 1 are missing, 2 are corrupt or truncated" in text
-    for line in ("missing: absent", "broken.mkv: it cannot be opened", "cut.mp4: it is truncated", "longer: the file has 3.60 s"):
+    for line in (
+        "missing: absent",
+        "broken.mkv: it cannot be opened",
+        "cut.mp4: it is truncated",
+        "longer: the file has 3.60 s",
+    ):
         assert line in text
 
 
 @pytest.mark.skipif(not DATA, reason="needs real videos: set REVWIRE_DATA")
 @pytest.mark.parametrize(
-    "name", ["activitynet13/videos/v_GGSY1Qvo990.mp4", "clips/k400_arm_wrestling.mp4", "clips/UCF-101_Rowing_g16_c03.avi"]
+    "name",
+    ["activitynet13/videos/v_GGSY1Qvo990.mp4", "clips/k400_arm_wrestling.mp4", "clips/UCF-101_Rowing_g16_c03.avi"],
 )
 def test_real_videos(name):
     path = Path(DATA, name)
     with av.open(str(path)) as container:
         decoded = [
-            f.reformat(width=40, height=30, format="rgb24", interpolation="BILINEAR").to_ndarray() for f in container.decode(video=0)
+            f.reformat(width=40, height=30, format="rgb24", interpolation="BILINEAR").to_ndarray()
+            for f in container.decode(video=0)
         ]
     assert videos.index(path).frames == len(decoded)
     numbers = np.random.default_rng(0).integers(0, len(decoded), 8)
     full = videos.read(path, numbers)
     for number, frame in zip(numbers, full, strict=True):
         small = torch.nn.functional.interpolate(frame[None].float(), (30, 40), mode="bilinear", antialias=True)[0]
-        differences = [np.abs(small.permute(1, 2, 0).numpy() - d).mean() for d in decoded[max(0, number - 2) : number + 3]]
+        differences = [
+            np.abs(small.permute(1, 2, 0).numpy() - d).mean() for d in decoded[max(0, number - 2) : number + 3]
+        ]
         assert differences[min(2, number)] == min(differences)
     assert videos.fault(path) is None

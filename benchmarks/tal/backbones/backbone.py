@@ -20,23 +20,27 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 class Backbone(nn.Module):
     """frames (batch, 3, frames, height, width) -> features (batch, channels, steps).
 
-    Frames are normalised, passed through the network, averaged over space, and interpolated to the number of steps; several pathways are
-    concatenated along the channels. Where a mask is given, features of invalid steps are set to 0.
+    Frames are normalised, passed through the network, averaged over space, and interpolated to the number of steps;
+    several pathways are concatenated along the channels. Where a mask is given, features of invalid steps are set to 0.
 
     Reversibility comes from outside: ``revwire.convert(backbone, frames, coupling=...)``.
 
     Args:
-        network: gives (batch, channels, time, height, width), or a tuple of these, one per pathway; with attributes ``channels`` (the sum
-            over pathways) and ``frame_stride`` (frames that it needs a multiple of).
+        network: gives (batch, channels, time, height, width), or a tuple of these, one per pathway; with attributes
+            ``channels`` (the sum over pathways) and ``frame_stride`` (frames that it needs a multiple of).
         steps: length of the result; by default that of the mask, or of the longest pathway.
-        clip_frames: pass the video through the network in clips of so many frames, each on its own, and join their features in time.
-        checkpoint_clips: keep no activations of a clip, and compute it again in backward. Batch norms must be frozen then.
-        freeze_norms: keep all norms of the network in eval mode and their affine parameters as they are, as published recipes do.
+        clip_frames: pass the video through the network in clips of so many frames, each on its own, and join their
+            features in time.
+        checkpoint_clips: keep no activations of a clip, and compute it again in backward. Batch norms must be frozen
+            then.
+        freeze_norms: keep all norms of the network in eval mode and their affine parameters as they are, as published
+            recipes do.
         frozen: train nothing of the network.
         mean, std: per channel, in the units of the frames (0 to 255).
 
     Raises:
-        ValueError: ``clip_frames`` is no multiple of the network's ``frame_stride``; or clips are checkpointed whose batch norms train.
+        ValueError: ``clip_frames`` is no multiple of the network's ``frame_stride``; or clips are checkpointed whose
+            batch norms train.
     """
 
     def __init__(
@@ -53,10 +57,17 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if clip_frames is not None and (clip_frames < 1 or clip_frames % network.frame_stride):
-            raise ValueError(f"Backbone: got clips of {clip_frames} frames; expected a multiple of {network.frame_stride}")
-        if checkpoint_clips and not (freeze_norms or frozen) and any(isinstance(m, _BatchNorm) for m in network.modules()):
             raise ValueError(
-                "Backbone: got checkpoint_clips with batch norms that train; they would count each clip twice: freeze_norms=True"
+                f"Backbone: got clips of {clip_frames} frames; expected a multiple of {network.frame_stride}"
+            )
+        if (
+            checkpoint_clips
+            and not (freeze_norms or frozen)
+            and any(isinstance(m, _BatchNorm) for m in network.modules())
+        ):
+            raise ValueError(
+                "Backbone: got checkpoint_clips with batch norms that train; they would count each clip twice: "
+                "freeze_norms=True"
             )
         self.network = network
         self.channels: int = network.channels
@@ -90,7 +101,9 @@ class Backbone(nn.Module):
     def _normalised(self, frames: Tensor) -> Tensor:
         """In the network's own dtype, but computed in float32 at least."""
         dtype = next(self.network.parameters()).dtype
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.promote_types(dtype, torch.float32), device=frames.device)
+        mean, std = torch.tensor(
+            [self.mean, self.std], dtype=torch.promote_types(dtype, torch.float32), device=frames.device
+        )
         return ((frames - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)).to(dtype)
 
     def _pathways(self, frames: Tensor) -> list[Tensor]:
@@ -99,7 +112,10 @@ class Backbone(nn.Module):
             return self._pooled(frames)
         keeps_nothing = self.checkpoint_clips and torch.is_grad_enabled()
         clips = frames.split(self.clip_frames, 2)
-        parts = [checkpoint(self._pooled, clip, use_reentrant=False) if keeps_nothing else self._pooled(clip) for clip in clips]
+        parts = [
+            checkpoint(self._pooled, clip, use_reentrant=False) if keeps_nothing else self._pooled(clip)
+            for clip in clips
+        ]
         return [torch.cat(clips_of_one, 2) for clips_of_one in zip(*parts, strict=True)]
 
     def _pooled(self, frames: Tensor) -> list[Tensor]:

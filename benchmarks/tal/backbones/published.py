@@ -1,8 +1,10 @@
-"""Published weights, found by key: checkpoints of mmaction2 and OpenTAD, reversible or not, of a backbone or of a whole detector.
+"""Published weights, found by key: checkpoints of mmaction2 and OpenTAD, reversible or not, of a backbone or of a whole
+detector.
 
 A checkpoint names a network's parameters as here, but for two things:
 
-- a prefix, such as ``backbone.``, or ``module.backbone.model.backbone.``: whatever stands before the network's ``anchor``;
+- a prefix, such as ``backbone.``, or ``module.backbone.model.backbone.``: whatever stands before the network's
+  ``anchor``;
 - what Re2TAL's wrappers insert, which the network's ``own_name`` takes out.
 """
 
@@ -44,7 +46,10 @@ def load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     known = {name for name in state if not name.endswith(_DERIVED)}
     own = {name for name in module.state_dict() if not name.endswith(_DERIVED)}
     if known != own:
-        raise KeyError(f"{type(module).__name__}: missing from the checkpoint: {_few(own - known)}; not of the module: {_few(known - own)}")
+        raise KeyError(
+            f"{type(module).__name__}: missing from the checkpoint: {_few(own - known)}; not of the module: "
+            f"{_few(known - own)}"
+        )
     module.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
@@ -52,8 +57,8 @@ def subtree(checkpoint: Checkpoint, anchor: str) -> dict[str, Tensor]:
     """The parameters that stand beside one named ``anchor``, without the prefix that they share.
 
     Args:
-        checkpoint: a file, or what it holds: a state, alone or under ``state_dict_ema`` (taken first, as it is the one evaluated) or
-            ``state_dict``.
+        checkpoint: a file, or what it holds: a state, alone or under ``state_dict_ema`` (taken first, as it is the one
+            evaluated) or ``state_dict``.
 
     Raises:
         KeyError: no such parameter, or several.
@@ -61,13 +66,19 @@ def subtree(checkpoint: Checkpoint, anchor: str) -> dict[str, Tensor]:
     state = read(checkpoint)
     prefixes = [name.removesuffix(anchor) for name in state if name == anchor or name.endswith(f".{anchor}")]
     if len(prefixes) != 1:
-        raise KeyError(f"checkpoint: got {len(prefixes)} parameters named {anchor!r}; expected one; there are {_few(set(state))}")
+        raise KeyError(
+            f"checkpoint: got {len(prefixes)} parameters named {anchor!r}; expected one; there are {_few(set(state))}"
+        )
     return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
 
 
 def read(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The state of a checkpoint; no code of the file is run."""
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True) if isinstance(checkpoint, str | Path) else checkpoint
+    held = (
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, str | Path)
+        else checkpoint
+    )
     for key in ("state_dict_ema", "state_dict"):
         if key in held:
             held = held[key]
@@ -75,7 +86,9 @@ def read(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def network_of(reference: Mapping[str, Any]) -> Network:
-    """The backbone of a reference file: an object with ``config`` and ``state_dict``, as OpenTAD's configurations spell them."""
+    """The backbone of a reference file: an object with ``config`` and ``state_dict``, as OpenTAD's configurations spell
+    them.
+    """
     config = dict(reference["config"])
     network = VideoSwin(**config) if "embed_dim" in config else _slowfast(config)
     load_published(network, reference)
@@ -95,7 +108,9 @@ def _slowfast(config: Mapping[str, Any]) -> SlowFast:
         spatial_strides=tuple(config["spatial_strides"]),
     )
     lateral = LateralSpec(config["channel_ratio"], config["speed_ratio"], config["fusion_kernel"])
-    network = SlowFast(tuple(config["stage_blocks"]), config["resample_rate"], pathway("slow"), pathway("fast"), lateral, blocks)
+    network = SlowFast(
+        tuple(config["stage_blocks"]), config["resample_rate"], pathway("slow"), pathway("fast"), lateral, blocks
+    )
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.eps, module.momentum = config["bn_eps"], config["bn_momentum"]

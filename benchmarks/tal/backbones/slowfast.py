@@ -1,10 +1,11 @@
 """SlowFast in the layout of mmaction2, whose Re2TAL twin OpenTAD publishes.
 
-An ordinary network: but for the first of each stage, a block is relu(x + F(x)), which `revwire.convert(..., coupling="re2tal")` makes
-x_{k-1} + relu(F(x_k)). The first block changes shape and stays as it is, so it is written as published: relu(F(x)) + projection(x).
+An ordinary network: but for the first of each stage, a block is relu(x + F(x)), which `revwire.convert(...,
+coupling="re2tal")` makes x_{k-1} + relu(F(x_k)). The first block changes shape and stays as it is, so it is written as
+published: relu(F(x)) + projection(x).
 
-Sources: Feichtenhofer et al., "SlowFast Networks for Video Recognition" (arXiv 1812.03982), section 3 and table 1; Zhao et al., "Re2TAL"
-(arXiv 2211.14053), section 3, for the place of the activations.
+Sources: Feichtenhofer et al., "SlowFast Networks for Video Recognition" (arXiv 1812.03982), section 3 and table 1; Zhao
+et al., "Re2TAL" (arXiv 2211.14053), section 3, for the place of the activations.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class BlockSpec:
 
     Attributes:
         temporal_style: which convolution of a block goes along time: the first ("3x1x1") or the second ("3x3x3").
-        activation: of the first block of a stage: Re2TAL's "branch", relu(F(x)) + projection(x), or "sum", relu(F(x) + projection(x)),
-            as in the network that Re2TAL began from.
+        activation: of the first block of a stage: Re2TAL's "branch", relu(F(x)) + projection(x), or "sum", relu(F(x) +
+            projection(x)), as in the network that Re2TAL began from.
         conv1_stride, pool1_stride: (along time, along space), of the first convolution and of the pooling after it.
         temporal_strides, spatial_strides: of each stage.
     """
@@ -80,11 +81,13 @@ FAST = PathwaySpec(8, (5, 7, 7), (1, 1, 1, 1))
 class SlowFast(nn.Module):
     """(batch, 3, frames, height, width) -> (slow, fast), each (batch, channels, time, height / 32, width / 32).
 
-    The slow pathway gives 32 times its base channels at frames / resample_rate steps, the fast one at speed_ratio times as many steps.
+    The slow pathway gives 32 times its base channels at frames / resample_rate steps, the fast one at speed_ratio times
+    as many steps.
 
     Args:
         depth: 50, 101 or 152 layers, or the number of blocks of each stage.
-        resample_rate: the slow pathway sees one of so many frames (τ in the paper); the number of frames must be divisible by it.
+        resample_rate: the slow pathway sees one of so many frames (τ in the paper); the number of frames must be
+            divisible by it.
         slow, fast, lateral, blocks: see there.
 
     Raises:
@@ -110,7 +113,10 @@ class SlowFast(nn.Module):
                 f"expected a ratio of {lateral.channel_ratio}"
             )
         if resample_rate % lateral.speed_ratio:
-            raise ValueError(f"SlowFast: got resample rate {resample_rate}; expected a multiple of the speed ratio, {lateral.speed_ratio}")
+            raise ValueError(
+                f"SlowFast: got resample rate {resample_rate}; expected a multiple of the speed ratio, "
+                f"{lateral.speed_ratio}"
+            )
         counts = STAGE_BLOCKS[depth] if isinstance(depth, int) else depth
         self.slow_path = Pathway(slow, counts, blocks, lateral)
         self.fast_path = Pathway(fast, counts, blocks, None)
@@ -120,12 +126,17 @@ class SlowFast(nn.Module):
 
     @staticmethod
     def own_name(published: str) -> str:
-        """A parameter's name here; published: ``slow_path.layer1.blocks.2.inv_block.Fm.conv1.bn.weight``, or ``layer1.blocks.0.Fm.``"""
+        """A parameter's name here; published: ``slow_path.layer1.blocks.2.inv_block.Fm.conv1.bn.weight``, or
+        ``layer1.blocks.0.Fm.``
+        """
         return re.sub(r"\.blocks\.(\d+)\.(inv_block\.)?(Fm\.)?", r".\1.", published)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         if frames.shape[2] % self.resample_rate:
-            raise ValueError(f"SlowFast: got {frames.shape[2]} frames; expected a multiple of the resample rate, {self.resample_rate}")
+            raise ValueError(
+                f"SlowFast: got {frames.shape[2]} frames; expected a multiple of the resample rate, "
+                f"{self.resample_rate}"
+            )
         slow = self.slow_path.stem(frames[:, :, :: self.resample_rate])
         fast = self.fast_path.stem(frames[:, :, :: self.fast_rate])
         for stage in self.slow_path.stages:
@@ -136,9 +147,13 @@ class SlowFast(nn.Module):
 
 
 class Pathway(nn.Module):
-    """A ResNet over time and space; its stages are `layer1`, `layer2` .., and laterals are named after what they follow."""
+    """A ResNet over time and space; its stages are `layer1`, `layer2` .., and laterals are named after what they
+    follow.
+    """
 
-    def __init__(self, spec: PathwaySpec, counts: tuple[int, ...], blocks: BlockSpec, lateral: LateralSpec | None) -> None:
+    def __init__(
+        self, spec: PathwaySpec, counts: tuple[int, ...], blocks: BlockSpec, lateral: LateralSpec | None
+    ) -> None:
         super().__init__()
         (conv_t, conv_s), (pool_t, pool_s) = blocks.conv1_stride, blocks.pool1_stride
         self.conv1 = ConvUnit(3, spec.base_channels, spec.conv1_kernel, (conv_t, conv_s, conv_s), relu=True)
@@ -171,7 +186,12 @@ class Lateral(nn.Module):
     def __init__(self, channels: int, spec: LateralSpec) -> None:
         super().__init__()
         self.conv = nn.Conv3d(
-            channels, 2 * channels, (spec.kernel, 1, 1), (spec.speed_ratio, 1, 1), ((spec.kernel - 1) // 2, 0, 0), bias=False
+            channels,
+            2 * channels,
+            (spec.kernel, 1, 1),
+            (spec.speed_ratio, 1, 1),
+            ((spec.kernel - 1) // 2, 0, 0),
+            bias=False,
         )
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
@@ -182,7 +202,9 @@ class Lateral(nn.Module):
 class ConvUnit(nn.Module):
     """Convolution without bias, batch norm, and a ReLU if asked for."""
 
-    def __init__(self, incoming: int, channels: int, kernel: Kernel, stride: Kernel = (1, 1, 1), relu: bool = False) -> None:
+    def __init__(
+        self, incoming: int, channels: int, kernel: Kernel, stride: Kernel = (1, 1, 1), relu: bool = False
+    ) -> None:
         super().__init__()
         padding = tuple((k - 1) // 2 for k in kernel)
         self.conv = nn.Conv3d(incoming, channels, kernel, stride, padding, bias=False)
@@ -198,7 +220,9 @@ class ConvUnit(nn.Module):
 class Bottleneck(nn.Module):
     """Three convolutions and a skip: relu(x + F(x)), or, where the shape changes, relu(F(x)) + projection(x)."""
 
-    def __init__(self, incoming: int, width: int, stride: Kernel, temporal: bool, spec: BlockSpec, projected: bool) -> None:
+    def __init__(
+        self, incoming: int, width: int, stride: Kernel, temporal: bool, spec: BlockSpec, projected: bool
+    ) -> None:
         super().__init__()
         first, second = (temporal and spec.temporal_style == style for style in ("3x1x1", "3x3x3"))
         self.conv1 = ConvUnit(incoming, width, (3 if first else 1, 1, 1), relu=True)

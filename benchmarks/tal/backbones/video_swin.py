@@ -4,12 +4,13 @@ An ordinary network: a block is two residual units,
 
     x ← x + Attention(LayerNorm(x)),   x ← x + MLP(LayerNorm(x)),
 
-and `revwire.convert(..., coupling="re2tal")` makes Re2TAL's Re2Swin of it: two streams per stage, whose mean is then down-sampled.
-Sources: Liu et al., "Video Swin Transformer" (arXiv 2106.13230), sections 3.1 to 3.3; Liu et al., "Swin Transformer" (arXiv 2103.14030),
-equation 4 for the position bias; Zhao et al., "Re2TAL" (arXiv 2211.14053), section 3.
+and `revwire.convert(..., coupling="re2tal")` makes Re2TAL's Re2Swin of it: two streams per stage, whose mean is then
+down-sampled. Sources: Liu et al., "Video Swin Transformer" (arXiv 2106.13230), sections 3.1 to 3.3; Liu et al., "Swin
+Transformer" (arXiv 2103.14030), equation 4 for the position bias; Zhao et al., "Re2TAL" (arXiv 2211.14053), section 3.
 
-Two habits of the published networks are kept, as their weights were trained with them: tokens of the padding take part in attention, and a
-window that is smaller than the full one uses the position bias of the first tokens of the full window, not that of its own offsets.
+Two habits of the published networks are kept, as their weights were trained with them: tokens of the padding take part
+in attention, and a window that is smaller than the full one uses the position bias of the first tokens of the full
+window, not that of its own offsets.
 """
 
 from __future__ import annotations
@@ -33,18 +34,21 @@ APART = -100.0
 class VideoSwin(nn.Module):
     """(batch, 3, frames, height, width) -> (batch, 2^(stages-1)·embed_dim, frames / 2, height / 32, width / 32).
 
-    Sizes are rounded up: inputs are padded with zeros at the end. Swin-T is the default; Swin-S has depths (2, 2, 18, 2), and Swin-B also
-    embed_dim 128 and heads (4, 8, 16, 32).
+    Sizes are rounded up: inputs are padded with zeros at the end. Swin-T is the default; Swin-S has depths (2, 2, 18,
+    2), and Swin-B also embed_dim 128 and heads (4, 8, 16, 32).
 
     Args:
         patch_size: frames, rows and columns that make one token.
         embed_dim: channels of the first stage; each further one doubles them and halves height and width.
         depths, num_heads: blocks and attention heads of each stage.
-        window_size: tokens along time, height and width that attend to each other; every second block shifts the windows by half of it.
+        window_size: tokens along time, height and width that attend to each other; every second block shifts the
+            windows by half of it.
         mlp_ratio: hidden channels of the MLPs / channels.
         qkv_bias, patch_norm: whether queries, keys and values have a bias, and patches a norm.
-        drop_path_rate: probability that the last residual branch is dropped, per sample; it grows linearly from 0 at the first block.
-        weight_std: of the first weights of linear maps; narrow networks learn sooner from larger ones, about 1 / √channels.
+        drop_path_rate: probability that the last residual branch is dropped, per sample; it grows linearly from 0 at
+            the first block.
+        weight_std: of the first weights of linear maps; narrow networks learn sooner from larger ones, about 1 /
+            √channels.
     """
 
     anchor = "patch_embed.proj.weight"
@@ -82,7 +86,9 @@ class VideoSwin(nn.Module):
 
     @staticmethod
     def own_name(published: str) -> str:
-        """A parameter's name here; published: ``layers.0.blocks.1.inv_block.Fm.norm1.weight`` (reversible), or without ``inv_block.Fm``."""
+        """A parameter's name here; published: ``layers.0.blocks.1.inv_block.Fm.norm1.weight`` (reversible), or without
+        ``inv_block.Fm``.
+        """
         return re.sub(r"\.inv_block\.[FG]m\.", ".", published)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -122,10 +128,19 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Window attention and an MLP, each a residual unit with a norm at its head; tokens (batch, time, height, width, channels)."""
+    """Window attention and an MLP, each a residual unit with a norm at its head; tokens (batch, time, height, width,
+    channels).
+    """
 
     def __init__(
-        self, dim: int, heads: int, window: Size, shifted: bool, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        window: Size,
+        shifted: bool,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -190,7 +205,9 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).view(batch * windows, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         bias = self.position_bias(tokens).to(q.dtype)
-        if apart is not None:  # the sum is the largest tensor here: it is made once, and copied only for further samples of a batch
+        if (
+            apart is not None
+        ):  # the sum is the largest tensor here: it is made once, and copied only for further samples of a batch
             bias = (bias + APART * apart.to(q.dtype).unsqueeze(1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
         out = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(out.transpose(1, 2).reshape(batch, windows, tokens, dim))
@@ -217,7 +234,9 @@ class PatchMerging(nn.Module):
 
 
 def fit_window(size: Size, window: Size, shifted: bool) -> tuple[Size, Size]:
-    """(window, shift) for tokens of an extent: along an axis that one window covers, it is as large as the axis, and not shifted."""
+    """(window, shift) for tokens of an extent: along an axis that one window covers, it is as large as the axis, and
+    not shifted.
+    """
     covered = [s <= w for s, w in zip(size, window, strict=True)]
     fitted = [s if c else w for s, w, c in zip(size, window, covered, strict=True)]
     shift = [w // 2 if shifted and not c else 0 for w, c in zip(window, covered, strict=True)]
@@ -238,7 +257,9 @@ def join_windows(x: Tensor, size: Size, window: Size) -> Tensor:
 
 
 def strangers(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """Pairs of tokens that only the cyclic shift brought into one window, bool (windows, tokens, tokens); arXiv 2103.14030, figure 4."""
+    """Pairs of tokens that only the cyclic shift brought into one window, bool (windows, tokens, tokens); arXiv
+    2103.14030, figure 4.
+    """
     regions = torch.zeros((1, *size, 1), dtype=torch.int64, device=device)
     for axis, (length, extent, step) in enumerate(zip(size, window, shift, strict=True)):
         position = torch.arange(length, device=device)

@@ -16,7 +16,8 @@ from benchmarks.tal.backbones.video_swin import VideoSwin
 
 
 class TorchvisionSwin(nn.Module):
-    """`swin3d_t`, `swin3d_s` or `swin3d_b`: (batch, 3, frames, height, width) -> (batch, channels, frames / 2, height / 32, width / 32).
+    """`swin3d_t`, `swin3d_s` or `swin3d_b`: (batch, 3, frames, height, width) -> (batch, channels, frames / 2, height /
+    32, width / 32).
 
     Args:
         name: of the function in `torchvision.models.video`.
@@ -38,7 +39,8 @@ class TorchvisionSwin(nn.Module):
 
 
 class PytorchvideoSlowFast(nn.Module):
-    """`slowfast_r50` or `slowfast_r101`: (batch, 3, frames, height, width) -> (slow, fast), at a quarter of the frames, and at all of them.
+    """`slowfast_r50` or `slowfast_r101`: (batch, 3, frames, height, width) -> (slow, fast), at a quarter of the frames,
+    and at all of them.
 
     Args:
         name: of the function in `pytorchvideo.models.hub`.
@@ -96,4 +98,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "slowfast_50": partial(SlowFast, depth=50),
     "slowfast_101": partial(SlowFast, depth=101),
 }
-"""By the name in a configuration: the first five are torchvision's and pytorchvideo's, the others mmaction2's, which Re2TAL rewires."""
+"""By the name in a configuration: the first five are torchvision's and pytorchvideo's, the others mmaction2's, which
+Re2TAL rewires.
+"""

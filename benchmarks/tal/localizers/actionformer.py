@@ -1,7 +1,9 @@
-"""ActionFormer: a pyramid of transformer blocks with local windows, and one head that classifies and regresses every point of it.
+"""ActionFormer: a pyramid of transformer blocks with local windows, and one head that classifies and regresses every
+point of it.
 
-Source: Zhang, Wu, Li, "ActionFormer: Localizing Moments of Actions with Transformers" (arXiv 2202.07925). Parameters are named as in
-OpenTAD, so that its weights load by key; its conventions (in which step a point lies, what padding does) are kept.
+Source: Zhang, Wu, Li, "ActionFormer: Localizing Moments of Actions with Transformers" (arXiv 2202.07925). Parameters
+are named as in OpenTAD, so that its weights load by key; its conventions (in which step a point lies, what padding
+does) are kept.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class PointOutputs:
     masks: list[Tensor]
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels one after the other, at least in float32: logits (batch, points, classes), offsets (batch, points, 2), mask."""
+        """Levels one after the other, at least in float32: logits (batch, points, classes), offsets (batch, points, 2),
+        mask.
+        """
         logits, offsets = (torch.cat(parts, 2).transpose(1, 2) for parts in (self.logits, self.offsets))
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return logits.to(dtype), offsets.to(dtype), torch.cat(self.masks, 1)
@@ -56,18 +60,21 @@ class ActionFormer(nn.Module):
         in_channels: of the features.
         num_classes: 1 for class-agnostic detection.
         channels: inside.
-        embed_layers, stem_layers, levels, head_layers: convolutions before the transformer, its blocks before the pyramid, levels of
-            the pyramid (each has half the points of the one before), and convolutions before each prediction.
+        embed_layers, stem_layers, levels, head_layers: convolutions before the transformer, its blocks before the
+            pyramid, levels of the pyramid (each has half the points of the one before), and convolutions before each
+            prediction.
         heads: of the attention.
         window: steps that a step attends to, on all levels or one number per level; 1 or less for all.
         positions: whether a sinusoid is added to the embedded features.
         max_steps: shorter inputs are padded to it.
-        ranges: for each level, the distances from a point to the farther end of its segment, in steps; by default the first is
-            (0, 4), and each begins where the one before ends and ends at twice of it.
-        center_radius: points within so many strides of a segment's centre are trained on it; None for all points inside.
+        ranges: for each level, the distances from a point to the farther end of its segment, in steps; by default the
+            first is (0, 4), and each begins where the one before ends and ends at twice of it.
+        center_radius: points within so many strides of a segment's centre are trained on it; None for all points
+            inside.
         label_smoothing: share of a class target that goes to all classes alike.
         regression_weight: of that loss; 0 or less to make it as large as the other one.
-        loss_normalizer, momentum: losses are divided by a moving average of the number of positive points; its first value.
+        loss_normalizer, momentum: losses are divided by a moving average of the number of positive points; its first
+            value.
         drop_path, dropout: rates.
         min_score, most: which points become detections, see `Selection`.
     """
@@ -102,7 +109,8 @@ class ActionFormer(nn.Module):
         self.ranges = _ranges(levels) if ranges is None else [(low, high) for low, high in ranges]
         if not levels == len(windows) == len(self.ranges):
             raise ValueError(
-                f"ActionFormer: got {len(windows)} windows and {len(self.ranges)} ranges; expected one for each of {levels} levels"
+                f"ActionFormer: got {len(windows)} windows and {len(self.ranges)} ranges; expected one for each of "
+                f"{levels} levels"
             )
         self.num_classes = num_classes
         self.max_steps = max_steps
@@ -134,14 +142,19 @@ class ActionFormer(nn.Module):
         outputs = self(features, mask)
         logits, offsets, valid = outputs.joined()
         points = self.points(outputs, logits)
-        targets = [points.targets(s, c, self.num_classes, self.center_radius) for s, c in zip(segments, labels, strict=True)]
+        targets = [
+            points.targets(s, c, self.num_classes, self.center_radius) for s, c in zip(segments, labels, strict=True)
+        ]
         classes, extents = (torch.stack(parts) for parts in zip(*targets, strict=True))
         positive = (classes.sum(-1) > 0) & valid
         count = self._normalizer(positive.sum())
         smooth = classes[valid] * (1 - self.label_smoothing) + self.label_smoothing / (self.num_classes + 1)
         classification = sigmoid_focal_loss(logits[valid], smooth, alpha=0.25, gamma=2, reduction="sum")
         regression = diou_loss(points.segments(offsets)[positive], points.segments(extents)[positive]).sum()
-        return {"classification": classification / count, "regression": self._weighted(regression / count, classification / count)}
+        return {
+            "classification": classification / count,
+            "regression": self._weighted(regression / count, classification / count),
+        }
 
     @torch.no_grad()
     def decode(self, features: Tensor, mask: Tensor) -> list[Detections]:
@@ -169,7 +182,9 @@ class ActionFormer(nn.Module):
 
     def _weighted(self, regression: Tensor, classification: Tensor) -> Tensor:
         weight = self.regression_weight
-        return regression * (weight if weight > 0 else classification.detach() / regression.detach().clamp(min=SMALLEST_LOSS))
+        return regression * (
+            weight if weight > 0 else classification.detach() / regression.detach().clamp(min=SMALLEST_LOSS)
+        )
 
     def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         steps = features.shape[2]
@@ -224,7 +239,10 @@ class Pyramid(nn.Module):
         if steps <= known:
             return self.positions[:, :, :steps]
         if self.training:
-            raise ValueError(f"ActionFormer: got {steps} steps in training; expected at most max_steps, {known}, as positions are encoded")
+            raise ValueError(
+                f"ActionFormer: got {steps} steps in training; expected at most max_steps, {known}, as positions are "
+                "encoded"
+            )
         return F.interpolate(self.positions, steps, mode="linear", align_corners=False)
 
 
@@ -284,7 +302,9 @@ def _ranges(levels: int) -> list[tuple[float, float]]:
 
 
 def sinusoid(steps: int, channels: int) -> Tensor:
-    """Positions (1, channels, steps): Vaswani et al. (arXiv 1706.03762), section 3.5, sine and cosine in turn, divided by √channels."""
+    """Positions (1, channels, steps): Vaswani et al. (arXiv 1706.03762), section 3.5, sine and cosine in turn, divided
+    by √channels.
+    """
     channel = torch.arange(channels, dtype=torch.float64)
     rate = 10000 ** (-2 * (channel // 2) / channels)
     angle = torch.arange(steps, dtype=torch.float64) * rate[:, None]

@@ -1,8 +1,8 @@
 """Anchors of a feature pyramid, and which ground truth each box is matched with.
 
 Sources: Zhao, Thabet, Ghanem, "Video Self-Stitching Graph Network" (arXiv 2011.14598); Ren et al., "Faster R-CNN"
-(arXiv 1506.01497), section 3.1.2, for matching and for the encoding of offsets. Boxes are (..., 2), in steps; a box of the network covers
-end − start + 1 steps, a ground truth end − start.
+(arXiv 1506.01497), section 3.1.2, for matching and for the encoding of offsets. Boxes are (..., 2), in steps; a box of
+the network covers end − start + 1 steps, a ground truth end − start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ LARGEST_GROWTH = math.log(1000 / 16)
 
 
 def anchors(strides: Sequence[int], steps: int, scales: Sequence[float]) -> Tensor:
-    """(boxes, 2), float32: level after level, position after position, scale after scale; lengths are scales in strides."""
+    """(boxes, 2), float32: level after level, position after position, scale after scale; lengths are scales in
+    strides.
+    """
     boxes = []
     for stride in strides:
         centre = torch.arange(-(-steps // stride))[:, None] * stride + 0.5 * (1 + stride) - 0.5
@@ -29,7 +31,9 @@ def anchors(strides: Sequence[int], steps: int, scales: Sequence[float]) -> Tens
 
 
 def boxes_of(offsets: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes from offsets (..., 2) of the centre (in tenths of the anchor's length) and of the logarithm of the length (in fifths)."""
+    """Boxes from offsets (..., 2) of the centre (in tenths of the anchor's length) and of the logarithm of the length
+    (in fifths).
+    """
     length = anchors[..., 1] - anchors[..., 0] + 1
     centre = anchors.mean(-1) + offsets[..., 0] / 10 * length
     half = (length * (offsets[..., 1] / 5).clamp(max=LARGEST_GROWTH).exp() - 1) / 2
@@ -58,8 +62,8 @@ class Matches:
     def of(cls, boxes: Tensor, segments: Sequence[Tensor], labels: Sequence[Tensor], threshold: float) -> Matches:
         """Match boxes (batch, n, 2) with each video's segments (m, 2) and labels (m,).
 
-        A box takes the segment with which its IoU is largest, if that is ``threshold`` or more, or if no box has a larger IoU with some
-        segment. In a video without segments all boxes are background.
+        A box takes the segment with which its IoU is largest, if that is ``threshold`` or more, or if no box has a
+        larger IoU with some segment. In a video without segments all boxes are background.
         """
         matched = [_match(b, s.to(b), c, threshold) for b, s, c in zip(boxes, segments, labels, strict=True)]
         return cls(*(torch.stack(parts) for parts in zip(*matched, strict=True)))
@@ -76,7 +80,9 @@ def _match(boxes: Tensor, segments: Tensor, labels: Tensor, threshold: float) ->
 
 def iou(boxes: Tensor, segments: Tensor) -> Tensor:
     """(boxes, segments): of a box of the network with a ground truth."""
-    start, end = (torch.stack([f(boxes[:, None, i], segments[:, i]) for f in (torch.maximum, torch.minimum)]) for i in (0, 1))
+    start, end = (
+        torch.stack([f(boxes[:, None, i], segments[:, i]) for f in (torch.maximum, torch.minimum)]) for i in (0, 1)
+    )
     inter = (end[1] - start[0]).clamp(min=0)
     union = (boxes[:, 1] - boxes[:, 0] + 1)[:, None] + (segments[:, 1] - segments[:, 0]) - inter
     return inter / union.clamp(min=0)

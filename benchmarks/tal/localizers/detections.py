@@ -39,7 +39,9 @@ class Selection:
         """From segments (places, 2) and scores (places, classes): a place may become a detection of each class."""
         classes = scores.shape[1]
         if classes == 1:
-            return Detections(segments, scores[:, 0], torch.zeros(len(segments), dtype=torch.int64, device=segments.device))
+            return Detections(
+                segments, scores[:, 0], torch.zeros(len(segments), dtype=torch.int64, device=segments.device)
+            )
         flat = scores.flatten()
         kept = (flat > self.min_score).nonzero()[:, 0]
         best = flat[kept].topk(min(self.most, len(kept))).indices

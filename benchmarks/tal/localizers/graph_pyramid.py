@@ -1,7 +1,9 @@
-"""The encoder and decoder of VSGN: a pyramid whose steps also look at those that resemble them most, wherever they are in the video.
+"""The encoder and decoder of VSGN: a pyramid whose steps also look at those that resemble them most, wherever they are
+in the video.
 
-Source: Zhao, Thabet, Ghanem, "Video Self-Stitching Graph Network" (arXiv 2011.14598), cross-scale graph pyramid. All tensors
-are (batch, channels, steps), masks (batch, steps), True where a step is valid. Parameters are named as in OpenTAD.
+Source: Zhao, Thabet, Ghanem, "Video Self-Stitching Graph Network" (arXiv 2011.14598), cross-scale graph pyramid. All
+tensors are (batch, channels, steps), masks (batch, steps), True where a step is valid. Parameters are named as in
+OpenTAD.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, channels: int, levels: int, first_stride: int, neighbours: int | None) -> None:
         super().__init__()
         self.stem_convs = ConvUnit(in_channels, channels, first_stride // 2)
-        blocks = [ConvUnit(channels, channels, 2) if neighbours is None else GraphUnit(channels, neighbours) for _ in range(levels)]
+        blocks = [
+            ConvUnit(channels, channels, 2) if neighbours is None else GraphUnit(channels, neighbours)
+            for _ in range(levels)
+        ]
         self.pyramid_convs = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -65,8 +70,8 @@ class GraphUnit(nn.Module):
 class EdgeConv(nn.Module):
     """The maximum, over the steps that resemble a step most (itself among them), of a linear map of both.
 
-    Source: Wang et al., "Dynamic Graph CNN" (arXiv 1801.07829), section 3.1. The map is a sum of one of the neighbour and one of the step,
-    so each is computed once per step and not once per edge.
+    Source: Wang et al., "Dynamic Graph CNN" (arXiv 1801.07829), section 3.1. The map is a sum of one of the neighbour
+    and one of the step, so each is computed once per step and not once per edge.
     """
 
     def __init__(self, channels: int, neighbours: int) -> None:
@@ -78,7 +83,9 @@ class EdgeConv(nn.Module):
         x = x.transpose(1, 2)
         batch, steps, channels = x.shape
         if steps < self.neighbours:
-            raise ValueError(f"VSGN: got a level of {steps} steps; expected at least the number of neighbours, {self.neighbours}")
+            raise ValueError(
+                f"VSGN: got a level of {steps} steps; expected at least the number of neighbours, {self.neighbours}"
+            )
         index = nearest(x.detach(), self.neighbours)
         of_neighbour, of_step = self.mlp.weight.split(channels, 1)
         mapped = F.linear(x, of_neighbour)
@@ -96,7 +103,9 @@ def nearest(x: Tensor, count: int) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """The pyramid from its coarsest level down, each level joined with the one above it; invalid steps are 0 in the end."""
+    """The pyramid from its coarsest level down, each level joined with the one above it; invalid steps are 0 in the
+    end.
+    """
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
@@ -108,7 +117,9 @@ class Decoder(nn.Module):
     def forward(self, levels: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
         *finer, coarsest = levels
         out = [self.levels_transit(coarsest)]
-        for across, down, fuse, x in zip(self.levels_enc, self.levels_dec, self.levels_fuse, reversed(finer), strict=True):
+        for across, down, fuse, x in zip(
+            self.levels_enc, self.levels_dec, self.levels_fuse, reversed(finer), strict=True
+        ):
             out.append(fuse(across(x) + down(out[-1])))
         return [x * mask.unsqueeze(1).to(x.dtype) for x, mask in zip(reversed(out), masks, strict=True)]
 

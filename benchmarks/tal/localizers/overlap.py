@@ -10,14 +10,18 @@ _EPSILON = 1e-7
 
 
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 − IoU + (distance of the centres / length of the hull)², of each pair; Zheng et al. (arXiv 1911.08287), equation 7."""
+    """1 − IoU + (distance of the centres / length of the hull)², of each pair; Zheng et al. (arXiv 1911.08287),
+    equation 7.
+    """
     inter, union, hull = _measures(predicted, target)
     centres = predicted.mean(-1) - target.mean(-1)
     return 1 - inter / union.clamp(min=_EPSILON) + centres.square() / hull.square().clamp(min=_EPSILON)
 
 
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 − IoU + (hull − union) / hull, of each pair, predicted ends in either order; Rezatofighi et al. (arXiv 1902.09630), alg. 1."""
+    """1 − IoU + (hull − union) / hull, of each pair, predicted ends in either order; Rezatofighi et al. (arXiv
+    1902.09630), alg. 1.
+    """
     inter, union, hull = _measures(torch.stack([predicted.amin(-1), predicted.amax(-1)], -1), target)
     union, hull = union + _EPSILON, hull + _EPSILON
     return 1 - inter / union + (hull - union) / hull
@@ -34,7 +38,8 @@ def _measures(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def over_processes(count: Tensor) -> Tensor:
     """A count, summed over all processes and divided by their number.
 
-    A loss that each process divides by this has, averaged over processes, the gradients that one process with the whole batch would have.
+    A loss that each process divides by this has, averaged over processes, the gradients that one process with the whole
+    batch would have.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return count

@@ -36,7 +36,9 @@ class Points:
     def of(cls, lengths: Sequence[int], ranges: Sequence[tuple[float, float]], like: Tensor) -> Points:
         """The points of levels with so many points each, in the dtype and on the device of ``like``."""
         columns = [
-            torch.stack([torch.arange(count) * 2.0**level, *(torch.full((count,), float(v)) for v in (low, high, 2**level))])
+            torch.stack(
+                [torch.arange(count) * 2.0**level, *(torch.full((count,), float(v)) for v in (low, high, 2**level))]
+            )
             for level, (count, (low, high)) in enumerate(zip(lengths, ranges, strict=True))
         ]
         return cls(*torch.cat(columns, 1).to(like))
@@ -48,10 +50,12 @@ class Points:
         return torch.stack([start, end], -1)
 
     def targets(self, segments: Tensor, labels: Tensor, classes: int, radius: float | None) -> tuple[Tensor, Tensor]:
-        """(classes (points, classes) as 0 or 1, offsets (points, 2) to the segment) for one video; no class: background.
+        """(classes (points, classes) as 0 or 1, offsets (points, 2) to the segment) for one video; no class:
+        background.
 
-        A point belongs to a segment if it is inside of it, within ``radius`` strides of its centre, and the farther end is in the level's
-        range. Of several segments the shortest is regressed, and all that are as short count as classes.
+        A point belongs to a segment if it is inside of it, within ``radius`` strides of its centre, and the farther end
+        is in the level's range. Of several segments the shortest is regressed, and all that are as short count as
+        classes.
 
         Args:
             segments: (n, 2), in steps.

@@ -22,12 +22,16 @@ def load_published(localizer: Localizer, checkpoint: Checkpoint) -> None:
         KeyError: the localizer's parameters are not there, or others than these.
     """
     state = subtree(checkpoint, _ANCHORS[type(localizer)])
-    averages = {name: value for name, value in localizer.named_buffers() if name.startswith("loss_normalizer_")}  # VSGN's are not published
+    averages = {
+        name: value for name, value in localizer.named_buffers() if name.startswith("loss_normalizer_")
+    }  # VSGN's are not published
     load_all(localizer, averages | {name: value for name, value in state.items() if name.startswith(_PARTS)})
 
 
 def localizer_of(reference: Mapping[str, Any]) -> Localizer:
-    """The localizer of a reference file: an object with ``config`` and ``state_dict``, as OpenTAD's configurations spell them."""
+    """The localizer of a reference file: an object with ``config`` and ``state_dict``, as OpenTAD's configurations
+    spell them.
+    """
     config = reference["config"]
     localizer = _vsgn(config) if "pyramid_levels" in config else _actionformer(config)
     load_published(localizer, reference)
@@ -64,7 +68,9 @@ def _vsgn(config: Mapping[str, Any]) -> VSGN:
     if config["use_gcn"] and {key: graph[key] for key in known} != known:
         raise ValueError(f"VSGN: got a graph of {graph}; expected {known}")
     if loss["type"] != ("FocalLoss" if columns == 1 else "BalancedCELoss"):
-        raise ValueError(f"VSGN: got {loss['type']} for {columns} columns; expected FocalLoss for one, and BalancedCELoss for more")
+        raise ValueError(
+            f"VSGN: got {loss['type']} for {columns} columns; expected FocalLoss for one, and BalancedCELoss for more"
+        )
     return VSGN(
         config["in_channels"],
         max(columns - 1, 1),

@@ -1,7 +1,7 @@
 """Transformer blocks over a sequence of steps with a mask, which may halve its length.
 
-Source: Zhang, Wu, Li, "ActionFormer" (arXiv 2202.07925). All tensors are (batch, channels, steps), masks (batch, steps), True
-where a step is valid.
+Source: Zhang, Wu, Li, "ActionFormer" (arXiv 2202.07925). All tensors are (batch, channels, steps), masks (batch,
+steps), True where a step is valid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
 INVALID = -1e4
-"""Added to the logit of an invalid step within a window: finite, so that a window without any valid step is no 0 / 0."""
+"""Added to the logit of an invalid step within a window: finite, so that a window without any valid step is no 0 /
+0.
+"""
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -47,7 +49,9 @@ class Depthwise(nn.Module):
 
 
 class ScaledPath(nn.Module):
-    """A residual branch with a learned scale per channel, dropped at random per sample; Touvron et al., CaiT (arXiv 2103.17239)."""
+    """A residual branch with a learned scale per channel, dropped at random per sample; Touvron et al., CaiT (arXiv
+    2103.17239).
+    """
 
     def __init__(self, channels: int, rate: float) -> None:
         super().__init__()
@@ -59,7 +63,8 @@ class ScaledPath(nn.Module):
 
 
 class ConvAttention(nn.Module):
-    """Multi-head attention whose queries, keys and values come from depthwise convolutions, among all steps or within local windows.
+    """Multi-head attention whose queries, keys and values come from depthwise convolutions, among all steps or within
+    local windows.
 
     Args:
         window: a step attends to window // 2 steps on either side; 1 or less: to all.
@@ -99,7 +104,8 @@ class ConvAttention(nn.Module):
 def local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, reach: int) -> Tensor:
     """Attention among steps at most ``reach`` apart, in time and memory proportional to steps · reach.
 
-    Queries are cut into pieces of ``reach`` steps; each sees the three pieces around it, of which a band is left. Invalid queries give 0.
+    Queries are cut into pieces of ``reach`` steps; each sees the three pieces around it, of which a band is left.
+    Invalid queries give 0.
 
     Args:
         query, key, value: (batch, heads, steps, channels)
@@ -109,7 +115,9 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rea
     rest = -steps % reach
     pieces = F.pad(query, (0, 0, 0, rest)).unflatten(2, (-1, reach))
     around = (0, 0, reach, reach + rest)
-    key, value = (F.pad(x, around).unfold(2, 3 * reach, reach) for x in (key, value))  # (batch, heads, pieces, channels, 3 reach)
+    key, value = (
+        F.pad(x, around).unfold(2, 3 * reach, reach) for x in (key, value)
+    )  # (batch, heads, pieces, channels, 3 reach)
     logits = pieces @ key * query.shape[-1] ** -0.5
     invalid = F.pad(~mask, (reach, reach + rest), value=True).unfold(1, 3 * reach, reach)
     logits = logits + INVALID * invalid[:, None, :, None, :].to(logits.dtype)
@@ -125,13 +133,17 @@ def _outside(steps: int, reach: int, device: torch.device) -> Tensor:
     """
     pieces = -(-steps // reach)
     query = torch.arange(pieces * reach, device=device).view(pieces, reach, 1)
-    key = torch.arange(-reach, 2 * reach, device=device) + reach * torch.arange(pieces, device=device).view(pieces, 1, 1)
+    key = torch.arange(-reach, 2 * reach, device=device) + reach * torch.arange(pieces, device=device).view(
+        pieces, 1, 1
+    )
     far = (key - query).abs() > reach
     return (far | (key < 0) | (key >= steps)) & (key != query)
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each a residual branch with a norm at its head; with stride 2, half as many steps come out."""
+    """Attention and an MLP, each a residual branch with a norm at its head; with stride 2, half as many steps come
+    out.
+    """
 
     def __init__(self, channels: int, heads: int, window: int, stride: int, drop_path: float, dropout: float) -> None:
         super().__init__()
@@ -141,7 +153,11 @@ class Block(nn.Module):
         self.ln2 = ChannelNorm(channels)
         hidden = 4 * channels
         self.mlp = nn.Sequential(
-            nn.Conv1d(channels, hidden, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv1d(hidden, channels, 1), nn.Dropout(dropout)
+            nn.Conv1d(channels, hidden, 1),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Conv1d(hidden, channels, 1),
+            nn.Dropout(dropout),
         )
         self.drop_path_attn = ScaledPath(channels, drop_path) if drop_path else nn.Identity()
         self.drop_path_mlp = ScaledPath(channels, drop_path) if drop_path else nn.Identity()

@@ -1,9 +1,10 @@
 """VSGN: anchors on a cross-scale graph pyramid, classified and regressed, then refined at their ends.
 
-Source: Zhao, Thabet, Ghanem, "Video Self-Stitching Graph Network for Temporal Action Localization" (arXiv 2011.14598); the
-localizer that Re2TAL (arXiv 2211.14053) trains end to end. Parameters are named as in OpenTAD, so that its weights load by key; its
-conventions are kept, also where they are odd: see `boundary_targets`, and a segment that overlaps no box makes all boxes positive that
-overlap nothing.
+Source: Zhao, Thabet, Ghanem, "Video Self-Stitching Graph Network for Temporal Action Localization" (arXiv 2011.14598);
+the localizer that Re2TAL (arXiv 2211.14053) trains end to end. Parameters are named as in OpenTAD, so that its weights
+load by key; its
+conventions are kept, also where they are odd: see `boundary_targets`, and a segment that overlaps no box makes all
+boxes positive that overlap nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class VSGN(nn.Module):
         match_iou, refine_iou: overlap from which a box is trained on a segment, in the first stage and in the second.
         corner: length of a proposal / distance of the features that are looked at on either side of its ends.
         focal_alpha, focal_gamma: of the focal loss, for one class.
-        loss_normalizer, momentum: losses are divided by moving averages of the numbers of positive boxes; their first value.
+        loss_normalizer, momentum: losses are divided by moving averages of the numbers of positive boxes; their first
+            value.
         min_score, most: which boxes become detections, see `Selection`.
     """
 
@@ -93,7 +95,9 @@ class VSGN(nn.Module):
     ) -> None:
         super().__init__()
         if strides[0] % 2 or any(s != strides[0] * 2**level for level, s in enumerate(strides)):
-            raise ValueError(f"VSGN: got strides {list(strides)}; expected an even number, and each further one twice the one before")
+            raise ValueError(
+                f"VSGN: got strides {list(strides)}; expected an even number, and each further one twice the one before"
+            )
         self.num_classes = num_classes
         self.columns = 1 if num_classes == 1 else 1 + num_classes
         self.max_steps = max_steps
@@ -167,12 +171,17 @@ class VSGN(nn.Module):
         """Focal loss for one class; else cross entropy, averaged over actions and over background."""
         count = self._normalizer("classification", matches.positive.sum())
         if self.num_classes == 1:
-            return sigmoid_focal_loss(logits[..., 0], matches.positive.to(logits.dtype), reduction="sum", **self.focal) / count
+            return (
+                sigmoid_focal_loss(logits[..., 0], matches.positive.to(logits.dtype), reduction="sum", **self.focal)
+                / count
+            )
         loss = F.cross_entropy(logits.flatten(0, 1), matches.labels.flatten(), reduction="none").view_as(matches.labels)
         return _mean_where(matches.positive, loss) + _mean_where(~matches.positive, loss)
 
     def _normalizer(self, name: str, positives: Tensor) -> Tensor:
-        """What a loss of this process is divided by. The average moves before it is used; in eval mode, where it counts, it stays."""
+        """What a loss of this process is divided by. The average moves before it is used; in eval mode, where it
+        counts, it stays.
+        """
         average = self.get_buffer(f"loss_normalizer_{name}")
         after = moved(average, positives, self.momentum)
         if self.training:
@@ -202,7 +211,9 @@ class AnchorHead(nn.Module):
 
 
 def _tower(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv1d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv1d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, channels), nn.ReLU()
+    )
 
 
 class BoundaryHead(nn.Module):
@@ -237,9 +248,14 @@ class CornerHead(nn.Module):
         self.corner = corner
 
     def forward(self, finest: Tensor, proposals: Tensor) -> Tensor:
-        """Refined proposals (batch, boxes, 2), from the finest level (batch, channels, positions). Gradients reach both."""
+        """Refined proposals (batch, boxes, 2), from the finest level (batch, channels, positions). Gradients reach
+        both.
+        """
         columns = self.look(finest, proposals)
-        moves = [conv(side.flatten(0, 1))[:, 0, 0] for conv, side in zip((self.start_conv, self.end_conv), columns.unbind(2), strict=True)]
+        moves = [
+            conv(side.flatten(0, 1))[:, 0, 0]
+            for conv, side in zip((self.start_conv, self.end_conv), columns.unbind(2), strict=True)
+        ]
         return proposals + _float(torch.stack(moves, -1)).view_as(proposals)
 
     def look(self, finest: Tensor, proposals: Tensor) -> Tensor:
@@ -261,9 +277,11 @@ def _corner(channels: int) -> nn.Sequential:
 
 
 def boundary_targets(segments: Sequence[Tensor], like: Tensor) -> Tensor:
-    """(batch, 3, steps), bool: cells of a step that lie wholly near a start, near an end, inside of an action; in the shape of ``like``.
+    """(batch, 3, steps), bool: cells of a step that lie wholly near a start, near an end, inside of an action; in the
+    shape of ``like``.
 
-    The published network is trained with cells that are covered in part counted as not covered, as their share was rounded down.
+    The published network is trained with cells that are covered in part counted as not covered, as their share was
+    rounded down.
     """
     cell = torch.arange(like.shape[2], device=like.device, dtype=like.dtype)
     out = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
@@ -277,7 +295,9 @@ def boundary_targets(segments: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def boundary_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each of the three rows, in which positive and negative steps weigh the same, summed; BSN (arXiv 1806.02964)."""
+    """Cross entropy of each of the three rows, in which positive and negative steps weigh the same, summed; BSN (arXiv
+    1806.02964).
+    """
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
     return sum((_balanced(loss[:, row], targets[:, row]) for row in range(loss.shape[1])), loss.new_zeros(()))
 
