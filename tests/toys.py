@@ -8,13 +8,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import DEPTH
+from revwire import Coupling
 from revwire._runtime import run as runner
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
+from revwire.couplings.base import Coefficients
 
 WIDTH = 8
 SHAPE = (3, 5, WIDTH)  # (batch, tokens, channels)
 IMAGE = (2, WIDTH, 4, 4)  # (batch, channels, height, width)
+
+
+class Leapfrog(Coupling):
+    """(0, −1, 2): b is negative; and any other coefficients."""
+
+    def __init__(self, a=0.0, b=-1.0, c=2.0):
+        object.__setattr__(self, "numbers", Coefficients(a, b, c))
+
+    @property
+    def name(self):
+        return "leapfrog"
+
+    @property
+    def coefficients(self):
+        return self.numbers
+
+    @property
+    def error_growth(self):
+        return 1.0
+
+    def merge(self, previous, current):
+        return current
 
 
 class PreNorm(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GRAPH = (
     *("_trace", "_recorder", "_recording", "_intercept", "_watch", "_memory", "_reads", "_fresh"),
     *("_flow", "_adds", "_chains", "_units", "_plan", "_graph"),

@@ -18,8 +18,7 @@ from revwire.testing import (
     check_saved_bytes,
     saved_by_autograd,
 )
-from test_couplings import Leapfrog
-from toys import Dropped, inputs_of, stored, toy
+from toys import Dropped, Leapfrog, inputs_of, stored, toy
 
 CASE = FAST[1]
 

@@ -12,7 +12,7 @@ import revwire
 from benchmarks.harness import data, record
 from benchmarks.retention import imagenet_sample
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLE = "images/imagenet_1000_samples_short256.tar"
 
 

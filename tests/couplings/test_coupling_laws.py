@@ -6,37 +6,14 @@ import pytest
 import torch
 
 from cases import CASES, Case, each_case
-from revwire import Bdia, Coupling, CouplingError, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
+from revwire import Bdia, CouplingError, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
 from revwire._plan.options import Choice
 from revwire.couplings import coupling_from
-from revwire.couplings.base import Coefficients
 from revwire.testing import check_consistent, check_error_growth, check_invertible, check_kept_bits
-from toys import inputs_of, toy
+from toys import Leapfrog, inputs_of, toy
 
 COUPLINGS = sorted({case.coupling for case in CASES}, key=lambda c: c.name)
 each_coupling = pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda c: c.name)
-
-
-class Leapfrog(Coupling):
-    """(0, −1, 2): b is negative; and any other coefficients."""
-
-    def __init__(self, a=0.0, b=-1.0, c=2.0):
-        object.__setattr__(self, "numbers", Coefficients(a, b, c))
-
-    @property
-    def name(self):
-        return "leapfrog"
-
-    @property
-    def coefficients(self):
-        return self.numbers
-
-    @property
-    def error_growth(self):
-        return 1.0
-
-    def merge(self, previous, current):
-        return current
 
 
 @each_case
