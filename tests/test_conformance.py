@@ -18,15 +18,14 @@ from revwire.testing import (
     check_saved_bytes,
     saved_by_autograd,
 )
-from toys import Dropped, Leapfrog, inputs_of, stored, toy
+from toys import Dropped, Leapfrog, encoder, inputs_of, stored, toy
 
 CASE = FAST[1]
 
 
 def network(depth=4):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    return encoder(depth)
 
 
 INPUT = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0))

@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import revwire
 from revwire import CouplingError
+from toys import encoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that Lightning imports
@@ -35,8 +35,7 @@ class Regression(lightning.LightningModule):
     def __init__(self, coupling="dr2net:1,1/16", **options):
         super().__init__()
         torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.body = encoder(2, 8, 2, 16, dropout=0.0)
         revwire.convert(self.body, DATA[0][0][None], coupling=coupling, **options)
         self.ran = []
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import TOLERANCE, Plain, X, assert_same_step, pre_norm, stack, twin
+from steps import TOLERANCE, assert_same_step, twin
+from toys import Plain, X, pre_norm, stack
 
 
 class Named(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import revwire
+from toys import encoder
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -42,16 +43,11 @@ class Loop(nn.Module):
         return x, tap
 
 
-def encoder(norm_first: bool) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=norm_first, batch_first=True, activation="gelu")
-    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-
-
 # name: (factory, example, units that must be rewired)
 CASES: dict[str, Case] = {
     "loop": (Loop, torch.randn(3, 5, 8), 4),
-    "encoder pre-norm": (lambda: encoder(True), torch.randn(2, 5, 16), 6),
-    "encoder post-norm": (lambda: encoder(False), torch.randn(2, 5, 16), 6),
+    "encoder pre-norm": (lambda: encoder(activation="gelu"), torch.randn(2, 5, 16), 6),
+    "encoder post-norm": (lambda: encoder(norm_first=False, activation="gelu"), torch.randn(2, 5, 16), 6),
     "vit_tiny": (
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, drop_path_rate=0.2),
         torch.randn(2, 3, 64, 64),

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import revwire
+from toys import encoder
 
 
 def network(depth=6, dropout=0.0):
     """A stack of pre-norm layers, and a BatchNorm whose statistics a training step moves."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=dropout, batch_first=True, norm_first=True)
-    stack = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    stack = encoder(depth, 32, 4, 64, dropout=dropout)
     return nn.Sequential(nn.BatchNorm1d(16), stack).train()
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import revwire
-from graph_toys import TOLERANCE, Plain, step, x
+from steps import TOLERANCE, step
+from toys import Plain, noise
 
 
 def in_place_chain(b, x, m, flag):
@@ -140,8 +141,10 @@ def nets(draw, kinds=tuple(KINDS)):
 CALLS = st.lists(
     st.fixed_dictionaries(
         {
-            "x": st.sampled_from([x(2, 5, 8), x(2, 5, 8, seed=2), x(1, 3, 8), x(5, 3, 8).transpose(0, 1)]),
-            "m": st.sampled_from([None, x(1, 1, 8).requires_grad_()]),
+            "x": st.sampled_from(
+                [noise(2, 5, 8), noise(2, 5, 8, seed=2), noise(1, 3, 8), noise(5, 3, 8).transpose(0, 1)]
+            ),
+            "m": st.sampled_from([None, noise(1, 1, 8).requires_grad_()]),
             "flag": st.sampled_from([True, False, None]),
             "stop": st.sampled_from([None, 0]),
         }
@@ -190,7 +193,7 @@ BRANCHES = {
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(net=nets(tuple(BRANCHES)), coupling=st.sampled_from(sorted(RULES)))
 def test_known_structures_follow_the_recurrence(net, coupling):
-    example = x(2, 5, 8)
+    example = noise(2, 5, 8)
     units = [u for nest in net.nests for u in nest.units]
     first_uses = list(dict.fromkeys(units))
     revwire.convert(net.eval(), example, coupling=coupling)
@@ -210,7 +213,7 @@ def test_each_kind_alone(kind):
     torch.manual_seed(0)
     net = Net([Nest([Unit(kind), Unit(kind)], "plain"), Nest([Unit(kind)], "tuple")], True)
     reference = copy.deepcopy(net)
-    revwire.convert(net, x(2, 5, 8), coupling=Plain(), exact=False)
+    revwire.convert(net, noise(2, 5, 8), coupling=Plain(), exact=False)
     assert revwire.report(net).chains or revwire.report(net).skipped
     with revwire.stored_activations(net):
-        torch.testing.assert_close(step(net, x(2, 5, 8)), step(reference, x(2, 5, 8)), **TOLERANCE)
+        torch.testing.assert_close(step(net, noise(2, 5, 8)), step(reference, noise(2, 5, 8)), **TOLERANCE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import revwire
-from graph_toys import X, pre_norm, stack
+from toys import X, encoder, pre_norm, stack
 
 
 def converted(**options):
@@ -86,8 +86,7 @@ def test_verification_in_evaluation_mode_and_with_frozen_weights():
 )
 def test_the_change_of_the_function_is_measured(coupling, least, most):
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
-    model, x = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.randn(2, 5, 16)
+    model, x = encoder(4, dropout=0.0), torch.randn(2, 5, 16)
     before = model(x).detach()
     check = revwire.verify(revwire.convert(model, x, coupling=coupling), x)
     expected = float((model(x).detach() - before).norm() / before.norm())

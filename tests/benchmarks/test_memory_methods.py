@@ -34,14 +34,15 @@ def toy(monkeypatch):
     return build
 
 
-def gradients(model):
+def gradients_by_name(model):
     run_step(model, TOKENS)
     return {n.replace("layers.", ""): p.grad for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("method", SAME[1:])
 def test_checkpointing_of_any_kind_gives_the_gradients_of_stored_activations(toy, method):
-    for (_, got), (_, true) in zip(gradients(toy(method)).items(), gradients(toy(STORED)).items(), strict=True):
+    mine, stored = gradients_by_name(toy(method)), gradients_by_name(toy(STORED))
+    for (_, got), (_, true) in zip(mine.items(), stored.items(), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-8)
 
 
@@ -49,7 +50,7 @@ def test_checkpointing_of_any_kind_gives_the_gradients_of_stored_activations(toy
 def test_revwire_trains_the_same_parameters(toy, method):
     model, plain = toy(method), toy(STORED)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    assert all(g is not None and g.abs().sum() > 0 for g in gradients(model).values())
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients_by_name(model).values())
 
 
 def test_only_networks_with_windows_run_window_by_window(toy):
@@ -62,7 +63,7 @@ def test_only_networks_with_windows_run_window_by_window(toy):
 def test_other_packages_train_every_layer(toy, package):
     pytest.importorskip(package)
     model = toy(package)
-    grads = gradients(model)
+    grads = gradients_by_name(model)
     assert len(grads) >= 3 * len(list(Layer(64, 1).parameters()))
     assert all(g is not None and g.isfinite().all() for g in grads.values())
 

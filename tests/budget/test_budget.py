@@ -24,21 +24,16 @@ from revwire._forwards.converted import chains_of
 from revwire._plan.options import parse_budget
 from revwire._plan.plan import Point
 from revwire.measure import peak_bytes
+from steps import output_and_gradients, training_step
+from toys import encoder
 
 
 def transformer(depth=6, width=32, head=2):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.Sequential(
-        nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, head)
-    ).train()
+    return nn.Sequential(encoder(depth, width, 4, 4 * width), nn.Linear(width, head)).train()
 
 
 INPUTS = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
-
-
-def step(model, inputs=INPUTS):
-    return lambda: model(inputs).square().mean().backward()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +207,7 @@ def test_a_step_takes_what_was_predicted_and_no_more_than_the_budget(limits, sha
     budget = int(low * 1.01 + share * (high - low))
     model = revwire.convert(transformer(), INPUTS, coupling=coupling, memory_budget=budget)
     plan = revwire.report(model)
-    peak = peak_bytes(step(model))
+    peak = peak_bytes(training_step(model, INPUTS))
     assert plan.forecast.peak_bytes <= budget
     assert peak <= budget * 1.02
     assert abs(plan.forecast.peak_bytes / peak - 1) < 0.05
@@ -243,25 +238,19 @@ def test_a_checkpointed_unit_takes_what_was_predicted(mix):
     assert peak_bytes(run) == pytest.approx(costs.forecast(forms)[0], rel=0.02)
 
 
-def gradients(model):
-    torch.manual_seed(5)
-    out = model(INPUTS)
-    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
-
-
 def test_function_and_gradients_are_those_of_the_plain_conversion(limits):
     model = transformer()
     twin = revwire.convert(copy.deepcopy(model), INPUTS)
     revwire.convert(model, INPUTS, memory_budget=sum(limits) // 2)
     assert len({mode for chain in chains_of(model) for mode in chain.modes}) > 1
-    assert all(map(torch.equal, gradients(model), gradients(twin)))
+    assert all(map(torch.equal, output_and_gradients(model, INPUTS), output_and_gradients(twin, INPUTS)))
 
 
 def test_a_copied_model_keeps_its_modes(limits):
     model = revwire.convert(transformer(), INPUTS, memory_budget=sum(limits) // 2)
     twin = copy.deepcopy(model)
     assert [c.modes for c in chains_of(twin)] == [c.modes for c in chains_of(model)]
-    assert all(map(torch.equal, gradients(model), gradients(twin)))
+    assert all(map(torch.equal, output_and_gradients(model, INPUTS), output_and_gradients(twin, INPUTS)))
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_something_does(limits):
@@ -306,7 +295,7 @@ def test_the_first_call_may_be_the_example(limits):
     with torch.no_grad():
         model(INPUTS)
     assert revwire.report(model).forecast.budget == sum(limits) // 2
-    assert peak_bytes(step(model)) <= sum(limits) // 2
+    assert peak_bytes(training_step(model, INPUTS)) <= sum(limits) // 2
 
 
 def test_a_model_without_gradients_has_no_step_to_measure():
@@ -442,7 +431,7 @@ def test_what_checkpointing_the_same_blocks_would_need_is_estimated(make, coupli
     torch.manual_seed(0)
     plan = revwire.plan(make().train(), INPUTS, coupling=coupling, memory_budget="least")
     torch.manual_seed(0)
-    needed = peak_bytes(step(checkpointed(make().train(), plan)))
+    needed = peak_bytes(training_step(checkpointed(make().train(), plan), INPUTS))
     assert plan.forecast.checkpoint.peak_bytes == pytest.approx(needed, rel=0.1)
     assert "torch.utils.checkpoint around the same blocks: about " in str(plan)
     assert plan.forecast.checkpoint.seconds < plan.forecast.reversible.seconds

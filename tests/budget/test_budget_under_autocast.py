@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 import revwire
-from mixes import Residual, modes_of
 from revwire._budget.costs import Costs
 from revwire._budget.marker import ended, turn
 from revwire._budget.meter import measured
 from revwire._budget.search import search
 from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes
-from toys import Blocks
+from toys import Blocks, ResidualMlp, modes_of
 
 X = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
 WEIGHTS = 2 * 32 * 512 * 2
@@ -32,7 +31,7 @@ class Wide(nn.Module):
     def __init__(self, frozen=()):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = Blocks(lambda: Residual(32, 16), depth=6)
+        self.blocks = Blocks(lambda: ResidualMlp(32, 16), depth=6)
         for i in frozen:
             self.blocks.blocks[i].requires_grad_(requires_grad=False)
 
@@ -222,7 +221,7 @@ class Deep(nn.Module):
     def __init__(self, keeps=False):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Residual(32) for _ in range(8))
+        self.blocks = nn.ModuleList(ResidualMlp(32) for _ in range(8))
         self.keeps = keeps
 
     def forward(self, x):
@@ -328,7 +327,7 @@ class Graphs(nn.Module):
         torch.manual_seed(0)
         self.front = nn.ModuleList(Front() for _ in range(3)).requires_grad_(requires_grad=False)
         self.between = nn.Linear(16, 16)
-        self.blocks = Blocks(lambda: Residual(16, 4), depth=4)
+        self.blocks = Blocks(lambda: ResidualMlp(16, 4), depth=4)
 
     def forward(self, x, graph):
         for block in self.front:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import Loop, X, assert_same_step, block, reasons, stack, twin
+from steps import assert_same_step, reasons, twin
+from toys import Loop, X, block, stack
 
 
 def zeroed(self, x):

@@ -9,9 +9,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import revwire
-from graph_toys import Plain, X, assert_same_step, block, pre_norm, stack, twin
 from revwire._capture.run import record
 from revwire._structures import refs
+from steps import assert_same_step, twin
+from toys import Plain, X, block, pre_norm, stack
 
 
 def patchable():

@@ -13,14 +13,14 @@ import revwire
 from revwire.cli import main
 from revwire.cli.app import app
 from revwire.cli.models import load
+from toys import encoder
 
 TOY = "tests.test_cli:toy"
 SHAPE = ("--input", "2,4,16")
 
 
 def toy():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return encoder(depth=2)
 
 
 def toy_with_inputs():

@@ -24,7 +24,8 @@ from revwire._forwards.converted import chains_of
 from revwire._runtime import run as runner
 from revwire.couplings.base import Coefficients, Rule, random_signs
 from revwire.measure import saved_bytes
-from toys import KINDS, WIDTH, Dropped, PreNorm, inputs_of, stored, toy
+from steps import gradients, same
+from toys import KINDS, WIDTH, Dropped, PreNorm, encoder, inputs_of, stored, toy
 
 RANDOM = [
     Case(RandomBdia(g), True, torch.float32, 0.0, 0.0, "signs are drawn from the same random state")
@@ -33,23 +34,10 @@ RANDOM = [
 
 
 def network(depth=3):
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(16, 2)
-    )
+    return nn.Sequential(nn.Linear(8, 16), encoder(depth), nn.Linear(16, 2))
 
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
-
-
-def gradients(model, x, seed=0):
-    torch.manual_seed(seed)
-    inputs = [t for t in (x, *model.parameters()) if t.requires_grad]
-    return torch.autograd.grad(model(x).square().sum(), inputs, allow_unused=True)
-
-
-def same(a, b):
-    return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # -- random signs
@@ -154,7 +142,7 @@ def test_set_coupling_gives_what_a_fresh_conversion_gives():
 def test_a_backward_that_waits_keeps_the_coupling_of_its_forward():
     torch.manual_seed(0)
     model = revwire.convert(network(), X, coupling="bdia:1/4")
-    true = gradients(model, X)
+    true = gradients(model, X, seed=0)
     torch.manual_seed(0)
     loss = model(X).square().sum()
     revwire.set_coupling(model, "re2tal")
@@ -386,7 +374,6 @@ class SignsOfOne(Coupling):
 
 
 def test_a_coupling_of_ones_own_may_draw_the_signs_of_one_coefficient():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
     x = torch.randn(4, 5, 16)
-    model = revwire.convert(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), x, coupling=SignsOfOne())
+    model = revwire.convert(encoder(dropout=0.0), x, coupling=SignsOfOne())
     assert revwire.verify(model, x).bit_exact

@@ -13,6 +13,7 @@ from torch import nn
 from cases import Case
 from revwire import Bdia, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
 from revwire.measure import saved_bytes
+from steps import gradients
 from toys import WIDTH, Toy, as_block, as_residual, stored, toy
 
 EVERY = [
@@ -83,11 +84,6 @@ class Rebuilt:
 
     def backward(self, tape, position, state):
         self.equal += torch.equal(self.dropped.pop(position), state)
-
-
-def gradients(model, x):
-    torch.manual_seed(7)
-    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
 
 
 def check_exact(coupling, depth, autocast, seed=0):

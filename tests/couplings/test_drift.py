@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cases import Case
 from revwire import CouplingError, Dr2Net, Midpoint, Momentum, Re2TAL, ReconstructionError
 from revwire._plan.options import Choice
+from steps import gradients
 from toys import inputs_of, stored, toy
 
 TOLERANCE = 1e-4  # of a rebuilt state, the default
@@ -26,11 +27,6 @@ couplings = st.one_of(
 )
 anchors = st.one_of(st.none(), st.integers(1, 6))
 settled = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-
-
-def gradients(model, x):
-    torch.manual_seed(3)
-    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
 
 
 @settled

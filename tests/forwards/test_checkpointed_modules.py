@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import revwire
 from revwire._forwards.checkpointed import checkpointed_of
 from revwire.measure import peak_bytes, saved_bytes
+from steps import same, training_step
 
 X = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -62,10 +63,6 @@ def results(model, x=X):
     out = model(x)
     grads = torch.autograd.grad(out.square().sum(), list(model.parameters()))
     return [out, *grads, *(b.clone() for b in model.buffers()), torch.get_rng_state()]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize(
@@ -363,10 +360,6 @@ def test_what_changes_before_backward_is_an_error(run):
 # -------------------------------------------------------------------------------------------------
 
 
-def step(model):
-    return lambda: model(WIDE).square().mean().backward()
-
-
 def test_the_planner_checkpoints_what_stays_where_that_is_what_it_takes():
     least = revwire.convert(wide(), WIDE, memory_budget="least")
     without = revwire.plan(wide(), WIDE, memory_budget="least", checkpoint=[])
@@ -374,8 +367,8 @@ def test_the_planner_checkpoints_what_stays_where_that_is_what_it_takes():
     assert plan.checkpointed == ("two.0",)
     assert without.checkpointed == ()
     assert plan.forecast.peak_bytes < 0.98 * without.forecast.peak_bytes
-    step(least)()
-    assert peak_bytes(step(least)) == pytest.approx(plan.forecast.peak_bytes, rel=0.05)
+    training_step(least, WIDE)()
+    assert peak_bytes(training_step(least, WIDE)) == pytest.approx(plan.forecast.peak_bytes, rel=0.05)
     assert revwire.verify(least, WIDE).bit_exact
 
 
@@ -389,8 +382,8 @@ def test_a_budget_takes_no_more_than_it_needs():
         model = revwire.convert(wide(), WIDE, memory_budget=budget, chunks=1)
         assert revwire.report(model).checkpointed == names
         assert {n for n, m in model.named_modules() if checkpointed_of(m)} == set(names)
-        step(model)()
-        assert peak_bytes(step(model)) <= budget * 1.02
+        training_step(model, WIDE)()
+        assert peak_bytes(training_step(model, WIDE)) <= budget * 1.02
     with pytest.raises(revwire.BudgetError) as error:
         revwire.convert(wide(), WIDE, memory_budget=1000, chunks=1)
     assert error.value.smallest == pytest.approx(low, rel=0.01)

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import revwire
-from graph_toys import Loop, X, assert_same_step, block, pre_norm, stack, twin
+from cases import each_fast_case
+from revwire._runtime.chain import Chain
+from revwire.testing import Step, check_gradients
+from steps import assert_same_step, twin
+from toys import Loop, X, block, encoder, pre_norm, stack
 
 
 class Block(block(pre_norm)):  # a class of this module, so that it can be pickled
@@ -123,3 +127,41 @@ def test_a_block_taken_out_of_its_model_still_runs():
     model = revwire.convert(stack(pre_norm).eval(), X)
     alone = copy.deepcopy(model.blocks[1])
     assert alone(X).shape == X.shape
+
+
+TOKENS = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+
+
+def converted(case):
+    torch.manual_seed(0)
+    return revwire.convert(encoder(), TOKENS, coupling=case.coupling, exact=case.exact)
+
+
+@each_fast_case
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_a_copy_of_a_converted_model_is_one(case, how, used):
+    model = converted(case)
+    if used:
+        check_gradients(model, TOKENS, tolerance=10 * case.stored)
+    other = how(model)
+    Step.of(other, TOKENS).assert_like(Step.of(model, TOKENS))
+    check_gradients(other, TOKENS, tolerance=10 * case.stored)
+    assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
+    with revwire.stored_activations(other):
+        assert not any(chain.stored for chain in chains(model))
+
+
+def chains(model):
+    return {
+        id(c): c for m in model.modules() for s in getattr(vars(m).get("forward"), "slots", []) for c in [s.chain]
+    }.values()
+
+
+@each_fast_case
+def test_a_chain_can_be_copied_and_pickled(case):
+    chain = Chain("chain 0", case.coupling, exact=case.exact, length=3, largest=2.0)
+    for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert vars(other) == vars(chain)

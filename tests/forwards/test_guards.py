@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import TOLERANCE, X, assert_same_step, pre_norm, reasons, stack, step, twin, x
+from steps import TOLERANCE, assert_same_step, reasons, step, twin
+from toys import X, noise, pre_norm, stack
 
 
 def branchy(decide):
@@ -37,17 +38,17 @@ def test_a_dropout_rate_that_was_zero():
 def test_other_sizes(decide):
     model, reference = twin(stack(branchy(decide)))
     for size in ((2, 5, 8), (3, 5, 8), (1, 3, 8), (0, 5, 8)):
-        assert_same_step(model, reference, x(*size))
+        assert_same_step(model, reference, noise(*size))
 
 
 def test_strides_that_the_code_looks_at():
     model, reference = twin(stack(branchy(lambda self, x: x.is_contiguous())))
-    assert_same_step(model, reference, x(5, 2, 8).transpose(0, 1))
+    assert_same_step(model, reference, noise(5, 2, 8).transpose(0, 1))
 
 
 def test_optional_tensors():
     model, reference = twin(stack(lambda self, x, mask=None: x + self.f(x) * (1 if mask is None else mask)))
-    mask = x(5, 1).requires_grad_()
+    mask = noise(5, 1).requires_grad_()
     for args, kwargs in (((), {}), ((mask,), {}), ((), {"mask": mask}), ((2.0,), {})):
         assert_same_step(model, reference, X, *args, **kwargs)
 

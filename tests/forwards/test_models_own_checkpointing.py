@@ -28,7 +28,7 @@ class Block(nn.Module):
         return checkpoint(self.branch, x, use_reentrant=self.reentrant) if self.checkpointing else self.branch(x)
 
 
-def gradients(model, *inputs, **keywords):
+def trained_gradients(model, *inputs, **keywords):
     torch.manual_seed(1)
     out = model(*inputs, **keywords)
     out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
@@ -45,16 +45,16 @@ def check(model, switch, example, before):
     switch(model, True)
     keywords = example if isinstance(example, dict) else {}
     inputs = () if keywords else (example,)
-    got = gradients(model, *inputs, **keywords)
+    got = trained_gradients(model, *inputs, **keywords)
     switch(model, False)
-    for want in (gradients(model, *inputs, **keywords), _stored(model, inputs, keywords)):
+    for want in (trained_gradients(model, *inputs, **keywords), _stored(model, inputs, keywords)):
         assert all(a is b or torch.equal(a, b) for a, b in zip(got, want, strict=True))
     return units
 
 
 def _stored(model, inputs, keywords):
     with revwire.stored_activations(model):
-        return gradients(model, *inputs, **keywords)
+        return trained_gradients(model, *inputs, **keywords)
 
 
 each_time = pytest.mark.parametrize("before", [True, False], ids=["before", "after"])

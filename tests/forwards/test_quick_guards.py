@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from graph_toys import X, assert_same_step, stack, twin
 from revwire._forwards.guards import Look, Standing
 from revwire._forwards.rewired import rewired_of
 from revwire._forwards.signature import call_signature
+from steps import assert_same_step, twin
+from toys import X, stack
 
 
 class Config:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import X, pre_norm, stack
+from toys import X, pre_norm, stack
 
 
 @pytest.fixture(scope="module")

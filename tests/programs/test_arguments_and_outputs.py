@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import revwire
-from graph_toys import Loop, X, assert_same_step, block, reasons, stack, step, twin
+from steps import assert_same_step, reasons, step, twin
+from toys import Loop, X, block, stack
 
 
 class Named(NamedTuple):

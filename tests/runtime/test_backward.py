@@ -10,11 +10,8 @@ from cases import each_fast_case
 from revwire import ReconstructionError, UnsupportedTransformError
 from revwire._runtime import run as runner
 from revwire.testing import Step, check_gradients
+from steps import gradients_of
 from toys import Attention, Convolution, Dropped, PreNorm, Weightless, attention_extras, inputs_of, stored, toy
-
-
-def gradients(loss, model, x, **options):
-    return torch.autograd.grad(loss, [x, *model.parameters()], **options)
 
 
 def assert_same(got, true, case):
@@ -24,7 +21,7 @@ def assert_same(got, true, case):
 
 def stored_gradients(model, x, loss):
     with stored(model):
-        return gradients(loss(model(x)), model, x)
+        return gradients_of(loss(model(x)), model, x)
 
 
 @each_fast_case
@@ -32,7 +29,7 @@ def test_autograd_grad(case):
     model = toy(case)
     x = inputs_of(model, case)
     assert_same(
-        gradients(model(x).square().sum(), model, x), stored_gradients(model, x, lambda y: y.square().sum()), case
+        gradients_of(model(x).square().sum(), model, x), stored_gradients(model, x, lambda y: y.square().sum()), case
     )
 
 
@@ -52,9 +49,9 @@ def test_a_retained_graph_can_be_walked_again(case, branch):
     model = toy(case, branch)
     x = inputs_of(model, case)
     out = model(x)
-    first = gradients(out.sum(), model, x, retain_graph=True)
-    second = gradients(out.square().sum(), model, x, retain_graph=True)
-    third = gradients(out.sum(), model, x)
+    first = gradients_of(out.sum(), model, x, retain_graph=True)
+    second = gradients_of(out.square().sum(), model, x, retain_graph=True)
+    third = gradients_of(out.sum(), model, x)
     assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
     assert_same(second, stored_gradients(model, x, lambda y: y.square().sum()), case)
 
@@ -86,8 +83,8 @@ def test_several_forwards_before_any_backward(case):
     first, second = inputs_of(model, case, seed=1), inputs_of(model, case, seed=2)
     true = [stored_gradients(model, x, torch.sum) for x in (first, second)]
     a, b = model(first), model(second)
-    assert_same(gradients(a.sum(), model, first), true[0], case)
-    assert_same(gradients(b.sum(), model, second), true[1], case)
+    assert_same(gradients_of(a.sum(), model, first), true[0], case)
+    assert_same(gradients_of(b.sum(), model, second), true[1], case)
 
 
 @each_fast_case
@@ -207,7 +204,7 @@ def test_after_a_failed_backward_a_second_is_refused_or_right(case):
     out = model(x)
     with Failing(model.branches[4].norm), pytest.raises(ZeroDivisionError):
         out.sum().backward(retain_graph=True)
-    assert_same(gradients(out.sum(), model, x, retain_graph=True), stored_gradients(model, x, torch.sum), case)
+    assert_same(gradients_of(out.sum(), model, x, retain_graph=True), stored_gradients(model, x, torch.sum), case)
     with Failing(model.branches[4].norm), pytest.raises(ZeroDivisionError):
         out.sum().backward()
     with pytest.raises(RuntimeError, match="retain_graph=True"):
@@ -220,11 +217,11 @@ def test_the_mode_around_a_backward_does_not_matter(case, mode):
     model = toy(case, Dropped)
     x = inputs_of(model, case)
     torch.manual_seed(0)
-    true = gradients(model(x).sum(), model, x)
+    true = gradients_of(model(x).sum(), model, x)
     torch.manual_seed(0)
     loss = model(x).sum()
     with mode():
-        got = gradients(loss, model, x)
+        got = gradients_of(loss, model, x)
     assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
 
 
@@ -280,7 +277,7 @@ def test_a_graph_that_is_looked_at_by_hand(case):
     out = model(x)
     node, true = seen[3]
     torch.testing.assert_close(node._saved_self, true, rtol=0, atol=1e-5 if case.stored else 0)
-    assert_same(gradients(out.sum(), model, x), stored_gradients(model, x, torch.sum), case)
+    assert_same(gradients_of(out.sum(), model, x), stored_gradients(model, x, torch.sum), case)
 
 
 @each_fast_case
@@ -288,9 +285,9 @@ def test_a_side_output_before_and_after_the_main_one(case):
     model = toy(case, Attention)
     x, extras = inputs_of(model, case), attention_extras()
     out, first = model(x, *extras)[:2]
-    got = gradients(first.square().sum(), model, x, retain_graph=True, allow_unused=True)
-    gradients(out.sum(), model, x)
+    got = gradients_of(first.square().sum(), model, x, retain_graph=True, allow_unused=True)
+    gradients_of(out.sum(), model, x)
     with stored(model):
-        true = gradients(model(x, *extras)[1].square().sum(), model, x, allow_unused=True)
+        true = gradients_of(model(x, *extras)[1].square().sum(), model, x, allow_unused=True)
     assert [g is None for g in got] == [g is None for g in true]
     assert_same([g for g in got if g is not None], [g for g in true if g is not None], case)

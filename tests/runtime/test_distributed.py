@@ -2,27 +2,15 @@
 checkpointing composes.
 """
 
-import os
-import socket
-
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import FAST
+from processes import WORLD, needs_gloo, outcomes, passed
 from toys import Convolution, PreNorm, inputs_of, toy
-
-WORLD = 2
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def train(model, call, x, rank):
@@ -35,10 +23,7 @@ def train(model, call, x, rank):
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
 
 
-def worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def trains_as_stored(rank, folder):
     mesh = init_device_mesh("cpu", (WORLD,))
     for case in FAST:
         for branch in (PreNorm, Convolution):
@@ -52,10 +37,9 @@ def worker(rank, port):
             for got in (mine, train(fsdp, fsdp, x, rank)):
                 for a, b in zip(got, true, strict=True):
                     torch.testing.assert_close(a, b, rtol=0, atol=10 * case.stored)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_data_parallel_and_fully_sharded_training():
-    mp.spawn(worker, args=(free_port(),), nprocs=WORLD)
+    passed(outcomes({"training": trains_as_stored}), "training")

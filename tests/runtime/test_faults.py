@@ -9,19 +9,10 @@ from torch import nn
 import revwire
 from cases import CASES, FAST, each_exact_case, each_fast_case
 from revwire import ReconstructionError
+from steps import faulty, gradients_of
 from toys import SHAPE, WIDTH, Convolution, Dropped, Linear, Toy, Weightless, coefficients, inputs_of, stored, toy
 
 FLOAT = [c for c in FAST if not c.exact]
-
-
-def faulty(match):
-    return pytest.raises(
-        ReconstructionError, match=rf"branches\.\d \(chain 0\): between forward and backward, .*{match}.*exclude"
-    )
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()))
 
 
 class Impostor(nn.Module):
@@ -197,13 +188,13 @@ def test_a_weight_from_outside_of_the_branch(case):
 def test_after_a_fault_the_model_goes_on(case):
     model = toy(case)
     x = inputs_of(model, case)
-    true = gradients(model, model(x).sum())
+    true = gradients_of(model(x).sum(), model)
     out = model(x)
     with torch.no_grad():
         model.branches[3].up.weight.add_(0)
     with faulty("was modified in place"):
         out.sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model, model(x).sum()), true, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients_of(model(x).sum(), model), true, strict=True))
 
 
 @each_fast_case

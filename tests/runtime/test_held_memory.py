@@ -12,7 +12,7 @@ from revwire import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import peak_bytes, saved_bytes
 from revwire.testing import saved_by_autograd
-from toys import WIDTH, Attention, Dropped, PreNorm, attention_extras, stored, toy
+from toys import WIDTH, Attention, Dropped, PreNorm, attention_extras, encoder, stored, toy
 
 SHAPE = (16, 64, WIDTH)
 STREAM = 16 * 64 * WIDTH * 4
@@ -217,8 +217,7 @@ def test_the_table_has_a_case_of_each_arithmetic():
 
 def test_a_converted_model_holds_no_activation_at_rest():
     """What was observed to capture a block is let go: nothing of the example or of a step stays alive."""
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    model = encoder(norm_first=False)
     inputs = torch.randn(5, 7, 16)
     revwire.convert(model, inputs)
     model(inputs).sum().backward()

@@ -9,23 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import mixes
 import revwire
-from cases import each_exact_case
-from mixes import (
-    LOOKS,
-    SHAPE,
-    STREAM,
-    Residual,
-    can_be_repeated,
-    each_fast_exact_case,
-    gradients,
-    is_right,
-    leaves_no_other_trace,
-    modes_of,
-    records_of,
-    same,
-)
+import toys
+from cases import each_exact_case, each_fast_exact_case
 from revwire._budget.costs import Costs
 from revwire._budget.meter import measured
 from revwire._errors import ReconstructionError
@@ -33,7 +19,18 @@ from revwire._forwards.converted import chains_of
 from revwire._runtime.entries import Result
 from revwire.measure import peak_bytes, saved_bytes
 from revwire.measure._training_step import autocast_left
-from toys import KINDS, Attention, Blocks, PreNorm, Toy, attention_extras, toy
+from steps import (
+    SAMPLES,
+    can_be_repeated,
+    counted_runs,
+    gradients,
+    is_right,
+    leaves_no_other_trace,
+    records_of,
+    same,
+    weight_gradients,
+)
+from toys import KINDS, LARGE, STREAM, Attention, Blocks, PreNorm, ResidualMlp, Toy, attention_extras, modes_of, toy
 
 in_bfloat16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
@@ -46,7 +43,7 @@ class Narrow(PreNorm):
             return super().forward(x)
 
 
-mixed = partial(mixes.mixed, kind=Narrow)
+mixed = partial(toys.mixed, kind=Narrow)
 
 
 def results_of(loss):
@@ -65,7 +62,7 @@ def test_every_coupling_comes_back_by_results(case):
         def forward(self, x):
             return super().forward(x.to(case.dtype)).to(torch.bfloat16)
 
-    model, x = mixed(case, "rccrcc", kind=Single), torch.randn(SHAPE, dtype=case.dtype, requires_grad=True)
+    model, x = mixed(case, "rccrcc", kind=Single), torch.randn(LARGE, dtype=case.dtype, requires_grad=True)
     assert len(results_of(model(x).square().sum())) == 4
     assert is_right(model, x)
 
@@ -83,7 +80,7 @@ def test_random_state_and_buffers_are_those_of_stored_activations(case, kind, dt
 def test_a_network_of_16_bits_keeps_results_of_16_bits(case, kind):
     model = toy(case, depth=6, kind=kind).bfloat16()
     model.chain.modes = modes_of("rccrcc")
-    x = torch.randn(SHAPE).bfloat16().requires_grad_()
+    x = torch.randn(LARGE).bfloat16().requires_grad_()
     assert [r.value.dtype for r in results_of(model(x).square().sum())] == [torch.bfloat16] * 4
     assert is_right(model, x)
 
@@ -91,37 +88,30 @@ def test_a_network_of_16_bits_keeps_results_of_16_bits(case, kind):
 @each_fast_exact_case
 def test_it_costs_half_a_state_and_the_bits(case):
     def held(mix):
-        model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
+        model, x = mixed(case, mix), torch.randn(LARGE, requires_grad=True)
         return saved_bytes(lambda: model(x))
 
     for mix, count in {"rrrcr": 1, "rcrcr": 2, "rccrr": 2, "rrcsr": 1, "rrsscr": 1}.items():
-        assert abs(held(mix) - held(mix.replace("c", "r")) - count * STREAM / 2) < count * LOOKS
+        assert abs(held(mix) - held(mix.replace("c", "r")) - count * STREAM / 2) < count * SAMPLES
 
 
 @each_fast_exact_case
 def test_a_recompute_stops_as_early_as_with_a_kept_state(case, monkeypatch):
-    model, runs = mixed(case, "rrcrcr"), []
-
-    def run(x, number, forward):
-        out = forward(x)
-        runs.append(number)
-        return out
-
-    for i, branch in enumerate(model.branches):
-        monkeypatch.setattr(branch.down, "forward", partial(run, number=i, forward=branch.down.forward))
-    gradients(model, torch.randn(SHAPE, requires_grad=True))
+    model = mixed(case, "rrcrcr")
+    runs = counted_runs(model, monkeypatch)
+    gradients(model, torch.randn(LARGE, requires_grad=True))
     assert [runs.count(i) for i in range(6)] == [2, 2, 1, 2, 1, 2]
 
 
 @each_fast_exact_case
 @pytest.mark.parametrize("mix", ["rccr", "crsc", "rccc"])
 def test_a_retained_backward_can_be_repeated(case, mix):
-    assert can_be_repeated(mixed(case, mix), torch.randn(SHAPE, requires_grad=True))
+    assert can_be_repeated(mixed(case, mix), torch.randn(LARGE, requires_grad=True))
 
 
 @each_fast_exact_case
 def test_results_go_as_soon_as_they_have_served(case):
-    model, x = mixed(case, "rcccc"), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rcccc"), torch.randn(LARGE, requires_grad=True)
     loss, left = model(x).square().sum(), []
     records = records_of(loss)
     model.branches[2].down.weight.register_hook(lambda _: left.append([r.result is not None for r in records]))
@@ -131,7 +121,7 @@ def test_results_go_as_soon_as_they_have_served(case):
 
 @each_fast_exact_case
 def test_a_result_that_is_written_to_is_an_error(case):
-    model, x = mixed(case, "rrcr"), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrcr"), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
     (result,) = results_of(loss)
     result.value.add_(1)
@@ -149,7 +139,7 @@ def test_a_recompute_that_computes_other_values_is_an_error(case, unit):
             with in_bfloat16():
                 return self.down(torch.nn.functional.gelu(self.up(self.norm(x) * self.scale)))
 
-    model, x = mixed(case, "rrcr", kind=Scaled), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrcr", kind=Scaled), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
     model.branches[unit].scale = 1.5
     with pytest.raises(ReconstructionError, match=rf"branches.{unit} .*its branch computed other values"):
@@ -159,7 +149,7 @@ def test_a_recompute_that_computes_other_values_is_an_error(case, unit):
 @each_fast_exact_case
 def test_a_state_that_comes_back_wrong_is_an_error(case):
     """Bits of a result that nobody wrote to, seen from PyTorch."""
-    model, x = mixed(case, "rrcr"), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrcr"), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
     (result,) = results_of(loss)
     result.value.data.view(torch.int16).flatten()[7] ^= 1 << 10
@@ -208,10 +198,7 @@ def step(model):
 
 
 def step_gradients(model):
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(5)
-    step(model)
-    return [p.grad.clone() for p in model.parameters()]
+    return weight_gradients(model, lambda: step(model))
 
 
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
@@ -238,7 +225,7 @@ def test_a_budget_that_is_planned_under_autocast_is_met(coupling, share):
 def test_a_unit_that_keeps_its_result_takes_what_was_predicted(mix, coupling):
     x = torch.randn(64, 64, 8)
     torch.manual_seed(0)
-    model = Blocks(lambda: Residual(8), depth=6)
+    model = Blocks(lambda: ResidualMlp(8), depth=6)
     with in_bfloat16():
         revwire.convert(model, x, coupling=coupling, memory_budget="least", chunks=1)
     (chain,) = chains_of(model)
@@ -280,7 +267,7 @@ def test_in_chunks_each_keeps_its_own(coupling):
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
 @pytest.mark.parametrize("mix", ["rrrrcrrrrr", "rcrcrcrcrc", "rrrrrrrrrc", "rccccccccc"])
 def test_chunks_of_a_checkpointed_unit_take_what_was_predicted(mix, coupling, autocast):
-    model = Blocks(lambda: Residual(8), depth=10)
+    model = Blocks(lambda: ResidualMlp(8), depth=10)
     x = torch.randn(64, 64, 8)
 
     def run():

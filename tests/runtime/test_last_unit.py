@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from cases import FAST, each_fast_case
-from mixes import SHAPE, STREAM, leaves_no_other_trace, same
 from revwire._forwards.converted import chains_of
 from revwire.measure import saved_bytes
-from toys import KINDS, PreNorm, toy
+from steps import gradients, gradients_of, leaves_no_other_trace, same, sum_of_squares
+from toys import KINDS, LARGE, STREAM, PreNorm, toy
 
 
 def kept_toy(case, kind=PreNorm, depth=4):
@@ -26,13 +26,7 @@ def kept_toy(case, kind=PreNorm, depth=4):
 
 
 def batch(seed=0):
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-
-
-def gradients(model, x, run=None):
-    torch.manual_seed(3)
-    loss = (run or model)(x).square().sum()
-    return torch.autograd.grad(loss, [x, *model.parameters()])
+    return torch.randn(LARGE, generator=torch.Generator().manual_seed(seed), requires_grad=True)
 
 
 def nothing_recomputed_of(branch, monkeypatch):
@@ -108,7 +102,9 @@ def test_inside_other_hooks_every_unit_is_rebuilt(case, monkeypatch):
     """Checkpointing expects the same saved tensors in both of its runs."""
     model, x = kept_toy(case), batch()
     true = gradients(model, x)
-    assert same(true, gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False)))
+    torch.manual_seed(3)
+    loss = sum_of_squares(checkpoint(model, x, use_reentrant=False))
+    assert same(true, gradients_of(loss, model, x))
     runs = nothing_recomputed_of(model.branches[-1], monkeypatch)
     with save_on_cpu():
         again = gradients(model, x)

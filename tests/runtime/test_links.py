@@ -11,13 +11,7 @@ import torch
 from cases import each_exact_case, each_fast_case
 from revwire._runtime import run as runner
 from revwire._runtime.entries import ViewRecord
-from toys import SHAPE, WIDTH, Linear, Weightless, inputs_of, stored, toy
-
-
-def run(model, x, start=0, stop=None):
-    for unit, branch in list(zip(model.units, model.branches, strict=True))[start:stop]:
-        x, _ = runner.apply(model.chain, unit, branch, x)
-    return x
+from toys import SHAPE, WIDTH, Linear, Weightless, inputs_of, run_units, stored, toy
 
 
 def grads(model, out, *more):
@@ -49,19 +43,19 @@ def test_the_function_does_not_depend_on_where_gradients_begin(case, first):
     x = inputs_of(model, case)
     true = model(x)
     with torch.no_grad():
-        h = run(model, x, 0, 3)
-    assert torch.equal(run(model, h, 3), true)
-    h = run(model, x, 0, 3)
+        h = run_units(model, x, 0, 3)
+    assert torch.equal(run_units(model, h, 3), true)
+    h = run_units(model, x, 0, 3)
     with first():
-        assert torch.equal(run(model, h, 3), true)
+        assert torch.equal(run_units(model, h, 3), true)
 
 
 @each_fast_case
 def test_a_prefix_without_gradients(case):
     def function(model, x):
         with torch.no_grad():
-            h = run(model, x, 0, 3)
-        return (run(model, h, 3),)
+            h = run_units(model, x, 0, 3)
+        return (run_units(model, h, 3),)
 
     model = toy(case)
     same_with_stored_activations(model, case, function, inputs_of(model, case))
@@ -71,9 +65,9 @@ def test_a_prefix_without_gradients(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_that_begins_in_the_middle(case, dtype):
     def function(model, x):
-        h = run(model, x.detach().to(dtype), 0, 3)
+        h = run_units(model, x.detach().to(dtype), 0, 3)
         h.requires_grad_()
-        return run(model, h, 3), h
+        return run_units(model, h, 3), h
 
     model = toy(case, Linear)
     model.requires_grad_(False).to(dtype)
@@ -93,9 +87,9 @@ def reversed_pair(pair):
 def test_detaching_in_place_cuts_both_streams(case):
     model = toy(case)
     x = inputs_of(model, case)
-    h = run(model, x, 0, 3)
+    h = run_units(model, x, 0, 3)
     h.detach_()
-    out = run(model, h, 3)
+    out = run_units(model, h, 3)
     assert torch.equal(out, model(x))
     found = grads(model, out, x)
     assert found[-1] is None
@@ -105,12 +99,12 @@ def test_detaching_in_place_cuts_both_streams(case):
 @each_fast_case
 def test_views_between_units(case):
     def function(model, x):
-        h = run(model, x, 0, 3)
+        h = run_units(model, x, 0, 3)
         h = runner.relayout(model.chain, lambda t: t.reshape(1, -1, WIDTH), h)
         h = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
-        h = run(model, h, 3, 6)
+        h = run_units(model, h, 3, 6)
         h = runner.relayout(model.chain, lambda t: t.transpose(0, 1).reshape(SHAPE), h)
-        return (run(model, h, 6),)
+        return (run_units(model, h, 6),)
 
     model = toy(case)
     x = inputs_of(model, case)
@@ -121,11 +115,11 @@ def test_views_between_units(case):
 @each_fast_case
 def test_views_in_a_frozen_prefix(case):
     def function(model, x):
-        h = run(model, x.detach(), 0, 2)
+        h = run_units(model, x.detach(), 0, 2)
         h = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
-        h = run(model, h, 2, 5)
+        h = run_units(model, h, 2, 5)
         h = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
-        return (run(model, h, 5),)
+        return (run_units(model, h, 5),)
 
     model = toy(case)
     for branch in model.branches[:4]:
@@ -141,11 +135,11 @@ def test_views_in_a_frozen_prefix(case):
 def test_a_view_in_another_grad_mode_does_not_end_the_chain(case):
     model = toy(case)
     x = inputs_of(model, case)
-    h = run(model, x, 0, 3)
+    h = run_units(model, x, 0, 3)
     with torch.no_grad():
         looked = runner.relayout(model.chain, lambda t: t.transpose(0, 1), h)
     assert torch.equal(looked, h.transpose(0, 1))
-    out = run(model, h, 3)
+    out = run_units(model, h, 3)
     assert torch.equal(out, model(x))
     assert_close(grads(model, out, x), grads(model, model(x), x), case)
 
@@ -157,7 +151,7 @@ def test_a_view_in_another_grad_mode_does_not_end_the_chain(case):
 )
 def test_what_is_not_a_view_of_the_whole_begins_a_new_chain(case, view):
     def function(model, x):
-        return (run(model, runner.relayout(model.chain, view, run(model, x, 0, 3)), 3),)
+        return (run_units(model, runner.relayout(model.chain, view, run_units(model, x, 0, 3)), 3),)
 
     model = toy(case)
     same_with_stored_activations(model, case, function, inputs_of(model, case))
@@ -167,14 +161,14 @@ def test_what_is_not_a_view_of_the_whole_begins_a_new_chain(case, view):
 def test_leaving_early_and_entering_late(case):
     model = toy(case)
     x = inputs_of(model, case)
-    same_with_stored_activations(model, case, lambda m, x: (run(m, x, 0, 5),), x)
-    same_with_stored_activations(model, case, lambda m, x: (run(m, x, 3),), x)
+    same_with_stored_activations(model, case, lambda m, x: (run_units(m, x, 0, 5),), x)
+    same_with_stored_activations(model, case, lambda m, x: (run_units(m, x, 3),), x)
 
 
 @each_fast_case
 def test_skipping_a_unit_still_ends_the_chain(case):
     def function(model, x):
-        return (run(model, run(model, x, 0, 4), 5),)
+        return (run_units(model, run_units(model, x, 0, 4), 5),)
 
     model = toy(case)
     x = inputs_of(model, case)
@@ -191,7 +185,7 @@ def test_skipping_a_unit_still_ends_the_chain(case):
 @each_fast_case
 def test_a_loop_over_the_same_units_begins_again(case):
     def function(model, x):
-        return (run(model, run(model, x, 0, 4), 0, 4),)
+        return (run_units(model, run_units(model, x, 0, 4), 0, 4),)
 
     model = toy(case)
     same_with_stored_activations(model, case, function, inputs_of(model, case))
@@ -203,8 +197,8 @@ def test_a_fork(case):
     other = toy(case, Weightless, seed=5)
 
     def function(model, x):
-        h = run(model, x, 0, 4)
-        return (run(model, h, 4) + run(other, h) + h.square(),)
+        h = run_units(model, x, 0, 4)
+        return (run_units(model, h, 4) + run_units(other, h) + h.square(),)
 
     model = toy(case)
     with stored(other):
@@ -217,7 +211,7 @@ def test_taps_on_every_unit(case):
     def function(model, x):
         taps = []
         for i in range(len(model.units)):
-            x = run(model, x, i, i + 1)
+            x = run_units(model, x, i, i + 1)
             taps.append(x)
         return (torch.stack(taps[::2]).sin(),)
 
@@ -229,9 +223,9 @@ def test_taps_on_every_unit(case):
 @each_exact_case
 def test_a_write_between_two_units_begins_a_new_chain(case):
     def function(model, x):
-        h = run(model, x, 0, 4)
+        h = run_units(model, x, 0, 4)
         h += 1
-        return (run(model, h, 4),)
+        return (run_units(model, h, 4),)
 
     model = toy(case)
     same_with_stored_activations(model, case, function, inputs_of(model, case))
@@ -244,7 +238,7 @@ def test_a_write_between_two_units_begins_a_new_chain(case):
 def test_a_copied_or_pickled_tensor_is_like_any_other(case):
     model = toy(case)
     with torch.no_grad():
-        h = run(model, inputs_of(model, case), 0, 4)
+        h = run_units(model, inputs_of(model, case), 0, 4)
     file = io.BytesIO()
     torch.save(h, file)
     assert len(file.getvalue()) < 4000
@@ -252,7 +246,7 @@ def test_a_copied_or_pickled_tensor_is_like_any_other(case):
     for other in (torch.load(file, weights_only=True), copy.deepcopy(h)):
         assert torch.equal(other, h)
         with torch.no_grad():
-            assert torch.equal(run(model, other, 4), run(model, h.clone(), 4))
+            assert torch.equal(run_units(model, other, 4), run_units(model, h.clone(), 4))
 
 
 @each_fast_case
@@ -263,14 +257,14 @@ def test_an_operation_that_comes_between_two_units_is_said_once(case):
         UserWarning,
         match=r"branches\.3 \(chain 0\): got a tensor that something between two units made \(MulBackward0\)",
     ):
-        run(model, run(model, x, 0, 3) * 1.5, 3)
-    run(model, run(model, x, 0, 3) * 1.5, 3)
+        run_units(model, run_units(model, x, 0, 3) * 1.5, 3)
+    run_units(model, run_units(model, x, 0, 3) * 1.5, 3)
 
 
 @each_fast_case
 def test_units_used_by_themselves_are_no_reason_to_warn(case):
     model = toy(case)
-    run(model, inputs_of(model, case) * 2, 3)
+    run_units(model, inputs_of(model, case) * 2, 3)
 
 
 def test_a_state_before_a_view_has_the_strides_that_it_had():

@@ -7,14 +7,7 @@ import torch
 
 from cases import each_exact_case, each_fast_case
 from revwire import ConversionError, ReconstructionError, UnsupportedTransformError
-from revwire._runtime import run as runner
-from toys import SHAPE, WIDTH, Linear, PreNorm, Weightless, inputs_of, toy
-
-
-def run(model, x, start=0, stop=None):
-    for unit, branch in list(zip(model.units, model.branches, strict=True))[start:stop]:
-        x, _ = runner.apply(model.chain, unit, branch, x)
-    return x
+from toys import SHAPE, WIDTH, Linear, PreNorm, Weightless, inputs_of, run_units, toy
 
 
 @each_fast_case
@@ -63,6 +56,6 @@ def test_a_part_of_a_chain_in_a_checkpoint_is_refused_in_forward():
     case = each_exact_case.args[1][0]
     model = toy(case, PreNorm)
     x = inputs_of(model, case)
-    h = torch.utils.checkpoint.checkpoint(lambda x: run(model, x, 0, 3), x, use_reentrant=True)
+    h = torch.utils.checkpoint.checkpoint(lambda x: run_units(model, x, 0, 3), x, use_reentrant=True)
     with pytest.raises(ReconstructionError, match=r"branches\.3 .*torch\.utils\.checkpoint"):
-        run(model, h, 3)
+        run_units(model, h, 3)

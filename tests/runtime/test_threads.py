@@ -8,9 +8,15 @@ from torch import nn
 
 from cases import each_fast_case
 from revwire import ReconstructionError
+from steps import gradients_of
 from toys import Convolution, Dropped, PreNorm, Toy, inputs_of, stored, toy
 
 THREADS = 4
+
+
+def step_gradients(model, x):
+    """Seeds no generator, which threads would share."""
+    return gradients_of(model(x).square().sum(), model, x)
 
 
 def in_threads(function, items):
@@ -18,17 +24,13 @@ def in_threads(function, items):
         return list(pool.map(function, items))
 
 
-def gradients(model, x):
-    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-
-
 @each_fast_case
 @pytest.mark.parametrize("branch", [PreNorm, Convolution], ids=["pre-norm", "convolution"])
 def test_steps_in_several_threads(case, branch):
     model = toy(case, branch)
     items = [inputs_of(model, case, seed=seed) for seed in range(8)]
-    true = [gradients(model, x) for x in items]
-    for got, expected in zip(in_threads(lambda x: gradients(model, x), items), true, strict=True):
+    true = [step_gradients(model, x) for x in items]
+    for got, expected in zip(in_threads(lambda x: step_gradients(model, x), items), true, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -37,7 +39,7 @@ def test_buffers_survive_steps_in_several_threads(case):
     model = toy(case, Convolution)
     before = dict(model.named_buffers())
     items = [inputs_of(model, case, seed=seed) for seed in range(16)]
-    in_threads(lambda x: gradients(model, x), items)
+    in_threads(lambda x: step_gradients(model, x), items)
     assert all(b is before[n] for n, b in model.named_buffers())
     assert all(int(b) == len(items) for n, b in model.named_buffers() if n.endswith("num_batches_tracked"))
 
@@ -64,10 +66,10 @@ def test_forward_in_one_thread_and_backward_in_another(case):
     model = toy(case, Dropped)
     x = inputs_of(model, case)
     torch.manual_seed(0)
-    true = gradients(model, x)
+    true = step_gradients(model, x)
     torch.manual_seed(0)
     loss = model(x).square().sum()
-    (got,) = in_threads(lambda loss: torch.autograd.grad(loss, [x, *model.parameters()]), [loss])
+    (got,) = in_threads(lambda loss: gradients_of(loss, model, x), [loss])
     assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
 
 
@@ -75,9 +77,9 @@ def test_forward_in_one_thread_and_backward_in_another(case):
 def test_one_graph_walked_by_several_threads_at_once(case):
     model = toy(case)
     x = inputs_of(model, case)
-    true = gradients(model, x)
+    true = step_gradients(model, x)
     loss = model(x).square().sum()
-    for got in in_threads(lambda _: torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True), range(6)):
+    for got in in_threads(lambda _: gradients_of(loss, model, x, retain_graph=True), range(6)):
         assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
 
 

@@ -3,7 +3,6 @@ what is kept.
 """
 
 import copy
-from functools import partial
 from itertools import product
 
 import pytest
@@ -11,23 +10,11 @@ import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from cases import FAST, each_fast_case
-from mixes import (
-    LOOKS,
-    SHAPE,
-    STREAM,
-    can_be_repeated,
-    gradients,
-    is_right,
-    leaves_no_other_trace,
-    mixed,
-    modes_of,
-    records_of,
-    same,
-)
 from revwire._errors import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import saved_bytes
-from toys import KINDS, WIDTH, PreNorm, Toy, stored
+from steps import SAMPLES, can_be_repeated, counted_runs, gradients, is_right, leaves_no_other_trace, records_of, same
+from toys import KINDS, LARGE, STREAM, WIDTH, Guarded, PreNorm, Toy, mixed, modes_of, stored
 
 MIXES = ["".join(letters) for letters in product("scr", repeat=4)]
 FLOAT = next(c for c in FAST if not c.exact)
@@ -48,7 +35,7 @@ def test_random_state_and_buffers_are_those_of_stored_activations(case, kind):
 @each_fast_case
 @pytest.mark.parametrize("mix", ["srsr", "rsss", "sssr", "crsc"])
 def test_a_retained_backward_can_be_repeated(case, mix):
-    assert can_be_repeated(mixed(case, mix), torch.randn(SHAPE, requires_grad=True))
+    assert can_be_repeated(mixed(case, mix), torch.randn(LARGE, requires_grad=True))
 
 
 @each_fast_case
@@ -56,14 +43,14 @@ def test_stored_units_run_once_and_others_twice(case, monkeypatch):
     model, runs = mixed(case, "rscs"), []
     for i, branch in enumerate(model.branches):
         monkeypatch.setattr(branch, "forward", lambda x, i=i, forward=branch.forward: runs.append(i) or forward(x))
-    gradients(model, torch.randn(SHAPE, requires_grad=True))
+    gradients(model, torch.randn(LARGE, requires_grad=True))
     assert [runs.count(i) for i in range(4)] == [2, 1, 2, 1]
 
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_run_of_stored_units_costs_its_activations_and_two_states(case):
     def held(mix):
-        model, x = mixed(case, mix), torch.randn(SHAPE, requires_grad=True)
+        model, x = mixed(case, mix), torch.randn(LARGE, requires_grad=True)
         return saved_bytes(lambda: model(x))
 
     bits = STREAM // 32 * case.coupling.kept_bits
@@ -75,12 +62,12 @@ def test_a_run_of_stored_units_costs_its_activations_and_two_states(case):
             mix.replace("c", "r"),
             mix.count("c"),
         )  # a single stored unit before it keeps that state as well
-        assert abs(held(mix) - held(without) - (count * STREAM - units * bits)) < units * LOOKS
+        assert abs(held(mix) - held(without) - (count * STREAM - units * bits)) < units * SAMPLES
 
 
 def test_float_streams_keep_two_states_for_a_checkpointed_unit():
     def held(mix):
-        model, x = mixed(FLOAT, mix), torch.randn(SHAPE, requires_grad=True)
+        model, x = mixed(FLOAT, mix), torch.randn(LARGE, requires_grad=True)
         return saved_bytes(lambda: model(x))
 
     assert abs(held("rrrcr") - held("rrrrr") - 2 * STREAM) < 2048
@@ -90,24 +77,10 @@ def test_float_streams_keep_two_states_for_a_checkpointed_unit():
 # -- what need not be rebuilt ------------------------------------------------------------------------------------------
 
 
-def counted(model, monkeypatch):
-    """Which branches have run through their last layer, in order."""
-    runs = []
-
-    def run(x, number, forward):
-        out = forward(x)
-        runs.append(number)
-        return out
-
-    for i, branch in enumerate(model.branches):
-        monkeypatch.setattr(branch.down, "forward", partial(run, number=i, forward=branch.down.forward))
-    return runs
-
-
 @each_fast_case
 def test_a_recompute_stops_when_its_gradient_has_all_that_it_needs(case, monkeypatch):
     model = mixed(case, "rrcrrr")
-    runs, x = counted(model, monkeypatch), torch.randn(SHAPE, requires_grad=True)
+    runs, x = counted_runs(model, monkeypatch), torch.randn(LARGE, requires_grad=True)
     got = gradients(model, x)
     assert [runs.count(i) for i in range(6)] == ([2, 2, 1, 2, 2, 2] if case.exact else [2] * 6)
     if case.exact:
@@ -120,22 +93,12 @@ def test_frozen_weights_need_less_and_stop_earlier(case, monkeypatch):
     model = mixed(case, "rcrr")
     for branch in model.branches:
         branch.up.requires_grad_(False), branch.down.requires_grad_(False)
-    runs, x = counted(model, monkeypatch), torch.randn(SHAPE, requires_grad=True)
+    runs, x = counted_runs(model, monkeypatch), torch.randn(LARGE, requires_grad=True)
     parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
     got = torch.autograd.grad(model(x).square().sum(), parameters)
     assert [runs.count(i) for i in range(4)] == [2, 1, 2, 2]
     with stored(model):
         assert same(got, torch.autograd.grad(model(x).square().sum(), parameters))
-
-
-class Guarded(PreNorm):
-    """A branch that takes every error for one of its own kernel's."""
-
-    def forward(self, x):
-        try:
-            return super().forward(x)
-        except Exception:  # noqa: BLE001 (that is the point)
-            return torch.zeros_like(x)
 
 
 class Desperate(PreNorm):
@@ -173,7 +136,7 @@ class Scaled(PreNorm):
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_branch_that_handles_errors_may_be_stopped(case, kind):
     model = mixed(case, "rcrrcr", kind)
-    x = torch.randn(SHAPE, requires_grad=True)
+    x = torch.randn(LARGE, requires_grad=True)
     for _ in range(3):  # a scripted function is optimised meanwhile, and saves other tensors then
         swish(x).sum().backward()
     got = gradients(model, x)
@@ -187,14 +150,14 @@ def test_hooks_come_in_pairs(case):
     for branch in model.branches:
         branch.down.register_forward_pre_hook(lambda *_: stack.append(1))
         branch.down.register_forward_hook(lambda *_: stack.pop() and None)
-    gradients(model, torch.randn(SHAPE, requires_grad=True))
+    gradients(model, torch.randn(LARGE, requires_grad=True))
     assert stack == []
 
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_it_can_be_forbidden_as_for_checkpointing(case, monkeypatch):
     model = mixed(case, "rccr")
-    runs, x = counted(model, monkeypatch), torch.randn(SHAPE, requires_grad=True)
+    runs, x = counted_runs(model, monkeypatch), torch.randn(LARGE, requires_grad=True)
     with set_checkpoint_early_stop(False):
         loss = model(x).square().sum()
     loss.backward()
@@ -224,7 +187,7 @@ class Private(PreNorm):
 @pytest.mark.parametrize("mix", ["rrcr", "rrrr", "cccc"])
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_what_a_generator_of_its_own_decides_is_not_forgotten(case, mix, how):
-    model, x = mixed(case, mix, Private), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, mix, Private), torch.randn(LARGE, requires_grad=True)
     for branch in model.branches:
         branch.how = how
     with pytest.raises(ReconstructionError, match=r"its branch computed other values|its rebuilt input differs"):
@@ -244,7 +207,7 @@ class Buffered(PreNorm):
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_buffer_that_was_written_to_is_an_error(case):
-    model, x = mixed(case, "rccr", Buffered), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rccr", Buffered), torch.randn(LARGE, requires_grad=True)
     got = gradients(model, x)
     with stored(model):
         assert same(got, gradients(model, x))
@@ -256,7 +219,7 @@ def test_a_buffer_that_was_written_to_is_an_error(case):
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_buffer_that_was_exchanged_is_an_error(case):
-    model, x = mixed(case, "rccr", Buffered), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rccr", Buffered), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
     model.branches[1].factor = torch.full((WIDTH,), 0.7)
     with pytest.raises(ReconstructionError, match=r"branches.1 .*its branch computed other values"):
@@ -310,7 +273,7 @@ def test_running_statistics_are_those_of_the_forward(case, mix):
 @pytest.mark.parametrize("unit", [0, 2], ids=["first", "checkpointed"])
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_recompute_that_stops_and_computes_other_values_is_an_error(case, unit):
-    model, x = mixed(case, "rrcr", Scaled), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrcr", Scaled), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
     model.branches[unit].scale = 1.001
     with pytest.raises(ReconstructionError, match=rf"branches.{unit} .*its branch computed other values"):
@@ -319,7 +282,7 @@ def test_a_recompute_that_stops_and_computes_other_values_is_an_error(case, unit
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_kept_state_that_is_written_to_is_an_error(case):
-    model, x = mixed(case, "rrcr"), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrcr"), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
     kept = [r.before for r in records_of(loss) if r.before is not None]
     assert len(kept) == 1
@@ -330,7 +293,7 @@ def test_a_kept_state_that_is_written_to_is_an_error(case):
 
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_a_chain_that_is_stored_as_a_whole_holds_no_streams(case):
-    model, x = mixed(case, "ssss"), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "ssss"), torch.randn(LARGE, requires_grad=True)
     with stored(model):
         autograd = saved_bytes(lambda: model(x))
     assert (
@@ -340,7 +303,7 @@ def test_a_chain_that_is_stored_as_a_whole_holds_no_streams(case):
 
 @each_fast_case
 def test_a_state_before_a_stored_run_that_is_written_to_is_an_error(case):
-    model, x = mixed(case, "rrs"), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rrs"), torch.randn(LARGE, requires_grad=True)
     h, seen = x, []
     for unit, branch in zip(model.units[:2], model.branches[:2], strict=True):
         h, _ = runner.apply(model.chain, unit, branch, h)
@@ -403,7 +366,7 @@ class Constant(PreNorm):
 
     def __init__(self):
         super().__init__()
-        self.factor = torch.full(SHAPE, 0.5)
+        self.factor = torch.full(LARGE, 0.5)
         self.register_buffer("last", torch.full((WIDTH,), 0.5))
 
     def forward(self, x):
@@ -433,7 +396,7 @@ def write_one_number(branch):
 @pytest.mark.parametrize("change", [exchange, write_unseen, replace, write_buffer_unseen, write_one_number])
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
 def test_whatever_was_exchanged_or_written_to_is_an_error(case, change):
-    model, x = mixed(case, "rccr", Constant), torch.randn(SHAPE, requires_grad=True)
+    model, x = mixed(case, "rccr", Constant), torch.randn(LARGE, requires_grad=True)
     weights = [x, *model.parameters()]
     loss = model(x).square().sum()
     change(model.branches[2])

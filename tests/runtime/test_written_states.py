@@ -6,19 +6,10 @@ import torch
 from cases import FAST, each_fast_case
 from revwire import ReconstructionError
 from revwire._runtime import run as runner
+from steps import faulty, gradients_of
 from toys import Attention, Weightless, attention_extras, inputs_of, stored, toy
 
 FLOAT = [c for c in FAST if not c.exact]
-
-
-def faulty(match):
-    return pytest.raises(
-        ReconstructionError, match=rf"branches\.\d \(chain 0\): between forward and backward, .*{match}.*exclude"
-    )
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()))
 
 
 @each_fast_case
@@ -102,9 +93,9 @@ def test_writes_that_are_harmless_leave_the_gradient_right(case):
 
     model = toy(case)
     x = inputs_of(model, case)
-    got = gradients(model, loss(model, x))
+    got = gradients_of(loss(model, x), model)
     with stored(model):
         model(x)
-        true = gradients(model, (model(x) * 2).sum())
+        true = gradients_of((model(x) * 2).sum(), model)
     for a, b in zip(got, true, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=10 * case.stored * float(b.abs().amax()))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import Plain, X, assert_same_step, block, pre_norm, stack, tensors, twin
+from steps import assert_same_step, tensors, twin
+from toys import Plain, X, block, pre_norm, stack
 
 
 class Shared(nn.Module):

@@ -15,18 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revwire
-from graph_toys import TOLERANCE, Loop, X, assert_same_step, block, pre_norm, stack, step, twin, x
-
-
-class Residual(nn.Module):
-    """x + F(x), and nothing after the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x).tanh()
+from steps import TOLERANCE, assert_same_step, step, twin
+from toys import Loop, Residual, X, block, noise, pre_norm, stack
 
 
 def normed_at_the_head(self: Any, x: Tensor) -> Tensor:
@@ -217,7 +207,7 @@ def test_the_function_is_the_originals_in_both_modes(toy: Toy, training: bool) -
 def test_other_batches_and_sizes(toy: Toy) -> None:
     model, reference = twin(toy.make())
     for shape in ((1, 5, 8), (4, 3, 8), (2, 9, 8)):
-        assert_same_step(model, reference, x(*shape))
+        assert_same_step(model, reference, noise(*shape))
 
 
 @each
@@ -484,9 +474,9 @@ def test_a_state_that_a_branch_keeps_is_found_again_and_moves_on_once(assigned_b
     assert len(revwire.report(model).units) == 3
     reference = copy.deepcopy(model)
     for seed in range(3):
-        got = step(model, x(2, 5, 8, seed=seed))
+        got = step(model, noise(2, 5, 8, seed=seed))
         with revwire.stored_activations(reference):
-            want = step(reference, x(2, 5, 8, seed=seed))
+            want = step(reference, noise(2, 5, 8, seed=seed))
         torch.testing.assert_close(got, want, rtol=0, atol=0)
         states = [b.inner.state for b in model.blocks], [b.inner.state for b in reference.blocks]
         torch.testing.assert_close(*states, rtol=0, atol=0)

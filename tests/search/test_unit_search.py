@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import revwire
-from graph_toys import Loop, X, assert_same_step, block, pre_norm, stack, twin, x
+from steps import assert_same_step, twin
+from toys import Loop, Residual, X, block, noise, pre_norm, stack
 
 
 def plan(model, example=X, **options):
@@ -171,7 +172,7 @@ def test_what_follows_the_sum_may_take_several_calls(forward):
     model, reference = twin(stack(forward))
     assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
     assert_same_step(model, reference, X)
-    assert_same_step(model, reference, x(3, 5, 8))
+    assert_same_step(model, reference, noise(3, 5, 8))
     model = revwire.revert(model)
     assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), X).bit_exact
 
@@ -180,7 +181,7 @@ def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
     def forward(self, x):
         return nn.functional.layer_norm((x + self.f(x).tanh()).transpose(1, 2), (8,)).transpose(1, 2)
 
-    example = x(2, 8, 8)  # square: the shapes alone would let the unit end before the transpose back
+    example = noise(2, 8, 8)  # square: the shapes alone would let the unit end before the transpose back
     model, reference = twin(stack(forward), example)
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, example)
@@ -200,21 +201,12 @@ def test_what_follows_the_sum_may_lie_outside_of_its_module():
     assert_same_step(model, reference, X)
 
 
-class Inner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Linear(5, 5)
-
-    def forward(self, x):
-        return x + self.f(x).tanh()
-
-
 class Outer(nn.Module):
     """A unit, a view, a module with a unit of its own, and a unit."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.g, self.inner, self.h = nn.Linear(8, 8), Inner(), nn.Linear(8, 8)
+        self.g, self.inner, self.h = nn.Linear(8, 8), Residual(5), nn.Linear(8, 8)
 
     def forward(self, x):
         x = x + self.g(x).tanh()
@@ -315,15 +307,15 @@ class Windows(nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_copy_to_another_order_or_layout_keeps_the_chain(opened, training):
     torch.manual_seed(0)
-    example = x(3, 6, 8)
+    example = noise(3, 6, 8)
     model, reference = twin(Windows(opened).double().train(training), example)
     assert [len(chain.units) for chain in revwire.report(model).chains] == [8 if opened else 4]
     assert_same_step(model, reference, example)
-    assert_same_step(model, reference, x(2, 4, 8))
+    assert_same_step(model, reference, noise(2, 4, 8))
     for coupling in ("re2tal", "bdia:1/16"):
         revwire.convert(revwire.revert(model), example, coupling=coupling)
         assert revwire.verify(model, example).bit_exact
-        assert revwire.verify(model, x(2, 4, 8)).bit_exact
+        assert revwire.verify(model, noise(2, 4, 8)).bit_exact
 
 
 class EndsInPlace(nn.Module):

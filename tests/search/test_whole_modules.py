@@ -12,6 +12,7 @@ from torch import nn
 import revwire
 from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes
+from steps import output_and_gradients
 
 X = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
 
@@ -46,12 +47,6 @@ class Stage(nn.Module):
         return x
 
 
-def gradients(model):
-    torch.manual_seed(3)
-    out = model(X)
-    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
-
-
 @pytest.mark.parametrize(
     ("whole", "units"), [(None, 8), ("blocks.*", 4), ("*", 4), (["blocks.1", "blocks.2"], 6), ("blocks.[12]", 6)]
 )
@@ -63,9 +58,9 @@ def test_each_module_that_matches_is_one_unit(whole, units, coupling):
     assert len(plan.units) == len(revwire.report(model).units) == units
     assert plan.coverage == 1
     assert revwire.verify(model, X).bit_exact
-    got = gradients(model)
+    got = output_and_gradients(model, X)
     with revwire.stored_activations(model):
-        assert all(map(torch.equal, got, gradients(model)))
+        assert all(map(torch.equal, got, output_and_gradients(model, X)))
 
 
 def test_the_coupling_stands_around_the_module_as_a_whole():
@@ -162,9 +157,9 @@ def test_what_lies_in_the_branch_of_a_unit_is_no_unit_of_another_chain(whole):
     (chain,) = revwire.report(model).chains
     if whole in ("?", "*"):
         assert [u.host for u in chain.units] == ["0", "1", "2"]
-    got = gradients(model)
+    got = output_and_gradients(model, X)
     with revwire.stored_activations(model):
-        assert all(map(torch.equal, got, gradients(model)))
+        assert all(map(torch.equal, got, output_and_gradients(model, X)))
 
 
 @pytest.mark.parametrize("option", ["whole", "include", "exclude", "checkpoint"])

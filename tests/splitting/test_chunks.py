@@ -16,6 +16,7 @@ from revwire._forwards.converted import chains_of
 from revwire._runtime import run as runner
 from revwire._runtime.chunks import Chunk, Cut
 from revwire.measure import peak_bytes
+from steps import training_step
 from toys import KINDS, Blocks, inputs_of, stored, toy
 
 WIDTH = 16
@@ -196,10 +197,6 @@ def dims_of(model):
     """For each unit of the first block, the dimensions along which it may be cut."""
     cuts = chains_of(model)[0].cuts
     return [() if cut is None else cut.dims for cut in cuts[:2]]
-
-
-def step(model, *inputs):
-    return lambda: model(*inputs).square().mean().backward()
 
 
 # -- what may be cut ---------------------------------------------------------------------------------------------------
@@ -717,7 +714,7 @@ def test_a_backward_pass_holds_the_activations_of_one_chunk():
     peaks = {}
     for chunks in (1, 2, 8):
         model = revwire.convert(Net(linear), inputs, chunks=chunks)
-        peaks[chunks] = peak_bytes(step(model, inputs))
+        peaks[chunks] = peak_bytes(training_step(model, inputs))
     assert peaks[1] - peaks[2] > hidden
     assert peaks[1] - peaks[8] > 1.75 * hidden
 
@@ -725,7 +722,7 @@ def test_a_backward_pass_holds_the_activations_of_one_chunk():
 def test_the_peak_does_not_grow_with_depth_but_for_the_kept_bits():
     inputs = torch.randn(16, 256, WIDTH)
     peaks = [
-        peak_bytes(step(revwire.convert(Net(linear, depth), inputs, coupling="re2tal", chunks=4), inputs))
+        peak_bytes(training_step(revwire.convert(Net(linear, depth), inputs, coupling="re2tal", chunks=4), inputs))
         for depth in (4, 16)
     ]
     assert peaks[1] < 1.05 * peaks[0]
@@ -743,7 +740,7 @@ def test_a_budget_below_what_whole_units_need_is_met_in_chunks():
     assert {u.chunks for u in plan.units} != {1}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    assert peak_bytes(step(model, inputs)) <= budget
+    assert peak_bytes(training_step(model, inputs)) <= budget
     assert revwire.verify(model, inputs).bit_exact
     assert "in 2" in str(plan)
     assert plan.to_dict()["chains"][0]["units"][0]["chunks"] == plan.units[0].chunks
@@ -774,7 +771,8 @@ def test_only_units_that_need_it_are_cut_for_a_budget(budget):
     assert min(first) < max(first) or min(first) > 1
     assert max(first) > max(second)
     assert min(second) == 1
-    assert peak_bytes(step(model, inputs)) == pytest.approx(revwire.report(model).forecast.peak_bytes, rel=0.05)
+    predicted = revwire.report(model).forecast.peak_bytes
+    assert peak_bytes(training_step(model, inputs)) == pytest.approx(predicted, rel=0.05)
     assert revwire.verify(model, inputs).bit_exact
 
 
@@ -787,7 +785,7 @@ def test_peaks_of_mixes_in_chunks_come_as_predicted(share):
     least = revwire.plan(model, inputs, memory_budget="least", chunks=4).forecast.peak_bytes
     revwire.convert(model, inputs, memory_budget=int(least * max(share, 1.0)), chunks=4)
     predicted = revwire.report(model).forecast.peak_bytes
-    assert peak_bytes(step(model, inputs)) == pytest.approx(predicted, rel=0.15)
+    assert peak_bytes(training_step(model, inputs)) == pytest.approx(predicted, rel=0.15)
     assert revwire.verify(model, inputs).bit_exact
 
 

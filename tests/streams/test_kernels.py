@@ -142,7 +142,7 @@ def test_a_network_is_exact_with_and_without(switch):
         "layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True); "
         "m = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False); "
         "x = torch.randn(2, 5, 16); revwire.convert(m, x); check = revwire.verify(m, x); "
-        "from revwire import _kernels; print(check.bit_exact, _kernels.available())"
+        "from revwire._streams import kernels; print(check.bit_exact, kernels.available())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
