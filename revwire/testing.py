@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revwire._api.convert import convert, revert, stored_activations
+from revwire._api.verify import Check
 from revwire._capture.arguments import as_call
 from revwire._forwards.converted import report
 from revwire._streams.base import Streams, stream_dtype
 from revwire._streams.bits import pack_bits
 from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
+from revwire._surroundings.modes import deterministic_kernels as deterministic_kernels
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state, random_states
 from revwire.couplings.base import Coupling
 from revwire.measure import saved_bytes
@@ -284,6 +286,33 @@ def saved_by_autograd(fn: Callable[[], Any]) -> int:
         result = fn()
     del result
     return sum(sizes.values())
+
+
+FLOAT_TOLERANCE = 1e-3
+"""Relative error at which float streams still hold: states within 1e-4 by the library's own limit, gradients ten times
+that.
+"""
+
+
+def holds(model: nn.Module, check: Check) -> bool:
+    """Whether what `revwire.verify` measured of a model is what its conversion promised.
+
+    Where all chains are in exact streams, they must be exact to the bit; where one is in floating point, relative
+    errors up to `FLOAT_TOLERANCE` pass.
+
+    Raises:
+        ConversionError: the model is not converted.
+
+    Example:
+        >>> import revwire
+        >>> layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True), torch.randn(2, 5, 16)
+        >>> model = revwire.convert(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x)
+        >>> holds(model, revwire.verify(model, x))
+        True
+    """
+    if all(chain.exact for chain in report(model).chains):
+        return check.bit_exact
+    return max(check.reconstruction_error, check.gradient_error) <= FLOAT_TOLERANCE
 
 
 def _relative(got: Tensor, true: Tensor) -> float:

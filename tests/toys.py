@@ -1,20 +1,83 @@
-"""The smallest branch of each kind, and chains of them that are driven without the graph side."""
+"""The networks of the tests: the smallest branch of each kind, chains of them that are driven without the graph side,
+and models of one peculiarity each for `revwire.convert`.
+"""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import DEPTH
+from revwire import Coupling
 from revwire._runtime import run as runner
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
+from revwire.couplings.base import Coefficients
 
 WIDTH = 8
 SHAPE = (3, 5, WIDTH)  # (batch, tokens, channels)
 IMAGE = (2, WIDTH, 4, 4)  # (batch, channels, height, width)
+LARGE = (16, 64, WIDTH)  # as SHAPE, where bytes are counted
+STREAM = 16 * 64 * WIDTH * 4
+"""Bytes of one state of the shape LARGE."""
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X = noise(2, 5, 8)
+
+
+# -- couplings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plain(Coupling):
+    """x_{k+1} = x_k + F(x_k): the original network.
+
+    It cannot be inverted, but with stored activations a model that is converted with it must give the outputs and
+    gradients of the original, whatever the graph side did to it.
+    """
+
+    name = "plain"
+    coefficients = Coefficients(1.0, 0.0, 1.0)
+    error_growth = 1.0
+
+    def merge(self, previous: Tensor, current: Tensor) -> Tensor:
+        return current
+
+
+class Leapfrog(Coupling):
+    """(0, −1, 2): b is negative; and any other coefficients."""
+
+    def __init__(self, a=0.0, b=-1.0, c=2.0):
+        object.__setattr__(self, "numbers", Coefficients(a, b, c))
+
+    @property
+    def name(self):
+        return "leapfrog"
+
+    @property
+    def coefficients(self):
+        return self.numbers
+
+    @property
+    def error_growth(self):
+        return 1.0
+
+    def merge(self, previous, current):
+        return current
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
 
 
 class PreNorm(nn.Module):
@@ -40,6 +103,16 @@ class Dropped(PreNorm):
     def forward(self, x):
         keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < 0.8
         return super().forward(x) * keep / 0.8 if self.training else super().forward(x)
+
+
+class Guarded(PreNorm):
+    """Takes every error for one of its own kernel's."""
+
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except Exception:  # noqa: BLE001 (that is the point)
+            return torch.zeros_like(x)
 
 
 class Convolution(nn.Module):
@@ -92,6 +165,9 @@ def attention_extras(dtype=torch.float32):
     bias = torch.randn(SHAPE[1], SHAPE[1], dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
     gate = torch.full((WIDTH,), 0.7, dtype=dtype).requires_grad_()
     return bias, 0.5, [gate]
+
+
+# -- chains that are driven without the graph side ---------------------------------------------------------------------
 
 
 KINDS = {
@@ -147,20 +223,6 @@ class Toy(nn.Module):
         return (out, *sides) if sides else out
 
 
-class Blocks(nn.Module):
-    """Blocks in a row, all with the same extra inputs."""
-
-    def __init__(self, make, depth=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(make() for _ in range(depth))
-
-    def forward(self, x, *extras):
-        for block in self.blocks:
-            x = block(x, *extras)
-        return x
-
-
 class Oracle(nn.Module):
     """The oracle of a toy as a module with the same parameters and buffers."""
 
@@ -204,3 +266,121 @@ def toy(case, branch=PreNorm, *, depth=DEPTH, kind="residual", seed=0, **options
 def inputs_of(model, case, *, requires_grad=True, seed=1) -> Tensor:
     x = torch.rand(model.branches[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (3 * x - 1.5).to(case.dtype).requires_grad_(requires_grad)
+
+
+def run_units(model, x, start=0, stop=None):
+    """The state behind the units from ``start`` up to ``stop``."""
+    for unit, branch in list(zip(model.units, model.branches, strict=True))[start:stop]:
+        x, _ = runner.apply(model.chain, unit, branch, x)
+    return x
+
+
+LETTERS = {"s": "stored", "p": "selective", "c": "checkpointed", "r": "reversible"}
+
+
+def modes_of(mix):
+    """The modes of units, of a letter each."""
+    return tuple(LETTERS[letter] for letter in mix)
+
+
+def mixed(case, mix, kind=PreNorm):
+    """A toy with a unit for each letter."""
+    model = toy(case, kind, depth=len(mix))
+    model.chain.modes = modes_of(mix)
+    return model
+
+
+# -- models for `revwire.convert` --------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Blocks in a row, all with the same extra inputs."""
+
+    def __init__(self, make, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x, *extras):
+        for block in self.blocks:
+            x = block(x, *extras)
+        return x
+
+
+def block(forward: Callable[..., Any], init: Callable[[nn.Module], Any] = lambda _: None) -> type[nn.Module]:
+    """A module class with two linear layers, a dropout and this forward."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g, self.drop = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.3)
+            init(self)
+
+    Block.forward = forward
+    return Block
+
+
+class Loop(nn.Module):
+    """A loop over blocks that hands each of them the other arguments; what they return besides the stream is
+    collected.
+    """
+
+    def __init__(self, kind: Callable[[], nn.Module], depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(depth))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sides = []
+        for b in self.blocks:
+            out = b(x, *args, **kwargs)
+            x, *side = out if isinstance(out, tuple) else (out,)
+            sides.append(side)
+        return x, sides
+
+
+def stack(forward: Callable[..., Any], init: Callable[[nn.Module], Any] = lambda _: None, depth: int = 3) -> Loop:
+    torch.manual_seed(0)
+    return Loop(block(forward, init), depth).double()
+
+
+def pre_norm(self: nn.Module, x: Tensor) -> Tensor:
+    return x + self.drop(self.g(self.f(x).tanh()))
+
+
+class Residual(nn.Module):
+    """x + F(x), and nothing after the sum."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.f = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x).tanh()
+
+
+class ResidualMlp(nn.Module):
+    """x + an MLP that widens ``factor`` times."""
+
+    def __init__(self, width=8, factor=1):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, factor * width), nn.GELU(), nn.Linear(factor * width, width)
+        )
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def encoder(depth=3, width=16, heads=2, hidden=32, *, dropout=0.1, norm_first=True, **options):
+    """Transformer layers: two units each. Inputs: (batch, tokens, width)."""
+    layer = nn.TransformerEncoderLayer(
+        width, heads, hidden, dropout=dropout, norm_first=norm_first, batch_first=True, **options
+    )
+    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+
+def transformer_blocks(depth=6, dropout=0.1):
+    """Transformer layers that differ in their weights. Inputs: (batch, tokens, 32)."""
+    return Blocks(
+        lambda: nn.TransformerEncoderLayer(32, 4, 128, dropout=dropout, batch_first=True, norm_first=True), depth
+    ).train()

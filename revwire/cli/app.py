@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import revwire
-from revwire._errors import RangeError, ReconstructionError, RevwireError
+from revwire import RangeError, ReconstructionError, RevwireError
 from revwire.cli.models import Shape, UsageError, first_line, load
-from revwire.cli.verdict import holds
+from revwire.testing import holds
 
 app = typer.Typer(
     name="revwire",

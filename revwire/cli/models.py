@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revwire._errors import RevwireError
+from revwire import RevwireError
 
 Shape = tuple[int, ...]
 

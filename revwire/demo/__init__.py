@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from revwire._errors import RevwireError
+from revwire import RevwireError
 
 NEEDS = {
     "av": "av",

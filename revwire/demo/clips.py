@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.video import Swin3D_T_Weights, swin3d_t
 from torchvision.transforms import v2
 
-from revwire._errors import RevwireError
+from revwire import RevwireError
 from revwire.demo.photos import packaged
 
 CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")

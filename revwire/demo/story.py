@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import revwire
-from revwire._surroundings.modes import deterministic_kernels
-from revwire.cli.verdict import holds
 from revwire.demo import clips, photos
 from revwire.demo.finetune import Batch, accuracy, fine_tune
 from revwire.demo.show import Show
+from revwire.testing import deterministic_kernels, holds
 
 
 def images(show: Show, options: dict[str, Any], *, quick: bool) -> bool:

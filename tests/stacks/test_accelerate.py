@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from networks import Transformer
-from processes import needs_gloo, outcomes, passed
 from table import works
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import Run, assert_trains_as_stored, batches, converted, watched
+
+from processes import needs_gloo, outcomes, passed
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 

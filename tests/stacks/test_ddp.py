@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from networks import ConvolutionBlock, ConvolutionNet, StagedNet, Transformer
-from processes import needs_gloo, outcomes, passed
 from table import refused, works
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import Run, assert_trains_as_stored, batches, converted, train, watched, with_backward_hooks
 
 import revwire
+from processes import needs_gloo, outcomes, passed
 
 STACK = "DistributedDataParallel"
 SMALL_BUCKETS = 0.003  # MB: several for each block, so that their order can be seen

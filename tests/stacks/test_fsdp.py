@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from networks import ConvolutionNet, StagedNet, Transformer
-from processes import WORLD, needs_gloo, outcomes, passed
 from table import refused, works
 from torch import Tensor, nn
 from torch.distributed import checkpoint as sharded_checkpoint
@@ -23,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from training import Run, assert_trains_as_stored, batches, converted, train, watched, with_backward_hooks
 
 import revwire
+from processes import WORLD, needs_gloo, outcomes, passed
 from revwire._forwards.converted import chains_of
 from revwire._runtime.unit import Mode
 

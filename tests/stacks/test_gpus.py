@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Transformer
-from processes import WORLD, outcomes, passed
 from table import works
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import Run, assert_trains_as_stored, batches, train
+
+from processes import WORLD, outcomes, passed
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two CUDA devices")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from networks import ConvolutionNet
-from processes import needs_gloo, outcomes, passed
 from table import works
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import Run, batches, converted
 
 import revwire
+from processes import needs_gloo, outcomes, passed
 
 lightning = pytest.importorskip("lightning", reason="needs lightning")
 

@@ -10,8 +10,9 @@ import sys
 from types import ModuleType
 
 import pytest
-from processes import needs_gloo
 from table import DOCUMENT, RECIPES, ROOT, with_recipes
+
+from processes import needs_gloo
 
 NEEDS = {
     "lightning_trainer": ("lightning", "timm"),

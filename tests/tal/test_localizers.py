@@ -352,7 +352,7 @@ class Group:
         tensor.copy_(total)
 
 
-def gradients(model, videos):
+def gradients_of_videos(model, videos):
     features, mask, segments, labels = batch(4)
     labels = [of_video.clamp(max=model.num_classes - 1) for of_video in labels[videos]]
     sum(model.losses(features[videos].double(), mask[videos], segments[videos], labels).values()).backward()
@@ -363,11 +363,11 @@ def gradients(model, videos):
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("classes", [1, 3])
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(make, classes, monkeypatch):
-    expected, averages = gradients(make(classes).double(), slice(0, 4))
+    expected, averages = gradients_of_videos(make(classes).double(), slice(0, 4))
     models = [make(classes).double() for _ in range(2)]
     monkeypatch.setattr(overlap, "dist", Group())
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(gradients, models, (slice(0, 2), slice(2, 4))))
+        found = list(pool.map(gradients_of_videos, models, (slice(0, 2), slice(2, 4))))
     torch.testing.assert_close((found[0][0] + found[1][0]) / 2, expected)
     assert found[0][1].keys() == averages.keys()
     for _, moved in found:

@@ -202,7 +202,7 @@ def test_a_loader_goes_on_where_it_stopped(workers):
 # --------------------------------------------------------------------------------------------
 
 
-def gradients(config):
+def gradients_of_first_clips(config):
     module, data = runs.prepared(config)
     torch.manual_seed(1)  # of drop-path
     batch = clips.collate([data.training[0, i] for i in range(2)])
@@ -211,7 +211,7 @@ def gradients(config):
 
 
 def test_checkpointing_has_the_gradients_of_stored_activations(tiny):
-    stored, checkpointed = (gradients(tiny(f"memory={m}")) for m in ("stored", "checkpoint"))
+    stored, checkpointed = (gradients_of_first_clips(tiny(f"memory={m}")) for m in ("stored", "checkpoint"))
     assert [name for name, g in stored.items() if g is None] == []
     torch.testing.assert_close(checkpointed, stored, rtol=0, atol=1e-7)
 
@@ -239,7 +239,7 @@ def test_reversible_variants_are_revwires(tiny, memory):
 
 
 def test_a_frozen_backbone_learns_nothing(tiny):
-    found = gradients(tiny("backbone.frozen=true"))
+    found = gradients_of_first_clips(tiny("backbone.frozen=true"))
     assert all((g is None) == name.startswith("backbone.") for name, g in found.items())
 
 

@@ -1,0 +1,177 @@
+"""The command line: what it prints, and with which exit code it ends."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import revwire
+from revwire.cli import main
+from revwire.cli.app import app
+from revwire.cli.models import load
+from toys import encoder
+
+TOY = "tests.test_cli:toy"
+SHAPE = ("--input", "2,4,16")
+
+
+def toy():
+    return encoder(depth=2)
+
+
+def toy_with_inputs():
+    return toy(), torch.randn(2, 4, 16)
+
+
+def two_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.toy = toy()
+
+        def forward(self, pathways):
+            pathways[0] = self.toy(pathways[0])  # as pytorchvideo's SlowFast does
+            return pathways[0] + pathways[1]
+
+    return Two()
+
+
+a_number = 5
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_plan_prints_the_table():
+    result = invoke("plan", TOY, *SHAPE)
+    assert result.exit_code == 0
+    assert result.stdout.strip() == str(revwire.plan(toy(), torch.randn(2, 4, 16))).strip()
+
+
+def test_plan_as_json():
+    plan = json.loads(invoke("plan", TOY, *SHAPE, "--json", "--coupling", "re2tal").stdout)
+    assert plan["coverage"] == 1
+    assert plan["chains"][0]["coupling"] == "re2tal"
+
+
+def test_exclude_keeps_modules_out():
+    plan = json.loads(invoke("plan", TOY, *SHAPE, "--json", "--exclude", "*").stdout)
+    assert plan["chains"] == []
+
+
+@pytest.mark.parametrize("options", [(), ("--coupling", "re2tal"), ("--coupling", "bdia:1/4", "--exact", "--eval")])
+def test_verify_passes(options):
+    result = invoke("verify", TOY, *SHAPE, *options)
+    assert (result.exit_code, "states rebuilt" in result.stdout) == (0, True)
+
+
+def test_verify_that_fails_ends_with_1(monkeypatch):
+    failed = revwire.Check(
+        bit_exact=False, reconstruction_error=1.0, gradient_error=1.0, output_equal=False, units=(), inexact=("weight",)
+    )
+    monkeypatch.setattr(revwire, "verify", lambda *_: failed)
+    assert invoke("verify", TOY, *SHAPE).exit_code == 1
+
+
+def test_a_reconstruction_that_fails_ends_with_1(monkeypatch):
+    def fault(*_):
+        raise revwire.ReconstructionError("layers.0: its rebuilt input differs")
+
+    monkeypatch.setattr(revwire, "verify", fault)
+    result = invoke("verify", TOY, *SHAPE)
+    assert (result.exit_code, result.stderr) == (1, "revwire: layers.0: its rebuilt input differs\n")
+
+
+def test_profile_as_json():
+    result = invoke("profile", TOY, *SHAPE, "--repeats", "1", "--json")
+    assert set(json.loads(result.stdout)["costs"]) == {"revwire", "stored activations", "checkpoint per block"}
+
+
+def test_a_factory_may_bring_its_inputs():
+    assert invoke("plan", "tests.test_cli:toy_with_inputs").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "profile"])
+def test_inputs_as_one_list_that_the_model_writes_to(command):
+    assert invoke(command, "tests.test_cli:two_inputs", *SHAPE, *SHAPE, "--as-list").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "profile"])
+def test_a_model_in_which_nothing_is_rewired_is_no_success(command):
+    result = invoke(command, TOY, *SHAPE, "--exclude", "*")
+    assert result.exit_code == 2
+    assert "nothing was rewired" in result.stderr
+    assert "excluded by the caller" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "vit"), "expected ZOO:MODEL"),
+        (("plan", "tim:vit"), "did you mean timm?"),
+        (("plan", "timm:vit_tiny_patch16_223"), "did you mean vit_tiny_patch16_224"),
+        (("plan", "torchvision:swin3d_tt"), "did you mean swin3d_t"),
+        (("plan", "pytorchvideo:slowfast_r5"), "did you mean slowfast_r50"),
+        (("plan", "timm:qqqqqqqq"), "timm has no model 'qqqqqqqq', but "),
+        (("plan", "tests.test_cli:nothing"), "has no 'nothing'"),
+        (("plan", "tests.test_cli:a_number", *SHAPE), "expected a torch.nn.Module"),
+        (("plan", TOY), "pass --input"),
+        (("plan", TOY, "--input", "2,a"), "expected positive whole numbers"),
+        (("plan", TOY, "--input", "2,0,16"), "expected positive whole numbers"),
+        (("plan", TOY, "--input", "2,4,15"), "the model does not run on this input"),
+        (("plan", TOY, *SHAPE, "--coupling", "leapfrog"), "leapfrog"),
+        (("plan", TOY, *SHAPE, "--pretrained"), "--pretrained is for the zoos"),
+    ],
+)
+def test_what_does_not_make_sense_is_one_line_and_ends_with_2(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("revwire: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("timm:vit_tiny_patch16_224", ((2, 3, 224, 224),)),
+        ("torchvision:resnet18", ((2, 3, 224, 224),)),
+        ("torchvision:r3d_18", ((1, 3, 16, 112, 112),)),
+        ("torchvision:swin3d_t", ((1, 3, 16, 224, 224),)),
+        ("pytorchvideo:slow_r50", ((1, 3, 8, 224, 224),)),
+        ("pytorchvideo:slowfast_r50", ((1, 3, 8, 256, 256), (1, 3, 32, 256, 256))),
+    ],
+)
+def test_zoo_models_come_with_shapes(name, shapes):
+    subject = load(name)
+    assert subject.shapes == shapes
+    assert subject.as_list == (len(shapes) > 1)
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("revwire.cli.find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit, match=r"^revwire: the command line needs typer and rich: pip install 'revwire\[cli\]'$"
+    ):
+        main()
+
+
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["revwire", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("plan", "verify", "profile", "demo"))
+
+
+@pytest.mark.slow
+def test_the_plan_in_the_readme_is_what_the_command_prints():
+    printed = CliRunner().invoke(app, ["plan", "timm:vit_small_patch16_224"]).stdout
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert printed.strip() in readme

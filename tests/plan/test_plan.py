@@ -1,0 +1,70 @@
+"""The plan: immutable data, and a table to read."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import revwire
+from toys import X, pre_norm, stack
+
+
+@pytest.fixture(scope="module")
+def plan():
+    model = nn.Sequential(*stack(pre_norm, depth=3).blocks, nn.Linear(8, 8), stack(pre_norm, depth=1)).double()
+    return revwire.plan(model, X, coupling="bdia:1/8")
+
+
+def test_the_table(plan):
+    lines = str(plan).splitlines()
+    assert lines[0].startswith("Sequential: 3 units in 1 chains, coverage 75%, saves ")
+    assert lines[1].split() == ["chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves"]
+    assert lines[3].split()[:10] == ["chain", "0", "0", "..", "2", "3", "residual", "2x5x8", "bdia:1/8", "exact"]
+    assert lines[4] == "the blocks that stay keep 2.6 kB: consider checkpoint='stays', which recomputes them"
+    assert lines[5] == "stays: 1 residual adds"
+    assert lines[6].startswith("  4.blocks.0.g: stands alone") or lines[6].startswith("  4.blocks.0.f: stands alone")
+
+
+def test_the_table_of_a_model_without_chains():
+    text = str(revwire.plan(nn.Sequential(nn.Linear(8, 8)).double(), X))
+    assert text == "Sequential: no chain of residual units found; nothing to rewire"
+
+
+def test_it_is_plain_data(plan):
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert data["coverage"] == plan.coverage == 0.75
+    assert [u["path"] for u in data["chains"][0]["units"]] == [u.path for u in plan.units]
+    assert data["bytes_saved"] == sum(c.bytes_saved for c in plan.chains)
+
+
+@pytest.mark.parametrize("of", [lambda p: p, lambda p: p.chains[0], lambda p: p.units[0], lambda p: p.skipped[0]])
+def test_it_is_immutable(plan, of):
+    part = of(plan)
+    name = dataclasses.fields(part)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(part, name, None)
+
+
+def test_bytes(plan):
+    chain = plan.chains[0]
+    elements = X.numel()
+    assert chain.stream_bytes == 2 * 8 * elements
+    assert {u.kept_bytes for u in chain.units} == {3 * elements // 8}
+    assert all(u.saved_bytes >= 8 * 2 * elements for u in chain.units)  # the inputs of two linear layers, at least
+    assert chain.largest >= X.abs().max() or chain.largest > 1
+
+
+def test_planning_changes_nothing():
+    model = stack(pre_norm)
+    before, state = [dict(vars(m)) for m in model.modules()], torch.get_rng_state()
+    first, second = revwire.plan(model, X), revwire.plan(model, X)
+    assert first == second
+    assert [dict(vars(m)) for m in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_report_is_the_plan():
+    planned = revwire.plan(stack(pre_norm), X)
+    assert revwire.report(revwire.convert(stack(pre_norm), X)) == planned

@@ -1,0 +1,143 @@
+"""The Lightning callback: counted by optimizer steps or epochs, resumed from a checkpoint, refused where it makes no
+sense.
+"""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import revwire
+from revwire import CouplingError
+from toys import encoder
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of packages that Lightning imports
+    lightning = pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install 'revwire[lightning]'")
+    from revwire.lightning import CouplingCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning:lightning"
+    ),  # advice on workers, logging intervals and checkpoint folders
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning calls what PyTorch has renamed
+]
+
+DATA = TensorDataset(torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(0)))
+
+
+class Regression(lightning.LightningModule):
+    """A converted encoder under one linear layer; notes the coupling with which each batch was run."""
+
+    def __init__(self, coupling="dr2net:1,1/16", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = encoder(2, 8, 2, 16, dropout=0.0)
+        revwire.convert(self.body, DATA[0][0][None], coupling=coupling, **options)
+        self.ran = []
+
+    def training_step(self, batch):
+        self.ran.append(revwire.report(self.body).chains[0].coupling)
+        return self.body(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def fit(callback, folder, module=None, resume=None, **options):
+    module = module or Regression()
+    settings = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    trainer = lightning.Trainer(
+        callbacks=[callback], enable_checkpointing=False, default_root_dir=folder, **{**settings, **options}
+    )
+    trainer.fit(
+        module, DataLoader(DATA, batch_size=3), ckpt_path=resume, weights_only=False if resume else None
+    )  # four batches an epoch
+    return trainer, module
+
+
+def test_the_target_is_reached_at_the_end_of_training(tmp_path):
+    _, module = fit(CouplingCallback("dr2net:0,1"), tmp_path)
+    assert module.ran == ["dr2net:1,1/16", "dr2net:3/4,1/4", "dr2net:1/2,1/2", "dr2net:1/4,1"]
+    assert revwire.report(module.body).chains[0].coupling == "dr2net:0,1"
+
+
+def test_accumulated_gradients_are_one_step(tmp_path):
+    _, module = fit(CouplingCallback("dr2net:0,1", total=4), tmp_path, accumulate_grad_batches=2)
+    assert module.ran == ["dr2net:1,1/16"] * 2 + ["dr2net:3/4,1/4"] * 2
+    assert revwire.report(module.body).chains[0].coupling == "dr2net:1/2,1/2"
+
+
+def test_epochs_can_be_counted(tmp_path):
+    _, module = fit(CouplingCallback("dr2net:0,1", interval="epoch"), tmp_path, max_epochs=2)
+    assert module.ran == ["dr2net:1,1/16"] * 4 + ["dr2net:1/2,1/2"] * 4
+    assert revwire.report(module.body).chains[0].coupling == "dr2net:0,1"
+
+
+def test_milestones(tmp_path):
+    _, module = fit(CouplingCallback("dr2net:0,1", shape="step", milestones=[1, 3]), tmp_path)
+    assert module.ran == ["dr2net:1,1/16", "dr2net:1/2,1/2", "dr2net:1/2,1/2", "dr2net:0,1"]
+
+
+def test_a_resumed_run_goes_the_same_way(tmp_path):
+    _, whole = fit(CouplingCallback("dr2net:0,1", shape="cosine"), tmp_path, max_epochs=2)
+    trainer, first = fit(CouplingCallback("dr2net:0,1", shape="cosine", total=8), tmp_path)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, second = fit(
+        CouplingCallback("dr2net:0,1", shape="cosine"), tmp_path, resume=tmp_path / "half.ckpt", max_epochs=2
+    )
+    assert first.ran + second.ran == whole.ran
+    for a, b in zip(second.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "message"),
+    [
+        (
+            lambda: CouplingCallback("dr2net:0,1", interval="batch"),
+            {},
+            "got interval 'batch'; expected 'step' or 'epoch'",
+        ),
+        (
+            lambda: CouplingCallback("dr2net:0,1", submodule="head"),
+            {},
+            "got converted networks 'body' in Regression; expected 'head'",
+        ),
+        (lambda: CouplingCallback("bdia:1/2"), {}, "got a way to 'bdia:1/2'; expected a coupling of the same kind"),
+        (
+            lambda: CouplingCallback("dr2net:0,1"),
+            {"max_epochs": -1, "max_steps": -1},
+            "got no total, and a trainer without an end.*pass total=",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(callback, options, message, tmp_path):
+    with pytest.raises(CouplingError, match=message):
+        fit(callback(), tmp_path, **options)
+
+
+def test_a_network_must_be_converted(tmp_path):
+    module = Regression()
+    revwire.revert(module.body)
+    with pytest.raises(
+        CouplingError, match=r"got converted networks none in Regression; expected one; pass submodule="
+    ):
+        fit(CouplingCallback("dr2net:0,1"), tmp_path, module)
+
+
+def test_importing_revwire_does_not_import_lightning():
+    code = "import sys, revwire; print('lightning' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
