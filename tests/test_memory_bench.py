@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks.harness import memory_tables, record
+from benchmarks.harness import record
 from benchmarks.memory import hollow, planner, sweep
+from benchmarks.memory import tables as memory_tables
 from benchmarks.memory.alternatives import CHECKPOINT, METHODS, STORED, Unsuited
 from benchmarks.memory.alternatives import step as run_step
 from benchmarks.memory.networks import NETWORKS, LanguageModel, Layer, Network

@@ -10,8 +10,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.harness.memory_tables import BUDGETS_GIB, PARETO, fit
 from benchmarks.harness.record import RESULTS, Record, Row, read
+from benchmarks.memory.tables import BUDGETS_GIB, PARETO, fit
 
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "revwire"  # the same file from the same record

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.harness.record import RESULTS, Row, read
-from benchmarks.harness.retention import seeds
+from benchmarks.retention.seeds import seeds
 
 FOLDER = RESULTS.parents[1] / "docs" / "figures"
 COLOURS = {"stored": "black", "bdia": "tab:blue", "re2tal": "tab:red", "scratch": "tab:gray", "momentum": "tab:green"}

@@ -305,8 +305,7 @@ def _parsed(override: str) -> Tree:
         raise ConfigError(f"command line: {key}: got {value!r}, which is no YAML value ({error})") from None
 
 
-# -- which keys there are
-# -------------------------------------------------------------------------------------------------
+# -- which keys there are ----------------------------------------------------------------------------------------------
 
 
 def _known(*trees: Tree) -> dict[str, Any]:
@@ -376,8 +375,7 @@ def nearest(dotted: str, known: Iterable[str]) -> str:
     return f"expected one of {', '.join(sorted(siblings.values())) or 'the keys of its section'}"
 
 
-# -- from a tree to the classes
-# ---------------------------------------------------------------------------------------------
+# -- from a tree to the classes ----------------------------------------------------------------------------------------
 
 
 def _build(schema: type, tree: Mapping[str, Any], prefix: str) -> Any:

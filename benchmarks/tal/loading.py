@@ -94,8 +94,7 @@ def shared(items: int, rank: int, world: int) -> list[int]:
     return [(rank + world * turn) % items for turn in range(rounds)]
 
 
-# -- what a configuration's data are
-# ------------------------------------------------------------------------------------------
+# -- what a configuration's data are -----------------------------------------------------------------------------------
 
 
 def root(config: Config) -> Path:

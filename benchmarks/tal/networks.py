@@ -209,8 +209,7 @@ class Classifier(nn.Module):
         return {"classification": F.cross_entropy(self.logits(frames), labels)}
 
 
-# -- how activations are kept
-# --------------------------------------------------------------------------------------------
+# -- how activations are kept ------------------------------------------------------------------------------------------
 
 
 class Rewiring(NamedTuple):

@@ -117,8 +117,7 @@ class Classification(Run):
         self.log("test/top1", right, batch_size=len(labels), sync_dist=True, prog_bar=True)
 
 
-# -- optimizer
-# --------------------------------------------------------------------------------------------------------------
+# -- optimizer ---------------------------------------------------------------------------------------------------------
 
 
 def groups(network: Network | Classifier, options: Training) -> list[dict[str, Any]]:
