@@ -157,13 +157,14 @@ def memory(
     ] = "stored,checkpoint,re2tal,bdia",
     rounds: Annotated[int, typer.Option(help="Rounds in which steps are timed; 0: not at all.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the record and the picture; default: benchmarks/results.")
+        Path | None, typer.Option(help="Folder of both; default: benchmarks/results, and docs/figures for the picture.")
     ] = None,
 ) -> None:
     """Peak memory (and seconds) of a training step against the number of frames, on clips of noise: a record, and a
     picture of it.
     """
-    from benchmarks.harness.record import RESULTS, run
+    from benchmarks.harness.figures import FIGURES
+    from benchmarks.harness.record import run
     from benchmarks.tal import costs, report
 
     loaded = _loaded(config, overrides)
@@ -177,11 +178,10 @@ def memory(
         lambda: costs.by_frames(loaded, memories.split(","), counts, batches, classes=classes, rounds=rounds),
         device.type,
     )
-    folder = output or RESULTS
-    print(record.write(folder), record.status, record.reason or "")
+    print(record.write(output) if output else record.write(), record.status, record.reason or "")
     if record.results:
         mine = [row for row in record.results if row["batch"] == batches[0]]
-        print(report.memory_curve(mine, folder / f"{record.name}.png"))
+        print(report.memory_curve(mine, (output or FIGURES) / f"{record.name}.png"))
     raise typer.Exit(int(record.status != "ok"))
 
 
