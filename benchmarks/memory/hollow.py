@@ -20,8 +20,9 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.harness.record import Row, run
-from benchmarks.memory.alternatives import CHECKPOINT, METHODS, step
+from benchmarks.memory.alternatives import CHECKPOINT, METHODS
 from benchmarks.memory.networks import NETWORKS, network
+from benchmarks.memory.steps import step
 from revwire.measure import peak_bytes
 
 
