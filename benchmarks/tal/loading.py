@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from benchmarks.tal import annotations, clips, features, folders, videos
 from benchmarks.tal.annotations import Annotations, Video
-from benchmarks.tal.config import Config, ConfigError
+from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.synthetic import synthesize
 
 Key = tuple[int, int]

@@ -19,9 +19,9 @@ from benchmarks.harness.record import Record, Row, environment
 from benchmarks.tal import clips, folders, loading, networks
 from benchmarks.tal.annotations import Annotations
 from benchmarks.tal.callbacks import Average, Cost
-from benchmarks.tal.config import Config, ConfigError
 from benchmarks.tal.loading import Data
 from benchmarks.tal.prediction import Fused, Scorer
+from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.scores import VideoScores
 from benchmarks.tal.scores import read as read_scores
 from benchmarks.tal.suppression import Suppression
