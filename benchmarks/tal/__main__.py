@@ -100,7 +100,7 @@ def check(
 ) -> None:
     """Audit annotations and videos before a long run; exit code 1 if a video is missing, corrupt or truncated."""
     from benchmarks.tal import loading
-    from benchmarks.tal.videos import audit
+    from benchmarks.tal.audit import audit
 
     loaded = _loaded(config, overrides)
     truth, faults = loading.truth(loaded), 0
