@@ -194,7 +194,7 @@ def test_the_planner_predicts_within_its_claim(toy, monkeypatch):
 def test_plots_are_drawn_from_records(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     plots = importlib.import_module("benchmarks.memory.plots")
-    monkeypatch.setattr(plots, "FIGURES", tmp_path)
+    monkeypatch.setattr(plots, "PICTURES", tmp_path)
     made = record.run(
         "memory_vit", {}, lambda: [row(m, p * d, depth=d) for m, p in (("a", 100), ("b", 50)) for d in (1, 2)]
     )

@@ -1,4 +1,4 @@
-"""Pictures: where they lie, and how they are made so that the same record gives the same file. Needs matplotlib."""
+"""Pictures, made so that the same record gives the same file. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness.record import RESULTS
-
-FIGURES = RESULTS.parents[1] / "docs" / "figures"
 _NO_DATES = {".svg": {"Date": None}, ".png": {"Software": None}}
 
 

@@ -81,12 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(CASES), help=", ".join(CASES))
     cases = [(name, method) for name in parser.parse_args().networks for method in (CHECKPOINT, "revwire bdia 1/16")]
-    record = run(
+    run(
         "memory_hollow",
         {"depth and length": CASES, "batch": 1},
         lambda: [measured(*case) for case in track(cases, "cases")],
-    )
-    print(record.write(), record.status, record.reason or "")
+    ).publish()
 
 
 if __name__ == "__main__":

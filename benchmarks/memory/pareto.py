@@ -98,8 +98,7 @@ def main() -> None:
         keep_memory()
         name += "_kept"
     sizes = (options.network, options.depth, options.batch, options.length, options.rounds, tuple(options.skip))
-    record = run(name, {"loss": "mean square", **vars(options)}, lambda: measured(*sizes))
-    print(record.write(), record.status, record.reason or "")
+    run(name, {"loss": "mean square", **vars(options)}, lambda: measured(*sizes)).publish()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.harness.cells import MIB
-from benchmarks.harness.figures import FIGURES, drawing, saved
-from benchmarks.harness.record import Record, read
+from benchmarks.harness.figures import drawing, saved
+from benchmarks.harness.record import PICTURES, Record, read
 from benchmarks.memory.tables import BUDGETS_GIB, PARETO, fit
 
 SIZE = 7, 4.5
@@ -71,7 +71,7 @@ def largest(record: Record) -> Path:
 
 
 def _path(record: Record) -> Path:
-    return FIGURES / f"{record.name}.svg"
+    return PICTURES / f"{record.name}.svg"
 
 
 def main() -> None:

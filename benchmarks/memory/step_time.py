@@ -65,8 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
     config = {"model": "timm vit_small_patch16_224", "side": 224, "loss": "mean square", **vars(options)}
-    record = run("step_time", config, lambda: measured(options.depth, options.batch, options.rounds))
-    print(record.write(), record.status, record.reason or "")
+    run("step_time", config, lambda: measured(options.depth, options.batch, options.rounds)).publish()
 
 
 if __name__ == "__main__":

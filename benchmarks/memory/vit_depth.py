@@ -37,10 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     cases = [(method, depth) for depth in options.depths for method in MAIN]
     config = {"model": "timm vit_small_patch16_224", "side": 224, "loss": "mean square", **vars(options)}
-    record = run(
+    run(
         "vit_depth", config, lambda: [measured(m, d, options.batch) for m, d in track(cases, "ViT-S by depth")]
-    )
-    print(record.write(), record.status, record.reason or "")
+    ).publish()
 
 
 if __name__ == "__main__":

@@ -97,8 +97,7 @@ def main() -> None:
         "crop": 224,
         "batch": options.batch,
     }
-    record = run("imagenet_sample", config, lambda: measured(pictures, options.batch))
-    print(record.write(), record.status, record.reason or "")
+    run("imagenet_sample", config, lambda: measured(pictures, options.batch)).publish()
 
 
 if __name__ == "__main__":

@@ -121,8 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()
-    record = run("language_model", config(options), lambda: measured(options))
-    print(record.write(), record.status, record.reason or "")
+    run("language_model", config(options), lambda: measured(options)).publish()
 
 
 if __name__ == "__main__":
