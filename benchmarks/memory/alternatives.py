@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil, sqrt
 from typing import Any
@@ -22,6 +21,8 @@ from benchmarks.memory.handwritten import Missing, reversible_swin
 from benchmarks.memory.networks import NETWORKS
 
 STORED, CHECKPOINT, SELECTIVE = "stored activations", "checkpoint per block", "selective checkpoint per block"
+RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
+MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
 Method = Callable[[str, nn.Module, Tensor], nn.Module]
 
 _aten = torch.ops.aten
@@ -197,8 +198,8 @@ METHODS: dict[str, Method] = {
     "momentumnet": momentumnet,
     "memcnn": memcnn,
     "OpenTAD's Re2TAL Swin": handwritten,
-    "revwire bdia 1/16": reversible(coupling="bdia:1/16"),
-    "revwire re2tal": reversible(coupling="re2tal"),
+    BDIA: reversible(coupling="bdia:1/16"),
+    RE2TAL: reversible(coupling="re2tal"),
     "revwire bdia 1/16, 4 chunks": reversible(coupling="bdia:1/16", chunks=4),
     "revwire re2tal, 4 chunks": reversible(coupling="re2tal", chunks=4),
     "revwire bdia 1/16, 16 chunks": reversible(coupling="bdia:1/16", chunks=16),
@@ -219,12 +220,3 @@ COUPLINGS: dict[str, Method] = {f"revwire {spelling}": reversible(coupling=spell
 NOT_RUN = {
     "save_on_cpu": "moves saved tensors from an accelerator to the CPU: on the CPU there is nowhere to move them"
 }
-
-
-def step(model: nn.Module, example: Tensor, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-    """Forward (in the context ``around``) and backward of a mean-square loss; gradients accumulate, so ``.grad`` stays
-    allocated.
-    """
-    with around():
-        loss = model(example).float().square().mean()
-    loss.backward()

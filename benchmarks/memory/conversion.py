@@ -75,8 +75,7 @@ def main() -> None:
     """Measure, and write the record."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
-    record = run("conversion", {"mode": "train"}, lambda: [measured(name) for name in track(list(CASES), "models")])
-    print(record.write(), record.status, record.reason or "")
+    run("conversion", {"mode": "train"}, lambda: [measured(name) for name in track(list(CASES), "models")]).publish()
 
 
 if __name__ == "__main__":

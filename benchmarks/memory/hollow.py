@@ -20,8 +20,9 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.harness.record import Row, run
-from benchmarks.memory.alternatives import CHECKPOINT, METHODS, step
+from benchmarks.memory.alternatives import CHECKPOINT, METHODS
 from benchmarks.memory.networks import NETWORKS, network
+from benchmarks.memory.steps import step
 from revwire.measure import peak_bytes
 
 
@@ -80,12 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(CASES), help=", ".join(CASES))
     cases = [(name, method) for name in parser.parse_args().networks for method in (CHECKPOINT, "revwire bdia 1/16")]
-    record = run(
+    run(
         "memory_hollow",
         {"depth and length": CASES, "batch": 1},
         lambda: [measured(*case) for case in track(cases, "cases")],
-    )
-    print(record.write(), record.status, record.reason or "")
+    ).publish()
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models import resnet152
 from torchvision.models.video import swin3d_b, swin3d_t
+
+from benchmarks.harness.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -44,38 +45,6 @@ class Network:
         for name in self.containers(model):
             container = model.get_submodule(name)
             yield from ((container, child, block) for child, block in container.named_children())
-
-
-class Layer(nn.Module):
-    """A pre-norm layer with causal attention: (batch, tokens, width) → the same."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class LanguageModel(nn.Module):
-    """Tokens (batch, tokens) → logits of 256 characters."""
-
-    def __init__(self, depth: int, width: int = 256) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(256, width)
-        self.layers = nn.Sequential(*(Layer(width, width // 64) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.layers(self.embed(tokens))))
 
 
 def inflated_resnet152() -> nn.Module:
@@ -185,7 +154,7 @@ NETWORKS: dict[str, Network] = {
     "davit_tiny, bfloat16 autocast": Network(
         lambda _: timm.create_model("davit_tiny"), _images, _FOUR_STAGES, "side", torch.bfloat16
     ),
-    "GPT": Network(LanguageModel, _tokens, _containers("layers"), "tokens"),
+    "GPT": Network(GPT, _tokens, _containers("layers"), "tokens"),
     "inflated ResNet-152": Network(lambda _: inflated_resnet152(), _clips(64), _STAGES, "frames"),
 }
 

@@ -85,8 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = {"width": WIDTH, "batch": BATCH, "units": UNITS, **vars(options)}
-    record = run("overhead", config, lambda: measured(options.rounds))
-    print(record.write(), record.status, record.reason or "")
+    run("overhead", config, lambda: measured(options.rounds)).publish()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Seconds of a step against its peak bytes, all methods taking turns. On a machine that does nothing else.
 
-python -m benchmarks.memory.pareto                          # ViT-S/16, depth 12
-python -m benchmarks.memory.pareto --keep-memory            # the same without the page faults of freshly allocated
-memory python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1 python -m benchmarks.memory.pareto
---network "ViT-S/16, bfloat16 autocast" --batch 16 --rounds 3
+python -m benchmarks.memory.pareto                  # ViT-S/16, depth 12
+python -m benchmarks.memory.pareto --keep-memory    # the same without the page faults of freshly allocated memory
+python -m benchmarks.memory.pareto --network GPT --length 1024 --batch 1
+python -m benchmarks.memory.pareto --network "ViT-S/16, bfloat16 autocast" --batch 16 --rounds 3
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from rich.progress import Progress
 from torch import nn
 
 import revwire
 from benchmarks.harness.heap import keep_memory
 from benchmarks.harness.record import Row, run
-from benchmarks.memory.alternatives import CHECKPOINT, METHODS, SELECTIVE, STORED, Method, Unsuited, reversible, step
+from benchmarks.memory.alternatives import CHECKPOINT, METHODS, SELECTIVE, STORED, Method, Unsuited, reversible
 from benchmarks.memory.networks import NETWORKS, network
-from revwire.measure import paired_seconds, peak_bytes
+from benchmarks.memory.steps import in_turn, step
+from revwire.measure import peak_bytes
 
 SHARES = (0.25, 0.5, 0.75)
 COUPLINGS = {"re2tal": "re2tal", "bdia 1/16": "bdia:1/16"}
@@ -44,31 +44,15 @@ def measured(name: str, depth: int, batch: int, length: int, rounds: int, skip: 
     }
     methods = {m: make for m, make in METHODS.items() if m not in skip} | _budgets(name, depth, example, rivals)
     for method, make in methods.items():
+        rows[method] = {"network": name, "method": method, "peak_bytes": None, "reason": None}
         try:
             with around():
                 models[method] = make(name, network(name, depth), example)
-            rows[method] = {
-                "network": name,
-                "method": method,
-                "peak_bytes": peak_bytes(partial(step, models[method], example, around)),
-                "reason": None,
-            }
+            rows[method]["peak_bytes"] = peak_bytes(partial(step, models[method], example, around))
         except (Unsuited, RuntimeError, ValueError, TypeError) as error:
             models.pop(method, None)
-            rows[method] = {
-                "network": name,
-                "method": method,
-                "peak_bytes": None,
-                "reason": f"{type(error).__name__}: {error}"[:200],
-            }
-    with Progress() as progress:
-        bar = progress.add_task("steps", total=(rounds + 1) * len(models))
-
-        def counted(method: str) -> None:
-            step(models[method], example, around)
-            progress.advance(bar)
-
-        timings = paired_seconds({method: partial(counted, method) for method in models}, rounds)
+            rows[method]["reason"] = f"{type(error).__name__}: {error}"[:200]
+    timings = in_turn(models, example, rounds, around)
     for method in models:
         ratios = {"to_stored": timings.ratio(method, STORED), "to_checkpoint": timings.ratio(method, CHECKPOINT)}
         rows[method] |= {"seconds": asdict(timings.seconds(method)), **{k: asdict(v) for k, v in ratios.items()}}
@@ -114,8 +98,7 @@ def main() -> None:
         keep_memory()
         name += "_kept"
     sizes = (options.network, options.depth, options.batch, options.length, options.rounds, tuple(options.skip))
-    record = run(name, {"loss": "mean square", **vars(options)}, lambda: measured(*sizes))
-    print(record.write(), record.status, record.reason or "")
+    run(name, {"loss": "mean square", **vars(options)}, lambda: measured(*sizes)).publish()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 was not built with.
 
 python -m benchmarks.memory.planner            # bytes: exact, whatever else the machine does
-python -m benchmarks.memory.planner --seconds  # and seconds, as ratios within a round: on a machine that does nothing
-else
+python -m benchmarks.memory.planner --seconds  # and seconds, as ratios within a round, on a machine at rest
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from benchmarks.harness.record import RESULTS, Record, Row, environment
-from benchmarks.memory.alternatives import step
 from benchmarks.memory.networks import NETWORKS, network
+from benchmarks.memory.steps import step
 from revwire.measure import paired_seconds, peak_bytes
 
 CASES: dict[str, tuple[int, int, int]] = {  # depth, batch, length

@@ -1,4 +1,4 @@
-"""Plots from the records of the sweeps, as SVG beside them.
+"""Plots from the records of the sweeps: ``docs/figures/*.svg``.
 
 python -m benchmarks.memory.plots
 """
@@ -6,16 +6,13 @@ python -m benchmarks.memory.plots
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
+from benchmarks.harness.cells import MIB
+from benchmarks.harness.figures import drawing, saved
+from benchmarks.harness.record import PICTURES, Record, read
+from benchmarks.memory.tables import BUDGETS_GIB, PARETO, fit
 
-from benchmarks.harness.memory_tables import BUDGETS_GIB, PARETO, fit
-from benchmarks.harness.record import RESULTS, Record, Row, read
-
-mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "revwire"  # the same file from the same record
-_MIB = 2**20
+SIZE = 7, 4.5
 AXES = {
     "memory_vit": "depth",
     "memory_gpt": "length",
@@ -29,9 +26,9 @@ LABELS = {"memory_vit": "blocks", "memory_gpt": "tokens"}
 def by_axis(record: Record) -> Path | None:
     """Peak bytes against depth, tokens or frames, one line per method."""
     axis, rows = AXES[record.name], [r for r in record.results or [] if r["peak_bytes"]]
-    figure, axes = _figure()
+    figure, axes = drawing(SIZE)
     for method in dict.fromkeys(r["method"] for r in rows):
-        points = sorted((r[axis], r["peak_bytes"] / _MIB) for r in rows if r["method"] == method)
+        points = sorted((r[axis], r["peak_bytes"] / MIB) for r in rows if r["method"] == method)
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=method)
     if not axes.lines:
@@ -46,23 +43,23 @@ def by_axis(record: Record) -> Path | None:
     ticks = sorted({r[axis] for r in rows})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    return _saved(figure, axes, record)
+    return saved(figure, axes, _path(record), legend=7)
 
 
 def pareto(record: Record) -> Path:
     """Seconds of a step (over those of stored activations) against peak bytes."""
-    figure, axes = _figure()
+    figure, axes = drawing(SIZE)
     for r in (r for r in record.results or [] if r["peak_bytes"]):
         q = r["to_stored"]
         spread = [[q["median"] - q["low"]], [q["high"] - q["median"]]]
-        axes.errorbar(r["peak_bytes"] / _MIB, q["median"], yerr=spread, marker="o", linestyle="", label=r["method"])
+        axes.errorbar(r["peak_bytes"] / MIB, q["median"], yerr=spread, marker="o", linestyle="", label=r["method"])
     axes.set(xlabel="peak MiB of a step", ylabel="seconds of a step × stored activations", xscale="log")
-    return _saved(figure, axes, record)
+    return saved(figure, axes, _path(record), legend=7)
 
 
 def largest(record: Record) -> Path:
     """The largest input within each budget."""
-    figure, axes = _figure()
+    figure, axes = drawing(SIZE)
     for network, method, _, slope, _, *cells in fit(record.results or [])[1:]:
         if not slope:
             continue
@@ -70,34 +67,20 @@ def largest(record: Record) -> Path:
     axes.set(xlabel="budget, GiB", ylabel="images (ViT-B) or frames (Swin3D-B)", xscale="log", yscale="log")
     axes.set_xticks(BUDGETS_GIB, [str(b) for b in BUDGETS_GIB])
     axes.minorticks_off()
-    return _saved(figure, axes, record)
+    return saved(figure, axes, _path(record), legend=7)
 
 
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _saved(figure: Any, axes: Any, record: Record) -> Path:
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    path = RESULTS / f"{record.name}.svg"
-    figure.savefig(path, metadata={"Date": None})
-    return path
+def _path(record: Record) -> Path:
+    return PICTURES / f"{record.name}.svg"
 
 
 def main() -> None:
     """Draw what there are records of."""
-    records: list[Row] = []
     for name in (*AXES, "memory_fit", *(f"memory_pareto_{n}" for n in PARETO)):
+        draw = by_axis if name in AXES else largest if name == "memory_fit" else pareto
         for record in read(name)[:1]:
             if record.results:
-                draw = by_axis if name in AXES else largest if name == "memory_fit" else pareto
-                records.append({"name": name, "path": draw(record)})
-    for row in records:
-        print(row["name"], row["path"])
+                print(name, draw(record))
 
 
 if __name__ == "__main__":

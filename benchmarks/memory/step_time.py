@@ -15,18 +15,19 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from benchmarks.harness.record import Row, run
-from benchmarks.memory.methods import CHECKPOINT, METHODS, STORED, network, step
-from revwire.measure import paired_seconds
+from benchmarks.memory.alternatives import CHECKPOINT, MAIN, METHODS, STORED
+from benchmarks.memory.networks import network
+from benchmarks.memory.steps import in_turn
 
+NETWORK = "ViT-S/16"
 WHOLE = "checkpoint per block, without early stop"
 
 
-def checkpointed_whole(model: nn.Module, images: Tensor) -> nn.Module:
+def checkpointed_whole(name: str, model: nn.Module, images: Tensor) -> nn.Module:
     """Non-reentrant checkpointing around each block, which recomputes all of it."""
     for block in model.blocks:
         block.forward = partial(_whole, block.forward)
@@ -41,15 +42,9 @@ def _whole(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def measured(depth: int, batch: int, rounds: int) -> list[Row]:
     """Quartiles of the seconds of each method, and of its ratio to two others within each round."""
     images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    models = {name: method(network(depth), images) for name, method in {**METHODS, WHOLE: checkpointed_whole}.items()}
-    with Progress() as progress:
-        bar = progress.add_task("steps", total=(rounds + 1) * len(models))
-
-        def counted(name: str) -> None:
-            step(models[name], images)
-            progress.advance(bar)
-
-        timings = paired_seconds({name: partial(counted, name) for name in models}, rounds)
+    methods = {name: METHODS[name] for name in MAIN} | {WHOLE: checkpointed_whole}
+    models = {name: method(NETWORK, network(NETWORK, depth), images) for name, method in methods.items()}
+    timings = in_turn(models, images, rounds)
     return [
         {
             "method": name,
@@ -70,8 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
     config = {"model": "timm vit_small_patch16_224", "side": 224, "loss": "mean square", **vars(options)}
-    record = run("step_time", config, lambda: measured(options.depth, options.batch, options.rounds))
-    print(record.write(), record.status, record.reason or "")
+    run("step_time", config, lambda: measured(options.depth, options.batch, options.rounds)).publish()
 
 
 if __name__ == "__main__":

@@ -17,18 +17,31 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from rich.progress import track
 
 from benchmarks.harness.record import RESULTS, Record, Row, environment, read
-from benchmarks.memory.alternatives import CHECKPOINT, COUPLINGS, METHODS, NOT_RUN, SELECTIVE, STORED, Unsuited, step
+from benchmarks.memory.alternatives import (
+    BDIA,
+    CHECKPOINT,
+    COUPLINGS,
+    MAIN,
+    METHODS,
+    NOT_RUN,
+    RE2TAL,
+    SELECTIVE,
+    STORED,
+    Unsuited,
+)
 from benchmarks.memory.hollow import products_left_out
 from benchmarks.memory.networks import NETWORKS, network
+from benchmarks.memory.steps import step
 from revwire.measure import peak_bytes
 
+CASE = ("network", "depth", "batch", "length", "method")
 _EVERY = {**COUPLINGS, **METHODS}
-RE2TAL, BDIA = "revwire re2tal", "revwire bdia 1/16"
 HANDWRITTEN = "OpenTAD's Re2TAL Swin"
 SEGMENTS, COMPILED = "checkpoint over √n segments", "torch.compile, memory budget 0.1"
 LEAST = tuple(m for m in METHODS if m.endswith("least memory"))
@@ -37,7 +50,6 @@ SIXTEEN = tuple(m for m in METHODS if m.endswith(" 16 chunks"))
 OTHERS = tuple(m for m in METHODS if m.endswith("other blocks checkpointed"))
 WHOLE = "revwire bdia 1/16, whole blocks"
 WINDOWS = tuple(m for m in METHODS if m.endswith("window by window"))
-MAIN = (STORED, CHECKPOINT, BDIA, RE2TAL)
 
 
 @dataclass(frozen=True)
@@ -52,17 +64,8 @@ class Grid:
 
     def cases(self) -> Iterator[Row]:
         """One row per case, not measured yet."""
-        for depth in self.depths:
-            for batch in self.batches:
-                for length in self.lengths:
-                    for method in self.methods:
-                        yield {
-                            "network": self.network,
-                            "depth": depth,
-                            "batch": batch,
-                            "length": length,
-                            "method": method,
-                        }
+        for values in product([self.network], self.depths, self.batches, self.lengths, self.methods):
+            yield dict(zip(CASE, values, strict=True))
 
 
 SWEEPS: dict[str, tuple[Grid, ...]] = {
@@ -137,23 +140,31 @@ def measured(case: Row) -> Row:
         return {**case, "peak_bytes": None, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
+def cases_of(name: str) -> list[Row]:
+    """The cases of a sweep, not measured yet, in the order in which they are."""
+    return [case for grid in SWEEPS[name] for case in grid.cases()]
+
+
+def key(row: Row) -> tuple[object, ...]:
+    """What a row is known by: its case, without what was measured."""
+    return tuple(row[axis] for axis in CASE)
+
+
 def sweep(name: str, resume: bool, folder: Path) -> Record:
     """Measure what is missing, writing the record after every case."""
-    cases = [case for grid in SWEEPS[name] for case in grid.cases()]
-    rows = [r for record in read(name, folder)[:1] for r in record.results or []] if resume else []
-    rows = [r for r in rows if {k: r[k] for k in cases[0]} in cases]
-    done = {tuple(r[k] for k in cases[0]) for r in rows}
+    order = {key(case): i for i, case in enumerate(cases_of(name))}
+    rows = [r for record in read(name, folder)[:1] for r in record.results or [] if resume and key(r) in order]
+    done = set(map(key, rows))
     config = {
         "loss": "mean square",
         "axes": {g.network: NETWORKS[g.network].axis for g in SWEEPS[name]},
-        "cases": len(cases),
+        "cases": len(cases_of(name)),
         "not_run": NOT_RUN,
     }
     record = Record(name, "ok", None, config, rows, environment("cpu"))
-    for case in track([c for c in cases if tuple(c.values()) not in done], name):
+    for case in track([c for c in cases_of(name) if key(c) not in done], name):
         found = [*(record.results or []), measured(case)]
-        order = {tuple(c.values()): i for i, c in enumerate(cases)}
-        record = replace(record, results=sorted(found, key=lambda r: order[tuple(r[k] for k in cases[0])]))
+        record = replace(record, results=sorted(found, key=lambda r: order[key(r)]))
         record.write(folder)
         gc.collect()
     return record

@@ -49,10 +49,9 @@ def main() -> None:
         for name, m in wirings(lambda d=d, path=path: pretrained(d, path), example)
     )
     config = {"data": ARCHIVES["test"], "images": len(labels), "example_batch": 64, "depths": options.depths}
-    record = run(
+    run(
         "cifar_conversion", config, lambda: measured(models, len(paths) * (len(COUPLINGS) + 2), pictures, labels)
-    )
-    print(record.write(), record.status, record.reason or "")
+    ).publish()
 
 
 if __name__ == "__main__":

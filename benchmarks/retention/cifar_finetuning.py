@@ -203,8 +203,7 @@ def main() -> None:
         for _ in track(finished(cases, source, scratch, options.jobs), "runs", total=len(cases)):
             pass
     rows = [row for case in cases if (row := scratch.kept(case.name))]
-    record = run("cifar_finetuning", scratch.config, lambda: rows)
-    print(record.write(), record.status, record.reason or "")
+    run("cifar_finetuning", scratch.config, lambda: rows).publish()
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.harness.record import RESULTS, Row, read
-from benchmarks.harness.retention import seeds
+from benchmarks.harness.record import PICTURES, Row, read
+from benchmarks.retention.seeds import seeds
 
-FOLDER = RESULTS.parents[1] / "docs" / "figures"
 COLOURS = {"stored": "black", "bdia": "tab:blue", "re2tal": "tab:red", "scratch": "tab:gray", "momentum": "tab:green"}
 OTHERS = {"bdia-random": "tab:cyan", "dr2net": "tab:orange", "midpoint": "tab:purple"}
 
@@ -148,13 +147,13 @@ def main() -> None:
     kept = networks()
     title = "Rewired, in evaluation mode, straight after conversion, no training"
     gamma = [(name, lambda axes, r=rows, s=share: against_gamma(axes, r, s)) for name, (rows, share) in kept.items()]
-    drawn(gamma, FOLDER / "accuracy_against_gamma.png", title)
+    drawn(gamma, PICTURES / "accuracy_against_gamma.png", title)
     counted = [
         (name, lambda axes, r=rows, s=share: against_bytes(axes, r, s))
         for name, (rows, share) in kept.items()
         if "kept_bytes" in rows[0]
     ]
-    drawn(counted, FOLDER / "accuracy_against_bytes.png", title)
+    drawn(counted, PICTURES / "accuracy_against_bytes.png", title)
     cifar, texts = rows_of("cifar_finetuning"), rows_of("language_model_finetuning")
     panels = []
     for network in dict.fromkeys(row["network"] for row in cifar):
@@ -167,7 +166,7 @@ def main() -> None:
     if panels:
         drawn(
             panels,
-            FOLDER / "accuracy_against_steps.png",
+            PICTURES / "accuracy_against_steps.png",
             "While fine-tuning: rewired (solid) and reverted (dashed), mean ± deviation",
         )
 

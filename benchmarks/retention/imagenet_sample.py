@@ -25,9 +25,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-import revwire
 from benchmarks.harness import data
 from benchmarks.harness.record import Row, run
+from benchmarks.retention.wirings import wirings
 
 COUPLINGS = ("re2tal", "bdia:1/2", "bdia:1/4", "bdia:1/8", "bdia:1/16")
 NORMALIZATIONS = {
@@ -58,22 +58,14 @@ def predictions(model: nn.Module, pictures: Tensor, normalize: nn.Module, batch:
         yield model(normalize(part.float() / 255)).argmax(1)
 
 
-def wirings(pictures: Tensor) -> Iterator[tuple[str, nn.Module]]:
-    """The original, each coupling, and the original wiring again after `revert`."""
-    yield "original", classifier()
-    example = NORMALIZATIONS["(x − 127) / 128"](pictures[:8].float() / 255)
-    for coupling in COUPLINGS:
-        yield coupling, revwire.convert(classifier(), example, coupling=coupling)
-    yield "reverted", revwire.revert(revwire.convert(classifier(), example))
-
-
 def measured(pictures: Tensor, batch: int) -> list[Row]:
     """Top-1, and the share of images whose prediction is that of the original wiring."""
     rows: list[Row] = []
     labels = torch.arange(len(pictures))
     before: dict[str, Tensor] = {}
+    example = NORMALIZATIONS["(x − 127) / 128"](pictures[:8].float() / 255)
     with Progress() as progress:
-        for wiring, model in wirings(pictures):
+        for wiring, model in wirings(classifier, example, COUPLINGS):
             for name, normalize in NORMALIZATIONS.items():
                 parts = predictions(model, pictures, normalize, batch)
                 total = -(-len(pictures) // batch)
@@ -105,8 +97,7 @@ def main() -> None:
         "crop": 224,
         "batch": options.batch,
     }
-    record = run("imagenet_sample", config, lambda: measured(pictures, options.batch))
-    print(record.write(), record.status, record.reason or "")
+    run("imagenet_sample", config, lambda: measured(pictures, options.batch)).publish()
 
 
 if __name__ == "__main__":

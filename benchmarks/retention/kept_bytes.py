@@ -70,8 +70,7 @@ def _declared(coupling: str | None) -> int | None:
 def main() -> None:
     """Measure, and write the record."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    record = run("kept_bytes", {"depths": DEPTHS, "shape": SHAPE}, measured)
-    print(record.write(), record.status, record.reason or "")
+    run("kept_bytes", {"depths": DEPTHS, "shape": SHAPE}, measured).publish()
 
 
 if __name__ == "__main__":

@@ -19,45 +19,13 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.harness.gpt import GPT
 from benchmarks.harness.record import Row, run
 from benchmarks.retention.resume import add_option
 from benchmarks.retention.wirings import COUPLINGS, kept, or_reason, wirings
 
 VOCABULARY = 128  # ASCII; other characters become the last one
 TRAINING = {"depth": 10, "width": 128, "heads": 4, "length": 128, "batch": 16, "steps": 1500}
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); causal."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.mix, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, length, width) → the same."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.mix(self.norm1(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class CharacterModel(nn.Module):
-    """Token and position embeddings, blocks, norm, logits."""
-
-    def __init__(self, depth: int, width: int, heads: int, length: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(batch, length) of character codes → logits (batch, length, vocabulary)."""
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -85,8 +53,8 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 def trained(options: argparse.Namespace, codes: Tensor) -> nn.Module:
     """The model after its training, in evaluation mode: read from the scratch folder, or trained and kept there."""
     torch.manual_seed(0)
-    model = CharacterModel(options.depth, options.width, options.heads, options.length)
-    path = options.scratch / "trained.pt"
+    model = GPT(options.depth, options.width, options.heads, VOCABULARY, options.length)
+    path = options.scratch / "trained_gpt.pt"
     chosen = {name: getattr(options, name) for name in (*TRAINING, "rate")}
     kept = torch.load(path) if path.exists() else {"config": {}}
     if not kept["config"].items() >= chosen.items():
@@ -153,8 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     options = parser.parse_args()
-    record = run("language_model", config(options), lambda: measured(options))
-    print(record.write(), record.status, record.reason or "")
+    run("language_model", config(options), lambda: measured(options)).publish()
 
 
 if __name__ == "__main__":

@@ -90,8 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     finetuning = {"budgets": list(BUDGETS), "rate": RATE, "batch": BATCH}
     scratch = Scratch(options.scratch, {"training": config(options), "finetuning": finetuning})
-    record = run("language_model_finetuning", scratch.config, lambda: measured(options, scratch))
-    print(record.write(), record.status, record.reason or "")
+    run("language_model_finetuning", scratch.config, lambda: measured(options, scratch)).publish()
 
 
 if __name__ == "__main__":

@@ -99,8 +99,7 @@ def main() -> None:
         dict(tokenizer(part, padding=True, truncation=True, max_length=64, return_tensors="pt")) for part in parts
     ]
     config = {"model": "all-MiniLM-L6-v2", **vars(options)}
-    record = run("sentences", config, lambda: measured(batches))
-    print(record.write(), record.status, record.reason or "")
+    run("sentences", config, lambda: measured(batches)).publish()
 
 
 if __name__ == "__main__":

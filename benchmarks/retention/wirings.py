@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,12 +19,14 @@ COUPLINGS = (
 )
 
 
-def wirings(make: Callable[[], nn.Module], example: Any) -> Iterator[tuple[str, nn.Module]]:
+def wirings(
+    make: Callable[[], nn.Module], example: Any, couplings: Sequence[str] = COUPLINGS
+) -> Iterator[tuple[str, nn.Module]]:
     """(name, model): the original, each coupling straight after conversion, and the original wiring again after
     `revert`.
     """
     yield "original", make()
-    for coupling in COUPLINGS:
+    for coupling in couplings:
         yield coupling, revwire.convert(make(), example, coupling=coupling)
     yield "reverted", revwire.revert(revwire.convert(make(), example))
 

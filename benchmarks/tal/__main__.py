@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.tal.config import Config, ConfigError, load
+from benchmarks.harness.record import PICTURES, RESULTS, run
+from benchmarks.tal.schema import Config, ConfigError
 
 app = typer.Typer(
     help="End-to-end temporal action localization, on revwire.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -25,6 +26,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Differences, as in training.steps=100.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Output = Annotated[
+    Path, typer.Option(help="Folder of the record (and of its picture).", show_default="benchmarks/results")
+]
+Memories = Annotated[str, typer.Option("--memory", help="Ways to keep activations, by commas.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Default: the latest of this run.")]
 
 
@@ -100,7 +105,7 @@ def check(
 ) -> None:
     """Audit annotations and videos before a long run; exit code 1 if a video is missing, corrupt or truncated."""
     from benchmarks.tal import loading
-    from benchmarks.tal.videos import audit
+    from benchmarks.tal.audit import audit
 
     loaded = _loaded(config, overrides)
     truth, faults = loading.truth(loaded), 0
@@ -134,7 +139,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds in which the variants' steps are timed; 0: not at all.")] = 5,
-    output: Annotated[Path | None, typer.Option(help="Folder of the record; default: benchmarks/results.")] = None,
+    output: Output = RESULTS,
 ) -> None:
     """Stored activations, checkpointing, re2tal, bdia and a frozen backbone: figures, peak memory and seconds, as one
     record.
@@ -142,7 +147,7 @@ def compare(
     from benchmarks.tal import comparison
 
     record = comparison.compare(config, overrides or [], seeds, jobs, rounds)
-    print(record.write(output) if output else record.write(), record.status, record.reason or "")
+    record.publish(output)
     raise typer.Exit(int(record.status != "ok"))
 
 
@@ -152,18 +157,13 @@ def memory(
     overrides: Overrides = None,
     frames: Annotated[str, typer.Option(help="Frames of a clip, by commas.")] = "64,128,256",
     batch: Annotated[str, typer.Option(help="Clips of a step, by commas.")] = "1",
-    memories: Annotated[
-        str, typer.Option("--memory", help="Ways to keep activations, by commas.")
-    ] = "stored,checkpoint,re2tal,bdia",
+    memories: Memories = "stored,checkpoint,re2tal,bdia",
     rounds: Annotated[int, typer.Option(help="Rounds in which steps are timed; 0: not at all.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the record and the picture; default: benchmarks/results.")
-    ] = None,
+    output: Output = RESULTS,
 ) -> None:
     """Peak memory (and seconds) of a training step against the number of frames, on clips of noise: a record, and a
     picture of it.
     """
-    from benchmarks.harness.record import RESULTS, run
     from benchmarks.tal import costs, report
 
     loaded = _loaded(config, overrides)
@@ -177,10 +177,10 @@ def memory(
         lambda: costs.by_frames(loaded, memories.split(","), counts, batches, classes=classes, rounds=rounds),
         device.type,
     )
-    folder = output or RESULTS
-    print(record.write(folder), record.status, record.reason or "")
+    record.publish(output)
     if record.results:
         mine = [row for row in record.results if row["batch"] == batches[0]]
+        folder = PICTURES if output == RESULTS else output
         print(report.memory_curve(mine, folder / f"{record.name}.png"))
     raise typer.Exit(int(record.status != "ok"))
 
@@ -191,13 +191,10 @@ def largest(
     overrides: Overrides = None,
     batch: Annotated[str, typer.Option(help="Clips of a step, by commas.")] = "1",
     start: Annotated[int, typer.Option(help="Frames to begin with, and to which the answer is exact.")] = 256,
-    memories: Annotated[
-        str, typer.Option("--memory", help="Ways to keep activations, by commas.")
-    ] = "stored,checkpoint,re2tal,bdia",
-    output: Annotated[Path | None, typer.Option(help="Folder of the record; default: benchmarks/results.")] = None,
+    memories: Memories = "stored,checkpoint,re2tal,bdia",
+    output: Output = RESULTS,
 ) -> None:
     """The largest number of frames of which a training step fits into the GPU's memory: a record."""
-    from benchmarks.harness.record import run
     from benchmarks.tal import costs
 
     loaded = _loaded(config, overrides)
@@ -210,7 +207,7 @@ def largest(
         lambda: [costs.largest(loaded, memory, b, start, classes=classes) for memory, b in cases],
         costs.device(loaded).type,
     )
-    print(record.write(output) if output else record.write(), record.status, record.reason or "")
+    record.publish(output)
     raise typer.Exit(int(record.status != "ok"))
 
 
@@ -239,6 +236,8 @@ def plot(
 
 
 def _loaded(config: str, overrides: list[str] | None) -> Config:
+    from benchmarks.tal.config import load  # imports all networks, to know their options
+
     return load(config, overrides or [])
 
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from benchmarks.harness.record import Row
 from benchmarks.tal import networks
-from benchmarks.tal.clips import Batch, Timing
-from benchmarks.tal.config import Config
+from benchmarks.tal.clips import Batch
+from benchmarks.tal.sampling import Timing
+from benchmarks.tal.schema import Config
 from revwire.measure import paired_seconds, peak_bytes
 
 STORED = "stored"

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.tal.annotations import AnnotationError, Annotations, Fault, Segment, listed, number, parse, span
+from benchmarks.tal.segments.overlap import areas
 
 ACTIVITYNET = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 """ActivityNet's thresholds: 0.5 to 0.95 by 0.05."""
@@ -309,9 +310,7 @@ def _last_of_ties(read: _Detections) -> NDArray[np.bool_]:
 
 def tiou(spans: Array, others: Array) -> Array:
     """Intersection over union of segments (…, 2) and (…, 2), broadcast; 0 where they do not meet."""
-    start, end = np.maximum(spans[..., 0], others[..., 0]), np.minimum(spans[..., 1], others[..., 1])
-    meet = np.maximum(end - start, 0.0)
-    union = (spans[..., 1] - spans[..., 0]) + (others[..., 1] - others[..., 0]) - meet
+    meet, union = areas(spans, others)
     return meet / np.maximum(union, 1e-8)
 
 

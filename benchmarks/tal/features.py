@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from benchmarks.tal.annotations import Annotations, Video
-from benchmarks.tal.clips import Clip, Key, Plan, Resize, Sampling, targets
+from benchmarks.tal.clips import Clip
+from benchmarks.tal.sampling import Key, Plan, Resize, Sampling, choices
 
 SUFFIXES = (".npy", ".pt", ".pth")
 HDF5 = (".h5", ".hdf5", ".hdf")
@@ -178,14 +179,13 @@ class Features(Dataset[Clip]):
         return len(self.items)
 
     def __getitem__(self, key: Key) -> Clip:
-        turn, number = (0, key) if isinstance(key, int) else key
+        number, seeds = choices(key, self.seed)
         video, part = self.items[number]
         rows = self.source.read(video.id)
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, turn, number]))
-        plan = self.plan(video, len(rows), part, rng)
+        plan = self.plan(video, len(rows), part, np.random.default_rng(seeds))
         features = self._resized(rows) if isinstance(self.sampling, Resize) else rows[torch.from_numpy(plan.numbers)].T
         mask = torch.arange(self.sampling.steps) < plan.valid
-        return Clip(video.id, None, mask, *targets(plan), plan.timing, (features * mask).contiguous())
+        return Clip(video.id, None, mask, *plan.targets(), plan.timing, (features * mask).contiguous())
 
     def plan(self, video: Video, rows: int, part: int, rng: np.random.Generator) -> Plan:
         """The clip's rows and actions; its timing in the frames of the video."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.tal import videos
-from benchmarks.tal.clips import Key, Transform
+from benchmarks.tal.pixels import Transform, transformed
+from benchmarks.tal.sampling import Key, choices
 
 
 class LabelledClips(Dataset[tuple[Tensor, int]]):
@@ -58,17 +59,14 @@ class LabelledClips(Dataset[tuple[Tensor, int]]):
         return len(self.items)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        turn, number = (0, key) if isinstance(key, int) else key
-        seeds = np.random.SeedSequence([self.seed, turn, number])
+        number, seeds = choices(key, self.seed)
         path, label = self.items[number]
         last = max(videos.index(path).frames - 1, 0)
         spare = max(0, last - (self.frames - 1) * self.stride)
         start = int(np.random.default_rng(seeds).integers(0, spare + 1)) if self.training else spare // 2
         numbers = np.minimum(start + np.arange(self.frames) * self.stride, last)
         pixels = videos.read(path, numbers, short_side=self.short_side, lenient=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seeds.generate_state(2, np.uint64)[1]) % 2**63)
-            return self.transform(pixels).transpose(0, 1).contiguous(), label
+        return transformed(self.transform, pixels, seeds), label
 
 
 def classes(folder: Path) -> tuple[str, ...]:

@@ -16,16 +16,14 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from benchmarks.tal import annotations, clips, features, folders, videos
+from benchmarks.tal import annotations, clips, features, folders, pixels, videos
+from benchmarks.tal import sampling as cuts
 from benchmarks.tal.annotations import Annotations, Video
-from benchmarks.tal.config import Config, ConfigError
+from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.synthetic import synthesize
 
-Key = tuple[int, int]
-"""(pass over the data, index of the clip): what an item's random choices are made from."""
 
-
-class Batches(Sampler[list[Key]]):
+class Batches(Sampler[list[tuple[int, int]]]):
     """The batches of a whole run: passes over the data, each in its own order, cut into batches without regard to where
     a pass ends.
 
@@ -50,12 +48,12 @@ class Batches(Sampler[list[Key]]):
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in range(self.start, self.count):
             yield [self.key(number * self.batch + place) for place in self.share]
 
-    def key(self, position: int) -> Key:
-        """The clip at a position in the endless sequence."""
+    def key(self, position: int) -> tuple[int, int]:
+        """(pass over the data, index of the clip) at a position in the endless sequence."""
         turn, place = divmod(position, self.clips)
         order = torch.randperm(self.clips, generator=torch.Generator().manual_seed(hash((self.seed, turn)) % 2**63))
         return turn, int(order[place])
@@ -94,8 +92,7 @@ def shared(items: int, rank: int, world: int) -> list[int]:
     return [(rank + world * turn) % items for turn in range(rounds)]
 
 
-# -- what a configuration's data are
-# ------------------------------------------------------------------------------------------
+# -- what a configuration's data are -----------------------------------------------------------------------------------
 
 
 def root(config: Config) -> Path:
@@ -165,22 +162,22 @@ def _subsets(of: Annotations, names: str) -> Annotations:
     return of.only({video.id for name in names.split(",") for video in of.subset(name.strip()).videos})
 
 
-def sampling(config: Config, training: bool) -> clips.Sampling:
+def sampling(config: Config, training: bool) -> cuts.Sampling:
     """How clips are cut."""
     s = config.sampling
     if s.method == "resize":
-        return clips.Resize(s.frames, s.steps)
+        return cuts.Resize(s.frames, s.steps)
     if training:
-        return clips.Truncate(s.frames, s.steps, s.stride, s.truncation)
-    return clips.Windows(s.frames, s.steps, s.stride, s.overlap)
+        return cuts.Truncate(s.frames, s.steps, s.stride, s.truncation)
+    return cuts.Windows(s.frames, s.steps, s.stride, s.overlap)
 
 
-def transform(config: Config, training: bool) -> clips.Transform:
+def transform(config: Config, training: bool) -> pixels.Transform:
     """What is done to pixels."""
     s = config.sampling
     if not training:
-        return clips.centre(s.crop)
-    return clips.augmentation(
+        return pixels.centre(s.crop)
+    return pixels.augmentation(
         s.crop, scale=None if s.scale is None else (s.scale[0], s.scale[1]), flip=s.flip, jitter=s.jitter
     )
 

@@ -4,7 +4,7 @@ kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,8 @@ import revwire
 from benchmarks.tal import localizers
 from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoSwin, load_published
 from benchmarks.tal.backbones.published import load_all, subtree
-from benchmarks.tal.backbones.zoo import PytorchvideoSlowFast, TorchvisionSwin
 from benchmarks.tal.clips import Batch
-from benchmarks.tal.config import Config, ConfigError, nearest
-from benchmarks.tal.suppression import Suppression
-from benchmarks.tal.synthetic import synthesize
+from benchmarks.tal.schema import Config, ConfigError
 
 STORED, CHECKPOINT, STAYS = "stored", "checkpoint", "stays"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
@@ -32,86 +29,6 @@ EXAMPLE = 8
 
 NOWHERE = Path()
 """Where the weights of a network lie that has none."""
-
-
-class VideoMAE(nn.Module):
-    """Hugging Face's `VideoMAEModel`: (batch, 3, frames, height, width) -> (batch, channels, time, rows, columns) of
-    its tokens.
-
-    Its positions are those of ``frames`` frames: longer videos go through in clips (``backbone.chunk``).
-
-    Args:
-        frames, side: of a clip.
-        layers, channels, heads: ViT-B by default; L has 24, 1024 and 16, H has 32, 1280 and 16.
-        patch, tubelet: pixels and frames that make a token.
-    """
-
-    def __init__(
-        self,
-        frames: int = 16,
-        side: int = 224,
-        layers: int = 12,
-        channels: int = 768,
-        heads: int = 12,
-        patch: int = 16,
-        tubelet: int = 2,
-    ) -> None:
-        super().__init__()
-        from transformers import VideoMAEConfig, VideoMAEModel  # optional, and slow to import
-
-        self.model = VideoMAEModel(
-            VideoMAEConfig(
-                image_size=side,
-                patch_size=patch,
-                num_frames=frames,
-                tubelet_size=tubelet,
-                num_hidden_layers=layers,
-                hidden_size=channels,
-                num_attention_heads=heads,
-                intermediate_size=4 * channels,
-            )
-        )
-        self.channels = channels
-        self.frame_stride = frames
-        self.grid = (frames // tubelet, side // patch, side // patch)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        tokens = self.model(pixel_values=frames.transpose(1, 2)).last_hidden_state
-        return tokens.transpose(1, 2).unflatten(2, self.grid)
-
-
-VITS: dict[str, Callable[..., nn.Module]] = {
-    "videomae_b": VideoMAE,
-    "videomae_l": partial(VideoMAE, layers=24, channels=1024, heads=16),
-    "videomae_h": partial(VideoMAE, layers=32, channels=1280, heads=16),
-}
-_CLASSES = {
-    "swin3d": TorchvisionSwin,
-    "slowfast_r": PytorchvideoSlowFast,
-    "video_swin": VideoSwin,
-    "slowfast": SlowFast,
-    "videomae": VideoMAE,
-}
-
-
-def constructors(backbone: str | None) -> dict[str, Callable[..., Any]]:
-    """What takes the options of each section of a configuration; of the backbone's, once it is named.
-
-    Raises:
-        ConfigError: no such backbone.
-    """
-    sections: dict[str, Callable[..., Any]] = {
-        "suppression": Suppression,
-        "data.drawn": synthesize,
-        **localizers.LOCALIZERS,
-    }
-    if backbone is None:
-        return sections
-    known = NETWORKS | VITS
-    if backbone not in known:
-        raise ConfigError(f"backbone.name: got {backbone!r}; {nearest(backbone, known)}")
-    made = next(cls for prefix, cls in _CLASSES.items() if backbone.startswith(prefix))
-    return {"backbone.options": made, **sections}
 
 
 def build(config: Config, classes: int, root: Path) -> Network | Classifier:
@@ -134,7 +51,7 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
 
 def _backbone(config: Config, root: Path) -> Backbone:
     options = config.backbone
-    network = (NETWORKS | VITS)[options.name](**options.options)
+    network = NETWORKS[options.name](**options.options)
     if options.weights is not None:
         load_weights(network, root / options.weights)
     steps = config.sampling.steps
@@ -209,8 +126,7 @@ class Classifier(nn.Module):
         return {"classification": F.cross_entropy(self.logits(frames), labels)}
 
 
-# -- how activations are kept
-# --------------------------------------------------------------------------------------------
+# -- how activations are kept ------------------------------------------------------------------------------------------
 
 
 class Rewiring(NamedTuple):

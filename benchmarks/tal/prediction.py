@@ -16,8 +16,8 @@ from torch import distributed
 from benchmarks.tal.annotations import Annotations
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.evaluation import Result, evaluate
-from benchmarks.tal.localizers import Detections as InSteps
-from benchmarks.tal.suppression import Detections, Suppression, as_results, fuse
+from benchmarks.tal.segments.detections import Detections
+from benchmarks.tal.suppression import Suppression, fuse
 
 Fused = Callable[[str], Sequence[tuple[int, float]]]
 """Video id -> (label, score) of its likeliest classes."""
@@ -58,8 +58,8 @@ class Scorer:
         """Forget what was collected."""
         self.found: dict[str, dict[float, Detections]] = defaultdict(dict)
 
-    def add(self, batch: Batch, detections: Sequence[InSteps]) -> None:
-        """Take the detections of a batch of test clips."""
+    def add(self, batch: Batch, detections: Sequence[Detections]) -> None:
+        """Take the detections of a batch of test clips, in steps."""
         for video, timing, found in zip(batch.video_ids, batch.timings, detections, strict=True):
             segments = timing.to_seconds(found.segments.float())
             parts = (part.detach().cpu() for part in (segments, found.scores.float(), found.labels))
@@ -72,7 +72,7 @@ class Scorer:
             for video, clips in part.items():
                 merged[video] |= clips  # a clip that two processes were given to even out their numbers counts once
         return {
-            video: as_results(self.video(video, list(clips.values())), self.classes)
+            video: self.video(video, list(clips.values())).as_results(self.classes)
             for video, clips in sorted(merged.items())
         }
 

@@ -1,6 +1,4 @@
-"""Pictures and tables of runs: predicted against true segments, mAP against tIoU, memory against frames, and the rows
-of the README.
-"""
+"""Pictures of runs: predicted against true segments, mAP against tIoU, memory against frames."""
 
 from __future__ import annotations
 
@@ -9,21 +7,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.harness.cells import MIB
+from benchmarks.harness.figures import drawing, saved
 from benchmarks.tal.annotations import Video
 
 Detection = Mapping[str, Any]
 """``{"segment": [start, end], "label": name, "score": number}``, in seconds."""
 
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
-_MIB = 2**20
 
 
-# -- timelines
-# --------------------------------------------------------------------------------------------------------------
+# -- timelines ---------------------------------------------------------------------------------------------------------
 
 
 def rows(
@@ -51,7 +47,7 @@ def timeline(video: Video, detections: Sequence[Detection], classes: Sequence[st
 
 
 def _draw(video: Video, shown: Sequence[tuple[str, float, float, str, float]], colours: Mapping[str, str]) -> Figure:
-    figure, axes = _figure((9, 1.2 + 0.22 * len(shown)))
+    figure, axes = drawing((9, 1.2 + 0.22 * len(shown)))
     for line, (kind, start, end, label, score) in enumerate(shown):
         axes.barh(
             -line,
@@ -95,43 +91,27 @@ Point at a bar for its times.</p>
 """
 
 
-# -- curves
-# -----------------------------------------------------------------------------------------------------------------
+# -- curves ------------------------------------------------------------------------------------------------------------
 
 
 def map_curve(results: Mapping[str, Mapping[str, float]], path: Path) -> Path:
     """Draw mAP against tIoU: ``results`` is run -> (tIoU, as text -> mAP)."""
-    figure, axes = _figure((5, 3.5))
+    figure, axes = drawing((5, 3.5))
     for name, curve in results.items():
         axes.plot([float(t) for t in curve], [100 * m for m in curve.values()], marker="o", label=name)
     axes.set(xlabel="tIoU", ylabel="mAP (%)", ylim=(0, 100))
-    return _saved(figure, axes, path)
+    return saved(figure, axes, path)
 
 
 def memory_curve(measured: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw peak memory against frames, from rows with ``memory``, ``frames`` and ``peak_bytes``."""
-    figure, axes = _figure((5, 3.5))
+    figure, axes = drawing((5, 3.5))
     for memory in dict.fromkeys(row["memory"] for row in measured):
         mine = sorted(
-            (row["frames"], row["peak_bytes"] / _MIB)
+            (row["frames"], row["peak_bytes"] / MIB)
             for row in measured
             if row["memory"] == memory and row["peak_bytes"]
         )
         axes.plot(*zip(*mine, strict=True), marker="o", label=memory)
     axes.set(xlabel="frames of a clip", ylabel="peak MiB of a step", ylim=(0, None))
-    return _saved(figure, axes, path)
-
-
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure that belongs to no window and no global state."""
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _saved(figure: Figure, axes: Axes, path: Path) -> Path:
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return saved(figure, axes, path)

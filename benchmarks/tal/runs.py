@@ -19,9 +19,9 @@ from benchmarks.harness.record import Record, Row, environment
 from benchmarks.tal import clips, folders, loading, networks
 from benchmarks.tal.annotations import Annotations
 from benchmarks.tal.callbacks import Average, Cost
-from benchmarks.tal.config import Config, ConfigError
 from benchmarks.tal.loading import Data
 from benchmarks.tal.prediction import Fused, Scorer
+from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.scores import VideoScores
 from benchmarks.tal.scores import read as read_scores
 from benchmarks.tal.suppression import Suppression
@@ -104,8 +104,7 @@ def latest(config: Config) -> Path:
     return found[-1]
 
 
-# -- what a run is made of
-# ----------------------------------------------------------------------------------------------------
+# -- what a run is made of ---------------------------------------------------------------------------------------------
 
 
 def prepared(config: Config) -> tuple[Run, Data]:
@@ -179,8 +178,7 @@ def _has(scores: VideoScores, video: str) -> bool:
         return False
 
 
-# -- what a run does
-# ----------------------------------------------------------------------------------------------------------
+# -- what a run does ---------------------------------------------------------------------------------------------------
 
 
 def train(

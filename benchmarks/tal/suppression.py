@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from benchmarks.tal.segments.detections import Detections
+from benchmarks.tal.segments.overlap import areas, intersection, lengths
 
 Decay = Literal["gaussian", "linear", "hard"]
 
@@ -23,14 +26,6 @@ LENGTH = np.float32(1e-6)
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
-
-
-class Detections(NamedTuple):
-    """``segments`` (n, 2), ``scores`` (n,) and ``labels`` (n,), by descending score."""
-
-    segments: Tensor
-    scores: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,9 @@ class Suppression:
             raise ValueError(f"expected max_segments ≥ 1, sigma > 0 and min_score ≥ 0; got {self}")
 
     def __call__(self, segments: Tensor, scores: Tensor, labels: Tensor) -> Detections:
-        """(n, 2), (n,), (n,) → at most ``max_segments`` detections, on the CPU in float32, labels of their dtype."""
+        """(n, 2), (n,), (n,) → at most ``max_segments`` detections, best first, on the CPU in float32, labels of their
+        dtype.
+        """
         segments, scores, labels = segments.detach().cpu().float(), scores.detach().cpu().float(), labels.detach().cpu()
         if segments.shape != (len(scores), 2) or labels.shape != scores.shape:
             raise ValueError(
@@ -96,11 +93,8 @@ def vote(kept: Tensor, segments: Tensor, scores: Tensor, threshold: float) -> Te
 
     A segment that no other one reaches stays as it is (the reference makes NaN of one without length).
     """
-    start = torch.maximum(kept[:, None, 0], segments[None, :, 0])
-    meet = (torch.minimum(kept[:, None, 1], segments[None, :, 1]) - start).clamp(min=0)
-    lengths = segments[:, 1] - segments[:, 0]
-    iou = meet / ((kept[:, 1] - kept[:, 0])[:, None] + lengths - meet)
-    weights = (iou >= threshold).to(scores.dtype) * scores
+    meet, union = areas(kept[:, None], segments)
+    weights = (meet / union >= threshold).to(scores.dtype) * scores
     total = weights.sum(1, keepdim=True)
     return torch.where(total > 0, (weights / total) @ segments, kept)
 
@@ -113,12 +107,6 @@ def fuse(segments: Tensor, scores: Tensor, classes: Sequence[tuple[int, float]])
     labels = torch.tensor([label for label, _ in classes], dtype=torch.long).repeat_interleave(count)
     factors = [scores * score for _, score in classes]
     return Detections(segments.repeat(len(classes), 1), torch.cat(factors) if factors else scores[:0], labels)
-
-
-def as_results(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """A video's detections, in seconds, in the form that is evaluated and written to files."""
-    rows = zip(detections.segments.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    return [{"segment": segment, "label": classes[int(label)], "score": score} for segment, score, label in rows]
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -141,52 +129,42 @@ class _Pool:
         for row, group in enumerate(groups):
             self.index[row, : len(group)] = group
             self.alive[row, : len(group)] = True
-        self.start, self.end = spans[self.index, 0], spans[self.index, 1]
-        self.length = self.end - self.start + LENGTH
-        self.scores = scores[self.index]
+        self.spans, self.scores = spans[self.index], scores[self.index]
 
     def run(self, how: Suppression) -> tuple[Integers, Floats]:
         """Indices and scores of what is kept, in the order in which it is taken."""
         kept: list[Integers] = []
         values: list[Floats] = []
         for _ in range(how.max_segments):
-            best = np.where(self.alive, self.scores, -np.inf).argmax(1)[:, None]
-            kept.append(np.take_along_axis(self.index, best, 1)[:, 0])
-            values.append(np.take_along_axis(self.scores, best, 1)[:, 0])
-            self._suppress(best, how)
-            if not self._compact():
+            best = np.arange(len(self.alive)), np.where(self.alive, self.scores, -np.inf).argmax(1)
+            kept.append(self.index[best])
+            values.append(self.scores[best])
+            weight = _weights(_overlap(self.spans[best][:, None], self.spans), how)
+            self.scores *= weight
+            self.alive &= self.scores >= np.float32(how.min_score) if how.soft else weight > 0
+            self.alive[best] = False
+            if not self.alive.any():
                 break
+            self._compact()
         return np.concatenate(kept), np.concatenate(values)
 
-    def _suppress(self, best: Integers, how: Suppression) -> None:
-        """Take the ``best`` (rows, 1) out, and let those that overlap it lose score, or go."""
-        weight = _weights(self._overlap(best), how)
-        self.scores *= weight
-        self.alive &= self.scores >= np.float32(how.min_score) if how.soft else weight > 0
-        np.put_along_axis(self.alive, best, False, axis=1)
-
-    def _overlap(self, best: Integers) -> Floats:
-        start, end, length = (np.take_along_axis(a, best, 1) for a in (self.start, self.end, self.length))
-        meet = np.maximum(np.minimum(end, self.end) - np.maximum(start, self.start), np.float32(0))
-        return meet / (length + self.length - meet)
-
-    def _compact(self) -> bool:
-        """Drop rows that are used up, and columns once half are; whether anything is left."""
+    def _compact(self) -> None:
+        """Drop rows that are used up, and columns once half are."""
         counts = self.alive.sum(1)
-        most = int(counts.max())
-        if most == 0:
-            return False
         if not counts.all():
-            self._take(counts > 0)
-        if most <= self.alive.shape[1] // 2:
-            order = np.argsort(~self.alive, axis=1, kind="stable")[:, :most]
-            for name in self.__dict__:
-                setattr(self, name, np.take_along_axis(getattr(self, name), order, 1))
-        return True
+            self._take(np.flatnonzero(counts))
+        if (most := int(counts.max())) <= self.alive.shape[1] // 2:
+            columns = np.argsort(~self.alive, axis=1, kind="stable")[:, :most]
+            self._take((np.arange(len(columns))[:, None], columns))
 
-    def _take(self, rows: NDArray[np.bool_]) -> None:
-        for name in self.__dict__:
-            setattr(self, name, getattr(self, name)[rows])
+    def _take(self, places: Any) -> None:
+        self.index, self.alive = self.index[places], self.alive[places]
+        self.spans, self.scores = self.spans[places], self.scores[places]
+
+
+def _overlap(spans: Floats, others: Floats) -> Floats:
+    meet = intersection(spans, others)
+    return meet / ((lengths(spans) + LENGTH) + (lengths(others) + LENGTH) - meet)
 
 
 def _weights(overlap: Floats, how: Suppression) -> Floats:

@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from benchmarks.tal.config import Training
 from benchmarks.tal.networks import Classifier, Network, layers
 from benchmarks.tal.prediction import Scorer
+from benchmarks.tal.schema import Training
 
 
 class Run(L.LightningModule):
@@ -117,8 +117,7 @@ class Classification(Run):
         self.log("test/top1", right, batch_size=len(labels), sync_dist=True, prog_bar=True)
 
 
-# -- optimizer
-# --------------------------------------------------------------------------------------------------------------
+# -- optimizer ---------------------------------------------------------------------------------------------------------
 
 
 def groups(network: Network | Classifier, options: Training) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """The benchmarks' harness: records, tables, data; and the figures that can be asked of a test."""
 
+import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,42 @@ def test_the_default_coupling_keeps_top1():
     assert top1() == 768  # the preprocessing is that of the reference figure
     revwire.convert(model, normalize(pictures[:8].float() / 255))
     assert top1() >= 760
+
+
+# -- the house ---------------------------------------------------------------------------------------------------------
+
+
+def imports():
+    """File -> the modules and names that it imports, wherever in it: in functions, for types only."""
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        yield path, found
+
+
+def file_of(name):
+    """The file of a module, or of a name in it; None for what is no part of the benchmarks."""
+    for parts in (name.split("."), name.split(".")[:-1]):
+        for path in (ROOT.joinpath(*parts).with_suffix(".py"), ROOT.joinpath(*parts, "__init__.py")):
+            if parts[:1] == ["benchmarks"] and path.is_file():
+                return path
+    return None
+
+
+def test_no_circle_among_the_benchmarks():
+    graph = {path: {file_of(name) for name in names} - {path, None} for path, names in imports()}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph) > 80  # or a CycleError that names the files
+
+
+def test_benchmarks_use_public_names_only():
+    private = [
+        (path.name, name)
+        for path, names in imports()
+        for name in names
+        if name.split(".")[0] in ("revwire", "benchmarks") and any(part.startswith("_") for part in name.split("."))
+    ]
+    assert private == []

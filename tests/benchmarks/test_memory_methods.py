@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks.harness import memory_tables, record
+from benchmarks.harness import record
+from benchmarks.harness.gpt import GPT, Layer
 from benchmarks.memory import hollow, planner, sweep
+from benchmarks.memory import tables as memory_tables
 from benchmarks.memory.alternatives import CHECKPOINT, METHODS, STORED, Unsuited
-from benchmarks.memory.alternatives import step as run_step
-from benchmarks.memory.networks import NETWORKS, LanguageModel, Layer, Network
+from benchmarks.memory.networks import NETWORKS, Network
+from benchmarks.memory.steps import step as run_step
 
 TOKENS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
 SAME = (STORED, CHECKPOINT, sweep.SEGMENTS, sweep.SELECTIVE)
@@ -23,9 +25,7 @@ SAME = (STORED, CHECKPOINT, sweep.SEGMENTS, sweep.SELECTIVE)
 def toy(monkeypatch):
     """A small stand-in for the GPT of the sweeps."""
     gpt = NETWORKS["GPT"]
-    monkeypatch.setitem(
-        NETWORKS, "GPT", Network(lambda depth: LanguageModel(depth, 64), gpt.example, gpt.containers, gpt.axis)
-    )
+    monkeypatch.setitem(NETWORKS, "GPT", Network(lambda depth: GPT(depth, 64), gpt.example, gpt.containers, gpt.axis))
 
     def build(method, depth=3):
         torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_the_planner_predicts_within_its_claim(toy, monkeypatch):
 def test_plots_are_drawn_from_records(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     plots = importlib.import_module("benchmarks.memory.plots")
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "PICTURES", tmp_path)
     made = record.run(
         "memory_vit", {}, lambda: [row(m, p * d, depth=d) for m, p in (("a", 100), ("b", 50)) for d in (1, 2)]
     )

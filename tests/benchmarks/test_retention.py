@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import revwire
-from benchmarks.harness import record, retention
-from benchmarks.harness.retention import Seeds
-from benchmarks.retention import cifar, resume
+from benchmarks.harness import record
+from benchmarks.retention import cifar, claims, resume
+from benchmarks.retention.seeds import Seeds
 
 pytest.importorskip("torchvision", reason="needs torchvision: pip install 'revwire[video]'")
 
@@ -209,20 +209,20 @@ LAST = {1: {"top1": None, "reverted_top1": None}, 10: {}}
 
 @pytest.mark.parametrize(("mine", "verdict"), [(0.80, "yes"), (0.79, "yes"), (0.75, "**no**")])
 def test_as_good_within_the_noise_of_the_seeds(mine, verdict):
-    judged = retention._finetuned_cifar.judge(as_record(rows(stored=(0.5, 0.80), bdia=(0.6, mine), re2tal=(0.3, 0.7))))
+    judged = claims._finetuned_cifar.judge(as_record(rows(stored=(0.5, 0.80), bdia=(0.6, mine), re2tal=(0.3, 0.7))))
     assert [row[-1] for row in judged] == [verdict, verdict, "yes"]
     assert judged[-1][3] == "61.0 ± 1.0%; `re2tal`: 31.0 ± 1.0% after 1; 71.0 ± 1.0% after 10"
 
 
 def test_the_papers_rewiring_may_be_as_quick():
-    judged = retention._finetuned_cifar.judge(as_record(rows(stored=(0.5, 0.8), bdia=(0.6, 0.8), re2tal=(0.6, 0.7))))
+    judged = claims._finetuned_cifar.judge(as_record(rows(stored=(0.5, 0.8), bdia=(0.6, 0.8), re2tal=(0.6, 0.7))))
     assert judged[-1][-1] == "**no**"
 
 
 @pytest.mark.parametrize(("after", "verdict"), [(0.798, "yes"), (0.79, "**no**")])
 def test_a_loss_of_accuracy_is_seen(after, verdict):
     found = [{"network": "net", "wiring": w, "top1": t} for w, t in (("original", 0.8), ("bdia", after))]
-    assert retention._cifar.judge(as_record(found))[0][-1] == verdict
+    assert claims._cifar.judge(as_record(found))[0][-1] == verdict
 
 
 def as_record(results):
@@ -230,7 +230,7 @@ def as_record(results):
 
 
 def test_what_was_asked_of_the_default_coupling_without_training_holds():
-    judged = [row for row in retention.claims()[1:] if row[1] == "rewired, no training"]
+    judged = [row for row in claims.claims()[1:] if row[1] == "rewired, no training"]
     assert len(judged) >= 5
     assert [row for row in judged if row[-1] != "yes"] == []
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from benchmarks.tal.annotations import Annotations, Segment, Video, read
 
 av = pytest.importorskip("av")
-from benchmarks.tal import clips, synthetic, videos  # noqa: E402  needs av
-from benchmarks.tal.clips import Clips, Resize, Timing, Truncate, Windows, collate  # noqa: E402
+from benchmarks.tal import pixels, synthetic, videos  # noqa: E402  needs av
+from benchmarks.tal.clips import Clips, collate  # noqa: E402
+from benchmarks.tal.sampling import Resize, Timing, Truncate, Windows  # noqa: E402
 
 FPS = 10
 
@@ -200,7 +201,7 @@ def drawn(tmp_path_factory):
 
 def data(drawn, sampling=None, transform=None, **options):
     options = {"short_side": 32, "training": False} | options
-    return Clips(*drawn, sampling or Truncate(16, 8, 1), transform or clips.augmentation(24, jitter=0.4), **options)
+    return Clips(*drawn, sampling or Truncate(16, 8, 1), transform or pixels.augmentation(24, jitter=0.4), **options)
 
 
 def test_an_item_is_a_clip(drawn):
@@ -217,9 +218,9 @@ def test_an_item_is_a_clip(drawn):
 
 
 def test_pixels_are_normalised_or_not(drawn):
-    raw = data(drawn, Resize(16, 8), clips.centre(24), normalize=None)[0].frames
+    raw = data(drawn, Resize(16, 8), pixels.centre(24), normalize=None)[0].frames
     assert raw.dtype == torch.uint8
-    scaled = data(drawn, Resize(16, 8), clips.centre(24), normalize=((1, 2, 3), (4, 5, 6)))[0].frames
+    scaled = data(drawn, Resize(16, 8), pixels.centre(24), normalize=((1, 2, 3), (4, 5, 6)))[0].frames
     shape = (3, 1, 1, 1)
     torch.testing.assert_close(
         scaled, (raw - torch.tensor([1.0, 2, 3]).view(shape)) / torch.tensor([4.0, 5, 6]).view(shape)
@@ -227,7 +228,7 @@ def test_pixels_are_normalised_or_not(drawn):
 
 
 def test_frames_are_those_of_the_plan(drawn):
-    clip = data(drawn, Windows(16, 8, 1, overlap=0), clips.centre(32), normalize=None)[1]
+    clip = data(drawn, Windows(16, 8, 1, overlap=0), pixels.centre(32), normalize=None)[1]
     path = drawn[1][clip.video_id]
     torch.testing.assert_close(clip.frames.transpose(0, 1), videos.read(path, range(16, 32), short_side=32))
     assert clip.timing.offset == 16
@@ -247,10 +248,10 @@ def test_videos_that_are_kept_are_decoded_once(drawn, monkeypatch):
 def test_all_frames_of_a_clip_are_changed_alike():
     still = torch.randint(0, 255, (1, 3, 40, 40), dtype=torch.uint8).expand(6, -1, -1, -1)
     for scale in ((0.08, 1.0), None):
-        made = clips.augmentation(24, scale=scale, jitter=0.4)(still)
+        made = pixels.augmentation(24, scale=scale, jitter=0.4)(still)
         assert made.shape == (6, 3, 24, 24)
         assert (made == made[:1]).all()
-    changed = {tuple(clips.augmentation(24, jitter=0.4)(still)[0].flatten().tolist()) for _ in range(5)}
+    changed = {tuple(pixels.augmentation(24, jitter=0.4)(still)[0].flatten().tolist()) for _ in range(5)}
     assert len(changed) == 5
 
 
@@ -298,8 +299,8 @@ def test_training_leaves_videos_without_actions_out(drawn):
     empty = Annotations(
         (*annotations.videos[:1], Video(annotations.videos[1].id, "training", 5.0, ())), annotations.classes
     )
-    assert len(Clips(empty, files, Resize(8, 8), clips.centre(32), training=True)) == 1
-    assert len(Clips(empty, files, Resize(8, 8), clips.centre(32))) == 2
+    assert len(Clips(empty, files, Resize(8, 8), pixels.centre(32), training=True)) == 1
+    assert len(Clips(empty, files, Resize(8, 8), pixels.centre(32))) == 2
 
 
 def test_files_that_are_missing_or_broken_are_named(drawn, tmp_path):
@@ -308,12 +309,12 @@ def test_files_that_are_missing_or_broken_are_named(drawn, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     with pytest.warns(videos.VideoWarning, match=r"1 videos are left out:\n  .*broken\.mp4: it cannot be opened"):
-        dataset = Clips(annotations, {names[0]: files[names[0]], names[2]: broken}, Resize(8, 8), clips.centre(32))
+        dataset = Clips(annotations, {names[0]: files[names[0]], names[2]: broken}, Resize(8, 8), pixels.centre(32))
     assert dataset.missing == (names[1],)
     assert list(dataset.unreadable) == [names[2]]
     assert len(dataset) == 1
     with pytest.raises(ValueError, match="no clips: of 3 videos 3 have no file, 0 cannot be opened"):
-        Clips(annotations, {}, Resize(8, 8), clips.centre(32))
+        Clips(annotations, {}, Resize(8, 8), pixels.centre(32))
 
 
 def test_a_file_that_breaks_later_is_passed_over(drawn, tmp_path):
@@ -322,8 +323,8 @@ def test_a_file_that_breaks_later_is_passed_over(drawn, tmp_path):
     copy = tmp_path / "v.mp4"
     copy.write_bytes(files[name].read_bytes())
     broken = {**files, name: copy}
-    training = Clips(annotations, broken, Resize(8, 4), clips.centre(32), training=True)
-    testing = Clips(annotations, broken, Resize(8, 4), clips.centre(32), short_side=32, normalize=None)
+    training = Clips(annotations, broken, Resize(8, 4), pixels.centre(32), training=True)
+    testing = Clips(annotations, broken, Resize(8, 4), pixels.centre(32), short_side=32, normalize=None)
     copy.write_bytes(b"gone")
     with pytest.warns(videos.VideoWarning, match=f"video '{name}' cannot be read, another is taken: .*v.mp4"):
         assert training[0].video_id == annotations.videos[1].id
@@ -346,11 +347,11 @@ def test_a_truncated_file_keeps_its_grid(tmp_path):
                 packet.stream = stream
                 target.mux(packet)
     content = front.read_bytes()
-    expected = Clips(found, {name: front}, Resize(16, 8), clips.centre(64), normalize=None)[0]
+    expected = Clips(found, {name: front}, Resize(16, 8), pixels.centre(64), normalize=None)[0]
     videos.index.cache_clear()
     front.write_bytes(content[: len(content) // 2])
     with pytest.warns(videos.VideoWarning, match="frames cannot be decoded"):
-        clip = Clips(found, {name: front}, Resize(16, 8), clips.centre(64), normalize=None)[0]
+        clip = Clips(found, {name: front}, Resize(16, 8), pixels.centre(64), normalize=None)[0]
     assert torch.equal(clip.segments, expected.segments)
     same_frames = (clip.frames == expected.frames).all(0).flatten(1).all(1)
     assert same_frames[:6].all()

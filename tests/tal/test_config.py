@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from benchmarks.tal import config
-from benchmarks.tal.config import CONFIGS, ConfigError, load
+from benchmarks.tal import config, keys
+from benchmarks.tal.config import CONFIGS, Config, ConfigError, load
 
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
@@ -31,6 +31,26 @@ def test_an_experiment_holds_only_what_differs(name):
         for key in keys:
             new, old = (t[section] if key is None else t[section].get(key) for t in (mine, defaults))
             assert new != old, f"{name}: {section}.{key} repeats the defaults"
+
+
+@pytest.mark.parametrize("name", ["activitynet", "badminton", "kinetics", "synthetic", "thumos14"])
+def test_a_data_set_holds_only_what_differs(name):
+    known = dict(leaves(config.defaults_of(Config)))
+    repeated = [
+        key
+        for key, value in leaves(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+        if known.get(key, ...) == value
+    ]
+    assert repeated == []
+
+
+def leaves(tree, prefix=""):
+    """(dotted key, value) of all that is no section."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 @pytest.mark.parametrize("memory", ["stored", "checkpoint", "re2tal", "bdia:1/8", "re2tal+8chunks", "re2tal+stays"])
@@ -130,4 +150,4 @@ def test_options_of_other_networks_are_unknown():
 
 
 def test_parameters_are_those_of_a_constructor():
-    assert config.parameters(lambda a, *b, c=1, name=2, **d: None) == ("a", "c")
+    assert keys.parameters(lambda a, *b, c=1, name=2, **d: None) == ("a", "c")

@@ -11,8 +11,9 @@ from benchmarks.tal.annotations import Annotations, Segment, Video
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("av")
 from benchmarks.tal import features  # noqa: E402  needs h5py
-from benchmarks.tal.clips import Resize, Truncate, Windows, collate  # noqa: E402  needs av
+from benchmarks.tal.clips import collate  # noqa: E402  needs av
 from benchmarks.tal.features import FeatureError, Features  # noqa: E402
+from benchmarks.tal.sampling import Resize, Truncate, Windows  # noqa: E402
 
 
 def rows(count, channels=5):

@@ -10,14 +10,14 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
-from benchmarks.tal.localizers import LOCALIZERS, VSGN, ActionFormer, load_published, overlap
+from benchmarks.tal.localizers import LOCALIZERS, VSGN, ActionFormer, load_published, normalizers
 from benchmarks.tal.localizers.anchors import Matches, anchors, boxes_of
-from benchmarks.tal.localizers.detections import Selection
 from benchmarks.tal.localizers.graph_pyramid import EdgeConv, GraphUnit
-from benchmarks.tal.localizers.overlap import diou_loss, giou_loss
+from benchmarks.tal.localizers.losses import diou_loss, giou_loss
 from benchmarks.tal.localizers.points import Points
 from benchmarks.tal.localizers.transformer import ConvAttention, local_attention
 from benchmarks.tal.localizers.vsgn import boundary_loss, boundary_targets
+from benchmarks.tal.segments.detections import Selection
 
 STEPS, CHANNELS = 64, 8
 
@@ -365,7 +365,7 @@ def gradients_of_videos(model, videos):
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(make, classes, monkeypatch):
     expected, averages = gradients_of_videos(make(classes).double(), slice(0, 4))
     models = [make(classes).double() for _ in range(2)]
-    monkeypatch.setattr(overlap, "dist", Group())
+    monkeypatch.setattr(normalizers, "dist", Group())
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(gradients_of_videos, models, (slice(0, 2), slice(2, 4))))
     torch.testing.assert_close((found[0][0] + found[1][0]) / 2, expected)

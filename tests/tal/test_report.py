@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.harness import tal_tables
 from benchmarks.tal import costs, report
+from benchmarks.tal import tables as tal_tables
 from benchmarks.tal.annotations import Segment, Video
 from benchmarks.tal.config import CONFIGS, load
 

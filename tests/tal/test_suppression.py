@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.tal.evaluation import tiou
-from benchmarks.tal.suppression import Suppression, as_results, fuse, vote
+from benchmarks.tal.suppression import Suppression, fuse, vote
 
 DATA = os.environ.get("REVWIRE_DATA")
 DECAYS = {0: "hard", 1: "linear", 2: "gaussian"}
@@ -150,7 +150,7 @@ def test_fused_classes_multiply_their_scores():
     assert fused.scores.tolist() == pytest.approx([0.25, 0.125, 0.1, 0.05])
     assert fused.labels.tolist() == [7, 7, 3, 3]
     assert len(fuse(segments, scores, []).scores) == 0
-    named = as_results(fused, list("abcdefgh"))
+    named = fused.as_results(list("abcdefgh"))
     assert named[0] == {"segment": [0.0, 1.0], "label": "h", "score": 0.25}
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.tal.annotations import read
 
 av = pytest.importorskip("av")
-from benchmarks.tal import synthetic, videos  # noqa: E402  needs av
+from benchmarks.tal import audit, synthetic, videos  # noqa: E402  needs av
 from benchmarks.tal.synthetic import ACTIONS, FPS, Act  # noqa: E402
 
 
@@ -23,7 +23,7 @@ def made(tmp_path_factory):
 def test_files_and_annotations_agree(made):
     folder, annotations = made
     assert [len(annotations.subset(name).videos) for name in ("training", "validation")] == [4, 2]
-    result = videos.audit(annotations, folder, thorough=True, progress=False)
+    result = audit.audit(annotations, folder, thorough=True, progress=False)
     assert len(result.found) == 6
     assert (result.missing, result.faulty, result.lengths) == ((), {}, {})
     for video in annotations.videos:

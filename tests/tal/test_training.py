@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny import PLAIN, TINY
 
 import revwire
-from benchmarks.tal import clips, loading, networks, runs, training
+from benchmarks.tal import backbones, clips, loading, networks, runs, training
 from benchmarks.tal.callbacks import Average
 from benchmarks.tal.config import ConfigError, load
 from benchmarks.tal.loading import Batches, TrainingLoader, shared
@@ -325,7 +325,7 @@ def test_weights_load_by_key_whatever_stands_before_them(tiny, tmp_path):
 
 def test_videomae_goes_through_in_clips():
     pytest.importorskip("transformers")
-    backbone = networks.Backbone(networks.VideoMAE(4, 32, 2, 16, 2, 8), clip_frames=4, freeze_norms=False)
+    backbone = networks.Backbone(backbones.VideoMAE(4, 32, 2, 16, 2, 8), clip_frames=4, freeze_norms=False)
     network = networks.Network(backbone, nn.Identity())
     frames = torch.randint(0, 256, (1, 3, 8, 32, 32), dtype=torch.uint8)
     networks.rewire(network, frames, "bdia")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.tal.annotations import Annotations, Video
 
 av = pytest.importorskip("av")
-from benchmarks.tal import videos  # noqa: E402  needs av
+from benchmarks.tal import audit, videos  # noqa: E402  needs av
 from benchmarks.tal.videos import VideoError, VideoWarning  # noqa: E402
 
 DATA = os.environ.get("REVWIRE_DATA")
@@ -152,10 +152,10 @@ def test_no_video_at_all(tmp_path):
     path.write_bytes(b"this is no video" * 100)
     with pytest.raises(VideoError, match=r"v\.mp4: it cannot be opened \(Invalid data"):
         videos.header(path)
-    assert "it cannot be opened" in videos.fault(path)
+    assert "it cannot be opened" in audit.fault(path)
     path = tmp_path / "empty.mp4"
     path.touch()
-    assert "it cannot be opened" in videos.fault(path)
+    assert "it cannot be opened" in audit.fault(path)
 
 
 def test_sound_alone_is_no_video(tmp_path):
@@ -172,13 +172,13 @@ def test_sound_alone_is_no_video(tmp_path):
 
 def test_truncated_files(folder, tmp_path):
     # without its table at the end an MP4 file is nothing; with the table in front, the frames up to the cut are there
-    assert "it cannot be opened" in videos.fault(cut(folder / "b-frames.mp4", tmp_path / "a.mp4", 0.6))
+    assert "it cannot be opened" in audit.fault(cut(folder / "b-frames.mp4", tmp_path / "a.mp4", 0.6))
     path = cut(folder / "fast-start.mp4", tmp_path / "b.mp4", 0.5)
     there = videos.index(path).frames
     assert 10 < there < 80
-    assert f"it is truncated: {there} of 90 frames are there" in videos.fault(path)
+    assert f"it is truncated: {there} of 90 frames are there" in audit.fault(path)
     mkv = cut(folder / "one-start.mkv", tmp_path / "c.mkv", 0.5)
-    assert "it is truncated" in videos.fault(mkv)
+    assert "it is truncated" in audit.fault(mkv)
     with pytest.raises(IndexError, match="it has frames 0 to"):
         videos.read(path, [there])
     with pytest.warns(
@@ -195,7 +195,7 @@ def test_damage_in_the_middle(folder, tmp_path):
     content[middle - 300 : middle + 300] = bytes(600)
     path = tmp_path / "v.mp4"
     path.write_bytes(bytes(content))
-    whole = videos.fault(path, thorough=True)
+    whole = audit.fault(path, thorough=True)
     assert whole is None or "cannot be decoded" in whole  # decoders hide some damage; whichever, reading goes on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VideoWarning)
@@ -212,7 +212,7 @@ def test_an_audit_names_them(folder, tmp_path, capsys):
     names = {"good": 3.6, "longer": 30.0, "cut": 3.6, "broken": 3.6, "absent": 3.6}
     annotations = Annotations(tuple(Video(name, "training", duration, ()) for name, duration in names.items()), ())
     for thorough in (False, True):
-        result = videos.audit(annotations, tmp_path, thorough=thorough, workers=2, progress=not thorough)
+        result = audit.audit(annotations, tmp_path, thorough=thorough, workers=2, progress=not thorough)
         assert list(result.found) == ["good", "longer"]
         assert result.missing == ("absent",)
         assert set(result.faulty) == {"cut", "broken"}
@@ -250,4 +250,4 @@ def test_real_videos(name):
             np.abs(small.permute(1, 2, 0).numpy() - d).mean() for d in decoded[max(0, number - 2) : number + 3]
         ]
         assert differences[min(2, number)] == min(differences)
-    assert videos.fault(path) is None
+    assert audit.fault(path) is None

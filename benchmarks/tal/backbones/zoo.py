@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import video
 
 from benchmarks.tal.backbones.slowfast import SlowFast
+from benchmarks.tal.backbones.video_mae import VideoMAE
 from benchmarks.tal.backbones.video_swin import VideoSwin
 
 
@@ -97,7 +98,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "video_swin_b": _video_swin(128, 18, 4),
     "slowfast_50": partial(SlowFast, depth=50),
     "slowfast_101": partial(SlowFast, depth=101),
+    "videomae_b": VideoMAE,
+    "videomae_l": partial(VideoMAE, layers=24, channels=1024, heads=16),
+    "videomae_h": partial(VideoMAE, layers=32, channels=1280, heads=16),
 }
-"""By the name in a configuration: the first five are torchvision's and pytorchvideo's, the others mmaction2's, which
-Re2TAL rewires.
-"""
+"""By the name in a configuration: torchvision's, pytorchvideo's, mmaction2's, which Re2TAL rewires, Hugging Face's."""

@@ -1,7 +1,7 @@
 """Localizers: features of a video -> scored segments."""
 
 from benchmarks.tal.localizers.actionformer import ActionFormer as ActionFormer
-from benchmarks.tal.localizers.detections import Detections as Detections
+from benchmarks.tal.localizers.localizer import Localizer as Localizer
 from benchmarks.tal.localizers.published import load_published as load_published
 from benchmarks.tal.localizers.published import localizer_of as localizer_of
 from benchmarks.tal.localizers.vsgn import VSGN as VSGN

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.tal.localizers.detections import Detections, Selection
-from benchmarks.tal.localizers.overlap import diou_loss, moved, over_processes, processes
+from benchmarks.tal.localizers.localizer import Localizer, padded
+from benchmarks.tal.localizers.losses import diou_loss
+from benchmarks.tal.localizers.normalizers import over_processes, processes
 from benchmarks.tal.localizers.points import Points
 from benchmarks.tal.localizers.transformer import Block, ChannelNorm, ConvUnit
+from benchmarks.tal.segments.detections import Selection
 
 PRIOR = 0.01
 """Probability of each class at a point of a new model; Lin et al., "Focal Loss" (arXiv 1708.02002), section 3.3."""
@@ -53,7 +55,7 @@ class PointOutputs:
         return logits.to(dtype), offsets.to(dtype), torch.cat(self.masks, 1)
 
 
-class ActionFormer(nn.Module):
+class ActionFormer(Localizer):
     """Features (batch, channels, steps) and mask (batch, steps) -> classes and extents of the points of a pyramid.
 
     Args:
@@ -104,7 +106,7 @@ class ActionFormer(nn.Module):
         min_score: float = 0.001,
         most: int = 2000,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, max_steps, momentum, Selection(min_score, most))
         windows = [window] * levels if isinstance(window, int) else list(window)
         self.ranges = _ranges(levels) if ranges is None else [(low, high) for low, high in ranges]
         if not levels == len(windows) == len(self.ranges):
@@ -112,14 +114,10 @@ class ActionFormer(nn.Module):
                 f"ActionFormer: got {len(windows)} windows and {len(self.ranges)} ranges; expected one for each of "
                 f"{levels} levels"
             )
-        self.num_classes = num_classes
-        self.max_steps = max_steps
         self.multiple = max(2**level * max(2 * (w // 2), 1) for level, w in enumerate(windows))
         self.center_radius = center_radius
         self.label_smoothing = label_smoothing
         self.regression_weight = regression_weight
-        self.momentum = momentum
-        self.selection = Selection(min_score, most)
         self.projection = Pyramid(
             in_channels, channels, embed_layers, stem_layers, windows, heads, positions, max_steps, drop_path, dropout
         )
@@ -133,12 +131,7 @@ class ActionFormer(nn.Module):
         return PointOutputs(logits, offsets, masks)
 
     def losses(self, features: Tensor, mask: Tensor, segments: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
-        """Focal loss of all valid points, and DIoU loss of the positive ones.
-
-        Args:
-            segments: of each video (n, 2), in steps.
-            labels: of each video (n,), int64.
-        """
+        """Focal loss of all valid points, and DIoU loss of the positive ones."""
         outputs = self(features, mask)
         logits, offsets, valid = outputs.joined()
         points = self.points(outputs, logits)
@@ -147,7 +140,7 @@ class ActionFormer(nn.Module):
         ]
         classes, extents = (torch.stack(parts) for parts in zip(*targets, strict=True))
         positive = (classes.sum(-1) > 0) & valid
-        count = self._normalizer(positive.sum())
+        count = self.normalizer(self.rpn_head.loss_normalizer, positive.sum())
         smooth = classes[valid] * (1 - self.label_smoothing) + self.label_smoothing / (self.num_classes + 1)
         classification = sigmoid_focal_loss(logits[valid], smooth, alpha=0.25, gamma=2, reduction="sum")
         regression = diou_loss(points.segments(offsets)[positive], points.segments(extents)[positive]).sum()
@@ -156,13 +149,8 @@ class ActionFormer(nn.Module):
             "regression": self._weighted(regression / count, classification / count),
         }
 
-    @torch.no_grad()
-    def decode(self, features: Tensor, mask: Tensor) -> list[Detections]:
-        """The detections of each video, in steps, before suppression."""
-        return [self.selection(segments, scores) for segments, scores in self.propose(features, mask)]
-
     def propose(self, features: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Segments (points, 2) in steps and scores (points, classes) of each video's valid points."""
+        """Those of the valid points."""
         outputs = self(features, mask)
         logits, offsets, valid = outputs.joined()
         segments = self.points(outputs, logits).segments(offsets)
@@ -172,13 +160,11 @@ class ActionFormer(nn.Module):
         """The points of a forward pass."""
         return Points.of([level.shape[1] for level in outputs.masks], self.ranges, like)
 
-    def _normalizer(self, positives: Tensor) -> Tensor:
-        """What a loss of this process is divided by; in training, after the moving average has moved."""
-        if not self.training:
-            return over_processes(positives).clamp(min=1 / processes())
-        average = self.rpn_head.loss_normalizer
-        average.copy_(moved(average, positives, self.momentum))  # in place, as DDP keeps hold of buffers
-        return average / processes()
+    def normalizer(self, average: Tensor, positives: Tensor) -> Tensor:
+        """In eval mode, of the batch alone."""
+        if self.training:
+            return super().normalizer(average, positives)
+        return over_processes(positives).clamp(min=1 / processes())
 
     def _weighted(self, regression: Tensor, classification: Tensor) -> Tensor:
         weight = self.regression_weight
@@ -191,7 +177,7 @@ class ActionFormer(nn.Module):
         wanted = max(self.max_steps, steps)
         if steps > self.max_steps:
             wanted += -steps % self.multiple
-        return F.pad(features, (0, wanted - steps)), F.pad(mask, (0, wanted - steps))
+        return padded(features, mask, wanted)
 
 
 class Pyramid(nn.Module):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.tal.segments.overlap import intersection, lengths
+
 LARGEST_GROWTH = math.log(1000 / 16)
 """Of the logarithm of a box's length, so that its exponential stays finite."""
 
@@ -80,9 +82,6 @@ def _match(boxes: Tensor, segments: Tensor, labels: Tensor, threshold: float) ->
 
 def iou(boxes: Tensor, segments: Tensor) -> Tensor:
     """(boxes, segments): of a box of the network with a ground truth."""
-    start, end = (
-        torch.stack([f(boxes[:, None, i], segments[:, i]) for f in (torch.maximum, torch.minimum)]) for i in (0, 1)
-    )
-    inter = (end[1] - start[0]).clamp(min=0)
-    union = (boxes[:, 1] - boxes[:, 0] + 1)[:, None] + (segments[:, 1] - segments[:, 0]) - inter
+    inter = intersection(boxes[:, None], segments)
+    union = (lengths(boxes) + 1)[:, None] + lengths(segments) - inter
     return inter / union.clamp(min=0)

@@ -7,9 +7,8 @@ from typing import Any
 
 from benchmarks.tal.backbones.published import Checkpoint, load_all, subtree
 from benchmarks.tal.localizers.actionformer import ActionFormer
+from benchmarks.tal.localizers.localizer import Localizer
 from benchmarks.tal.localizers.vsgn import VSGN
-
-Localizer = ActionFormer | VSGN
 
 _ANCHORS = {ActionFormer: "projection.embed.0.conv.weight", VSGN: "projection.stem_convs.conv.weight"}
 _PARTS = ("projection.", "neck.", "rpn_head.", "roi_head.")

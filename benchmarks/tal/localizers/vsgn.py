@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from benchmarks.tal.localizers.anchors import Matches, anchors, boxes_of
-from benchmarks.tal.localizers.detections import Detections, Selection
 from benchmarks.tal.localizers.graph_pyramid import Decoder, Encoder
-from benchmarks.tal.localizers.overlap import giou_loss, moved, over_processes, processes
+from benchmarks.tal.localizers.localizer import Localizer, padded
+from benchmarks.tal.localizers.losses import giou_loss
+from benchmarks.tal.localizers.normalizers import over_processes, processes
+from benchmarks.tal.segments.detections import Selection
 
 GROUPS = 32
 """Of the norms in the towers."""
@@ -52,7 +54,7 @@ class AnchorOutputs:
         return _float(_by_box(self.logits, columns))
 
 
-class VSGN(nn.Module):
+class VSGN(Localizer):
     """Features (batch, channels, steps) and mask (batch, steps) -> classes and extents of anchors.
 
     Args:
@@ -93,19 +95,15 @@ class VSGN(nn.Module):
         min_score: float = 0.001,
         most: int = 2000,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, max_steps, momentum, Selection(min_score, most))
         if strides[0] % 2 or any(s != strides[0] * 2**level for level, s in enumerate(strides)):
             raise ValueError(
                 f"VSGN: got strides {list(strides)}; expected an even number, and each further one twice the one before"
             )
-        self.num_classes = num_classes
         self.columns = 1 if num_classes == 1 else 1 + num_classes
-        self.max_steps = max_steps
         self.match_iou = match_iou
         self.refine_iou = refine_iou
         self.focal = {"alpha": focal_alpha, "gamma": focal_gamma}
-        self.momentum = momentum
-        self.selection = Selection(min_score, most)
         self.projection = Encoder(in_channels, channels, len(strides), strides[0], neighbours)
         self.neck = Decoder(channels, len(strides))
         self.rpn_head = AnchorHead(channels, len(scales), self.columns, layers)
@@ -129,12 +127,7 @@ class VSGN(nn.Module):
         return AnchorOutputs(logits, offsets, proposals, self.roi_head(levels[0], proposals), _float(boundaries))
 
     def losses(self, features: Tensor, mask: Tensor, segments: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
-        """Of boundaries, of the classes and extents of anchors, and of the refined extents.
-
-        Args:
-            segments: of each video (n, 2), in steps.
-            labels: of each video (n,), int64.
-        """
+        """Of boundaries, of the classes and extents of anchors, and of the refined extents."""
         outputs = self(features, mask)
         proposals = outputs.proposals
         by_anchor = Matches.of(self.anchors.expand_as(proposals), segments, labels, self.match_iou)
@@ -147,16 +140,15 @@ class VSGN(nn.Module):
             "refinement": self._overlap_loss("refinement", outputs.refined, by_refined),
         }
 
-    @torch.no_grad()
-    def decode(self, features: Tensor, mask: Tensor) -> list[Detections]:
-        """The detections of each video, in steps, before suppression."""
+    def propose(self, features: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The refined boxes; their scores are those of the first stage, where both ends look like ends."""
         outputs = self(features, mask)
         segments = outputs.refined.clamp(0, self.max_steps - 1)
         start, end, _ = outputs.boundaries.sigmoid().unbind(1)
         at_ends = between(start, segments[..., 0]) * between(end, segments[..., 1])
         scores = self.scores(outputs) * at_ends.unsqueeze(-1)
         actions = scores if self.num_classes == 1 else scores[..., 1:]
-        return [self.selection(s, p) for s, p in zip(segments, actions, strict=True)]
+        return list(zip(segments, actions, strict=True))
 
     def scores(self, outputs: AnchorOutputs) -> Tensor:
         """(batch, boxes, columns), probabilities by the first stage."""
@@ -165,11 +157,11 @@ class VSGN(nn.Module):
 
     def _overlap_loss(self, name: str, boxes: Tensor, matches: Matches) -> Tensor:
         loss = giou_loss(boxes[matches.positive], matches.segments[matches.positive]).sum()
-        return loss / self._normalizer(name, matches.positive.sum())
+        return loss / self.normalizer(self.get_buffer(f"loss_normalizer_{name}"), matches.positive.sum())
 
     def _class_loss(self, logits: Tensor, matches: Matches) -> Tensor:
         """Focal loss for one class; else cross entropy, averaged over actions and over background."""
-        count = self._normalizer("classification", matches.positive.sum())
+        count = self.normalizer(self.loss_normalizer_classification, matches.positive.sum())
         if self.num_classes == 1:
             return (
                 sigmoid_focal_loss(logits[..., 0], matches.positive.to(logits.dtype), reduction="sum", **self.focal)
@@ -178,21 +170,10 @@ class VSGN(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), matches.labels.flatten(), reduction="none").view_as(matches.labels)
         return _mean_where(matches.positive, loss) + _mean_where(~matches.positive, loss)
 
-    def _normalizer(self, name: str, positives: Tensor) -> Tensor:
-        """What a loss of this process is divided by. The average moves before it is used; in eval mode, where it
-        counts, it stays.
-        """
-        average = self.get_buffer(f"loss_normalizer_{name}")
-        after = moved(average, positives, self.momentum)
-        if self.training:
-            average.copy_(after)  # in place, as DDP keeps hold of buffers
-        return after / processes()
-
     def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        missing = self.max_steps - features.shape[2]
-        if missing < 0:
+        if features.shape[2] > self.max_steps:
             raise ValueError(f"VSGN: got {features.shape[2]} steps; expected at most max_steps, {self.max_steps}")
-        return F.pad(features, (0, missing)), F.pad(mask, (0, missing))
+        return padded(features, mask, self.max_steps)
 
 
 class AnchorHead(nn.Module):

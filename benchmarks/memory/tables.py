@@ -1,18 +1,46 @@
-"""Tables of the memory sweeps, of the planner's predictions, and of seconds against bytes."""
+"""Tables of bytes and seconds: of methods side by side, of what the planner predicts, of a conversion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import floor
 
+from benchmarks.harness.cells import Table, mib, quartiles
 from benchmarks.harness.record import Row
 
 STORED, CHECKPOINT = "stored activations", "checkpoint per block"
 BUDGETS_GIB = (2, 8, 32)
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 _AXES = ("depth", "batch", "length")
 
-Table = list[list[str]]
+
+def vit_depth(rows: list[Row]) -> Table:
+    """Peak memory by method (rows) and depth (columns)."""
+    depths = sorted({row["depth"] for row in rows})
+    found = {(row["method"], row["depth"]): row["peak_bytes"] for row in rows}
+    base = {depth: found[CHECKPOINT, depth] for depth in depths}
+    table = [["peak MiB of a step (× checkpointing)", *(f"depth {depth}" for depth in depths)]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        table.append([method, *(f"{mib(found[method, d])} ({found[method, d] / base[d]:.2f}×)" for d in depths)])
+    return table
+
+
+def step_time(rows: list[Row]) -> Table:
+    """Seconds of a step, and paired ratios."""
+    ratios = {
+        "to_stored": "× stored activations",
+        "to_checkpoint": "× checkpoint per block",
+        "to_whole": "× checkpoint without early stop",
+    }
+    head = ["training step", "seconds: median (quartiles)", *ratios.values()]
+    return [head, *([row["method"], *(quartiles(row[k], 3) for k in ("seconds", *ratios))] for row in rows)]
+
+
+def conversion(rows: list[Row]) -> Table:
+    """Seconds and bytes of a conversion by model."""
+    head = ["model", "seconds", "units", "peak MiB above rest", "MiB of weights"]
+    sizes = "peak_bytes", "weight_bytes"
+    return [head, *([r["model"], f"{r['seconds']:.1f}", str(r["units"]), *(mib(r[k]) for k in sizes)] for r in rows)]
 
 
 def peaks(rows: list[Row]) -> Table:
@@ -39,7 +67,7 @@ def fit(rows: list[Row]) -> Table:
         lines = {m: line for m in methods if (line := _line(rows, network, m))}
         for method in methods:
             size, peak = _points(rows, network, method)[-1]
-            table.append([network, method, f"{peak / _MIB:.1f} ({size})", *_fitted(method, lines)])
+            table.append([network, method, f"{mib(peak)} ({size})", *_fitted(method, lines)])
     return table
 
 
@@ -49,7 +77,7 @@ def _fitted(method: str, lines: dict[str, tuple[float, float, float | None]]) ->
         return [""] * (2 + len(BUDGETS_GIB))
     base, slope, off = lines[method]
     cells = [_largest(b * _GIB, (base, slope), lines.get(CHECKPOINT), lines.get(STORED)) for b in BUDGETS_GIB]
-    return [f"{slope / _MIB:.1f}", "–" if off is None else f"{off:.1%}", *cells]
+    return [f"{slope / 2**20:.1f}", "–" if off is None else f"{off:.1%}", *cells]
 
 
 def planner(rows: list[Row]) -> Table:
@@ -72,23 +100,20 @@ def _predicted(row: Row) -> str:
         if row.get("measured_time_ratio")
         else ""
     )
-    return f"{row['predicted_bytes'] / _MIB:.1f} ({_error(row):+.1%}){seconds}"
+    return f"{mib(row['predicted_bytes'])} ({_error(row):+.1%}){seconds}"
 
 
 def _rival(row: Row) -> str:
     predicted, done = row.get("checkpoint_predicted_bytes"), row.get("checkpoint_measured_bytes")
-    return f"{predicted / _MIB:.1f} ({predicted / done - 1:+.1%})" if predicted and done else ""
+    return f"{mib(predicted)} ({predicted / done - 1:+.1%})" if predicted and done else ""
 
 
 def pareto(rows: list[Row]) -> Table:
     """Peak bytes and seconds by method, least bytes first."""
     head = ["method", "peak MiB of a step", "seconds × stored activations", "seconds × checkpoint per block"]
     done = sorted((r for r in rows if r["peak_bytes"] is not None), key=lambda r: r["peak_bytes"])
-    cells = [
-        [r["method"], f"{r['peak_bytes'] / _MIB:.1f}", *(_quartiles(r[k]) for k in ("to_stored", "to_checkpoint"))]
-        for r in done
-    ]
-    return [head, *cells]
+    ratios = "to_stored", "to_checkpoint"
+    return [head, *([r["method"], mib(r["peak_bytes"]), *(quartiles(r[k], 2) for k in ratios)] for r in done)]
 
 
 def overhead(rows: list[Row]) -> Table:
@@ -97,7 +122,7 @@ def overhead(rows: list[Row]) -> Table:
     cells = [
         [
             f"{r['method']}, {r['direction']}",
-            *(f"{r[k]['median']:.0f} ({r[k]['low']:.0f}–{r[k]['high']:.0f})" for k in ("plain", "whole")),
+            *(quartiles(r[k], 0) for k in ("plain", "whole")),
             *(f"{r[k]:.0f}" for k in ("arithmetic", "machinery")),
         ]
         for r in rows
@@ -126,7 +151,7 @@ def _peak(row: Row | None, base: Row | None) -> str:
     if row["peak_bytes"] is None:
         return "–"
     ratio = f" ({row['peak_bytes'] / base['peak_bytes']:.2f}×)" if base and base["peak_bytes"] else ""
-    return f"{row['peak_bytes'] / _MIB:.1f}{ratio}"
+    return f"{mib(row['peak_bytes'])}{ratio}"
 
 
 def _points(rows: list[Row], network: str, method: str) -> list[tuple[int, int]]:
@@ -169,13 +194,12 @@ def _error(row: Row) -> float:
     return float(row["predicted_bytes"] / row["measured_bytes"] - 1)
 
 
-def _quartiles(q: Row) -> str:
-    return f"{q['median']:.2f} ({q['low']:.2f}–{q['high']:.2f})"
-
-
 PARETO = ("vit_s_16", "vit_s_16_kept", "vit_s_16__bfloat16_autocast", "gpt", "swin3d_t")
 _SWEEPS = ("vit", "couplings", "gpt", "maps", "swin3d", "convnext", "resnet", "slowfast", "large")
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
+    "vit_depth": vit_depth,
+    "step_time": step_time,
+    "conversion": conversion,
     **{f"memory_{name}": peaks for name in _SWEEPS},
     "memory_fit": fit,
     "memory_hollow": hollow,

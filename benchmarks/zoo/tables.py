@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from benchmarks.harness.record import Record, Row
+from benchmarks.harness.cells import Table, mib
+from benchmarks.harness.record import Row, read
 
+ZOOS = ("zoo_timm_models", "zoo_torchvision_models", "zoo_pytorchvideo_models", "zoo_huggingface", "zoo_third_party")
 COUPLINGS = ("bdia", "re2tal")
 CHECKS = (
     "bit_exact_bdia",
@@ -23,14 +25,13 @@ SHORT = {
     "shortcut changes shape": "changes shape",
 }
 """What a reason of the plan is called in the table, by what it contains; others stand as they are."""
-_MIB = 2**20
 
 
-def summary(records: list[Record]) -> list[list[str]]:
+def summary() -> Table:
     """One line per zoo."""
     head = ["zoo", "models", "adds found", "in chains", "of these outermost", "rewired", "share"]
     table = [[*head, "bit-exact and gradients bit-equal", "reverted equal", "failures"]]
-    for record in records:
+    for record in (record for zoo in ZOOS for record in read(zoo)):
         rows = record.results or []
         outer = sum(map(_outermost, rows))
         rewired = outer - sum(row["missing"] or 0 for row in rows)
@@ -48,7 +49,7 @@ def summary(records: list[Record]) -> list[list[str]]:
     return table
 
 
-def models(rows: list[Row]) -> list[list[str]]:
+def models(rows: list[Row]) -> Table:
     """One line per model; what fails, is not exact, or is not rewired stands on top."""
     head = [
         "model",
@@ -90,11 +91,7 @@ def _model(row: Row) -> list[str]:
 
 
 def _text(value: object) -> str:
-    return (
-        {None: "–", True: "yes", False: "**no**"}.get(value, str(value))
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    return next((text for known, text in ((None, "–"), (True, "yes"), (False, "**no**")) if value is known), str(value))
 
 
 def _exact(row: Row) -> str:
@@ -117,12 +114,8 @@ def _exactness(row: Row, coupling: str) -> str:
 def _bytes(row: Row, kind: str) -> str:
     stored, revwire, checkpoint = (row[f"{method}_{kind}_bytes"] for method in ("stored", "revwire", "checkpoint"))
     if revwire is None:
-        return _mib(stored)
-    return f"{_mib(stored)} → {_mib(revwire)} ({_mib(checkpoint)})"
-
-
-def _mib(value: int | None) -> str:
-    return "–" if value is None else f"{value / _MIB:.1f}"
+        return mib(stored)
+    return f"{mib(stored)} → {mib(revwire)} ({mib(checkpoint)})"
 
 
 def _remarks(row: Row) -> str:
@@ -139,3 +132,7 @@ def _remarks(row: Row) -> str:
 def _short(reason: str) -> str:
     known = next((short for part, short in SHORT.items() if part in reason), None)
     return known or re.sub(r"\S*\d\S*", "…", reason)
+
+
+TABLES = dict.fromkeys(ZOOS, models)
+SUMMARIES = {"zoo": summary}

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from statistics import fmean
 
+from benchmarks.harness.cells import Table, mib
 from benchmarks.harness.record import Row, read
-
-_MIB = 2**20
 
 OPENTAD = "OpenTAD, configs/re2tal"
 PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
@@ -43,7 +42,7 @@ who published it.
 """
 
 
-def recipes() -> list[list[str]]:
+def recipes() -> Table:
     """One line per configuration: published, and what runs here gave; empty where nothing was run."""
     head = ["configuration", "data", "backbone", "localizer", "average mAP, published", "average mAP, here"]
     table = [[*head, "peak GiB", "seconds per step", "trained steps"]]
@@ -66,7 +65,7 @@ def _run(row: Row) -> tuple[str, str, str, str]:
     )
 
 
-def comparison(rows: list[Row]) -> list[list[str]]:
+def comparison(rows: list[Row]) -> Table:
     """One line per way to keep activations: figures over seeds, and what a step costs."""
     seeds = sorted({row["seed"] for row in rows})
     head = ["activations", "test mAP@0.5, mean", *(f"seed {seed}" for seed in seeds), "average mAP, mean"]
@@ -77,7 +76,7 @@ def comparison(rows: list[Row]) -> list[list[str]]:
         single = [f"{100 * mine[seed]['figures']['mAP@0.50']:.1f}" if seed in mine else "" for seed in seeds]
         first = next(iter(mine.values()))
         cost = first["cost"]
-        peak = "" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / _MIB:.1f}"
+        peak = "" if cost["peak_bytes"] is None else mib(cost["peak_bytes"])
         figures = [f"{100 * fmean(half):.1f}", *single, f"{100 * fmean(average):.1f}"]
         table.append([variant, *figures, peak, _seconds(cost), str(first["steps"])])
     return table
@@ -90,7 +89,7 @@ def _seconds(cost: Row) -> str:
     return f"{cost['seconds']['median']:.3f}{ratio}"
 
 
-def memory(rows: list[Row]) -> list[list[str]]:
+def memory(rows: list[Row]) -> Table:
     """Peak memory by way to keep activations (rows) and frames (columns); what did not fit is said."""
     cases = sorted({(row["batch"], row["frames"]) for row in rows})
     found: Mapping[tuple[str, int, int], Row] = {(row["memory"], row["batch"], row["frames"]): row for row in rows}
@@ -102,11 +101,11 @@ def memory(rows: list[Row]) -> list[list[str]]:
     ]
     for way in dict.fromkeys(row["memory"] for row in rows):
         peaks = [found[way, batch, frames]["peak_bytes"] for batch, frames in cases]
-        table.append([way, *("does not fit" if peak is None else f"{peak / _MIB:.0f}" for peak in peaks)])
+        table.append([way, *("does not fit" if peak is None else mib(peak, 0) for peak in peaks)])
     return table
 
 
-def largest(rows: list[Row]) -> list[list[str]]:
+def largest(rows: list[Row]) -> Table:
     """The most frames that fit, by way to keep activations."""
     head = ["activations", "clips of a step", "most frames that fit", "to within", ""]
     return [
@@ -115,7 +114,7 @@ def largest(rows: list[Row]) -> list[list[str]]:
     ]
 
 
-TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "tal_synthetic": comparison,
     "tal_badminton": comparison,
     "tal_memory_swin_t_64px": memory,
@@ -124,3 +123,4 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "tal_largest_activitynet": largest,
     "tal_memory_activitynet": memory,
 }
+SUMMARIES = {"tal_recipes": recipes}

@@ -1,19 +1,20 @@
-"""What a localizer gives: scored segments, before any suppression."""
+"""Scored segments of one video: what a localizer gives, and what is left of it after suppression."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Detections:
+class Detections(NamedTuple):
     """Of one video.
 
     Attributes:
-        segments: (n, 2), start and end in steps of the feature grid.
+        segments: (n, 2), start and end: in steps of the feature grid, or in seconds.
         scores: (n,), from 0 to 1.
         labels: (n,), int64.
     """
@@ -21,6 +22,11 @@ class Detections:
     segments: Tensor
     scores: Tensor
     labels: Tensor
+
+    def as_results(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Those in seconds, in the form that is evaluated and written to files."""
+        rows = zip(*(part.tolist() for part in self), strict=True)
+        return [{"segment": segment, "label": classes[int(label)], "score": score} for segment, score, label in rows]
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,7 @@ class Selection:
         """From segments (places, 2) and scores (places, classes): a place may become a detection of each class."""
         classes = scores.shape[1]
         if classes == 1:
-            return Detections(
-                segments, scores[:, 0], torch.zeros(len(segments), dtype=torch.int64, device=segments.device)
-            )
+            return Detections(segments, scores[:, 0], torch.zeros_like(scores[:, 0], dtype=torch.int64))
         flat = scores.flatten()
         kept = (flat > self.min_score).nonzero()[:, 0]
         best = flat[kept].topk(min(self.most, len(kept))).indices

@@ -1,0 +1,1 @@
+"""Segments of a video: how far they overlap, and those that were detected."""
