@@ -19,6 +19,7 @@ from revwire._errors import CouplingError as CouplingError
 from revwire._errors import RangeError as RangeError
 from revwire._errors import ReconstructionError as ReconstructionError
 from revwire._errors import RevwireError as RevwireError
+from revwire._errors import UnsupportedTorchError as UnsupportedTorchError
 from revwire._errors import UnsupportedTransformError as UnsupportedTransformError
 from revwire._forwards.converted import report as report
 from revwire._plan.plan import Forecast as Forecast

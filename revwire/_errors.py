@@ -34,6 +34,10 @@ class UnsupportedTransformError(RevwireError, NotImplementedError):
     """Double backward, forward-mode AD or a `torch.func` transform through a reversible chain."""
 
 
+class UnsupportedTorchError(RevwireError, RuntimeError):
+    """This PyTorch lacks a name that a feature stands on: it is not one of the versions that revwire is tested with."""
+
+
 class BudgetError(RevwireError, ValueError):
     """A memory budget that is none, or that no mix of stored, checkpointed and reversible units fits.
 

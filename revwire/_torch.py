@@ -1,0 +1,277 @@
+"""Every private name of PyTorch that revwire uses, each once, under a name of ours.
+
+Note [Private names]
+    PyTorch may rename or change what is private without notice. So it stands here, with what it is used for, and has a
+    canary in `tests/test_torch_private.py`: an experiment that says what PyTorch changed, and which feature that
+    breaks. Where a name is missing, what stands on it raises `UnsupportedTorchError`: a single feature when it is used,
+    and ``import revwire`` where nothing would work. A name is never passed over in silence.
+
+    Nothing else in revwire uses a private name of PyTorch (a test looks), but for these: ``_version`` and ``_base`` of
+    tensors, and ``_parameters``, ``_buffers`` and ``_modules`` of modules, which are read for each tensor and module of
+    each unit, where a call more would be felt; and operators of ATen whose names begin with an underscore, which
+    PyTorch keeps for the sake of exported graphs. These too have canaries. What is asked in each unit is bound here,
+    not wrapped, for the same reason.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial, reduce
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.modules import module as registry
+
+from revwire._errors import UnsupportedTorchError
+
+
+def _unsupported(name: str, use: str) -> UnsupportedTorchError:
+    return UnsupportedTorchError(
+        f"revwire: got PyTorch {torch.__version__}, which has no {name}; expected it for {use}; install a PyTorch that "
+        "this revwire is tested with (2.10 to 2.14), or a newer revwire"
+    )
+
+
+def _bound(name: str, use: str) -> Any:
+    """What PyTorch has under a dotted name; where it has none, what raises when it is called."""
+    try:
+        return reduce(getattr, name.split(".")[1:], torch)
+    except AttributeError:
+
+        def missing(*_: Any, **__: Any) -> Any:
+            raise _unsupported(name, use)
+
+        return missing
+
+
+# -- what all stands on ------------------------------------------------------------------------------------------------
+
+try:
+    # What `torch.export` runs a model on: to be taken for the tensors that they stand for.
+    from torch._subclasses import FakeTensor as FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
+
+    # The identity through which PyTorch hands inputs to, and outputs of, a module with full backward hooks.
+    from torch.nn.modules._functions import BackwardHookFunction
+
+    # What all modules with running statistics have in common.
+    from torch.nn.modules.batchnorm import _NormBase
+
+    # Sees the operators that a run calls, below autograd.
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+    # Walks nested arguments in PyTorch's way, which is C++ where it can be.
+    from torch.utils._pytree import TreeSpec as TreeSpec
+    from torch.utils._pytree import tree_flatten as tree_flatten
+    from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map as tree_map
+    from torch.utils._pytree import tree_unflatten as tree_unflatten
+except ImportError as error:
+    raise _unsupported(f"{error.name}, or not all of it ({error})", "captures of a model") from error
+
+ModuleWithStatistics = _NormBase
+
+REPLICATE = "_replicate_for_data_parallel"
+"""What `nn.DataParallel` calls to copy a module: it finds it on the instance, which may copy more. (Without it replicas
+would run on weights of another device, which PyTorch refuses.)
+"""
+
+HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps its hooks."""
+
+_ATTRIBUTES: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (nn.Module(), ("_parameters", "_buffers", "_modules", "_is_full_backward_hook", "_compiled_call_impl")),
+    (nn.Module(), HOOK_TABLES),
+    (registry, ("_global_forward_hooks", "_global_forward_pre_hooks")),
+    (registry, ("_global_backward_hooks", "_global_is_full_backward_hook")),
+    (Tensor, ("_version", "_base")),
+    (torch.UntypedStorage, ("_cdata",)),
+    (torch.autograd.Function, ("_backward_cls",)),
+    (torch.ops.aten.add.Tensor, ("_schema",)),
+    (torch.fx.Node, ("_rename",)),
+)
+"""Attributes that are read as such, here and elsewhere, and what has them."""
+
+for _owner, _names in _ATTRIBUTES:
+    for _name in _names:
+        if not hasattr(_owner, _name):
+            raise _unsupported(f"{_name} on {_owner}", "captures and recomputes of modules")
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+_REBUILT = "the backward pass of reversible and checkpointed units"
+
+current_graph_task_id: Callable[[], int] = _bound("torch._C._current_graph_task_id", _REBUILT)
+"""The id of the backward pass that runs on this thread, or -1: each pass rewinds a tape by itself."""
+
+current_graph_task_keeps_graph: Callable[[], bool] = _bound(
+    "torch._C._autograd._get_current_graph_task_keep_graph", _REBUILT
+)
+"""Whether that pass was given ``retain_graph``: then a tape must be left as it is for the next one."""
+
+queue_callback: Callable[[Callable[[], None]], None] = _bound(
+    "torch.autograd.Variable._execution_engine.queue_callback", _REBUILT
+)
+"""Have something called at the end of the backward pass that runs: what it held is freed, deferred checks are read."""
+
+set_grad_enabled: Callable[[bool], None] = _bound("torch._C._set_grad_enabled", _REBUILT)
+"""What `torch.set_grad_enabled` does, without its object: a recompute switches twice."""
+
+top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _bound(
+    "torch._C._autograd._top_saved_tensors_default_hooks", "units that see the saved-tensor hooks around them"
+)
+"""The saved-tensor hooks in force (pack, unpack), if any; False: also where they are being traced."""
+
+
+def backward_node(function: Any) -> Any:
+    """The class of the graph nodes that an `autograd.Function` makes."""
+    return function._backward_cls
+
+
+HOOKED_NODE: Any = backward_node(BackwardHookFunction)
+"""The graph node of the identity around a module with full backward hooks."""
+
+_FSDP = "torch.distributed.fsdp"
+_FSDP_GROUP, _FSDP_IDENTITY = f"{_FSDP}._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction"
+
+
+def identity_nodes() -> tuple[Any, ...]:
+    """The graph nodes of the identities that PyTorch puts around modules, behind which a chain goes on: for backward
+    hooks, and by FSDP2 if it was ever imported.
+
+    Raises:
+        UnsupportedTorchError: FSDP2 is in use, and has no such identity: chains would begin anew at each module that it
+            shards.
+    """
+    function = getattr(sys.modules.get(_FSDP_GROUP), _FSDP_IDENTITY, None)
+    if function is not None:
+        return HOOKED_NODE, backward_node(function)
+    fsdp = sys.modules.get(_FSDP)
+    if fsdp is not None and _serves(fsdp.FSDPModule):
+        raise _unsupported(f"{_FSDP_GROUP}.{_FSDP_IDENTITY}", "chains that go on through modules sharded by FSDP2")
+    return (HOOKED_NODE,)
+
+
+def _serves(mixin: Any) -> bool:
+    """Whether there are modules of this class: `fully_shard` gives each one that it shards a class of its own."""
+    return any(issubclass(c, nn.Module) or _serves(c) for c in mixin.__subclasses__())
+
+
+def inside_checkpoint() -> bool:
+    """Whether the saved-tensor hooks in force are those of non-reentrant activation checkpointing, of whichever
+    library.
+    """
+    hooks = top_saved_tensors_hooks(False)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+
+
+def checkpoint_stops_early() -> bool:
+    """What `torch.utils.checkpoint.set_checkpoint_early_stop` was told; where that cannot be seen, the slow way that is
+    always right.
+    """
+    return getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", False) is not False
+
+
+def saves_result(node: Any) -> bool:
+    """Whether a graph node saves its result for its gradient, as a ReLU does. (PyTorch refuses the backward pass where
+    one does, and was written to.)
+    """
+    return hasattr(type(node), "_saved_result")
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether hooks run around the forward of every module."""
+    return bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
+
+
+def has_old_backward_hooks(module: nn.Module) -> bool:
+    """Whether `register_backward_hook` was called, of this module or of all: not the full ones."""
+    own = module._backward_hooks and not module._is_full_backward_hook
+    return bool(own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook))
+
+
+def full_backward_hook_tables(module: nn.Module) -> tuple[str, ...]:
+    """Where a module keeps its full backward hooks."""
+    old = module._is_full_backward_hook is False
+    return ("_backward_pre_hooks",) if old else ("_backward_hooks", "_backward_pre_hooks")
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """The copy of a module that `nn.DataParallel` makes, before it gets its weights."""
+    replica: nn.Module = getattr(type(module), REPLICATE)(module)
+    return replica
+
+
+# -- compilers, exporters and transforms -------------------------------------------------------------------------------
+
+disable_dynamo: Any = getattr(getattr(torch, "_compile", None), "_disable_dynamo", torch.compiler.disable)
+"""`torch.compiler.disable` (which does as well where this is missing), but imports the compiler when it is needed."""
+
+tracing_state: Callable[[], Any] = _bound("torch._C._get_tracing_state", "calls that `torch.jit.trace` might record")
+"""None unless `torch.jit.trace` runs."""
+
+functorch_interpreter: Callable[[], Any] = _bound(
+    "torch._C._functorch.peek_interpreter_stack", "the refusal of `torch.func` transforms"
+)
+"""None unless a `torch.func` transform is in force."""
+
+is_fx_symbolic_tracing: Callable[[], bool] = _bound(
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing", "the refusal of `torch.fx` traces"
+)
+"""Whether `torch.fx.symbolic_trace` runs."""
+
+_DYNAMO = "torch._dynamo"
+
+
+def dynamo_is_imported() -> bool:
+    """Whether the compiler was ever imported; else nothing is compiled."""
+    return _DYNAMO in sys.modules
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module's code is compiled as a whole, by `nn.Module.compile` or `torch.compile`."""
+    return module._compiled_call_impl is not None or type(module).__module__.startswith(_DYNAMO)
+
+
+# -- operators and memory ----------------------------------------------------------------------------------------------
+
+no_torch_function: Callable[[], AbstractContextManager[Any]] = _bound(
+    "torch._C.DisableTorchFunction", "captures of a model"
+)
+"""A context in which no `TorchFunctionMode` sees a call."""
+
+no_torch_dispatch: Callable[[], AbstractContextManager[Any]] = _bound(
+    "torch._C._DisableTorchDispatch", "the comparison of what is rebuilt with what was"
+)
+"""A context in which no `TorchDispatchMode` sees a call."""
+
+version_shared: Callable[[], AbstractContextManager[Any]] = partial(
+    _bound("torch._C._SetExcludeDispatchKeyGuard", "selective units"),
+    _bound("torch._C.DispatchKey.ADInplaceOrView", "selective units"),
+    False,
+)
+"""A context in which `Tensor.detach` gives a tensor with the same version counter, also below autograd."""
+
+
+def arguments_of(operator: Any) -> Any:
+    """What an operator is declared to take: names, defaults, whether it writes to them."""
+    return operator._schema.arguments
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """What tells one memory from another, also where both are empty, as an address does not."""
+    return int(storage._cdata)
+
+
+def rename_node(node: torch.fx.Node, name: str) -> None:
+    """Give a node of a graph another name, which may be taken: then a number is added."""
+    node._rename(name)
