@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from cases import FAST
+from revwire._budget.forms import Form
 from toys import WIDTH, PreNorm, stored, toy
 
 LETTERS = {"s": "stored", "p": "selective", "c": "checkpointed", "r": "reversible"}
+FORMS = {
+    "r": Form.REVERSIBLE,
+    "c": Form.CHECKPOINTED,
+    "p": Form.SELECTIVE,
+    "s": Form.STORED,
+    "z": Form.TO_THE_END,
+    "y": Form.SECOND_TO_END,
+    "x": Form.LATER_TO_END,
+    "a": Form.WHOLE_CHAIN,
+}
 SHAPE = (16, 64, WIDTH)
 STREAM = 16 * 64 * WIDTH * 4
 """Bytes of one state of this shape."""
@@ -22,6 +33,10 @@ each_fast_exact_case = pytest.mark.parametrize("case", [c for c in FAST if c.exa
 
 def modes_of(mix):
     return tuple(LETTERS[letter] for letter in mix)
+
+
+def forms_of(mix):
+    return [FORMS[letter] for letter in mix]
 
 
 def mixed(case, mix, kind=PreNorm):

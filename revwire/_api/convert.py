@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from revwire._budget.apply import _spend_less
+from revwire._budget.apply import spend_less
 from revwire._budget.fit import serves_better
 from revwire._capture.arguments import as_call
 from revwire._capture.run import record
@@ -218,7 +218,7 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
     vars(model)[_STATE] = Converted(found, chains, checkpointed, parted)
     if chains and (options.chunks not in (None, 1) or options.budget is not None):
         try:
-            _spend_less(model, as_call(example_inputs), options)
+            spend_less(model, as_call(example_inputs), options)
         except BaseException:
             revert(model)
             raise

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -21,68 +20,11 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from revwire._budget.marker import Mark, Place, _Marker, _Sample
+from revwire._budget.marker import _Marker, _Sample
+from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
 from revwire.measure._memory_trace import _NAME, _standard_error_closed
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A piece of a step.
-
-    Attributes:
-        mark: what began it.
-        level: bytes alive at its beginning, above rest.
-        peak: the most bytes alive during it, above rest.
-        seconds: its wall-clock time.
-    """
-
-    mark: Mark
-    level: int
-    peak: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Seconds of what a chain does to its streams for one unit: keeping the bits, and going back."""
-
-    keep: float
-    undo: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One step with every unit reversible.
-
-    Attributes:
-        places: the unit of each run, in the order of the forward pass.
-        stretches: the pieces of the step, in order.
-        saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
-        rebuilt: bytes that its recomputes save, all together: fewer, where autocast keeps one cast of x_k, which is a
-            leaf there.
-        held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
-        arithmetic: of each run.
-        looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
-        results: bytes of what the branch of a run gave, where that is narrower than a state.
-        saves_state: whether a run saves its input itself, as the float value of a state, which nothing else holds.
-        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or until the
-            run is rebuilt.
-    """
-
-    places: tuple[Place, ...]
-    stretches: tuple[Stretch, ...]
-    saved: tuple[int, ...]
-    arithmetic: tuple[Arithmetic, ...]
-    rebuilt: tuple[int, ...] = ()
-    held: tuple[int, ...] = ()
-    looks: tuple[int, ...] = ()
-    results: tuple[int, ...] = ()
-    saves_state: tuple[int, ...] = ()
-    early: tuple[int, ...] = ()
-    lasting: tuple[int, ...] = ()
-
 
 _TRIES = 3
 
@@ -126,24 +68,25 @@ def measured(
         for chain, before in zip(chains, found, strict=True):
             chain.modes = before
     stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
-    runs = range(len(marker.places))
-    sizes = {run: sum(seen.size for seen in marker.seen.get(run, ())) for run in marker.rebuilt}
-    by_run = (
-        sizes,
-        marker.rebuilt,
-        marker.held,
-        marker.looks,
-        marker.results,
-        marker.saves_state,
-        marker.early,
-        marker.lasting,
-    )
-    saved, rebuilt, held, looks, results, saves_state, early, lasting = (
-        tuple(found.get(run, 0) for run in runs) for found in by_run
-    )
-    arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
-    return Measured(
-        tuple(marker.places), stretches, saved, arithmetic, rebuilt, held, looks, results, saves_state, early, lasting
+    runs = (_run(marker, i, timed[marker.samples[place]]) for i, place in enumerate(marker.places))
+    return Measured(tuple(runs), stretches)
+
+
+def _run(marker: _Marker, run: int, arithmetic: Arithmetic) -> Run:
+    """What a marker has found out about a run. What was never rebuilt was stored already."""
+    rebuilt = run in marker.rebuilt
+    lasting = marker.lasting.get(run, 0)
+    return Run(
+        marker.places[run],
+        arithmetic,
+        saved=sum(seen.size for seen in marker.seen.get(run, ())) if rebuilt else 0,
+        rebuilt=marker.rebuilt.get(run, 0),
+        held=marker.held.get(run, 0),
+        glances=marker.looks.get(run, 0),
+        result=marker.results.get(run, 0),
+        early=max(marker.early.get(run, 0), lasting),
+        lasting=lasting,
+        saves_state=bool(marker.saves_state.get(run)),
     )
 
 

@@ -1,13 +1,24 @@
-"""The fastest mix within a budget."""
+"""The fastest forms of the units within a budget.
+
+Note [The search]
+    Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes
+    by prefix] in `levels`), so partial choices that keep about as many bytes, and leave the open chains in the same
+    forms, compare by their seconds alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the
+    budget wide; bytes themselves are never rounded.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from revwire._budget.costs import Costs
-from revwire._budget.forms import MODES, Form
+from revwire._budget.forms import Form
 
 _CLASSES = 256
+
+
+_LEAST_KEPT = -(10**12)
+"""The class of bytes that holds, instead of the fastest choice, the one that keeps least."""
 
 
 _MOST = 3000  # partial choices that go on; only chains that run side by side make so many
@@ -41,7 +52,7 @@ def search(costs: Costs, budget: int) -> list[Form] | None:
     if max(costs.waiting[0]) > budget:
         return None
     for run, unit in enumerate(costs.units):
-        own = {form: costs.peaks(run, form) for form in MODES if form != "p" or unit.selective}
+        own = {form: costs.peaks(run, form) for form in Form if form is not Form.SELECTIVE or unit.selective}
         best: dict[tuple[_Open, int], _Choice] = {}
         for open_, choices in states.items():
             others = tuple((c, f) for c, f in open_ if c != unit.chain)
@@ -57,9 +68,9 @@ def search(costs: Costs, budget: int) -> list[Form] | None:
                     ):
                         continue
                     new = _Choice(kept, early, choice.gain + gain, (form, choice.forms))
-                    for key in ((then, kept // width), (then, -(10**12))):  # the second: that which keeps least
+                    for key in ((then, kept // width), (then, _LEAST_KEPT)):
                         old = best.get(key)
-                        if old is None or _better(new, old, least=key[1] == -(10**12)):
+                        if old is None or _better(new, old, least=key[1] == _LEAST_KEPT):
                             best[key] = new
         states = _grouped(best)
         if not states:
