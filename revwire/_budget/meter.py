@@ -4,27 +4,24 @@ next.
 Note [Marks]
     A chain tells its meter where each unit begins and ends in the forward pass, and its monitor when a state has been
     rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
-    CPU the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching
-    allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
+    CPU the marks stand among the allocator's own reports in one trace (see Note [Bytes on the CPU]); on CUDA the
+    caching allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch.autograd import profiler
 
 from revwire._budget.marker import _Marker, _Sample
 from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
-from revwire.measure._memory_trace import _NAME, _standard_error_closed
+from revwire.measure._trace import Bytes, synchronize, traced
 
 _TRIES = 3
 
@@ -57,7 +54,7 @@ def measured(
             chain.modes = mine
         step()
         for _ in range(_TRIES):
-            levels, marker = (_cuda_levels if device.type == "cuda" else _cpu_levels)(chains, step)
+            levels, marker = _levels(chains, step, device)
             seconds = _seconds(chains, step, device, rounds)
             if len(seconds) == len(marker.marks):
                 break
@@ -67,7 +64,9 @@ def measured(
     finally:
         for chain, before in zip(chains, found, strict=True):
             chain.modes = before
-    stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
+    stretches = tuple(
+        Stretch(mark, at.begin, at.peak, s) for mark, at, s in zip(marker.marks, levels, seconds, strict=True)
+    )
     runs = (_run(marker, i, timed[marker.samples[place]]) for i, place in enumerate(marker.places))
     return Measured(tuple(runs), stretches)
 
@@ -102,54 +101,17 @@ def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
             chain.meter = chain.monitor = None
 
 
-def _cpu_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:
-    def note() -> None:
-        with profiler.record_function(f"{_NAME}{len(marker.marks)}"):
-            pass
+def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Bytes], _Marker]:
+    """Of each stretch; and the marker that told where they begin."""
+    markers: list[_Marker] = []
 
-    marker = _Marker(chains, note)
-    gc.collect()
-    trace: Any = profiler.profile(profile_memory=True)
-    with _standard_error_closed():
-        trace.__enter__()
-    try:
-        with _marked(chains, marker):
+    def marked(mark: Callable[[], None]) -> None:
+        markers.append(_Marker(chains, mark))
+        with _marked(chains, markers[0]):
             step()
-    finally:
-        with _standard_error_closed():
-            trace.__exit__(None, None, None)
-    levels: list[tuple[int, int]] = []
-    alive = 0
-    for event in trace.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            if levels:
-                levels[-1] = levels[-1][0], max(levels[-1][1], alive)
-        elif event.name().startswith(_NAME):
-            levels.append((alive, alive))
-    return levels, marker
 
-
-def _cuda_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:
-    levels: list[tuple[int, int]] = []
-
-    def close() -> None:
-        if levels:
-            levels[-1] = levels[-1][0], torch.cuda.max_memory_allocated() - rest
-
-    def note() -> None:
-        close()
-        levels.append((torch.cuda.memory_allocated() - rest, 0))
-        torch.cuda.reset_peak_memory_stats()
-
-    marker = _Marker(chains, note)
-    gc.collect()
-    torch.cuda.synchronize()
-    rest = torch.cuda.memory_allocated()
-    with _marked(chains, marker):
-        step()
-    close()
-    return levels, marker
+    _, *found = traced(marked, device)  # before the first mark nothing happens
+    return found, markers[0]
 
 
 def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
@@ -157,8 +119,7 @@ def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
     times: list[float] = []
 
     def note() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(perf_counter())
 
     best: list[float] = []
@@ -198,7 +159,6 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
     for _ in range(3):
         start = perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, perf_counter() - start)
     return best
