@@ -492,7 +492,7 @@ def test_the_plan_says_where_checkpointing_fits_a_budget_in_less_time():
     assert not rival(105, planned, fast)
     assert not rival(120, planned, Point(110, 1.99))
     assert not rival(None, planned, fast)
-    assert "about 0.0 MB" in rival(None, planned, Point(90, 3.0))[0]
+    assert "about 0.1 KiB" in rival(None, planned, Point(90, 3.0))[0]
 
 
 def test_a_host_of_many_units_is_no_block():

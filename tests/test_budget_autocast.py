@@ -305,7 +305,7 @@ def test_casts_of_an_input_are_one_in_a_recompute_and_several_when_stored():
         0,
         *[2 * x.nbytes // 2] * 3,
     ]  # the first needs no gradient of x
-    assert costs.forecast(list("aaaa"))[0] == pytest.approx(taken(model, run, "aaaa"), rel=0.06)
+    assert costs.forecast(forms_of("aaaa"))[0] == pytest.approx(taken(model, run, "aaaa"), rel=0.06)
 
 
 class Front(nn.Module):

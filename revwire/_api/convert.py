@@ -76,7 +76,7 @@ def plan(
             Their batch statistics count once. None: none, or under a memory budget, those that stay if it is better so;
             ``[]``: none in any case.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds
-            weights, ``.grad`` and inputs: an int, ``"6GiB"``, ``"512MB"``, or ``"least"`` for the fastest mix that
+            weights, ``.grad`` and inputs: an int, ``"6GiB"``, ``"512MiB"``, or ``"least"`` for the fastest mix that
             needs least. A few steps are measured, with the mean square of the outputs as loss, in the mode that the
             model is in; then each unit is stored, checkpointed (with or without what its products gave) or reversible,
             so that the step is fastest within the budget. ``plan.forecast`` has the prediction. None: every unit is

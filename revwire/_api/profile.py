@@ -20,11 +20,9 @@ from revwire._forwards.converted import report
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 from revwire.measure._training_step import Loss, autocast_left, device_of, mean_square, own_leaves, run_model
+from revwire.measure.sizes import MIB
 
 REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
-
-
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
     s = cost.seconds
     return (
         name,
-        f"{cost.saved_bytes / _MIB:.1f}",
-        f"{cost.peak_bytes / _MIB:.1f}",
+        f"{cost.saved_bytes / MIB:.1f}",
+        f"{cost.peak_bytes / MIB:.1f}",
         f"{s.median:.3f} ({s.low:.3f}-{s.high:.3f})",
         f"{cost.time_ratio.median:.2f}",
     )

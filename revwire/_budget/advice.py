@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from revwire._budget.costs import Costs
 from revwire._plan.plan import Plan
+from revwire.measure.sizes import spelled
 
 
 def idle(plan: Plan, costs: Costs) -> tuple[str, ...]:
@@ -20,7 +21,7 @@ def idle(plan: Plan, costs: Costs) -> tuple[str, ...]:
         other, faster = costs.forecast(stored)
         if other <= peak * 1.02:
             out.append(
-                f"{chain.name}: reversible gains nothing here: stored, the peak of a step is {other / 1e6:.1f} MB "
-                f"instead of {peak / 1e6:.1f} MB, in {faster / seconds:.0%} of the time"
+                f"{chain.name}: reversible gains nothing here: stored, the peak of a step is {spelled(other)} "
+                f"instead of {spelled(peak)}, in {faster / seconds:.0%} of the time"
             )
     return tuple(out)

@@ -24,6 +24,7 @@ from revwire._plan.options import Budget, parse_budget
 from revwire._plan.plan import Forecast, Plan, PlannedChain, Point
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
+from revwire.measure.sizes import spelled
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,11 @@ def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint:
     other = "".join(f"; {line}" for line in rival(None, Point(smallest, 0.0), checkpoint))
     return BudgetError(
         f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least "
-        f"{smallest} ({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs "
-        f"on this example; pass memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits "
-        f"('re2tal' keeps none){other}",
+        f"{smallest} ({spelled(smallest, up=True)}), which the best mix of stored, checkpointed and reversible units "
+        f"needs on this example; pass memory_budget={smallest} or more, a smaller batch, or a coupling that keeps "
+        f"fewer bits ('re2tal' keeps none){other}",
         smallest,
     )
-
-
-def _rounded_up(size: int) -> str:
-    mebibyte = 2**20
-    return f"{-(-size * 10 // mebibyte) / 10} MiB"
 
 
 def serves_better(a: Forecast, b: Forecast) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from revwire._budget.costs import Costs
 from revwire._plan.plan import Plan, Point
+from revwire.measure.sizes import spelled
 
 _UNITS_OF_A_BLOCK = 8
 
@@ -76,7 +77,7 @@ def rival(size: int | None, planned: Point, checkpoint: Point | None) -> tuple[s
     name = "torch.utils.checkpoint around the same blocks of the original network"
     if size is None and checkpoint.peak_bytes < 0.97 * planned.peak_bytes:
         return (
-            f"{name} would need less, about {checkpoint.peak_bytes / 1e6:.1f} MB: where the peak is a wide stage of "
+            f"{name} would need less, about {spelled(checkpoint.peak_bytes)}: where the peak is a wide stage of "
             "few blocks, the two states of its chain cost more than the few inputs that checkpointing keeps; consider "
             "that instead, or chunks",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from revwire._errors import BudgetError, ConversionError, CouplingError
 from revwire.couplings import BY_PATTERN, DEFAULT, coupling_from
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
+from revwire.measure.sizes import parsed
 
 Patterns = str | Sequence[str] | None
 
@@ -56,12 +56,6 @@ Budget = int | str | None
 LEAST = "least"
 
 
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
 def parse_budget(budget: Budget) -> int | None:
     """A budget in bytes; None for ``"least"``.
 
@@ -70,18 +64,13 @@ def parse_budget(budget: Budget) -> int | None:
     """
     if budget == LEAST:
         return None
-    size = budget if type(budget) is int else _parsed(budget) if isinstance(budget, str) else 0
-    if size <= 0:
+    size = budget if type(budget) is int else parsed(budget) if isinstance(budget, str) else None
+    if size is None or size <= 0:
         raise BudgetError(
-            f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MB' or the like, or "
+            f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MiB' or the like, or "
             "'least'"
         )
     return size
-
-
-def _parsed(text: str) -> int:
-    match = re.fullmatch(r"(\d+\.?\d*)\s*(\w*)", text.strip())
-    return int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
 
 
 Couplings = str | Coupling | Mapping[str, str | Coupling]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import NamedTuple
 
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError, ConversionError
 from revwire._plan.costed import with_costs
 from revwire._plan.options import STAYS, Options
-from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped, _elements
+from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._programs.assembly import Program, pattern_of
 from revwire._programs.build import build_graph
 from revwire._programs.calls import Slot
@@ -289,7 +290,7 @@ class Planner:
     def planned(self, units: list[_Found], chain: Chain) -> PlannedChain:
         first = self.recording.values[units[0].candidate.fork]
         width = 8 if first.dtype.itemsize == 8 else 4
-        streams = 2 * _elements(first.shape) * width
+        streams = 2 * prod(first.shape) * width
         bare = PlannedChain(
             chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
         )

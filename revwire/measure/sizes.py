@@ -18,9 +18,8 @@ def spelled(count: float, *, up: bool = False) -> str:
         >>> spelled(111_280_128), spelled(-1000), spelled(6 * 2**30 + 1, up=True)
         ('106.1 MiB', '-1.0 KiB', '6.01 GiB')
     """
-    size, name, places = GIB, "GiB", 2
-    if abs(count) < GIB:
-        size, name, places = (MIB, "MiB", 1) if abs(count) >= MIB / 10 else (KIB, "KiB", 1)
+    sizes = ((GIB, "GiB", 2), (MIB, "MiB", 1), (KIB, "KiB", 1))
+    size, name, places = next((one for one in sizes if abs(count) >= one[0]), sizes[-1])
     value = ceil(count * 10**places / size) / 10**places if up else count / size
     return f"{value:.{places}f} {name}"
 
