@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revwire._api.convert import revert, stored_activations
+from revwire._api.report import report
+from revwire._api.revert import revert
+from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call
-from revwire._forwards.converted import report
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 from revwire.measure._training_step import Loss, autocast_left, device_of, mean_square, own_leaves, run_model

@@ -14,7 +14,7 @@ from revwire._budget.ways import Ways
 from revwire._capture.arguments import _Call
 from revwire._errors import BudgetError
 from revwire._forwards.base import take_off
-from revwire._forwards.converted import Converted, Parted, _switch, converted
+from revwire._forwards.converted import Converted, Parted, converted, switch
 from revwire._plan.costed import with_costs
 from revwire._plan.options import Budget, Options
 from revwire._plan.plan import Plan, PlannedChain
@@ -38,7 +38,7 @@ def spend_less(model: nn.Module, call: _Call, options: Options) -> None:
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
-        _switch(state.checkpointed, on=not wanted)
+        switch(state.checkpointed, on=not wanted)
         found = _fitted(model, state, call, options.budget, Ways(model, state, call, options.chunks, choose=wanted))
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)

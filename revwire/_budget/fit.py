@@ -218,12 +218,3 @@ def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint:
         f"fewer bits ('re2tal' keeps none){other}",
         smallest,
     )
-
-
-def serves_better(a: Forecast, b: Forecast) -> bool:
-    """Whether ``a`` is clearly the better plan for the same budget: faster; or, where the least memory was asked for,
-    smaller.
-    """
-    if a.budget is not None:
-        return a.seconds < 0.98 * b.seconds
-    return a.peak_bytes < 0.98 * b.peak_bytes or (a.peak_bytes <= b.peak_bytes and a.seconds < 0.98 * b.seconds)

@@ -11,7 +11,7 @@ from torch import nn
 from revwire._budget.mixes import Picks
 from revwire._capture.arguments import _Call, fresh_arguments
 from revwire._errors import ConversionError
-from revwire._forwards.converted import Converted, _switch
+from revwire._forwards.converted import Converted, switch
 from revwire._plan.costed import chunks_of
 from revwire._plan.options import Chunks, refuse_idle_globs, wanted
 from revwire._splitting.probe import Prober, probed
@@ -79,7 +79,7 @@ class Ways:
             run_model(self.model, given)
 
     def _switched(self, on: bool) -> Callable[[], None]:
-        return lambda: _switch(self.state.checkpointed, on=on)
+        return lambda: switch(self.state.checkpointed, on=on)
 
     def _cutting(self, prober: Prober, wish: Chunks) -> Way:
         def apply() -> None:

@@ -15,7 +15,7 @@ from revwire.measure.sizes import parsed
 Patterns = str | Sequence[str] | None
 
 
-def _options(
+def options_of(
     choice: Choice,
     include: Patterns,
     exclude: Patterns,
@@ -25,6 +25,12 @@ def _options(
     checkpoint: Patterns = None,
     budget: Budget = None,
 ) -> Options:
+    """What the caller wrote, checked.
+
+    Raises:
+        ConversionError: what is no glob, or no number of chunks.
+        BudgetError: what is no budget.
+    """
     if chunks is not None:
         refuse_no_chunks(chunks)
     if budget is not None:

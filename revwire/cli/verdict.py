@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from revwire._api.report import report
 from revwire._api.verify import Check
-from revwire._forwards.converted import report
 
 FLOAT_TOLERANCE = 1e-3
 """Relative error at which float streams still pass: states within 1e-4 by the library's own limit, gradients ten times
