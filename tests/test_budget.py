@@ -457,7 +457,7 @@ def test_the_plan_says_where_checkpointing_would_need_less():
     torch.manual_seed(0)
     plan = revwire.plan(swin3d_t(weights=None).train(), torch.randn(1, 3, 16, 56, 56), memory_budget="least", chunks=1)
     assert plan.forecast.checkpoint.peak_bytes < 0.97 * plan.forecast.peak_bytes
-    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 28" in str(
+    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 26" in str(
         plan
     )
     assert "would need less" not in str(revwire.plan(transformer(), INPUTS, memory_budget="least", chunks=1))

@@ -13,7 +13,8 @@ from revwire._capture.arguments import _Call, fresh_arguments
 from revwire._errors import ConversionError
 from revwire._forwards.converted import Converted, switch
 from revwire._plan.costed import chunks_of
-from revwire._plan.options import Chunks, refuse_idle_globs, wanted
+from revwire._plan.globs import refuse_idle_globs
+from revwire._plan.options import Chunks, wanted
 from revwire._splitting.probe import Prober, probed
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_alone

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from revwire._errors import BudgetError, ConversionError, CouplingError
+from revwire._plan.globs import first_match, refuse_idle_globs
 from revwire.couplings import BY_PATTERN, DEFAULT, coupling_from
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
 from revwire.measure.sizes import parsed
@@ -128,7 +128,7 @@ class Choice:
 
     def coupling(self, names: tuple[str, ...], pattern: str) -> Coupling:
         """The coupling of the unit that goes by these names, and has this pattern."""
-        chosen = next((c for glob, c in self.globs if any(fnmatchcase(n, glob) for n in names)), self.default)
+        chosen = first_match(names, self.globs, self.default)
         return BY_PATTERN[pattern] if chosen is None else chosen
 
     def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
@@ -170,20 +170,6 @@ class Choice:
         return spacing
 
 
-def refuse_idle_globs(option: str, globs: Iterable[str], names: Sequence[tuple[str, ...]]) -> None:
-    """Raise where a glob matches none of the units, given by their names.
-
-    Raises:
-        ConversionError: names the option, the glob, and some units.
-    """
-    for glob in globs:
-        if not any(fnmatchcase(n, glob) for several in names for n in several):
-            some = ", ".join(several[0] for several in names[:3])
-            raise ConversionError(
-                f"{option}: got the glob {glob!r}, which matches no unit; expected one that does: {some} ..."
-            )
-
-
 def _float_error(couplings: Sequence[Coupling]) -> float:
     """Expected relative error after undoing these units in float32."""
     return max(couplings, key=lambda c: c.error_growth).float_error(len(couplings))
@@ -210,7 +196,7 @@ def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:
     """The number of chunks of the unit that goes by these names."""
     if isinstance(chunks, int):
         return chunks
-    return next((count for glob, count in chunks.items() if any(fnmatchcase(n, glob) for n in names)), 1)
+    return first_match(names, chunks.items(), 1)
 
 
 AUTO: Literal["auto"] = "auto"

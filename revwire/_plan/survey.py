@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
 from revwire._capture.recording import Recording
-from revwire._errors import CaptureError, ConversionError
+from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
+from revwire._plan.globs import idle_glob, matches
 from revwire._plan.options import STAYS, Options
 from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._programs.assembly import Program, pattern_of
@@ -119,9 +119,9 @@ class Planner:
         if c.add in self.banned:
             return self.banned[c.add]
         path, host = self.path(c, ((), 0)), self.name(c.host)
-        if any(fnmatchcase(n, p) for p in self.options.exclude for n in (path, host)):
+        if matches((path, host), self.options.exclude):
             return "excluded by the caller"
-        if self.options.include and not any(fnmatchcase(n, p) for p in self.options.include for n in (path, host)):
+        if self.options.include and not matches((path, host), self.options.include):
             return "excluded: not among the caller's include patterns"
         return (
             None
@@ -135,7 +135,7 @@ class Planner:
         if wish is None:
             return [c.host]
         calls = self.recording.calls_around(c.add) if wish else ()
-        return [call for call in calls if any(fnmatchcase(self.name(call), glob) for glob in wish)]
+        return [call for call in calls if matches([self.name(call)], wish)]
 
     def checkpointed(self, search: Search, units: list[list[_Found]]) -> tuple[tuple[str, ...], int]:
         """(names of the modules outside of chains that are to be checkpointed, or may be; bytes that other blocks keep
@@ -164,14 +164,16 @@ class Planner:
             calls = (
                 left
                 if glob == STAYS
-                else [e.number for e in events if e.is_module and fnmatchcase(self.name(e.number), glob)]
+                else [e.number for e in events if e.is_module and matches([self.name(e.number)], [glob])]
             )
             good = [call for call in sorted(set(calls)) if free(call)]
             if not good and glob != STAYS:
-                raise ConversionError(
-                    f"checkpoint: got {glob!r}, under which no module can be checkpointed; expected modules that the "
-                    "example ran, "
-                    "outside of chains and holding none, which draw or keep nothing beside tensors"
+                raise idle_glob(
+                    "checkpoint",
+                    glob,
+                    "under which no module can be checkpointed",
+                    "modules that the example ran, outside of chains and holding none, which draw or keep nothing "
+                    "beside tensors",
                 )
             found.update({self.name(call): None for call in good})
         names = tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
@@ -196,13 +198,14 @@ class Planner:
         """Raise where a glob of ``whole`` made no module one unit."""
         hosts = {u.host_path: u.key == WHOLE for members in units for u in members}
         for glob in self.options.whole or ():
-            if not any(whole and fnmatchcase(host, glob) for host, whole in hosts.items()):
+            if not matches([host for host, whole in hosts.items() if whole], [glob]):
                 some = ", ".join([repr(host) for host in hosts if host][:5])
-                raise ConversionError(
-                    f"whole: got {glob!r}, under which no module can be one unit; expected modules that lead an "
-                    "input to an output of the "
-                    "same shape by residual adds, at least two in a row; such as those that hold units now: "
-                    f"{some or 'the model itself'}"
+                raise idle_glob(
+                    "whole",
+                    glob,
+                    "under which no module can be one unit",
+                    "modules that lead an input to an output of the same shape by residual adds, at least two in a "
+                    f"row; such as those that hold units now: {some or 'the model itself'}",
                 )
 
     # -- chains ----------------------------------------------------------------------------------------------------
