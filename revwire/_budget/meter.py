@@ -17,7 +17,7 @@ from time import perf_counter
 
 import torch
 
-from revwire._budget.marker import _Marker, _Sample
+from revwire._budget.marker import Marker, Operands
 from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
@@ -71,7 +71,7 @@ def measured(
     return Measured(tuple(runs), stretches)
 
 
-def _run(marker: _Marker, run: int, arithmetic: Arithmetic) -> Run:
+def _run(marker: Marker, run: int, arithmetic: Arithmetic) -> Run:
     """What a marker has found out about a run. What was never rebuilt was stored already."""
     rebuilt = run in marker.rebuilt
     lasting = marker.lasting.get(run, 0)
@@ -90,7 +90,7 @@ def _run(marker: _Marker, run: int, arithmetic: Arithmetic) -> Run:
 
 
 @contextmanager
-def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
+def _marked(chains: Sequence[Chain], marker: Marker) -> Iterator[None]:
     try:
         for chain in chains:
             chain.meter = chain.monitor = marker
@@ -101,12 +101,12 @@ def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
             chain.meter = chain.monitor = None
 
 
-def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Bytes], _Marker]:
+def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Bytes], Marker]:
     """Of each stretch; and the marker that told where they begin."""
-    markers: list[_Marker] = []
+    markers: list[Marker] = []
 
     def marked(mark: Callable[[], None]) -> None:
-        markers.append(_Marker(chains, mark))
+        markers.append(Marker(chains, mark))
         with _marked(chains, markers[0]):
             step()
 
@@ -125,7 +125,7 @@ def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
     best: list[float] = []
     for _ in range(rounds):
         times = []
-        with _marked(chains, _Marker(chains, note, times=True)):
+        with _marked(chains, Marker(chains, note, times=True)):
             step()
         note()
         lasted = [b - a for a, b in pairwise(times)]
@@ -135,12 +135,12 @@ def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
     return best
 
 
-def _arithmetic(samples: Iterable[_Sample], device: torch.device) -> dict[_Sample, Arithmetic]:
+def _arithmetic(samples: Iterable[Operands], device: torch.device) -> dict[Operands, Arithmetic]:
     """Time the steps of units, forwards and backwards, on states of the same shape."""
     return {sample: _timed(sample, device) for sample in set(samples)}
 
 
-def _timed(sample: _Sample, device: torch.device) -> Arithmetic:
+def _timed(sample: Operands, device: torch.device) -> Arithmetic:
     streams = sample.streams
     x = torch.zeros(sample.shape, dtype=sample.dtype, device=device)
     state, rule = streams.enter(x), sample.coupling.rule("residual", x)

@@ -1,4 +1,4 @@
-"""Which coupling each unit gets, in which arithmetic, and how often a chain keeps its true state."""
+"""The options of `plan` and `convert`, checked: couplings and arithmetic, anchors, chunks, budgets, globs."""
 
 from __future__ import annotations
 
@@ -13,47 +13,6 @@ from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
 from revwire.measure.sizes import parsed
 
 Patterns = str | Sequence[str] | None
-
-
-def options_of(
-    choice: Choice,
-    include: Patterns,
-    exclude: Patterns,
-    whole: Patterns,
-    strict: bool = False,
-    chunks: Chunks | None = None,
-    checkpoint: Patterns = None,
-    budget: Budget = None,
-) -> Options:
-    """What the caller wrote, checked.
-
-    Raises:
-        ConversionError: what is no glob, or no number of chunks.
-        BudgetError: what is no budget.
-    """
-    if chunks is not None:
-        refuse_no_chunks(chunks)
-    if budget is not None:
-        parse_budget(budget)
-
-    def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
-        found: tuple[Any, ...] = (
-            (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
-        )
-        if not patterns:
-            return ()
-        if not all(isinstance(glob, str) for glob in found):
-            raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
-        return found
-
-    globs = listed("whole", whole)
-    wish = AUTO if globs == (AUTO,) else globs
-    if wish == AUTO and budget is None:
-        raise ConversionError(
-            "whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules"
-        )
-    kept = None if checkpoint is None else listed("checkpoint", checkpoint)
-    return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
 
 
 Budget = int | str | None
@@ -217,3 +176,44 @@ class Options:
     budget: Budget = None
     whole: tuple[str, ...] | Literal["auto"] | None = ()  # None: every host that can be
     checkpoint: tuple[str, ...] | None = None  # None: what stays, if a budget asks for it
+
+
+def options_of(
+    choice: Choice,
+    include: Patterns,
+    exclude: Patterns,
+    whole: Patterns,
+    strict: bool = False,
+    chunks: Chunks | None = None,
+    checkpoint: Patterns = None,
+    budget: Budget = None,
+) -> Options:
+    """What the caller wrote, checked.
+
+    Raises:
+        ConversionError: what is no glob, or no number of chunks.
+        BudgetError: what is no budget.
+    """
+    if chunks is not None:
+        refuse_no_chunks(chunks)
+    if budget is not None:
+        parse_budget(budget)
+
+    def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
+        found: tuple[Any, ...] = (
+            (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+        )
+        if not patterns:
+            return ()
+        if not all(isinstance(glob, str) for glob in found):
+            raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
+        return found
+
+    globs = listed("whole", whole)
+    wish = AUTO if globs == (AUTO,) else globs
+    if wish == AUTO and budget is None:
+        raise ConversionError(
+            "whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules"
+        )
+    kept = None if checkpoint is None else listed("checkpoint", checkpoint)
+    return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
