@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-from revwire._api.convert import convert as convert
-from revwire._api.convert import plan as plan
-from revwire._api.convert import revert as revert
-from revwire._api.convert import stored_activations as stored_activations
-from revwire._api.profile import Profile as Profile
-from revwire._api.profile import profile as profile
-from revwire._api.schedule import CouplingSchedule as CouplingSchedule
-from revwire._api.schedule import set_coupling as set_coupling
-from revwire._api.verify import Check as Check
-from revwire._api.verify import verify as verify
-from revwire._errors import BudgetError as BudgetError
-from revwire._errors import CaptureError as CaptureError
-from revwire._errors import ConversionError as ConversionError
-from revwire._errors import CouplingError as CouplingError
-from revwire._errors import RangeError as RangeError
-from revwire._errors import ReconstructionError as ReconstructionError
-from revwire._errors import RevwireError as RevwireError
-from revwire._errors import UnsupportedTorchError as UnsupportedTorchError
-from revwire._errors import UnsupportedTransformError as UnsupportedTransformError
-from revwire._forwards.converted import report as report
-from revwire._plan.plan import Forecast as Forecast
-from revwire._plan.plan import Plan as Plan
-from revwire.couplings.base import Coupling as Coupling
-from revwire.couplings.bdia import Bdia as Bdia
-from revwire.couplings.bdia_random import RandomBdia as RandomBdia
-from revwire.couplings.dr2net import Dr2Net as Dr2Net
-from revwire.couplings.midpoint import Midpoint as Midpoint
-from revwire.couplings.momentum import Momentum as Momentum
-from revwire.couplings.re2tal import Re2TAL as Re2TAL
+from revwire import couplings, measure
+from revwire._api.convert import convert
+from revwire._api.plan import plan
+from revwire._api.profile import Profile, profile
+from revwire._api.report import report
+from revwire._api.revert import revert
+from revwire._api.schedule import CouplingSchedule, set_coupling
+from revwire._api.stored_activations import stored_activations
+from revwire._api.verify import Check, verify
+from revwire._errors import (
+    BudgetError,
+    CaptureError,
+    ConversionError,
+    CouplingError,
+    RangeError,
+    ReconstructionError,
+    RevwireError,
+    UnsupportedTorchError,
+    UnsupportedTransformError,
+)
+from revwire._plan.plan import Forecast, Plan
+from revwire.couplings import Bdia, Coupling, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Bdia",
+    "BudgetError",
+    "CaptureError",
+    "Check",
+    "ConversionError",
+    "Coupling",
+    "CouplingError",
+    "CouplingSchedule",
+    "Dr2Net",
+    "Forecast",
+    "Midpoint",
+    "Momentum",
+    "Plan",
+    "Profile",
+    "RandomBdia",
+    "RangeError",
+    "Re2TAL",
+    "ReconstructionError",
+    "RevwireError",
+    "UnsupportedTorchError",
+    "UnsupportedTransformError",
+    "convert",
+    "couplings",
+    "measure",
+    "plan",
+    "profile",
+    "report",
+    "revert",
+    "set_coupling",
+    "stored_activations",
+    "verify",
+]

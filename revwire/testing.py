@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from revwire._api.convert import convert, revert, stored_activations
+from revwire._api.convert import convert
+from revwire._api.report import report
+from revwire._api.revert import revert
+from revwire._api.stored_activations import stored_activations
 from revwire._api.verify import Check
 from revwire._capture.arguments import as_call
-from revwire._forwards.converted import report
 from revwire._streams.base import Streams, stream_dtype
 from revwire._streams.bits import pack_bits
 from revwire._streams.fixed import FixedStreams

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cases import DEPTH
 from revwire import Coupling
+from revwire._budget.forms import Form
 from revwire._runtime import run as runner
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
@@ -276,11 +277,26 @@ def run_units(model, x, start=0, stop=None):
 
 
 LETTERS = {"s": "stored", "p": "selective", "c": "checkpointed", "r": "reversible"}
+FORMS = {
+    "r": Form.REVERSIBLE,
+    "c": Form.CHECKPOINTED,
+    "p": Form.SELECTIVE,
+    "s": Form.STORED,
+    "z": Form.TO_THE_END,
+    "y": Form.SECOND_TO_END,
+    "x": Form.LATER_TO_END,
+    "a": Form.WHOLE_CHAIN,
+}
 
 
 def modes_of(mix):
     """The modes of units, of a letter each."""
     return tuple(LETTERS[letter] for letter in mix)
+
+
+def forms_of(mix):
+    """The forms of units, of a letter each."""
+    return [FORMS[letter] for letter in mix]
 
 
 def mixed(case, mix, kind=PreNorm):

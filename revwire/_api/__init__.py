@@ -1,1 +1,1 @@
-"""The public verbs, one file each."""
+"""The public verbs, one file each: what a user calls, with its documentation."""

@@ -14,17 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revwire._api.convert import revert, stored_activations
+from revwire._api.report import report
+from revwire._api.revert import revert
+from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call
-from revwire._forwards.converted import report
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 from revwire.measure._training_step import Loss, autocast_left, device_of, mean_square, own_leaves, run_model
+from revwire.measure.sizes import MIB
 
 REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
-
-
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
     s = cost.seconds
     return (
         name,
-        f"{cost.saved_bytes / _MIB:.1f}",
-        f"{cost.peak_bytes / _MIB:.1f}",
+        f"{cost.saved_bytes / MIB:.1f}",
+        f"{cost.peak_bytes / MIB:.1f}",
         f"{s.median:.3f} ({s.low:.3f}-{s.high:.3f})",
         f"{cost.time_ratio.median:.2f}",
     )

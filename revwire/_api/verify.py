@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._api.convert import stored_activations
+from revwire._api.report import report
+from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call, fresh_arguments
-from revwire._forwards.converted import chains_of, report
+from revwire._forwards.converted import chains_of
 from revwire._runtime.tape import Tape
 from revwire._structures import tensors_in
 from revwire._surroundings.buffers import buffers_kept, counters_kept

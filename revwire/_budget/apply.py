@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from revwire._budget.fit import fit
+from revwire._budget.fit import Trial, fit
 from revwire._budget.marker import ended, turn
-from revwire._budget.ways import _Ways
+from revwire._budget.ways import Ways
 from revwire._capture.arguments import _Call
 from revwire._errors import BudgetError
 from revwire._forwards.base import take_off
-from revwire._forwards.converted import Converted, Parted, _switch, converted
+from revwire._forwards.converted import Converted, Parted, converted, switch
 from revwire._plan.costed import with_costs
 from revwire._plan.options import Budget, Options
 from revwire._plan.plan import Plan, PlannedChain
@@ -30,16 +30,16 @@ from revwire._surroundings.randomness import (
 from revwire.measure._training_step import autocast_left, device_of, mean_square, own_leaves, run_model
 
 
-def _spend_less(model: nn.Module, call: _Call, options: Options) -> None:
+def spend_less(model: nn.Module, call: _Call, options: Options) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(iter(_Ways(model, state, call, options.chunks))).apply()
+        next(iter(Ways(model, state, call, options.chunks))).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
-        _switch(state.checkpointed, on=not wanted)
-        found = _fitted(model, state, call, options.budget, _Ways(model, state, call, options.chunks, choose=wanted))
+        switch(state.checkpointed, on=not wanted)
+        found = _fitted(model, state, call, options.budget, Ways(model, state, call, options.chunks, choose=wanted))
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)
         state.checkpointed.remove(forward)
@@ -52,7 +52,7 @@ def _spend_less(model: nn.Module, call: _Call, options: Options) -> None:
     state.plan = replace(found, chains=chains, checkpointed=names)
 
 
-def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: _Ways) -> Plan:
+def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: Ways) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
     device = device_of(model, leaves)
@@ -76,7 +76,7 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
 
     with left_as_found(model), python_random_kept(), torch.enable_grad(), autocast_left(device) as entered:
         ways.around = entered
-        return fit(state.plan, state.chains, step, device, budget, ways, ways.mix)
+        return fit(Trial(state.plan, state.chains, step, device), budget, ways)
 
 
 def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:

@@ -1,194 +1,220 @@
 """The planner: pick, unit by unit, stored, checkpointed or reversible, so that a step fits a memory budget in the least
 time.
-
-Note [Ways to cut]
-    A step is measured with units whole, then with all in 2, 4, ... chunks, until some mix fits. What a unit's own
-    stretches take does not depend on how the others are cut, so each unit then goes the coarsest way with which it fits
-    by itself: chunks cost time, and where a unit's peak is that of its weights' gradients, they cost memory too.
-
-Note [The search]
-    Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes
-    by prefix] in `_costs`), so partial choices that keep about as many bytes, and leave the open chains in the same
-    forms, compare by their seconds alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the
-    budget wide; bytes themselves are never rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from revwire._budget.advice import _blocks, _idle, _rival, _rounded_up
+from revwire._budget.advice import idle
 from revwire._budget.costs import Costs
-from revwire._budget.forms import MODES, Form
-from revwire._budget.meter import Unsteady, measured
-from revwire._budget.mixes import Picks, _by_place, _coarsest, _found, _least, _Mix
+from revwire._budget.forms import Form
+from revwire._budget.measured import Measured
+from revwire._budget.meter import Modes, Unsteady, measured
+from revwire._budget.mixes import Mix, by_place, coarsest, fitting, least_of
+from revwire._budget.rival import blocks_of, checkpointing, rival
 from revwire._budget.search import search
-from revwire._budget.ways import Cutting
+from revwire._budget.unit_cost import ChainSizes
+from revwire._budget.ways import Ways
 from revwire._errors import BudgetError, ReconstructionError
 from revwire._plan.options import Budget, parse_budget
 from revwire._plan.plan import Forecast, Plan, PlannedChain, Point
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
+from revwire.measure.sizes import spelled
 
 
-def fit(
-    plan: Plan,
-    chains: Sequence[Chain],
-    step: Callable[[], None],
-    device: torch.device,
-    budget: Budget,
-    cuttings: Iterable[Cutting] = (Cutting(lambda: None),),
-    mix: Callable[[Picks], None] = lambda _: None,
-) -> Plan:
-    """Measure a step, give each unit of ``chains`` its mode, and return the plan with the modes and the forecast.
+@dataclass(frozen=True)
+class Trial:
+    """A converted model whose steps are measured.
+
+    Attributes:
+        plan, chains: of the model.
+        step: forward and backward on the example.
+        device: where it runs.
+    """
+
+    plan: Plan
+    chains: Sequence[Chain]
+    step: Callable[[], None]
+    device: torch.device
+
+    def costs(self) -> Costs:
+        """Measure a step of the model as it is cut now.
+
+        Raises:
+            BudgetError: steps are not alike.
+        """
+        try:
+            found = self.measured()
+        except Unsteady:
+            raise self.unsteady() from None
+        return Costs(found, [_sizes(chain) for chain in self.plan.chains])
+
+    def measured(self, modes: Sequence[Modes] | None = None) -> Measured:
+        """One step with every unit reversible, or in these modes."""
+        return measured(self.chains, self.step, self.device, modes=modes)
+
+    def unsteady(self) -> BudgetError:
+        """The error that says that steps cannot be compared."""
+        return BudgetError(
+            f"{self.plan.model}: got steps that are not alike, though each drew the same random numbers: units run in "
+            "one, and not in another; expected the same ones in each; pass no memory_budget, or switch off what leaves "
+            "layers out (layer drop) while you convert"
+        )
+
+
+def _sizes(planned: PlannedChain) -> ChainSizes:
+    kept = tuple(u.kept_bytes if i else 0 for i, u in enumerate(planned.units))
+    return ChainSizes(kept, planned.stream_bytes // 2, planned.exact)
+
+
+def fit(trial: Trial, budget: Budget, ways: Ways) -> Plan:
+    """Measure steps, give each unit its mode and its chunks, and return the plan with the modes and the forecast.
 
     Each unit has the coarsest chunks with which some mix fits. Without a budget, finer ones are tried while they lower
     the least peak by 2 %.
 
     Args:
-        plan, chains: of a converted model.
-        step: forward and backward on the example.
-        device: where it runs.
+        trial: the model; its chains are given their modes.
         budget: bytes of a step above rest, or "least".
-        cuttings: ways to run the model, the coarsest first.
-        mix: lets each unit go one of those to cut units that were tried.
+        ways: to run the model, the coarsest first.
 
     Raises:
         BudgetError: no mix fits; names the smallest budget that one does.
     """
     size = parse_budget(budget)
-    best: int | None = None
-    ways: list[Costs] = []  # to cut units, the coarsest first
-    checkpoint: Point | None = None
-    stored: Point | None = None  # of the first way, in which nothing is given up for memory
-    found: _Mix | None = None
-    for cut in cuttings:
-        cut.apply()
-        costs = _costs(plan, chains, step, device)
-        if ways and costs.measured.places != ways[0].measured.places:
-            raise _unsteady(plan)
-        tried = [*(ways if cut.undo is None else ways[:-1]), costs]
-        blocks = _blocks(plan, costs) if best is None else None
-        checkpoint = Point(*costs.checkpointed(blocks)) if blocks else checkpoint
-        stored = stored or Point(*costs.forecast(costs.uniform("stored")))
-        found = (
-            None if size is None else _found(tried, [_coarsest(tried, size), [len(tried) - 1] * len(costs.units)], size)
-        )
-        smallest = size if found and size else _least(tried)[0]
-        if size is not None and smallest <= size:
-            best, ways = smallest, tried
+    tried = _tried(trial, ways, size)
+    blocks = blocks_of(trial.plan, tried.first)
+    checkpoint = checkpointing(tried.first, blocks) if blocks else None
+    if size is not None and tried.smallest > size:
+        raise _too_small(trial.plan, budget, size, tried.smallest, checkpoint)
+    mix = tried.mix or fitting(tried.by_way, least_of(tried.by_way)[1], tried.smallest if size is None else size)
+    assert mix is not None
+    ways.pick(by_place(tried.by_way, mix.ways))
+    mix = _with_selective(trial, mix, size)
+    modes = _apply(trial.chains, mix)
+    planned = tuple(_with_modes(c, mine) for c, mine in zip(trial.plan.chains, modes, strict=True))
+    return replace(trial.plan, chains=planned, forecast=_forecast(trial.plan, tried.first, mix, size, checkpoint))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """The ways that were tried so far.
+
+    Attributes:
+        first: costs of the first way, in which nothing is given up for memory.
+        by_way: costs of the ways to cut units, the coarsest first.
+        smallest: bytes of a budget that some mix of them fits: the one asked for, or the smallest.
+        mix: one that fits the budget that was asked for.
+    """
+
+    first: Costs
+    by_way: Sequence[Costs]
+    smallest: int
+    mix: Mix | None
+
+    @classmethod
+    def of(cls, first: Costs, by_way: Sequence[Costs], size: int | None) -> _Tried:
+        if size is None:
+            return cls(first, by_way, least_of(by_way)[0], None)
+        finest = [len(by_way) - 1] * len(first.units)
+        mix = fitting(by_way, [coarsest(by_way, size), finest], size)
+        return cls(first, by_way, size if mix else least_of(by_way)[0], mix)
+
+
+def _tried(trial: Trial, ways: Ways, size: int | None) -> _Tried:
+    """Measure one way after another, until some mix fits, or the next is no better."""
+    best: _Tried | None = None
+    for way in ways:
+        way.apply()
+        costs = trial.costs()
+        if best is None:
+            new = _Tried.of(costs, [costs], size)
+        elif costs.measured.places != best.first.measured.places:
+            raise trial.unsteady()
+        else:
+            before = best.by_way if way.undo is None else best.by_way[:-1]
+            new = _Tried.of(best.first, [*before, costs], size)
+        if size is not None and new.smallest <= size:
+            return new
+        if best is None or new.smallest <= 0.98 * best.smallest:
+            best = new
+        elif way.undo is None:
             break
-        if best is not None and smallest > 0.98 * best:
-            if cut.undo is None:
-                break
-            cut.undo()
-            continue
-        best, ways = smallest, tried
+        else:
+            way.undo()
     assert best is not None
-    assert stored is not None
-    if size is not None and best > size:
-        raise _too_small(plan, budget, size, best, checkpoint)
-    found = found or _found(ways, _least(ways)[1], best if size is None else size)
-    assert found is not None
-    mix(_by_place(ways, found.ways))
-    found = _with_selective(found, chains, step, device, size)
-    return _applied(plan, chains, found.costs, found.forms, size, stored, checkpoint)
+    return best
 
 
-def _costs(plan: Plan, chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> Costs:
-    """Measure a step of the model as it is cut now."""
-    kept = [[u.kept_bytes if i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
-    try:
-        found = measured(chains, step, device)
-    except Unsteady:
-        raise _unsteady(plan) from None
-    return Costs(found, kept, [c.stream_bytes // 2 for c in plan.chains], [c.exact for c in plan.chains])
-
-
-def _with_selective(
-    found: _Mix, chains: Sequence[Chain], step: Callable[[], None], device: torch.device, size: int | None
-) -> _Mix:
+def _with_selective(trial: Trial, mix: Mix, size: int | None) -> Mix:
     """The same ways to cut, with the best forms where some units may be selective: measured where a budget leaves
     something to buy.
     """
-    if size is None or all(
-        unit.fixed or MODES[form] == "stored" for unit, form in zip(found.costs.units, found.forms, strict=True)
-    ):
-        return found
-    runs = found.costs.samples(size)
+    units = mix.costs.units
+    if size is None or all(unit.fixed or form.stored for unit, form in zip(units, mix.forms, strict=True)):
+        return mix
+    runs = mix.costs.samples(size)
     if not runs:
-        return found
-    modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
+        return mix
+    modes = _reversible(trial.chains)
     for run in runs:
-        modes[found.costs.units[run].chain][found.costs.units[run].unit] = "selective"
+        modes[units[run].chain][units[run].unit] = "selective"
     try:
-        there = measured(chains, step, device, modes=[tuple(mine) for mine in modes])
+        there = trial.measured([tuple(mine) for mine in modes])
     except (Unsteady, ReconstructionError):  # what cannot be measured so is not among the choices
-        return found
-    if there.places != found.costs.measured.places:
-        return found
-    costs = found.costs.with_selective(runs, there)
+        return mix
+    if there.places != mix.costs.measured.places:
+        return mix
+    costs = mix.costs.with_selective(runs, there)
     forms = search(costs, size)
-    return found if forms is None else _Mix(found.ways, costs, forms)
+    return mix if forms is None else Mix(mix.ways, costs, forms)
 
 
-def _unsteady(plan: Plan) -> BudgetError:
-    """The error that says that steps cannot be compared."""
-    return BudgetError(
-        f"{plan.model}: got steps that are not alike, though each drew the same random numbers: units run in one, "
-        "and not in another; "
-        "expected the same ones in each; pass no memory_budget, or switch off what leaves layers out (layer drop) "
-        "while you convert"
+def _reversible(chains: Sequence[Chain]) -> list[list[Mode]]:
+    return [["reversible"] * chain.length for chain in chains]
+
+
+def _apply(chains: Sequence[Chain], mix: Mix) -> list[list[Mode]]:
+    """Give each unit the mode of its form."""
+    modes = _reversible(chains)
+    for unit, form in zip(mix.costs.units, mix.forms, strict=True):
+        modes[unit.chain][unit.unit] = form.mode
+    for chain, mine in zip(chains, modes, strict=True):
+        chain.modes, chain.keeps_last = tuple(mine), False
+    return modes
+
+
+def _with_modes(planned: PlannedChain, modes: Sequence[Mode]) -> PlannedChain:
+    return replace(planned, units=tuple(replace(u, mode=mode) for u, mode in zip(planned.units, modes, strict=True)))
+
+
+def _forecast(plan: Plan, first: Costs, mix: Mix, size: int | None, checkpoint: Point | None) -> Forecast:
+    def point(costs: Costs, forms: Sequence[Form]) -> Point:
+        return Point(*costs.forecast(forms))
+
+    planned = point(mix.costs, mix.forms)
+    return Forecast(
+        budget=size,
+        planned=planned,
+        stored=point(first, first.uniform("stored")),
+        reversible=point(mix.costs, mix.costs.uniform("reversible")),
+        advice=(*idle(plan, mix.costs), *rival(size, planned, checkpoint)),
+        checkpoint=checkpoint,
     )
 
 
 def _too_small(plan: Plan, budget: Budget, size: int, smallest: int, checkpoint: Point | None) -> BudgetError:
     """The error that says that no mix fits."""
-    rival = "".join(f"; {line}" for line in _rival(None, Point(smallest, 0.0), checkpoint))
+    other = "".join(f"; {line}" for line in rival(None, Point(smallest, 0.0), checkpoint))
     return BudgetError(
         f"{plan.model}: got a memory budget of {size} bytes for a step above rest ({budget!r}); expected at least "
-        f"{smallest} "
-        f"({_rounded_up(smallest)}), which the best mix of stored, checkpointed and reversible units needs on this "
-        "example; pass "
-        f"memory_budget={smallest} or more, a smaller batch, or a coupling that keeps fewer bits ('re2tal' keeps "
-        f"none){rival}",
+        f"{smallest} ({spelled(smallest, up=True)}), which the best mix of stored, checkpointed and reversible units "
+        f"needs on this example; pass memory_budget={smallest} or more, a smaller batch, or a coupling that keeps "
+        f"fewer bits ('re2tal' keeps none){other}",
         smallest,
     )
-
-
-def serves_better(a: Forecast, b: Forecast) -> bool:
-    """Whether ``a`` is clearly the better plan for the same budget: faster; or, where the least memory was asked for,
-    smaller.
-    """
-    if a.budget is not None:
-        return a.seconds < 0.98 * b.seconds
-    return a.peak_bytes < 0.98 * b.peak_bytes or (a.peak_bytes <= b.peak_bytes and a.seconds < 0.98 * b.seconds)
-
-
-def _applied(
-    plan: Plan,
-    chains: Sequence[Chain],
-    costs: Costs,
-    forms: Sequence[Form],
-    size: int | None,
-    stored: Point,
-    checkpoint: Point | None,
-) -> Plan:
-    modes: list[list[Mode]] = [["reversible"] * chain.length for chain in chains]
-    for unit, form in zip(costs.units, forms, strict=True):
-        modes[unit.chain][unit.unit] = MODES[form]
-    for chain, mine in zip(chains, modes, strict=True):
-        chain.modes, chain.keeps_last = tuple(mine), False
-    planned = tuple(_with_modes(c, mine) for c, mine in zip(plan.chains, modes, strict=True))
-    reversible = Point(*costs.forecast(costs.uniform("reversible")))
-    point = Point(*costs.forecast(forms))
-    advice = (*_idle(plan, costs), *_rival(size, point, checkpoint))
-    forecast = Forecast(size, point, stored, reversible, advice, checkpoint)
-    return replace(plan, chains=planned, forecast=forecast)
-
-
-def _with_modes(planned: PlannedChain, modes: Sequence[Mode]) -> PlannedChain:
-    return replace(planned, units=tuple(replace(u, mode=mode) for u, mode in zip(planned.units, modes, strict=True)))

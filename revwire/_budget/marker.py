@@ -51,8 +51,8 @@ def turn(chains: Sequence[Chain]) -> None:
         marker.turn()
 
 
-def _markers(chains: Sequence[Chain]) -> list[_Marker]:
-    return [*{id(chain.meter): chain.meter for chain in chains if isinstance(chain.meter, _Marker)}.values()]
+def _markers(chains: Sequence[Chain]) -> list[Marker]:
+    return [*{id(chain.meter): chain.meter for chain in chains if isinstance(chain.meter, Marker)}.values()]
 
 
 def _there_anyway(record: UnitRecord) -> set[int]:
@@ -109,7 +109,7 @@ def _result(tape: Tape, position: int, state: Tensor) -> int:
     return state.numel() * record.fingerprint.dtype.itemsize if record.narrow else 0
 
 
-class _Sample(NamedTuple):
+class Operands(NamedTuple):
     """What the arithmetic of a unit works on."""
 
     streams: Streams
@@ -118,7 +118,7 @@ class _Sample(NamedTuple):
     coupling: Coupling
 
 
-class _Marker:
+class Marker:
     """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark; unless it only ``times``,
     sees what is saved.
     """
@@ -128,7 +128,7 @@ class _Marker:
         self.note, self.times = note, times
         self.marks: list[Mark] = []
         self.places: list[Place] = []
-        self.samples: dict[Place, _Sample] = {}
+        self.samples: dict[Place, Operands] = {}
         self.rebuilt: dict[int, int] = {}
         self.held: dict[int, int] = {}  # of the largest of its chunks
         self.looks: dict[int, int] = {}
@@ -189,7 +189,7 @@ class _Marker:
     def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
         run = len(self.places) - 1
         place = self.places[run] = Place(self.numbers[id(chain)], tape.position - 1)
-        self.samples[place] = _Sample(tape.streams, out.shape, stream_dtype(out.dtype), tape.couplings[place.unit])
+        self.samples[place] = Operands(tape.streams, out.shape, stream_dtype(out.dtype), tape.couplings[place.unit])
         if out.requires_grad:
             out.register_hook(lambda _: self.grad(run))  # type: ignore[no-untyped-call]
         self.mark("leave", run)

@@ -4,85 +4,24 @@ next.
 Note [Marks]
     A chain tells its meter where each unit begins and ends in the forward pass, and its monitor when a state has been
     rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
-    CPU the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching
-    allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
+    CPU the marks stand among the allocator's own reports in one trace (see Note [Bytes on the CPU]); on CUDA the
+    caching allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch.autograd import profiler
 
-from revwire._budget.marker import Mark, Place, _Marker, _Sample
+from revwire._budget.marker import Marker, Operands
+from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
-from revwire.measure._memory_trace import _NAME, _standard_error_closed
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A piece of a step.
-
-    Attributes:
-        mark: what began it.
-        level: bytes alive at its beginning, above rest.
-        peak: the most bytes alive during it, above rest.
-        seconds: its wall-clock time.
-    """
-
-    mark: Mark
-    level: int
-    peak: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Seconds of what a chain does to its streams for one unit: keeping the bits, and going back."""
-
-    keep: float
-    undo: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One step with every unit reversible.
-
-    Attributes:
-        places: the unit of each run, in the order of the forward pass.
-        stretches: the pieces of the step, in order.
-        saved: bytes that autograd keeps for each run when it is stored; 0 where nothing was rebuilt.
-        rebuilt: bytes that its recomputes save, all together: fewer, where autocast keeps one cast of x_k, which is a
-            leaf there.
-        held: those of its largest chunk, as a reversible unit holds them at once; all, where it runs whole.
-        arithmetic: of each run.
-        looks: bytes of the samples that are kept of what a run saved, where its recompute may stop.
-        results: bytes of what the branch of a run gave, where that is narrower than a state.
-        saves_state: whether a run saves its input itself, as the float value of a state, which nothing else holds.
-        early, lasting: bytes, among those saved, that something else holds until the forward pass ends, or until the
-            run is rebuilt.
-    """
-
-    places: tuple[Place, ...]
-    stretches: tuple[Stretch, ...]
-    saved: tuple[int, ...]
-    arithmetic: tuple[Arithmetic, ...]
-    rebuilt: tuple[int, ...] = ()
-    held: tuple[int, ...] = ()
-    looks: tuple[int, ...] = ()
-    results: tuple[int, ...] = ()
-    saves_state: tuple[int, ...] = ()
-    early: tuple[int, ...] = ()
-    lasting: tuple[int, ...] = ()
-
+from revwire.measure._trace import Bytes, synchronize, traced
 
 _TRIES = 3
 
@@ -115,7 +54,7 @@ def measured(
             chain.modes = mine
         step()
         for _ in range(_TRIES):
-            levels, marker = (_cuda_levels if device.type == "cuda" else _cpu_levels)(chains, step)
+            levels, marker = _levels(chains, step, device)
             seconds = _seconds(chains, step, device, rounds)
             if len(seconds) == len(marker.marks):
                 break
@@ -125,30 +64,33 @@ def measured(
     finally:
         for chain, before in zip(chains, found, strict=True):
             chain.modes = before
-    stretches = tuple(Stretch(mark, *pair, s) for mark, pair, s in zip(marker.marks, levels, seconds, strict=True))
-    runs = range(len(marker.places))
-    sizes = {run: sum(seen.size for seen in marker.seen.get(run, ())) for run in marker.rebuilt}
-    by_run = (
-        sizes,
-        marker.rebuilt,
-        marker.held,
-        marker.looks,
-        marker.results,
-        marker.saves_state,
-        marker.early,
-        marker.lasting,
+    stretches = tuple(
+        Stretch(mark, at.begin, at.peak, s) for mark, at, s in zip(marker.marks, levels, seconds, strict=True)
     )
-    saved, rebuilt, held, looks, results, saves_state, early, lasting = (
-        tuple(found.get(run, 0) for run in runs) for found in by_run
-    )
-    arithmetic = tuple(timed[marker.samples[p]] for p in marker.places)
-    return Measured(
-        tuple(marker.places), stretches, saved, arithmetic, rebuilt, held, looks, results, saves_state, early, lasting
+    runs = (_run(marker, i, timed[marker.samples[place]]) for i, place in enumerate(marker.places))
+    return Measured(tuple(runs), stretches)
+
+
+def _run(marker: Marker, run: int, arithmetic: Arithmetic) -> Run:
+    """What a marker has found out about a run. What was never rebuilt was stored already."""
+    rebuilt = run in marker.rebuilt
+    lasting = marker.lasting.get(run, 0)
+    return Run(
+        marker.places[run],
+        arithmetic,
+        saved=sum(seen.size for seen in marker.seen.get(run, ())) if rebuilt else 0,
+        rebuilt=marker.rebuilt.get(run, 0),
+        held=marker.held.get(run, 0),
+        glances=marker.looks.get(run, 0),
+        result=marker.results.get(run, 0),
+        early=max(marker.early.get(run, 0), lasting),
+        lasting=lasting,
+        saves_state=bool(marker.saves_state.get(run)),
     )
 
 
 @contextmanager
-def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
+def _marked(chains: Sequence[Chain], marker: Marker) -> Iterator[None]:
     try:
         for chain in chains:
             chain.meter = chain.monitor = marker
@@ -159,54 +101,17 @@ def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
             chain.meter = chain.monitor = None
 
 
-def _cpu_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:
-    def note() -> None:
-        with profiler.record_function(f"{_NAME}{len(marker.marks)}"):
-            pass
+def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Bytes], Marker]:
+    """Of each stretch; and the marker that told where they begin."""
+    markers: list[Marker] = []
 
-    marker = _Marker(chains, note)
-    gc.collect()
-    trace: Any = profiler.profile(profile_memory=True)
-    with _standard_error_closed():
-        trace.__enter__()
-    try:
-        with _marked(chains, marker):
+    def marked(mark: Callable[[], None]) -> None:
+        markers.append(Marker(chains, mark))
+        with _marked(chains, markers[0]):
             step()
-    finally:
-        with _standard_error_closed():
-            trace.__exit__(None, None, None)
-    levels: list[tuple[int, int]] = []
-    alive = 0
-    for event in trace.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            if levels:
-                levels[-1] = levels[-1][0], max(levels[-1][1], alive)
-        elif event.name().startswith(_NAME):
-            levels.append((alive, alive))
-    return levels, marker
 
-
-def _cuda_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:
-    levels: list[tuple[int, int]] = []
-
-    def close() -> None:
-        if levels:
-            levels[-1] = levels[-1][0], torch.cuda.max_memory_allocated() - rest
-
-    def note() -> None:
-        close()
-        levels.append((torch.cuda.memory_allocated() - rest, 0))
-        torch.cuda.reset_peak_memory_stats()
-
-    marker = _Marker(chains, note)
-    gc.collect()
-    torch.cuda.synchronize()
-    rest = torch.cuda.memory_allocated()
-    with _marked(chains, marker):
-        step()
-    close()
-    return levels, marker
+    _, *found = traced(marked, device)  # before the first mark nothing happens
+    return found, markers[0]
 
 
 def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
@@ -214,14 +119,13 @@ def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
     times: list[float] = []
 
     def note() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(perf_counter())
 
     best: list[float] = []
     for _ in range(rounds):
         times = []
-        with _marked(chains, _Marker(chains, note, times=True)):
+        with _marked(chains, Marker(chains, note, times=True)):
             step()
         note()
         lasted = [b - a for a, b in pairwise(times)]
@@ -231,12 +135,12 @@ def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.de
     return best
 
 
-def _arithmetic(samples: Iterable[_Sample], device: torch.device) -> dict[_Sample, Arithmetic]:
+def _arithmetic(samples: Iterable[Operands], device: torch.device) -> dict[Operands, Arithmetic]:
     """Time the steps of units, forwards and backwards, on states of the same shape."""
     return {sample: _timed(sample, device) for sample in set(samples)}
 
 
-def _timed(sample: _Sample, device: torch.device) -> Arithmetic:
+def _timed(sample: Operands, device: torch.device) -> Arithmetic:
     streams = sample.streams
     x = torch.zeros(sample.shape, dtype=sample.dtype, device=device)
     state, rule = streams.enter(x), sample.coupling.rule("residual", x)
@@ -255,7 +159,6 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
     for _ in range(3):
         start = perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, perf_counter() - start)
     return best

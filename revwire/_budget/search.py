@@ -1,13 +1,24 @@
-"""The fastest mix within a budget."""
+"""The fastest forms of the units within a budget.
+
+Note [The search]
+    Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes
+    by prefix] in `levels`), so partial choices that keep about as many bytes, and leave the open chains in the same
+    forms, compare by their seconds alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the
+    budget wide; bytes themselves are never rounded.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from revwire._budget.costs import Costs
-from revwire._budget.forms import MODES, Form
+from revwire._budget.forms import Form
 
 _CLASSES = 256
+
+
+_LEAST_KEPT = -(10**12)
+"""The class of bytes that holds, instead of the fastest choice, the one that keeps least."""
 
 
 _MOST = 3000  # partial choices that go on; only chains that run side by side make so many
@@ -36,36 +47,42 @@ _Open = tuple[tuple[int, Form], ...]
 
 def search(costs: Costs, budget: int) -> list[Form] | None:
     """The fastest forms whose predicted peak is at most ``budget``; None if there are none."""
-    width = max(1, budget // _CLASSES)
     states: dict[_Open, list[_Choice]] = {(): [_Choice(0, 0, 0.0, None)]}
     if max(costs.waiting[0]) > budget:
         return None
-    for run, unit in enumerate(costs.units):
-        own = {form: costs.peaks(run, form) for form in MODES if form != "p" or unit.selective}
-        best: dict[tuple[_Open, int], _Choice] = {}
-        for open_, choices in states.items():
-            others = tuple((c, f) for c, f in open_ if c != unit.chain)
-            before = dict(open_).get(unit.chain) if unit.unit else None
-            for form in unit.forms(before):
-                extra, there, gain = unit.extra(form, before), unit.before_turn(form), unit.seconds(form)
-                then: _Open = others if unit.ends else tuple(sorted((*others, (unit.chain, form))))
-                for choice in choices:
-                    kept, early = choice.kept + extra, choice.early + there
-                    if (
-                        own[form].over(choice.kept, choice.early) > budget
-                        or costs.waiting[run + 1].over(kept, early) > budget
-                    ):
-                        continue
-                    new = _Choice(kept, early, choice.gain + gain, (form, choice.forms))
-                    for key in ((then, kept // width), (then, -(10**12))):  # the second: that which keeps least
-                        old = best.get(key)
-                        if old is None or _better(new, old, least=key[1] == -(10**12)):
-                            best[key] = new
-        states = _grouped(best)
+    for run in range(len(costs.units)):
+        states = _grouped(_decided(costs, run, states, budget))
         if not states:
             return None
     last = max((c for choices in states.values() for c in choices), key=lambda c: c.gain)
     return _unrolled(last.forms)
+
+
+def _decided(
+    costs: Costs, run: int, states: dict[_Open, list[_Choice]], budget: int
+) -> dict[tuple[_Open, int], _Choice]:
+    """The choices that go on, each with a form for one run more: of each class the best that fits."""
+    width, unit = max(1, budget // _CLASSES), costs.units[run]
+    own = {form: costs.peaks(run, form) for form in Form if form is not Form.SELECTIVE or unit.selective}
+    best: dict[tuple[_Open, int], _Choice] = {}
+    for open_, choices in states.items():
+        others = tuple((c, f) for c, f in open_ if c != unit.chain)
+        before = dict(open_).get(unit.chain) if unit.unit else None
+        for form in unit.forms(before):
+            extra, there, gain = unit.extra(form, before), unit.before_turn(form), unit.seconds(form)
+            then: _Open = others if unit.ends else tuple(sorted((*others, (unit.chain, form))))
+            for choice in choices:
+                kept, early = choice.kept + extra, choice.early + there
+                if own[form].over(choice.kept, choice.early) > budget:
+                    continue
+                if costs.waiting[run + 1].over(kept, early) > budget:
+                    continue
+                new = _Choice(kept, early, choice.gain + gain, (form, choice.forms))
+                for key in ((then, kept // width), (then, _LEAST_KEPT)):
+                    old = best.get(key)
+                    if old is None or _better(new, old, least=key[1] == _LEAST_KEPT):
+                        best[key] = new
+    return best
 
 
 def _better(new: _Choice, old: _Choice, *, least: bool) -> bool:

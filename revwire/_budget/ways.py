@@ -11,9 +11,10 @@ from torch import nn
 from revwire._budget.mixes import Picks
 from revwire._capture.arguments import _Call, fresh_arguments
 from revwire._errors import ConversionError
-from revwire._forwards.converted import Converted, _switch
+from revwire._forwards.converted import Converted, switch
 from revwire._plan.costed import chunks_of
-from revwire._plan.options import Chunks, refuse_idle_globs, wanted
+from revwire._plan.globs import refuse_idle_globs
+from revwire._plan.options import Chunks, wanted
 from revwire._splitting.probe import Prober, probed
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_alone
@@ -21,7 +22,20 @@ from revwire._surroundings.randomness import accelerators_of
 from revwire.measure._training_step import run_model
 
 
-class _Ways:
+class Way(NamedTuple):
+    """One of several ways to run a model, such as its units in so many chunks.
+
+    Attributes:
+        apply: lets the model run so, on top of the ways that were kept before.
+        undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and
+            replaces it.
+    """
+
+    apply: Callable[[], None]
+    undo: Callable[[], None] | None = None
+
+
+class Ways:
     """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may
     choose.
 
@@ -40,43 +54,43 @@ class _Ways:
             "chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in self.names for n in several]
         )
 
-    def __iter__(self) -> Iterator[Cutting]:
+    def __iter__(self) -> Iterator[Way]:
         chunks = self.chunks
-        others = [Cutting(self.switched(True), self.switched(False))] if self.choose else []
+        others = [Way(self._switched(True), self._switched(False))] if self.choose else []
         if chunks in (None, 1):
-            yield self.way(Prober([1]), 1)
+            yield self._cutting(Prober([1]), 1)
             yield from others
         wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
         counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
         if not counts:
             return
         try:
-            prober = probed(self.model, self.state.chains, self.run, counts)
+            prober = probed(self.model, self.state.chains, self._run, counts)
         except ConversionError:
             if chunks is not None:
                 raise
             return  # it does not run in eval mode: whole units are what there is
         if prober.cuts_something or self.state.parted or chunks is not None:
-            yield from (self.way(prober, wish) for wish in wishes)
+            yield from (self._cutting(prober, wish) for wish in wishes)
             yield from others if chunks not in (None, 1) else ()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))
         with self.around(), left_alone(self.model, accelerators_of([*tensors_in(given), *self.model.parameters()])):
             run_model(self.model, given)
 
-    def switched(self, on: bool) -> Callable[[], None]:
-        return lambda: _switch(self.state.checkpointed, on=on)
+    def _switched(self, on: bool) -> Callable[[], None]:
+        return lambda: switch(self.state.checkpointed, on=on)
 
-    def way(self, prober: Prober, wish: Chunks) -> Cutting:
-        def cut() -> None:
+    def _cutting(self, prober: Prober, wish: Chunks) -> Way:
+        def apply() -> None:
             self.tried.append((prober, wish))
             last = len(self.tried) - 1
-            self.mix({(c, place): last for c, several in enumerate(self.names) for place in range(len(several))})
+            self.pick({(c, place): last for c, several in enumerate(self.names) for place in range(len(several))})
 
-        return Cutting(cut)
+        return Way(apply)
 
-    def mix(self, picks: Picks) -> None:
+    def pick(self, picks: Picks) -> None:
         """Cut each unit in one of the ways that were tried; where it is not cut into as many chunks, the rest is left
         to its cores.
         """
@@ -90,16 +104,3 @@ class _Ways:
             count = wanted(self.tried[picks.get(place, 0)][1], self.names[parted.chain][parted.place])
             unit = self.state.plan.chains[parted.chain].units[parted.place]
             parted.forward.cut(-(-count // chunks_of(unit, chain, parted.place)))
-
-
-class Cutting(NamedTuple):
-    """One of several ways to run a model, such as its units in so many chunks.
-
-    Attributes:
-        apply: lets the model run so, on top of the ways that were kept before.
-        undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and
-            replaces it.
-    """
-
-    apply: Callable[[], None]
-    undo: Callable[[], None] | None = None

@@ -1,5 +1,5 @@
-"""What a run of a module leaves behind: values, events, reads. Data only; `_trace` writes it, `_chains` and `_graph`
-read it.
+"""What a run of a module leaves behind: values, events, reads. Data only: `recorder` writes it, the search and the
+builder of graphs read it.
 """
 
 from __future__ import annotations
@@ -12,28 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revwire._capture.products import PRODUCTS
 from revwire._structures import Ref, refs, renumbered
 from revwire._surroundings.inventory import has_hooks
 
 ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
-
-
-PRODUCTS = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "mv",
-        "addmv",
-        "dot",
-        "matmul",
-        "linear",
-        "convolution",
-        "_convolution",
-    )
-)
 
 
 _CASTS = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default})

@@ -36,21 +36,33 @@ class Parted:
     place: int
 
 
-def _switch(checkpointed: Iterable[CheckpointedForward], *, on: bool) -> None:
+def switch(checkpointed: Iterable[CheckpointedForward], *, on: bool) -> None:
+    """Let modules outside of chains run under activation checkpointing, or as they were."""
     for forward in checkpointed:
         forward.on = on
 
 
-def report(model: nn.Module) -> Plan:
-    """The plan by which ``model`` was converted.
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``model`` is converted; not so while it waits for its first call."""
+    return _STATE in vars(model)
 
-    Raises:
-        ConversionError: it is not converted, or has not been called since ``convert(model)`` without an example.
-    """
-    return converted(model).plan
+
+def remember(model: nn.Module, state: Converted) -> None:
+    """Let ``model`` know that it is converted."""
+    vars(model)[_STATE] = state
+
+
+def forget(model: nn.Module) -> None:
+    """Let ``model`` know that it is not converted any more."""
+    del vars(model)[_STATE]
 
 
 def converted(model: nn.Module) -> Converted:
+    """What ``model`` remembers.
+
+    Raises:
+        ConversionError: it is not converted.
+    """
     state = vars(model).get(_STATE)
     if state is None:
         waiting = isinstance(vars(model).get("forward"), FirstCall)
@@ -63,4 +75,5 @@ def converted(model: nn.Module) -> Converted:
 
 
 def chains_of(model: nn.Module) -> list[Chain]:
+    """Its chains, in the order of the plan."""
     return converted(model).chains

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
-from revwire._plan.plan import PlannedChain, PlannedUnit, _elements
+from revwire._plan.plan import PlannedChain, PlannedUnit
 from revwire._runtime.chain import Chain
 
 
@@ -23,7 +24,7 @@ def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits:
         return u.saved_bytes
     if chain.anchored(place):
         return planned.stream_bytes // 2 if chain.exact else planned.stream_bytes
-    return _elements(u.shape) * bits // 8
+    return prod(u.shape) * bits // 8
 
 
 def chunks_of(u: PlannedUnit, chain: Chain, place: int) -> int:

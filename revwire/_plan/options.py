@@ -1,65 +1,24 @@
-"""Which coupling each unit gets, in which arithmetic, and how often a chain keeps its true state."""
+"""The options of `plan` and `convert`, checked: couplings and arithmetic, anchors, chunks, budgets, globs."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from revwire._errors import BudgetError, ConversionError, CouplingError
+from revwire._plan.globs import first_match, refuse_idle_globs
 from revwire.couplings import BY_PATTERN, DEFAULT, coupling_from
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
+from revwire.measure.sizes import parsed
 
 Patterns = str | Sequence[str] | None
-
-
-def _options(
-    choice: Choice,
-    include: Patterns,
-    exclude: Patterns,
-    whole: Patterns,
-    strict: bool = False,
-    chunks: Chunks | None = None,
-    checkpoint: Patterns = None,
-    budget: Budget = None,
-) -> Options:
-    if chunks is not None:
-        refuse_no_chunks(chunks)
-    if budget is not None:
-        parse_budget(budget)
-
-    def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
-        found: tuple[Any, ...] = (
-            (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
-        )
-        if not patterns:
-            return ()
-        if not all(isinstance(glob, str) for glob in found):
-            raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
-        return found
-
-    globs = listed("whole", whole)
-    wish = AUTO if globs == (AUTO,) else globs
-    if wish == AUTO and budget is None:
-        raise ConversionError(
-            "whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules"
-        )
-    kept = None if checkpoint is None else listed("checkpoint", checkpoint)
-    return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
 
 
 Budget = int | str | None
 
 
 LEAST = "least"
-
-
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def parse_budget(budget: Budget) -> int | None:
@@ -70,18 +29,13 @@ def parse_budget(budget: Budget) -> int | None:
     """
     if budget == LEAST:
         return None
-    size = budget if type(budget) is int else _parsed(budget) if isinstance(budget, str) else 0
-    if size <= 0:
+    size = budget if type(budget) is int else parsed(budget) if isinstance(budget, str) else None
+    if size is None or size <= 0:
         raise BudgetError(
-            f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MB' or the like, or "
+            f"memory_budget: got {budget!r}; expected a positive number of bytes, '6GiB', '512MiB' or the like, or "
             "'least'"
         )
     return size
-
-
-def _parsed(text: str) -> int:
-    match = re.fullmatch(r"(\d+\.?\d*)\s*(\w*)", text.strip())
-    return int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
 
 
 Couplings = str | Coupling | Mapping[str, str | Coupling]
@@ -133,7 +87,7 @@ class Choice:
 
     def coupling(self, names: tuple[str, ...], pattern: str) -> Coupling:
         """The coupling of the unit that goes by these names, and has this pattern."""
-        chosen = next((c for glob, c in self.globs if any(fnmatchcase(n, glob) for n in names)), self.default)
+        chosen = first_match(names, self.globs, self.default)
         return BY_PATTERN[pattern] if chosen is None else chosen
 
     def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
@@ -175,20 +129,6 @@ class Choice:
         return spacing
 
 
-def refuse_idle_globs(option: str, globs: Iterable[str], names: Sequence[tuple[str, ...]]) -> None:
-    """Raise where a glob matches none of the units, given by their names.
-
-    Raises:
-        ConversionError: names the option, the glob, and some units.
-    """
-    for glob in globs:
-        if not any(fnmatchcase(n, glob) for several in names for n in several):
-            some = ", ".join(several[0] for several in names[:3])
-            raise ConversionError(
-                f"{option}: got the glob {glob!r}, which matches no unit; expected one that does: {some} ..."
-            )
-
-
 def _float_error(couplings: Sequence[Coupling]) -> float:
     """Expected relative error after undoing these units in float32."""
     return max(couplings, key=lambda c: c.error_growth).float_error(len(couplings))
@@ -215,7 +155,7 @@ def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:
     """The number of chunks of the unit that goes by these names."""
     if isinstance(chunks, int):
         return chunks
-    return next((count for glob, count in chunks.items() if any(fnmatchcase(n, glob) for n in names)), 1)
+    return first_match(names, chunks.items(), 1)
 
 
 AUTO: Literal["auto"] = "auto"
@@ -236,3 +176,44 @@ class Options:
     budget: Budget = None
     whole: tuple[str, ...] | Literal["auto"] | None = ()  # None: every host that can be
     checkpoint: tuple[str, ...] | None = None  # None: what stays, if a budget asks for it
+
+
+def options_of(
+    choice: Choice,
+    include: Patterns,
+    exclude: Patterns,
+    whole: Patterns,
+    strict: bool = False,
+    chunks: Chunks | None = None,
+    checkpoint: Patterns = None,
+    budget: Budget = None,
+) -> Options:
+    """What the caller wrote, checked.
+
+    Raises:
+        ConversionError: what is no glob, or no number of chunks.
+        BudgetError: what is no budget.
+    """
+    if chunks is not None:
+        refuse_no_chunks(chunks)
+    if budget is not None:
+        parse_budget(budget)
+
+    def listed(name: str, patterns: Patterns) -> tuple[str, ...]:
+        found: tuple[Any, ...] = (
+            (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+        )
+        if not patterns:
+            return ()
+        if not all(isinstance(glob, str) for glob in found):
+            raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")
+        return found
+
+    globs = listed("whole", whole)
+    wish = AUTO if globs == (AUTO,) else globs
+    if wish == AUTO and budget is None:
+        raise ConversionError(
+            "whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules"
+        )
+    kept = None if checkpoint is None else listed("checkpoint", checkpoint)
+    return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)

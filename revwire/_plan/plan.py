@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from revwire.measure.sizes import spelled
+
 
 @dataclass(frozen=True)
 class PlannedUnit:
@@ -105,7 +107,7 @@ class Forecast:
         return self.planned.seconds
 
     def __str__(self) -> str:
-        budget = "least memory" if self.budget is None else f"budget {_bytes(self.budget)}"
+        budget = "least memory" if self.budget is None else f"budget {spelled(self.budget)}"
         lines = [f"{budget}: predicted peak of a step {_point(self.planned)}"]
         uniform = f"  every unit stored: {_point(self.stored)}; every unit reversible: {_point(self.reversible)}"
         rival = (
@@ -118,7 +120,7 @@ class Forecast:
 
 
 def _point(p: Point) -> str:
-    return f"{_bytes(p.peak_bytes)} in {p.seconds:.3g} s"
+    return f"{spelled(p.peak_bytes)} in {p.seconds:.3g} s"
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Plan:
         total = sum(c.bytes_saved for c in self.chains)
         head = (
             f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, "
-            f"saves {_bytes(total)}"
+            f"saves {spelled(total)}"
         )
         forecast = [str(self.forecast)] if self.forecast else self._advice()
         return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *self._skipped_lines()])
@@ -210,13 +212,13 @@ class Plan:
             if chain.bytes_saved < stored / 4:
                 hosts = [*dict.fromkeys(u.host for u in chain.units)]
                 lines.append(
-                    f"{chain.name}: {len(chain.units)} units save {_bytes(chain.bytes_saved)} of {_bytes(stored)}: "
+                    f"{chain.name}: {len(chain.units)} units save {spelled(chain.bytes_saved)} of {spelled(stored)}: "
                     "little for the "
                     f"price of a recompute; consider exclude={hosts!r}, or a memory_budget"
                 )
         if self.left_bytes > sum(u.saved_bytes for u in self.units) / 10:
             lines.append(
-                f"the blocks that stay keep {_bytes(self.left_bytes)}: consider checkpoint='stays', which recomputes "
+                f"the blocks that stay keep {spelled(self.left_bytes)}: consider checkpoint='stays', which recomputes "
                 "them"
             )
         return lines
@@ -276,16 +278,5 @@ def _row(c: PlannedChain) -> tuple[str, ...]:
         shape,
         arithmetic,
         str(c.bits if c.exact else 0),
-        _bytes(c.bytes_saved),
+        spelled(c.bytes_saved),
     )
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if abs(count) >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from math import prod
 from typing import NamedTuple
 
 from revwire._capture.recording import Recording
-from revwire._errors import CaptureError, ConversionError
+from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
+from revwire._plan.globs import idle_glob, matches
 from revwire._plan.options import STAYS, Options
-from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped, _elements
+from revwire._plan.outside import Outside, name_of, outside_of_chains
+from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped
 from revwire._programs.assembly import Program, pattern_of
 from revwire._programs.build import build_graph
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
-from revwire._search.chains import CALLER, Search, find_chains
+from revwire._search.chains import Search, find_chains
 from revwire._search.dataflow import Flow
-from revwire._search.residuals import Candidate, can_run_twice
+from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
@@ -76,21 +79,20 @@ class Planner:
             failed = self.failures(units, slots)
             if not failed:
                 self.options.choice.refuse_idle_globs([(u.path, u.host_path) for members in units for u in members])
-                self.refuse_idle_wholes(units)
+                _refuse_idle_wholes(self.options.whole or (), units)
                 plan = Plan(
                     type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search)
                 )
                 self.mark_last(units, chains, plan)
-                names, left = self.checkpointed(search, units)
-                plan = replace(plan, checkpointed=names, left_bytes=left)
+                outside = self.outside(search, units)
+                plan = replace(plan, checkpointed=outside.names, left_bytes=outside.left_bytes)
                 return Prepared(plan, chains, slots, self.cores(units), self.known)
             self.banned.update(failed)
 
     # -- names -----------------------------------------------------------------------------------------------------
 
     def name(self, call: int) -> str:
-        names = self.recording.module_names.get(id(self.recording.events[call].target), ())
-        return names[0] if names else ""
+        return name_of(self.recording, call)
 
     def place(self, c: Candidate) -> _Found:
         if c.add not in self.found:
@@ -118,9 +120,9 @@ class Planner:
         if c.add in self.banned:
             return self.banned[c.add]
         path, host = self.path(c, ((), 0)), self.name(c.host)
-        if any(fnmatchcase(n, p) for p in self.options.exclude for n in (path, host)):
+        if matches((path, host), self.options.exclude):
             return "excluded by the caller"
-        if self.options.include and not any(fnmatchcase(n, p) for p in self.options.include for n in (path, host)):
+        if self.options.include and not matches((path, host), self.options.include):
             return "excluded: not among the caller's include patterns"
         return (
             None
@@ -134,55 +136,21 @@ class Planner:
         if wish is None:
             return [c.host]
         calls = self.recording.calls_around(c.add) if wish else ()
-        return [call for call in calls if any(fnmatchcase(self.name(call), glob) for glob in wish)]
+        return [call for call in calls if matches([self.name(call)], wish)]
 
-    def checkpointed(self, search: Search, units: list[list[_Found]]) -> tuple[tuple[str, ...], int]:
-        """(names of the modules outside of chains that are to be checkpointed, or may be; bytes that other blocks keep
-        which could be).
-
-        Raises:
-            ConversionError: a glob finds none that can be.
-        """
+    def outside(self, search: Search, units: list[list[_Found]]) -> Outside:
+        """The modules outside of chains that are to be checkpointed, or may be."""
         wish = self.options.checkpoint
         if wish is None and self.options.budget is not None and units:
             wish = (STAYS,)
-        flow, events = Flow(self.recording), self.recording.events
-        hosts = {id(events[u.candidate.host].target) for members in units for u in members}
-        rewired = [e.number for e in events if e.is_module and id(e.target) in hosts]
-        around = {call for number in rewired for call in self.recording.calls_around(number)}
-
-        def free(call: int) -> bool:
-            calls = {call, *self.recording.calls_around(call)}
-            return (
-                bool(self.name(call)) and call not in around and calls.isdisjoint(rewired) and can_run_twice(flow, call)
-            )
-
-        left = [c.host for c in search.rejected if not c.inside and not (c.reason or "").startswith(CALLER)]
-        found: dict[str, None] = {}
-        for glob in wish or ():
-            calls = (
-                left
-                if glob == STAYS
-                else [e.number for e in events if e.is_module and fnmatchcase(self.name(e.number), glob)]
-            )
-            good = [call for call in sorted(set(calls)) if free(call)]
-            if not good and glob != STAYS:
-                raise ConversionError(
-                    f"checkpoint: got {glob!r}, under which no module can be checkpointed; expected modules that the "
-                    "example ran, "
-                    "outside of chains and holding none, which draw or keep nothing beside tensors"
-                )
-            found.update({self.name(call): None for call in good})
-        names = tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))
-        others = {call for call in left if units and free(call) and self.name(call) not in names}
-        return names, sum(e.saved for call in others for e in events[call : events[call].end])
+        return outside_of_chains(self.recording, wish or (), search.rejected, _hosts(self.recording, units))
 
     def cores(self, units: list[list[_Found]]) -> dict[str, InBranch]:
         """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
         if self.options.chunks == 1 or (self.options.chunks is None and self.options.budget is None):
             return {}
         flow, events = Flow(self.recording), self.recording.events
-        hosts = {id(events[u.candidate.host].target) for members in units for u in members}
+        hosts = _hosts(self.recording, units)
         found: dict[str, InBranch] = {}
         for number, members in enumerate(units):
             for place, u in enumerate(members):
@@ -190,19 +158,6 @@ class Planner:
                     if self.name(call) and id(events[call].target) not in hosts and call not in self.opened:
                         found.setdefault(self.name(call), InBranch(number, place, sizes))
         return found
-
-    def refuse_idle_wholes(self, units: list[list[_Found]]) -> None:
-        """Raise where a glob of ``whole`` made no module one unit."""
-        hosts = {u.host_path: u.key == WHOLE for members in units for u in members}
-        for glob in self.options.whole or ():
-            if not any(whole and fnmatchcase(host, glob) for host, whole in hosts.items()):
-                some = ", ".join([repr(host) for host in hosts if host][:5])
-                raise ConversionError(
-                    f"whole: got {glob!r}, under which no module can be one unit; expected modules that lead an "
-                    "input to an output of the "
-                    "same shape by residual adds, at least two in a row; such as those that hold units now: "
-                    f"{some or 'the model itself'}"
-                )
 
     # -- chains ----------------------------------------------------------------------------------------------------
 
@@ -227,7 +182,7 @@ class Planner:
         choice, name = self.options.choice, f"chain {number}"
         couplings = [choice.coupling((u.path, u.host_path), u.pattern) for u in units]
         exact, spacing = choice.arithmetic(f"{name} ({units[0].path} .. {units[-1].path})", couplings)
-        chain = Chain(name, couplings, exact=exact, length=len(units), largest=self.largest(units))
+        chain = Chain(name, couplings, exact=exact, length=len(units), largest=_largest(self.recording, units))
         chain.set_anchors(spacing, adapts=choice.anchors == "auto", tolerance=choice.tolerance)
         return chain
 
@@ -245,10 +200,6 @@ class Planner:
         behind = sum(e.saved for e in self.recording.events[max(ends) + 1 :])
         own = plan.chains[last].units[-1].saved_bytes
         chains[last].keeps_last = own + behind <= max(own * 5 // 4, *(u.saved_bytes for u in plan.units))
-
-    def largest(self, units: list[_Found]) -> float:
-        values = self.recording.values
-        return max(max(values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
 
     def slots(self, units: list[list[_Found]], chains: list[Chain]) -> dict[str, list[Slot]]:
         """For each host, its units; a unit through which its chain runs several times has several places."""
@@ -289,7 +240,7 @@ class Planner:
     def planned(self, units: list[_Found], chain: Chain) -> PlannedChain:
         first = self.recording.values[units[0].candidate.fork]
         width = 8 if first.dtype.itemsize == 8 else 4
-        streams = 2 * _elements(first.shape) * width
+        streams = 2 * prod(first.shape) * width
         bare = PlannedChain(
             chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
         )
@@ -303,3 +254,28 @@ class Planner:
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
         return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+
+
+def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:
+    """Ids of the modules that hold units."""
+    return {id(recording.events[u.candidate.host].target) for members in units for u in members}
+
+
+def _largest(recording: Recording, units: list[_Found]) -> float:
+    """The largest magnitude in the states of a chain."""
+    return max(max(recording.values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
+
+
+def _refuse_idle_wholes(globs: Iterable[str], units: list[list[_Found]]) -> None:
+    """Raise where a glob of ``whole`` made no module one unit."""
+    hosts = {u.host_path: u.key == WHOLE for members in units for u in members}
+    for glob in globs:
+        if not matches([host for host, whole in hosts.items() if whole], [glob]):
+            some = ", ".join([repr(host) for host in hosts if host][:5])
+            raise idle_glob(
+                "whole",
+                glob,
+                "under which no module can be one unit",
+                "modules that lead an input to an output of the same shape by residual adds, at least two in a "
+                f"row; such as those that hold units now: {some or 'the model itself'}",
+            )

@@ -26,20 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-_NAMES = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "convolution",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-)
-
-
-_PRODUCTS = frozenset(getattr(torch.ops.aten, name).default for name in _NAMES if hasattr(torch.ops.aten, name))
+from revwire._capture.products import COSTLY
 
 
 @lru_cache(maxsize=64)
@@ -121,7 +108,7 @@ class Products(TorchDispatchMode):
             target = args[place] if place < len(args) else (kwargs or {}).get(name)
             self._forget([t for t in tree_flatten(target)[0] if isinstance(t, Tensor)])
         out = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS and not _draws(func, args, kwargs or {}):
+        if func in COSTLY and not _draws(func, args, kwargs or {}):
             self.calls.append(_Call(func, out))
         return out
 
@@ -153,7 +140,7 @@ class _Recalled(TorchDispatchMode):
         self.calls, self.mismatch, self.number = calls, mismatch, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _PRODUCTS or _draws(func, args, kwargs or {}):
+        if func not in COSTLY or _draws(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         if self.number >= len(self.calls) or self.calls[self.number].func is not func:
             raise self.mismatch()

@@ -80,8 +80,8 @@ from revwire._streams.samples import Fingerprint, can_be_sampled, glance
 from revwire._surroundings.attributes import MISSING
 from revwire._surroundings.buffers import Written, statistics_of, undisturbed
 from revwire._surroundings.copies import Versions, detached, held
-from revwire._surroundings.inventory import Inventory, hooked, version_of
-from revwire._surroundings.modes import NOTHING, _hooked, stalls, stops_early
+from revwire._surroundings.inventory import Inventory, has_hooks, version_of
+from revwire._surroundings.modes import NOTHING, saved_tensors_hooked, stalls, stops_early
 from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import PLAIN, Rule
 
@@ -236,7 +236,7 @@ class Tape:
         if chain.stores(place):
             self.kept = Kept()
             return True
-        if not chain.keeps_last or place != chain.length - 1 or chain.monitor or _hooked():
+        if not chain.keeps_last or place != chain.length - 1 or chain.monitor or saved_tensors_hooked():
             return False
         if chain.waiting is not None and chain.waiting() is not None:
             return False
@@ -256,7 +256,7 @@ class Tape:
             or not stops_early()
         ):
             return False
-        return not any(hooked(m) for root in unit.modules(host) for m in root.modules())
+        return not any(has_hooks(m) for root in unit.modules(host) for m in root.modules())
 
     def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
         inputs: Versions = []

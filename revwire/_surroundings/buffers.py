@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from revwire._surroundings.inventory import Inventory, _is_written, version_of
+from revwire._surroundings.inventory import Inventory, is_written, version_of
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def statistics_of(modules: Iterable[nn.Module]) -> Copies:
 
 def _with_copies(module: nn.Module, copied: bool) -> list[tuple[str, Tensor, int, Tensor | None]]:
     """(name, buffer, its version counter, a copy if wanted) of what a forward may write."""
-    buffers = [(name, b) for name, b in module._buffers.items() if b is not None and _is_written(b)]
+    buffers = [(name, b) for name, b in module._buffers.items() if b is not None and is_written(b)]
     return [(name, b, version_of(b), b.detach().clone() if copied else None) for name, b in buffers]
 
 
@@ -124,7 +124,7 @@ def buffers_exchanged(
         try:
             for module in writers:
                 for name, buffer in module._buffers.items():
-                    if buffer is not None and (every or _is_written(buffer)):
+                    if buffer is not None and (every or is_written(buffer)):
                         kept.append((module, name, buffer))
                         module._buffers[name] = (copies or {}).get((id(module), name), buffer).clone()
             yield

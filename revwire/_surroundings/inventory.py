@@ -9,15 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around the forward of a module, its own or global ones."""
     registry = nn.modules.module
-    return any(getattr(module, h) for h in _HOOKS) or bool(
-        registry._global_forward_hooks or registry._global_forward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or registry._global_forward_hooks or registry._global_forward_pre_hooks)
 
 
 Table = dict[str, Any]
@@ -62,7 +59,7 @@ class Inventory:
                 tables.append((table, table.copy(), True))
                 weights += [w for w in table.values() if w is not None]
             if buffers:
-                if any(map(_is_written, buffers.values())):
+                if any(map(is_written, buffers.values())):
                     writers.append(module)
                 tables.append((buffers, buffers.copy(), False))
             if below:
@@ -73,13 +70,6 @@ class Inventory:
         """Take up one that the branch uses, which no module of it owns."""
         self.weights.append(weight)
         self.versions.append(version_of(weight))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether hooks run around the forward of a module, its own or global ones."""
-    registry = nn.modules.module
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or registry._global_forward_hooks or registry._global_forward_pre_hooks)
 
 
 def version_of(x: Tensor) -> int:
@@ -95,6 +85,6 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
         return [*map(version_of, tensors)]
 
 
-def _is_written(buffer: Tensor | None) -> bool:
+def is_written(buffer: Tensor | None) -> bool:
     """Whether a forward may write this buffer: statistics are floats, counters have one element."""
     return buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)

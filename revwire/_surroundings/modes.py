@@ -74,7 +74,7 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _hooked() -> bool:
+def saved_tensors_hooked() -> bool:
     """Whether saved-tensor hooks are in force around this call."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 

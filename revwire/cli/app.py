@@ -89,7 +89,7 @@ Checkpoint = Annotated[
 MemoryBudget = Annotated[
     str | None,
     typer.Option(
-        "--memory-budget", metavar="BYTES", help="6GiB, 512MB or least: the fastest mix of units whose step fits"
+        "--memory-budget", metavar="BYTES", help="6GiB, 512MiB or least: the fastest mix of units whose step fits"
     ),
 ]
 

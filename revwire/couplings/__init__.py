@@ -1,4 +1,8 @@
-"""Coupling schemes, one per file, and the spelling users type."""
+"""Coupling schemes, one per file, the spelling users type, and what a scheme of one's own is written with.
+
+A scheme is a frozen dataclass below `Coupling` that has a name, its `Coefficients` and a ``merge``; `revwire.testing`
+measures whether it is what it declares.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,47 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import Coefficients as Coefficients
-from revwire.couplings.base import Coupling as Coupling
-from revwire.couplings.base import Rule as Rule
-from revwire.couplings.bdia import Bdia as Bdia
-from revwire.couplings.bdia_random import RandomBdia as RandomBdia
-from revwire.couplings.dr2net import Dr2Net as Dr2Net
-from revwire.couplings.midpoint import Midpoint as Midpoint
-from revwire.couplings.momentum import Momentum as Momentum
-from revwire.couplings.re2tal import Re2TAL as Re2TAL
+from revwire.couplings.base import (
+    FLOAT_TOLERANCE,
+    MOST_BITS,
+    Coefficients,
+    Coupling,
+    Kind,
+    Rule,
+    bits_of,
+    named,
+    nearest_power,
+    random_signs,
+)
+from revwire.couplings.bdia import Bdia
+from revwire.couplings.bdia_random import RandomBdia
+from revwire.couplings.dr2net import Dr2Net
+from revwire.couplings.midpoint import Midpoint
+from revwire.couplings.momentum import Momentum
+from revwire.couplings.re2tal import Re2TAL
+
+__all__ = [
+    "BY_PATTERN",
+    "DEFAULT",
+    "FLOAT_TOLERANCE",
+    "MOST_BITS",
+    "SPELLINGS",
+    "Bdia",
+    "Coefficients",
+    "Coupling",
+    "Dr2Net",
+    "Kind",
+    "Midpoint",
+    "Momentum",
+    "RandomBdia",
+    "Re2TAL",
+    "Rule",
+    "bits_of",
+    "coupling_from",
+    "named",
+    "nearest_power",
+    "random_signs",
+]
 
 DEFAULT = "bdia"
 

@@ -13,19 +13,21 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import swin3d_t
 
 import revwire
-from revwire._budget import fit as budgets
-from revwire._budget.advice import _rival
 from revwire._budget.costs import Costs
-from revwire._budget.forms import MODES
+from revwire._budget.forms import Form
 from revwire._budget.marker import Mark, Place
-from revwire._budget.meter import Arithmetic, Measured, Stretch, measured
+from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
+from revwire._budget.meter import measured
+from revwire._budget.mixes import coarsest, fitting, least_of
+from revwire._budget.rival import rival
 from revwire._budget.search import least, search
+from revwire._budget.unit_cost import ChainSizes
 from revwire._forwards.converted import chains_of
 from revwire._plan.options import parse_budget
 from revwire._plan.plan import Point
 from revwire.measure import peak_bytes
 from steps import output_and_gradients, training_step
-from toys import encoder
+from toys import encoder, forms_of
 
 
 def transformer(depth=6, width=32, head=2):
@@ -86,9 +88,10 @@ def costs_of(units, seed, chains=1, state=64, exact=True, keeps=40):
         stretches += [Stretch(Mark("grad", run), level, level + number(100, 900), number(1, 9))]
         stretches += [Stretch(Mark("complete", run), level, level + number(100, 900), number(1, 5))]
         stretches += [Stretch(Mark("rebuilt", run), level, level + number(300, 1000), 2)]
-    saved = tuple(number(200, 800) for _ in range(units))
-    measured = Measured(tuple(places), tuple(stretches), saved, (Arithmetic(0.25, 0.5),) * units)
-    return Costs(measured, [[8 if i else 0 for i in range(each)]] * chains, [state] * chains, [exact] * chains)
+    arithmetic, saved = Arithmetic(0.25, 0.5), [number(200, 800) for _ in range(units)]
+    runs = tuple(Run(place, arithmetic, saved=s, rebuilt=s, held=s) for place, s in zip(places, saved, strict=True))
+    sizes = ChainSizes(tuple(8 if i else 0 for i in range(each)), state, exact)
+    return Costs(Measured(runs, tuple(stretches)), [sizes] * chains)
 
 
 def every_mix(costs):
@@ -126,21 +129,21 @@ def test_the_search_finds_the_fastest_mix_that_fits(seed, chains, exact):
 def test_a_mix_of_two_steps_costs_what_each_says_of_its_own_runs(seed):
     one, two = costs_of(4, seed), costs_of(4, seed + 10, keeps=70)
     for costs in (one, two):
-        same = Costs.mixed([costs] * 4)
+        same = Costs.composed([costs] * 4)
         assert [same.forecast(forms) for forms in every_mix(costs)] == [
             costs.forecast(forms) for forms in every_mix(costs)
         ]
-    mixed = Costs.mixed([one, two, two, one])
+    mixed = Costs.composed([one, two, two, one])
     assert mixed.starts == [0, 40, 110, 180, 220]
-    assert [mixed.own(run, "r") for run in range(4)] == [
-        one.own(0, "r"),
-        two.own(1, "r") - 70 + 40,
-        two.own(2, "r") - 140 + 110,
-        one.own(3, "r") - 120 + 180,
+    assert [mixed.own(run, Form.REVERSIBLE) for run in range(4)] == [
+        one.own(0, Form.REVERSIBLE),
+        two.own(1, Form.REVERSIBLE) - 70 + 40,
+        two.own(2, Form.REVERSIBLE) - 140 + 110,
+        one.own(3, Form.REVERSIBLE) - 120 + 180,
     ]
     spent = [one.spent[0], two.spent[1], two.spent[2], one.spent[3]]
     assert mixed.seconds == pytest.approx(one.seconds - sum(one.spent) + sum(spent))
-    assert mixed.forecast(["a"] * 4)[1] == pytest.approx(
+    assert mixed.forecast([Form.WHOLE_CHAIN] * 4)[1] == pytest.approx(
         mixed.seconds - sum(c.units[i].gain for i, c in enumerate((one, two, two, one)))
     )
 
@@ -148,32 +151,30 @@ def test_a_mix_of_two_steps_costs_what_each_says_of_its_own_runs(seed):
 def test_each_unit_goes_the_coarsest_way_with_which_it_fits():
     ways = [costs_of(6, seed, keeps=keeps) for seed, keeps in ((0, 40), (1, 45), (2, 60))]
     for size in range(300, 1500, 50):
-        picks = budgets._coarsest(ways, size)
-        mixed = Costs.mixed([ways[way] for way in picks])
+        picks = coarsest(ways, size)
+        mixed = Costs.composed([ways[way] for way in picks])
         for run, way in enumerate(picks):
             others = [
-                Costs.mixed([*(ways[w] for w in picks[:run]), ways[w], *(ways[w] for w in picks[run + 1 :])])
+                Costs.composed([*(ways[w] for w in picks[:run]), ways[w], *(ways[w] for w in picks[run + 1 :])])
                 for w in range(way)
             ]
-            assert mixed.own(run, "r") <= size or way == 2
-            assert all(other.own(run, "r") > size for other in others)
-    smallest, choices = budgets._least(ways)
-    assert budgets._found(ways, choices, smallest) is not None
+            assert mixed.own(run, Form.REVERSIBLE) <= size or way == 2
+            assert all(other.own(run, Form.REVERSIBLE) > size for other in others)
+    smallest, choices = least_of(ways)
+    assert fitting(ways, choices, smallest) is not None
     assert smallest <= 1.002 * min(least(costs) for costs in ways)
 
 
 def test_every_mix_of_modes_has_a_form():
     costs = costs_of(4, 0)
-    modes = {tuple(MODES[f] for f in forms) for forms in every_mix(costs)}
+    modes = {tuple(f.mode for f in forms) for forms in every_mix(costs)}
     assert len(modes) == 2 * 3**3  # the first unit is never checkpointed: its input is the chain's
 
 
 def test_a_unit_that_is_never_rebuilt_stays_as_it_is():
     costs = costs_of(4, 0)
-    frozen = Measured(
-        costs.measured.places, costs.measured.stretches[:-1], costs.measured.saved, costs.measured.arithmetic
-    )
-    assert [u.fixed for u in Costs(frozen, [[0] * 4], [64], [True]).units] == [True, False, False, False]
+    frozen = Measured(costs.measured.runs, costs.measured.stretches[:-1])
+    assert [u.fixed for u in Costs(frozen, [ChainSizes((0,) * 4, 64, True)]).units] == [True, False, False, False]
 
 
 def test_a_unit_that_runs_twice_stays_reversible():
@@ -230,9 +231,11 @@ def test_a_checkpointed_unit_takes_what_was_predicted(mix):
 
     run()
     plan = revwire.report(model)
-    kept = [[u.kept_bytes if u.mode == "reversible" and i else 0 for i, u in enumerate(c.units)] for c in plan.chains]
-    costs = Costs(measured([chain], run, torch.device("cpu")), kept, [c.stream_bytes // 2 for c in plan.chains], [True])
-    forms = ["a" if mix == "s" * 6 else letter for letter in mix]
+    (planned,) = plan.chains
+    kept = tuple(u.kept_bytes if u.mode == "reversible" and i else 0 for i, u in enumerate(planned.units))
+    sizes = ChainSizes(kept, planned.stream_bytes // 2, exact=True)
+    costs = Costs(measured([chain], run, torch.device("cpu")), [sizes])
+    forms = forms_of(["a" if mix == "s" * 6 else letter for letter in mix])
     chain.modes, chain.keeps_last = tuple(names[letter] for letter in mix), False
     run()
     assert peak_bytes(run) == pytest.approx(costs.forecast(forms)[0], rel=0.02)
@@ -442,7 +445,7 @@ def test_the_plan_says_where_checkpointing_would_need_less():
     torch.manual_seed(0)
     plan = revwire.plan(swin3d_t(weights=None).train(), torch.randn(1, 3, 16, 56, 56), memory_budget="least", chunks=1)
     assert plan.forecast.checkpoint.peak_bytes < 0.97 * plan.forecast.peak_bytes
-    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 28" in str(
+    assert "torch.utils.checkpoint around the same blocks of the original network would need less, about 26" in str(
         plan
     )
     assert "would need less" not in str(revwire.plan(transformer(), INPUTS, memory_budget="least", chunks=1))
@@ -473,11 +476,11 @@ def test_where_no_mix_fits_the_error_says_that_checkpointing_would_need_less():
 
 def test_the_plan_says_where_checkpointing_fits_a_budget_in_less_time():
     planned, fast = Point(100, 2.0), Point(110, 1.9)
-    assert "fit as well, in about 95% of the time" in _rival(120, planned, fast)[0]
-    assert not _rival(105, planned, fast)
-    assert not _rival(120, planned, Point(110, 1.99))
-    assert not _rival(None, planned, fast)
-    assert "about 0.0 MB" in _rival(None, planned, Point(90, 3.0))[0]
+    assert "fit as well, in about 95% of the time" in rival(120, planned, fast)[0]
+    assert not rival(105, planned, fast)
+    assert not rival(120, planned, Point(110, 1.99))
+    assert not rival(None, planned, fast)
+    assert "about 0.1 KiB" in rival(None, planned, Point(90, 3.0))[0]
 
 
 def test_a_host_of_many_units_is_no_block():
@@ -486,7 +489,7 @@ def test_a_host_of_many_units_is_no_block():
     assert plan.hosts == ("",)
     assert plan.forecast.checkpoint is None
     assert "torch.utils.checkpoint" not in str(plan)
-    assert not _rival(None, plan.forecast.planned, None)
+    assert not rival(None, plan.forecast.planned, None)
 
 
 def test_a_plan_without_a_budget_names_chains_that_save_little():

@@ -13,9 +13,10 @@ from revwire._budget.costs import Costs
 from revwire._budget.marker import ended, turn
 from revwire._budget.meter import measured
 from revwire._budget.search import search
+from revwire._budget.unit_cost import ChainSizes
 from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes
-from toys import Blocks, ResidualMlp, modes_of
+from toys import FORMS, Blocks, ResidualMlp, forms_of, modes_of
 
 X = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
 WEIGHTS = 2 * 32 * 512 * 2
@@ -68,12 +69,8 @@ def costs_of(model, run, kept=0, x=X):
     """Of a model with one chain, on states like ``x``, of which a reversible unit keeps so many bytes."""
     (chain,) = chains_of(model)
     run()
-    return Costs(
-        measured([chain], run, torch.device("cpu")),
-        [[kept if i else 0 for i in range(chain.length)]],
-        [x.nbytes],
-        [True],
-    )
+    sizes = ChainSizes(tuple(kept if i else 0 for i in range(chain.length)), x.nbytes, exact=True)
+    return Costs(measured([chain], run, torch.device("cpu")), [sizes])
 
 
 def taken(model, run, mix):
@@ -85,7 +82,7 @@ def taken(model, run, mix):
 
 
 def predicted_and_taken(model, run, mix, kept=0):
-    return costs_of(model, run, kept).forecast(list(mix))[0], taken(model, run, mix)
+    return costs_of(model, run, kept).forecast(forms_of(mix))[0], taken(model, run, mix)
 
 
 @pytest.mark.parametrize("after", [0, 2**18], ids=["", "a peak before the backward pass"])
@@ -115,22 +112,22 @@ def test_casts_that_autocast_does_not_keep_are_a_units_own(mix):
         run = stepped(model, X.clone().requires_grad_(), cached=cached)
         run()
         expected, peak = predicted_and_taken(model, run, mix)
-        assert [u.early for u in costs_of(model, run).units] == [0] * 6
+        assert [u.run.early for u in costs_of(model, run).units] == [0] * 6
         assert expected == pytest.approx(peak, rel=0.03)
 
 
 def test_what_casts_a_unit_has_is_measured():
     model = converted()
     units = costs_of(model, stepped(model)).units
-    assert [u.early for u in units] == [WEIGHTS] * 6
-    assert all(u.saved > WEIGHTS for u in units)
+    assert [u.run.early for u in units] == [WEIGHTS] * 6
+    assert all(u.run.saved > WEIGHTS for u in units)
 
 
 @pytest.mark.parametrize("after", [0, 2**18])
 def test_the_search_counts_as_the_forecast_does(after):
     model = converted("bdia:1/16")
     costs = costs_of(model, stepped(model, after=after), X.nbytes // 8)
-    mixes = [list(m) for m in itertools.product("rcszyxa", repeat=6) if allowed(costs, m)]
+    mixes = [list(m) for m in itertools.product(map(FORMS.get, "rcszyxa"), repeat=6) if allowed(costs, m)]
     points = [costs.forecast(forms) for forms in mixes]
     low, high = min(p for p, _ in points), max(p for p, _ in points)
     for share in (0.0, 0.3, 0.6, 1.0):
@@ -211,8 +208,8 @@ def test_what_a_model_gives_out_counts_once(mix, lasting):
 
     costs = costs_of(model, run, x=x)
     inside = 256 * 128 * 4
-    assert [(u.early, u.lasting) for u in costs.units] == [(inside, inside if lasting else 0)] * 6
-    assert costs.forecast(list(mix))[0] == pytest.approx(taken(model, run, mix), rel=0.04)
+    assert [(u.run.early, u.run.lasting) for u in costs.units] == [(inside, inside if lasting else 0)] * 6
+    assert costs.forecast(forms_of(mix))[0] == pytest.approx(taken(model, run, mix), rel=0.04)
 
 
 class Deep(nn.Module):
@@ -262,7 +259,7 @@ def test_a_run_that_is_stored_to_the_end_has_its_states_besides():
     costs = costs_of(model, run, x=x)
     for mix in ("rrzyxxxx", "rrrrrrzy", "rrrrrzyx"):
         peak = taken(model, run, mix)
-        assert 0.99 * peak < costs.forecast(list(mix))[0] < 1.12 * peak
+        assert 0.99 * peak < costs.forecast(forms_of(mix))[0] < 1.12 * peak
 
 
 class Several(nn.Module):
@@ -284,7 +281,7 @@ def test_memory_that_is_used_again_within_a_branch_is_seen_again():
     x = torch.randn(64, 64)  # activations as large as casts
     model = under_autocast(Blocks(Several, depth=4), x)
     units = costs_of(model, stepped(model, x), x=x).units
-    assert [u.early for u in units] == [8 * 64 * 64 * 2] * 4
+    assert [u.run.early for u in units] == [8 * 64 * 64 * 2] * 4
 
 
 def test_casts_of_an_input_are_one_in_a_recompute_and_several_when_stored():
@@ -303,11 +300,11 @@ def test_casts_of_an_input_are_one_in_a_recompute_and_several_when_stored():
     model = under_autocast(Blocks(Thrice, depth=4), x)
     run = stepped(model, x)
     costs = costs_of(model, run, x=x)
-    assert [u.saved - u.rebuilt for u in costs.units] == [
+    assert [u.run.saved - u.run.rebuilt for u in costs.units] == [
         0,
         *[2 * x.nbytes // 2] * 3,
     ]  # the first needs no gradient of x
-    assert costs.forecast(list("aaaa"))[0] == pytest.approx(taken(model, run, "aaaa"), rel=0.06)
+    assert costs.forecast(forms_of("aaaa"))[0] == pytest.approx(taken(model, run, "aaaa"), rel=0.06)
 
 
 class Front(nn.Module):

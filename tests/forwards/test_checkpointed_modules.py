@@ -112,7 +112,7 @@ def test_the_outermost_module_is_taken_and_none_that_holds_or_is_a_part_of_a_cha
     model = Stages()
     with pytest.raises(
         revwire.ConversionError,
-        match=r"checkpoint: got 'one\*', under which no module can be checkpointed; expected modules",
+        match=r"checkpoint: got the glob 'one\*', under which no module can be checkpointed; expected modules",
     ):
         revwire.convert(model, X, checkpoint="one*")
     with pytest.raises(revwire.ConversionError, match="not converted"):

@@ -7,13 +7,28 @@ import pytest
 import torch
 
 from revwire import Bdia, CouplingError, measure
-from revwire.measure import Quartiles, arithmetic_seconds, paired_seconds, peak_bytes, saved_bytes
+from revwire.measure import (
+    Quartiles,
+    arithmetic,
+    arithmetic_seconds,
+    memory,
+    paired_seconds,
+    peak_bytes,
+    saved_bytes,
+    sizes,
+    timing,
+)
 
 KILO = 1000 * 4  # bytes of a float32 tensor of 1000 elements
 
 
-def test_the_examples_in_its_documentation_run():
-    assert doctest.testmod(measure).failed == 0
+@pytest.mark.parametrize("module", [arithmetic, memory, sizes, timing])
+def test_the_examples_in_its_documentation_run(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_it_shows_what_its_files_hold():
+    assert all(hasattr(measure, name) for name in measure.__all__)
 
 
 def test_arithmetic_takes_an_exact_coupling_and_leaves_its_input_alone():

@@ -22,7 +22,7 @@ def test_the_table(plan):
     assert lines[0].startswith("Sequential: 3 units in 1 chains, coverage 75%, saves ")
     assert lines[1].split() == ["chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves"]
     assert lines[3].split()[:10] == ["chain", "0", "0", "..", "2", "3", "residual", "2x5x8", "bdia:1/8", "exact"]
-    assert lines[4] == "the blocks that stay keep 2.6 kB: consider checkpoint='stays', which recomputes them"
+    assert lines[4] == "the blocks that stay keep 2.5 KiB: consider checkpoint='stays', which recomputes them"
     assert lines[5] == "stays: 1 residual adds"
     assert lines[6].startswith("  4.blocks.0.g: stands alone") or lines[6].startswith("  4.blocks.0.f: stands alone")
 

@@ -18,6 +18,7 @@ from revwire._budget.costs import Costs
 from revwire._budget.marker import ended
 from revwire._budget.meter import measured
 from revwire._budget.search import search
+from revwire._budget.unit_cost import ChainSizes
 from revwire._errors import ReconstructionError
 from revwire._forwards.converted import chains_of
 from revwire.measure import peak_bytes, saved_bytes
@@ -32,7 +33,20 @@ from steps import (
     training_step,
     weight_gradients,
 )
-from toys import KINDS, LARGE, STREAM, WIDTH, Blocks, Guarded, PreNorm, ResidualMlp, mixed, modes_of, transformer_blocks
+from toys import (
+    KINDS,
+    LARGE,
+    STREAM,
+    WIDTH,
+    Blocks,
+    Guarded,
+    PreNorm,
+    ResidualMlp,
+    forms_of,
+    mixed,
+    modes_of,
+    transformer_blocks,
+)
 
 
 def kept_of(record):
@@ -370,9 +384,8 @@ def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
         loss.backward()
 
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
-    costs = Costs(
-        measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(6)]], [x.nbytes], [True]
-    )
+    sizes = ChainSizes(tuple(bits if i else 0 for i in range(6)), x.nbytes, exact=True)
+    costs = Costs(measured([chain], run, torch.device("cpu")), [sizes])
     runs = costs.samples(2**40)
     assert runs == [4, 5]  # one that others follow, and the last
     modes = [tuple("selective" if i in runs else "reversible" for i in range(6))]
@@ -381,7 +394,7 @@ def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
     chain.modes, chain.keeps_last = modes_of(mix), False
     run()
     stored = len(mix) - len(mix.rstrip("s"))
-    forms = [*mix[: len(mix) - stored], *"zyx"[:stored]]
+    forms = forms_of([*mix[: len(mix) - stored], *"zyx"[:stored]])
     assert peak_bytes(run) == pytest.approx(costs.forecast(forms)[0], rel=0.02)
 
 
@@ -390,10 +403,10 @@ def test_samples_are_tried_only_as_far_as_the_budget_goes():
     model = revwire.convert(Blocks(Wide, depth=6), x, coupling="re2tal")
     (chain,) = chains_of(model)
     step = measured([chain], lambda: model(x).square().mean().backward(), torch.device("cpu"))
-    costs = Costs(step, [[0] * 6], [x.nbytes], [True])
+    costs = Costs(step, [ChainSizes((0,) * 6, x.nbytes, exact=True)])
     peak, _ = costs.forecast(costs.uniform("reversible"))
     assert costs.samples(peak) == []
-    one = costs.units[4].saved + costs.units[4].state
+    one = costs.units[4].run.saved + costs.units[4].state
     assert len(costs.samples(peak + one)) == 1
     assert len(costs.samples(peak + 2 * one + 8)) == 2
     assert search(costs, peak) is not None
@@ -405,9 +418,7 @@ def test_float_chains_have_none():
     (chain,) = chains_of(model)
     costs = Costs(
         measured([chain], lambda: model(x).square().mean().backward(), torch.device("cpu")),
-        [[0] * 6],
-        [x.nbytes],
-        [False],
+        [ChainSizes((0,) * 6, x.nbytes, exact=False)],
     )
     assert costs.samples(2**40) == []
 

@@ -14,6 +14,7 @@ import toys
 from cases import each_exact_case, each_fast_exact_case
 from revwire._budget.costs import Costs
 from revwire._budget.meter import measured
+from revwire._budget.unit_cost import ChainSizes
 from revwire._errors import ReconstructionError
 from revwire._forwards.converted import chains_of
 from revwire._runtime.entries import Result
@@ -30,7 +31,20 @@ from steps import (
     same,
     weight_gradients,
 )
-from toys import KINDS, LARGE, STREAM, Attention, Blocks, PreNorm, ResidualMlp, Toy, attention_extras, modes_of, toy
+from toys import (
+    KINDS,
+    LARGE,
+    STREAM,
+    Attention,
+    Blocks,
+    PreNorm,
+    ResidualMlp,
+    Toy,
+    attention_extras,
+    forms_of,
+    modes_of,
+    toy,
+)
 
 in_bfloat16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
@@ -237,12 +251,15 @@ def test_a_unit_that_keeps_its_result_takes_what_was_predicted(mix, coupling):
 
     plan = revwire.report(model)
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
-    kept = [[bits if i else 0 for i, _ in enumerate(c.units)] for c in plan.chains]
-    costs = Costs(measured([chain], run, torch.device("cpu")), kept, [c.stream_bytes // 2 for c in plan.chains], [True])
-    assert [u.result for u in costs.units] == [x.nbytes // 2] * 6
+    (planned,) = plan.chains
+    sizes = ChainSizes(
+        tuple(bits if i else 0 for i, _ in enumerate(planned.units)), planned.stream_bytes // 2, exact=True
+    )
+    costs = Costs(measured([chain], run, torch.device("cpu")), [sizes])
+    assert [u.run.result for u in costs.units] == [x.nbytes // 2] * 6
     chain.modes, chain.keeps_last = modes_of(mix), False
     run()
-    assert peak_bytes(run) == pytest.approx(costs.forecast(list(mix))[0], rel=0.02)
+    assert peak_bytes(run) == pytest.approx(costs.forecast(forms_of(mix))[0], rel=0.02)
 
 
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
@@ -278,14 +295,13 @@ def test_chunks_of_a_checkpointed_unit_take_what_was_predicted(mix, coupling, au
     revwire.convert(model, x, coupling=coupling, chunks=4)
     (chain,) = chains_of(model)
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
-    costs = Costs(
-        measured([chain], run, torch.device("cpu")), [[bits if i else 0 for i in range(10)]], [x.nbytes], [True]
-    )
+    sizes = ChainSizes(tuple(bits if i else 0 for i in range(10)), x.nbytes, exact=True)
+    costs = Costs(measured([chain], run, torch.device("cpu")), [sizes])
     chain.modes, chain.keeps_last = modes_of(mix), False
     run()
     peak = peak_bytes(run)
     assert (
-        0.999 * peak < costs.forecast(list(mix))[0] < 1.02 * peak + x.nbytes
+        0.999 * peak < costs.forecast(forms_of(mix))[0] < 1.02 * peak + x.nbytes
     )  # at most a state too many, which a reversible unit has
 
 

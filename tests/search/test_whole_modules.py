@@ -131,7 +131,7 @@ def test_a_module_that_cannot_be_one_unit_keeps_its_units():
     assert [u.host for u in plan.units] == [f"0.blocks.{i}" for i in (0, 0, 1, 1, 2, 2)] + ["1.blocks.0", "1.blocks.1"]
     with pytest.raises(
         revwire.ConversionError,
-        match=r"whole: got '0\.\*', under which no module can be one unit; expected modules that lead",
+        match=r"whole: got the glob '0\.\*', under which no module can be one unit; expected modules that lead",
     ):
         revwire.convert(model, X, whole="0.*")
     with pytest.raises(revwire.ConversionError, match="not converted"):

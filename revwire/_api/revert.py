@@ -1,0 +1,26 @@
+"""`revert`: give a model its original wiring back, in place."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from revwire._forwards.first_call import FirstCall
+from revwire._forwards.install import take_all_off
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def revert(model: M) -> M:
+    """Give ``model`` its original wiring back, in place, with its weights as they are now, and return it.
+
+    Raises:
+        ConversionError: it is not converted.
+    """
+    forward = vars(model).get("forward")
+    if isinstance(forward, FirstCall):
+        forward.remove()
+    else:
+        take_all_off(model)
+    return model

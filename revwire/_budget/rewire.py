@@ -1,0 +1,75 @@
+"""Rewire a model as the caller's options say, and give each unit what its budget allows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from revwire._budget.apply import spend_less
+from revwire._capture.arguments import as_call
+from revwire._errors import BudgetError, RevwireError
+from revwire._forwards.converted import converted, is_converted
+from revwire._forwards.install import prepared, put_on, take_all_off
+from revwire._plan.options import AUTO, Options
+from revwire._plan.plan import Forecast
+
+
+@_disable_dynamo
+def rewire(model: nn.Module, example_inputs: Any, options: Options) -> None:
+    """Convert ``model``, which is as before where that fails.
+
+    Raises:
+        ConversionError: as for `revwire.convert`.
+        BudgetError: no mix fits the memory budget.
+    """
+    if options.whole == AUTO:
+        _rewire_better(model, example_inputs, options)
+    else:
+        _rewire_as(model, example_inputs, options)
+
+
+def _rewire_better(model: nn.Module, example_inputs: Any, options: Options) -> None:
+    """Make whole hosts units, or residual adds, whichever serves the budget better."""
+    coarse, fine = (replace(options, whole=wish) for wish in (None, ()))
+    forecasts: dict[str, Forecast] = {}
+    errors: list[RevwireError] = []
+    for name, tried in (("coarse", coarse), ("fine", fine)):
+        if is_converted(model):
+            take_all_off(model)
+        try:
+            _rewire_as(model, example_inputs, tried)
+        except RevwireError as error:  # the other may do
+            errors.append(error)
+            continue
+        forecast = converted(model).plan.forecast
+        if forecast is None:  # there is no chain
+            return
+        forecasts[name] = forecast
+    if not forecasts:
+        raise min(errors, key=lambda error: (error.smallest or 0) if isinstance(error, BudgetError) else -1)
+    if "fine" not in forecasts or ("coarse" in forecasts and _serves_better(forecasts["coarse"], forecasts["fine"])):
+        if is_converted(model):
+            take_all_off(model)
+        _rewire_as(model, example_inputs, coarse)
+
+
+def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
+    state = put_on(model, prepared(model, example_inputs, options), strict=options.strict)
+    if state.chains and (options.chunks not in (None, 1) or options.budget is not None):
+        try:
+            spend_less(model, as_call(example_inputs), options)
+        except BaseException:
+            take_all_off(model)
+            raise
+
+
+def _serves_better(a: Forecast, b: Forecast) -> bool:
+    """Whether ``a`` is clearly the better plan for the same budget: faster; or, where the least memory was asked for,
+    smaller.
+    """
+    if a.budget is not None:
+        return a.seconds < 0.98 * b.seconds
+    return a.peak_bytes < 0.98 * b.peak_bytes or (a.peak_bytes <= b.peak_bytes and a.seconds < 0.98 * b.seconds)

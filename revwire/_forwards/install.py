@@ -1,0 +1,107 @@
+"""Put everything on a model that converts it, and take it off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from revwire._capture.arguments import as_call
+from revwire._capture.run import record
+from revwire._errors import ConversionError, RevwireError
+from revwire._forwards.base import InstanceForward, standing_forward, take_off
+from revwire._forwards.checkpointed import install_checkpoint
+from revwire._forwards.converted import Converted, Parted, converted, forget, remember
+from revwire._forwards.first_call import FirstCall
+from revwire._forwards.in_parts import install_parts
+from revwire._forwards.rewired import install
+from revwire._plan.options import Options
+from revwire._plan.plan import Plan
+from revwire._plan.ready import refuse_unready
+from revwire._plan.survey import Planner, Prepared
+
+
+def prepared(model: nn.Module, example_inputs: Any, options: Options) -> Prepared:
+    """What is to be put on ``model``, from one run on the example; nothing is changed.
+
+    Raises:
+        ConversionError: it is converted already, or fails on the example.
+    """
+    refuse_converted(model)
+    call = as_call(example_inputs)
+    try:
+        recording = record(model, call.args, call.kwargs)
+    except RevwireError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__}: the model failed on the example inputs ({type(error).__name__}: {error}); pass "
+            "what its forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+        ) from error
+    return Planner(recording, options).run()
+
+
+def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:
+    """Convert ``model``, and return what it remembers of that.
+
+    Raises:
+        ConversionError: ``strict``, and a residual add would stay.
+    """
+    found, chains, hosts, cores, known = ready
+    if strict:
+        _refuse_skipped(found)
+    for path, slots in hosts.items():
+        install(model.get_submodule(path), path, slots)
+    checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
+    parted = [
+        Parted(
+            install_parts(model.get_submodule(path), path, chains[core.chain], core.sizes, known),
+            core.chain,
+            core.place,
+        )
+        for path, core in cores.items()
+    ]
+    state = Converted(found, chains, checkpointed, parted)
+    remember(model, state)
+    return state
+
+
+def take_all_off(model: nn.Module) -> None:
+    """Give a converted model its original wiring back.
+
+    Raises:
+        ConversionError: it is not converted.
+    """
+    converted(model)
+    for module in model.modules():
+        if isinstance(standing_forward(module), InstanceForward):
+            take_off(module)
+    forget(model)
+
+
+def refuse_converted(model: nn.Module) -> None:
+    """Raise where ``model`` is converted already, or cannot be.
+
+    Raises:
+        ConversionError: says which, and what to do first.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert: got {name}; expected a torch.nn.Module")
+    refuse_unready(model)
+    taken = [n for n, m in model.named_modules() if isinstance(standing_forward(m), (FirstCall, InstanceForward))]
+    if taken:
+        raise ConversionError(
+            f"{name}: got a model that is converted already (at {taken[0] or 'its root'!r}); call "
+            "revwire.revert(model) first"
+        )
+
+
+def _refuse_skipped(found: Plan) -> None:
+    left = [s for s in found.skipped if not s.inside_unit and not s.reason.startswith("excluded")]
+    if left or not found.chains:
+        what = "; ".join(f"{s.path}: {s.reason}" for s in left[:5]) or "no chain of residual units was found"
+        raise ConversionError(
+            f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass "
+            "strict=False"
+        )

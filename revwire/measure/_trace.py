@@ -1,0 +1,111 @@
+"""The one trace of memory: what is alive during a step, from one mark in it to the next.
+
+Note [Bytes on the CPU]
+    The CPU allocator keeps no statistics, but it reports each allocation and each release to PyTorch's profiler. Their
+    running sum is exact and repeatable to the byte, for what goes through PyTorch's allocator (scratch memory inside a
+    maths library does not). Blocks that were allocated before the trace began are released in it without a report, so
+    all figures count from the level at rest. On CUDA the caching allocator's own statistics give the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import profiler
+
+_MARK = "revwire mark"
+
+
+class Bytes(NamedTuple):
+    """Bytes alive above rest between two marks: at the first, at most, and at the second."""
+
+    begin: int
+    peak: int
+    end: int
+
+
+Mark = Callable[[], None]
+"""Begins another stretch of the trace."""
+
+
+def traced(step: Callable[[Mark], object], device: torch.device) -> list[Bytes]:
+    """Those before the first mark that ``step`` makes, and after each; at the end its result is still alive."""
+    gc.collect()
+    return _on_cuda(step, device) if device.type == "cuda" else _on_cpu(step)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _on_cuda(step: Callable[[Mark], object], device: torch.device) -> list[Bytes]:
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    rest = begin = torch.cuda.memory_allocated(device)
+    found: list[Bytes] = []
+
+    def mark() -> None:
+        nonlocal begin
+        now = torch.cuda.memory_allocated(device)
+        found.append(Bytes(begin - rest, torch.cuda.max_memory_allocated(device) - rest, now - rest))
+        torch.cuda.reset_peak_memory_stats(device)
+        begin = now
+
+    result = step(mark)
+    synchronize(device)
+    mark()
+    del result
+    return found
+
+
+def _on_cpu(step: Callable[[Mark], object]) -> list[Bytes]:
+    """See Note [Bytes on the CPU]."""
+
+    def mark() -> None:
+        with profiler.record_function(_MARK):
+            pass
+
+    trace: Any = profiler.profile(profile_memory=True)
+    with _standard_error_closed():
+        trace.__enter__()
+    try:
+        result = step(mark)
+    finally:
+        with _standard_error_closed():
+            trace.__exit__(None, None, None)
+    found = [Bytes(0, 0, 0)]
+    for event in trace.kineto_results.events():
+        begin, peak, alive = found[-1]
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            found[-1] = Bytes(begin, max(peak, alive), alive)
+        elif event.name() == _MARK:
+            found.append(Bytes(alive, alive, alive))
+    del result
+    return found
+
+
+@contextmanager
+def _standard_error_closed() -> Iterator[None]:
+    """The profiler's C++ side writes log lines to file descriptor 2 when it starts and stops, at any log level."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without standard error has nothing to close
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        with suppress(OSError):
+            os.close(kept)
+            os.close(sink)
