@@ -167,7 +167,7 @@ def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: tor
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
-        tape.settle_range()
+        tape.range.settle()
         return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
     return _linked(out.to(dtype), tape, current, out)
 
