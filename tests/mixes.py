@@ -65,12 +65,17 @@ def can_be_repeated(model, x):
     return same(first, second) and same(first, torch.autograd.grad(loss, leaves))
 
 
-def records_of(loss):
-    """What the tape behind a loss keeps of its units."""
-    node = loss.grad_fn
+def tape_of(out):
+    """The tape behind an output, or a loss."""
+    node = out.grad_fn
     while not hasattr(node, "tape"):
         node = node.next_functions[0][0]
-    return [r for r in node.tape.records if r is not None]
+    return node.tape
+
+
+def records_of(loss):
+    """What the tape behind a loss keeps of its units."""
+    return [r for r in tape_of(loss).records if r is not None]
 
 
 class Residual(nn.Module):

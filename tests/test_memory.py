@@ -8,6 +8,7 @@ import torch
 
 import revwire
 from cases import EXACT, FAST, each_fast_case
+from mixes import tape_of
 from revwire import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import peak_bytes, saved_bytes
@@ -104,21 +105,9 @@ def test_nothing_is_kept_without_gradients(case, mode):
 
 def weak_parts(model, x, *extras):
     """The chain's output, and weak references to its tape and to all that the tape owns."""
-    tapes = []
-
-    class Spy:
-        def forward(self, tape, position, state):
-            tapes.append(weakref.ref(tape))
-
-        def backward(self, *_):
-            pass
-
-    model.chain.monitor = Spy()
     out = model(x, *extras)
-    model.chain.monitor = None
-    tape = tapes[0]()
-    states = [weakref.ref(s) for s in tape.state]
-    return out, [tapes[0], *states]
+    tape = tape_of(out[0] if isinstance(out, tuple) else out)
+    return out, [weakref.ref(tape), *map(weakref.ref, tape.state)]
 
 
 @each_fast_case

@@ -2,8 +2,8 @@
 next.
 
 Note [Marks]
-    A chain tells its meter where each unit begins and ends in the forward pass, and its monitor when a state has been
-    rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
+    A chain tells its observer where each unit begins and ends in the forward pass, and when a state has been rebuilt; a
+    hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
     CPU the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching
     allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
 """
@@ -22,7 +22,7 @@ import torch
 from torch.autograd import profiler
 
 from revwire._budget.marker import Mark, Place, _Marker, _Sample
-from revwire._runtime.chain import Chain
+from revwire._runtime.chain import Chain, observed
 from revwire._runtime.unit import Mode
 from revwire.measure._memory_trace import _NAME, _standard_error_closed
 
@@ -149,14 +149,9 @@ def measured(
 
 @contextmanager
 def _marked(chains: Sequence[Chain], marker: _Marker) -> Iterator[None]:
-    try:
-        for chain in chains:
-            chain.meter = chain.monitor = marker
+    with observed(chains, marker):
         marker.mark("begin")
         yield
-    finally:
-        for chain in chains:
-            chain.meter = chain.monitor = None
 
 
 def _cpu_levels(chains: Sequence[Chain], step: Callable[[], None]) -> tuple[list[tuple[int, int]], _Marker]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor
 
 from revwire._runtime.chunks import Chunk, Cut
-from revwire._runtime.observer import Meter, Monitor, Observer
+from revwire._runtime.observer import Observer
 from revwire._runtime.unit import Mode
 from revwire._surroundings.weights import Homes
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
@@ -32,9 +33,8 @@ class Chain:
 
     Attributes:
         modes: how each unit comes by its activations in backward, where a memory budget has chosen.
-        meter: sees where each unit begins and ends, while a step is measured.
         cuts: how each unit is cut into chunks, where that was asked for.
-        prober: finds how units may be cut, while it looks.
+        observer: looks on, while there is one; see `observed`. Then every state is rebuilt that can be.
     """
 
     def __init__(
@@ -57,14 +57,12 @@ class Chain:
         self.run_whole: set[str] = set()  # units whose recompute was seen not to be comparable when it stops early
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.modes: tuple[Mode, ...] | None = None
-        self.meter: Meter | None = None
         self.homes = Homes()
         self.cuts: tuple[Cut | None, ...] | None = None
-        self.prober: Observer | None = None
         self.stored = False
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
-        self.monitor: Monitor | None = None
+        self.observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "waiting": None}
@@ -109,3 +107,16 @@ class Chain:
     def coupling_name(self) -> str:
         """The spelling of its coupling, or of its couplings."""
         return " + ".join(dict.fromkeys(c.name for c in self.couplings))
+
+
+@contextmanager
+def observed(chains: Iterable[Chain], observer: Observer) -> Iterator[None]:
+    """Let ``observer`` look on while these chains run, in place of whoever does."""
+    before = [(chain, chain.observer) for chain in chains]
+    try:
+        for chain, _ in before:
+            chain.observer = observer
+        yield
+    finally:
+        for chain, found in before:
+            chain.observer = found

@@ -19,6 +19,7 @@ from revwire._runtime.autograd_graph import _NO_PASS, recording_nothing, running
 from revwire._runtime.checks import Checks
 from revwire._runtime.chunks import joined
 from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
+from revwire._runtime.observer import Rebuilt
 from revwire._runtime.recompute import Again, evaluated_again
 from revwire._runtime.tape import Tape
 from revwire._surroundings.inventory import version_of
@@ -130,8 +131,8 @@ class Rewind:
             self.previous, self.current = self._anchored(record)
         else:
             self._undo_unit(position, self._unit(position))
-            if self.tape.chain.meter:
-                self.tape.chain.meter.undone(self.tape, position)
+            if self.tape.chain.observer:
+                self.tape.chain.observer.on_undo(self.tape.key(position))
         self.position = position
         if not self.retained:
             if isinstance(record, UnitRecord):
@@ -161,8 +162,8 @@ class Rewind:
         current = whole if chunk is None else chunk.of(whole)
         before = self._kept(record.before) if anchor is None else anchor[0]
         rebuilt, summary, again = self._rebuilt(position, record, current, before)
-        if self.tape.chain.monitor:
-            self.tape.chain.monitor.backward(self.tape, position, rebuilt)
+        if self.tape.chain.observer:
+            self.tape.chain.observer.on_rebuild(self._told(position, record, rebuilt))
         self.checks.compare(record, rebuilt, again, summary)
         if chunk is None:
             self.previous, self.current = rebuilt, current
@@ -199,6 +200,12 @@ class Rewind:
         undone = self.tape.streams.unstep(following, again.x, again.f, record.rule, record.bits)
         return undone.state, undone.summary, again
 
+    def _told(self, position: int, record: UnitRecord, state: Tensor) -> Rebuilt:
+        """What an observer is told when a state is there again."""
+        saved = [t for t, _ in self.cache.values()]
+        key, path, streams = self.tape.key(position), record.unit.path, self.tape.streams
+        return Rebuilt(key, path, streams, state, saved, record.standing, record.result_bytes(state))
+
     def _spend_following(self) -> None:
         """x_{k+1} has served: let it go before the branch runs."""
         if not self.retained:
@@ -232,7 +239,7 @@ class Rewind:
     def _evaluated(self, position: int, record: UnitRecord, state: Tensor) -> Again:
         """The branch of a unit, or of its chunk, on the state x_k again; what it saves is in the cache then."""
         chain = self.tape.chain
-        complete = partial(chain.meter.complete, self.tape, position) if chain.meter else None
+        complete = partial(chain.observer.on_complete, self.tape.key(position)) if chain.observer else None
         again = evaluated_again(chain, self.tape.streams, record, state, complete)
         self.cache = again.saved
         if not self.retained:

@@ -48,6 +48,7 @@ from revwire._runtime.links import (
     _linked,
     _through,
 )
+from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.rewind import unpacker
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -84,16 +85,16 @@ def run(
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
     refuse_transforms(chain.name)
-    if chain.meter:
-        chain.meter.enter(chain, unit)
+    if chain.observer:
+        chain.observer.on_enter(chain, unit)
     link = _link_of(chain, unit, x)
     if link is None:
         x, link = _begin(chain, unit, host, x)
     elif link.tape.keep != torch.is_grad_enabled():
         link = _in_grad_mode(chain, unit.path, link, x)
     previous, current = link.carriers(x)
-    if chain.prober:
-        chain.prober(chain, unit, host, x, extras)
+    if chain.observer:
+        chain.observer.on_inputs(Inputs(chain, unit, host, x, extras))
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
     if chunks and link.tape.keep:
         out, sides = _in_chunks(chain, chunks, link, (previous, current), unit, host, x, extras)
@@ -108,8 +109,9 @@ def run(
                 out = _give_out(chain, link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
         else:
             out = _give_out(chain, link, _engine.step(link.tape, unit, previous, current, f, share), current, dtype)
-    if chain.meter:
-        chain.meter.leave(chain, unit, link.tape, out)
+    if chain.observer:
+        tape, place = link.tape, link.tape.position - 1
+        chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
     return out, sides
 
 

@@ -79,8 +79,8 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
     products = Products() if chain.selects(call.place) and call.may_skip else None
     try:
         pack = _packer(record, x, last)
-        if chain.meter:
-            pack = chain.meter.seeing(pack, record, x)
+        if chain.observer and (see := chain.observer.on_branch(x, record.standing)):
+            pack = _seen(pack, see)
         with saved_tensors_hooks(pack, unpack), products or NOTHING:
             f, sides = _evaluated(call, record)
         _refuse_writes(call.unit, chain, x, version)
@@ -169,6 +169,14 @@ def _packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> C
         return number
 
     return pack
+
+
+def _seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:
+    def both(t: Tensor) -> int:
+        see(t)
+        return pack(t)
+
+    return both
 
 
 def _look(record: UnitRecord, stop: Stop, number: int, t: Tensor) -> None:

@@ -45,6 +45,7 @@ from revwire._errors import RangeError, ReconstructionError
 from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import SharedDraws, joined, parts_of
 from revwire._runtime.entries import Anchor, Before, Result, UnitRecord, ViewRecord
+from revwire._runtime.observer import Key
 from revwire._runtime.range import RangeCheck
 from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.unit import evaluate
@@ -69,7 +70,7 @@ class Tape:
     """One forward pass through one chain, and what a backward pass needs of it.
 
     Args:
-        chain: the chain, for its name in errors and its monitor.
+        chain: the chain: what is wanted of this pass.
         streams: the arithmetic, scaled for this forward.
         state: the states (x_{k-1}, x_k) with which it begins.
         position: index of the unit at which this pass enters the chain.
@@ -121,6 +122,10 @@ class Tape:
         place = unit.place(self.position)
         return not self.plain and place is not None and self.couplings[place].shares
 
+    def key(self, position: int) -> Key:
+        """By which observers know the record at ``position`` again."""
+        return id(self), position
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def branch(
@@ -144,7 +149,7 @@ class Tape:
         """Evaluate the branch with placeholders for what autograd saves."""
         call = Evaluation(self.chain, self.streams, unit, place, host, self.now, self._chunk, x, extras)
         record, f, sides = recorded(call, self.unpacker(self, len(self.records)))
-        if self.chain.modes is not None or self.chain.meter:
+        if self.chain.modes is not None or self.chain.observer:
             record.narrow = self._is_narrow(f, sides)
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
             self.start = len(self.records)
@@ -168,7 +173,7 @@ class Tape:
         if chain.stores(place):
             self.kept = Kept()
             return True
-        if not chain.keeps_last or place != chain.length - 1 or chain.monitor or _hooked():
+        if not chain.keeps_last or place != chain.length - 1 or chain.observer or _hooked():
             return False
         if chain.waiting is not None and chain.waiting() is not None:
             return False
@@ -194,8 +199,8 @@ class Tape:
             self._give_up_integers(unit)
             return self.step(x, f, unit)
         self.range.note(unit, out)
-        if self.chain.monitor and self.kept is None:
-            self.chain.monitor.forward(self, len(self.records), previous)
+        if self.chain.observer and self.rewinds and self.kept is None:
+            self.chain.observer.on_drop(self.key(len(self.records)), previous)
         if self.kept is not None:
             self.kept = None
             self._pass_over((current, following), ends=place == self.chain.length - 1)
@@ -257,8 +262,8 @@ class Tape:
             raise self.range.left(unit)
         self.range.note(unit, out)
         if rebuilt:
-            if self.chain.monitor:
-                self.chain.monitor.forward(self, len(self.records), previous)
+            if self.chain.observer:
+                self.chain.observer.on_drop(self.key(len(self.records)), previous)
             self._keep_record(bits, self._summary(previous, summary), f, begins, anchored)
         self._parts.append(following)
         return out
