@@ -25,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from revwire._errors import ReconstructionError
-from revwire._runtime.autograd_graph import _is_checkpointed
+from revwire._runtime.autograd_graph import is_checkpointed
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.faults import WROTE_INPUT
@@ -203,7 +203,7 @@ def _recompute(
     if len(refill.saved) != len(record.saved):
         got, expected = f"its recompute saved {len(refill.saved)} tensors", f"{len(record.saved)} as in forward"
         raise record.fault(chain, got, expected)
-    if watch is not None and (watch.found or (f is not None and _is_checkpointed(f))):
+    if watch is not None and (watch.found or (f is not None and is_checkpointed(f))):
         raise record.fault(chain, *_LENT_TO_CHECKPOINT)
     witnesses = [refill.saved[number][0] for number in record.witnesses]
     return Again(wide, None if f is None or refill.enough else f.detach(), witnesses, refill.looks, refill.saved)

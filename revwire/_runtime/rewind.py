@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from revwire._errors import ReconstructionError, UnsupportedTransformError
-from revwire._runtime.autograd_graph import _NO_PASS, recording_nothing, running_pass
+from revwire._runtime.autograd_graph import NO_PASS, recording_nothing, running_pass
 from revwire._runtime.checks import Checks
 from revwire._runtime.chunks import joined
 from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
@@ -38,7 +38,7 @@ class Rewind:
         tape.range.settle()
         self.tape = tape
         self.task = task
-        self.retained = task == _NO_PASS or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        self.retained = task == NO_PASS or bool(torch._C._autograd._get_current_graph_task_keep_graph())
         self.previous: Tensor
         self.current: Tensor | None  # None while a unit is rebuilt that needs no x_{k+1}
         self.previous, self.current = tape.intact_state()
@@ -56,7 +56,7 @@ class Rewind:
         found = tape.passes.get(task)
         if found is None:
             found = cls(tape, task)
-            if task != _NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
+            if task != NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
                 tape.passes[task] = found
                 torch.autograd.Variable._execution_engine.queue_callback(found.finish)
         return found
@@ -83,7 +83,7 @@ class Rewind:
             return
         if position > self.position or position >= len(self.tape.records):
             self._start_over(position)
-        if torch.is_grad_enabled() and self.task != _NO_PASS:
+        if torch.is_grad_enabled() and self.task != NO_PASS:
             raise UnsupportedTransformError(
                 f"{self.tape.chain.name}: got create_graph=True (a double backward); expected a first-order "
                 "backward; compute it "
