@@ -61,7 +61,7 @@ def test_the_peak_of_a_step_grows_with_depth_by_the_kept_bits_only(case):
 
 
 def test_the_peak_of_a_step_with_bits_is_that_without_and_the_bits():
-    """A gradient of a state that waits is made of that of the branch when the branch is done; see `_engine`."""
+    """A gradient of a state that waits is made of that of the branch when the branch is done; see `functions`."""
 
     def step(name, depth=12):
         case = next(c for c in EXACT if c.coupling.name == name and c.dtype == torch.float32)

@@ -8,7 +8,7 @@ Note [Ways to cut]
 
 Note [The search]
     Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes
-    by prefix] in `_costs`), so partial choices that keep about as many bytes, and leave the open chains in the same
+    by prefix] in `costs`), so partial choices that keep about as many bytes, and leave the open chains in the same
     forms, compare by their seconds alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the
     budget wide; bytes themselves are never rounded.
 """

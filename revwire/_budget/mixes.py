@@ -31,7 +31,7 @@ class _Mix(NamedTuple):
 
 def _found(ways: Sequence[Costs], choices: Sequence[Sequence[int]], size: int) -> _Mix | None:
     """The first of several choices of a way for each run that has forms that fit, with the best of them; see Note [Ways
-    to cut].
+    to cut] in `fit`.
     """
     for choice in choices:
         costs = _mixed(ways, choice)

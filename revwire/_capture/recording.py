@@ -1,5 +1,5 @@
-"""What a run of a module leaves behind: values, events, reads. Data only; `_trace` writes it, `_chains` and `_graph`
-read it.
+"""What a run of a module leaves behind: values, events, reads. Data only; `recorder` writes it, `_search` and
+`_programs` read it.
 """
 
 from __future__ import annotations

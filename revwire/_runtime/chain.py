@@ -29,7 +29,7 @@ class Chain:
         exact: fixed-point streams (True) or float streams.
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known.
-        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `_tape`).
+        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `tape`).
 
     Attributes:
         modes: how each unit comes by its activations in backward, where a memory budget has chosen.
@@ -84,11 +84,11 @@ class Chain:
         return self.modes is not None and self.modes[place] in ("checkpointed", "selective") and place > 0
 
     def selects(self, place: int) -> bool:
-        """Whether its recompute finds what products gave in its forward; see Note [Selective units] in `_products`."""
+        """Whether its recompute finds what products gave in its forward; see Note [Selective units] in `selective`."""
         return self.modes is not None and self.modes[place] == "selective" and place > 0
 
     def stores(self, place: int) -> bool:
-        """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""
+        """Whether the unit at this place always keeps its activations; see Note [Stored units] in `tape`."""
         return self.modes is not None and self.modes[place] == "stored"
 
     def chunks(self, place: int | None, plain: bool, x: Tensor, extras: tuple[Any, ...]) -> tuple[Chunk, ...]:

@@ -63,7 +63,7 @@ class Result(NamedTuple):
 @dataclass(slots=True)
 class Stop:
     """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in
-    `_tape`.
+    `recompute`.
 
     Attributes:
         looked: the numbers of those among the saved tensors that were looked at.
@@ -128,7 +128,7 @@ class UnitRecord:
 class ViewRecord:
     """A relayout of the stream between two units (a reshape or a permutation): undone without arithmetic.
 
-    One that must copy (a reshape after a permutation) keeps the order of the elements; see `_memory.is_view`.
+    One that must copy (a reshape after a permutation) keeps the order of the elements; see `aliasing.is_view`.
     """
 
     view: Callable[[Tensor], Tensor]

@@ -49,7 +49,7 @@ class _Trace:
 
     @classmethod
     def _cpu(cls, step: Step) -> _Trace:
-        """See Note [Bytes on the CPU]."""
+        """See Note [Bytes on the CPU] in `revwire.measure`."""
         trace: Any = profiler.profile(profile_memory=True)
         with _standard_error_closed():
             trace.__enter__()
