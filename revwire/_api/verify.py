@@ -16,7 +16,8 @@ from revwire._api.report import report
 from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call, fresh_arguments
 from revwire._forwards.converted import chains_of
-from revwire._runtime.tape import Tape
+from revwire._runtime.chain import observed
+from revwire._runtime.observer import Key, Observer, Rebuilt
 from revwire._structures import tensors_in
 from revwire._surroundings.buffers import buffers_kept, counters_kept
 from revwire._surroundings.modes import deterministic_kernels
@@ -80,23 +81,22 @@ class Check:
         )
 
 
-class _Witness:
+class _Witness(Observer):
     """Keeps every state that a tape drops, and compares it with the one that is rebuilt."""
 
     def __init__(self) -> None:
-        self.states: dict[tuple[int, int], Tensor] = {}
+        self.states: dict[Key, Tensor] = {}
         self.units: list[UnitCheck] = []
         self.equal = True
 
-    def forward(self, tape: Tape, position: int, state: Tensor) -> None:
-        self.states[id(tape), position] = state.clone()
+    def on_drop(self, key: Key, state: Tensor) -> None:
+        self.states[key] = state.clone()
 
-    def backward(self, tape: Tape, position: int, state: Tensor) -> None:
-        true = self.states.pop((id(tape), position))
-        self.equal = self.equal and torch.equal(true, state)
-        record = tape.records[position]
-        path = getattr(getattr(record, "unit", None), "path", "")
-        self.units.append(UnitCheck(path, relative_error(tape.streams.read(state), tape.streams.read(true))))
+    def on_rebuild(self, rebuilt: Rebuilt) -> None:
+        true, streams = self.states.pop(rebuilt.key), rebuilt.streams
+        self.equal = self.equal and torch.equal(true, rebuilt.state)
+        error = relative_error(streams.read(rebuilt.state), streams.read(true))
+        self.units.append(UnitCheck(rebuilt.path, error))
 
 
 def verify(model: nn.Module, example_inputs: Any) -> Check:
@@ -125,7 +125,7 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
     with _left_as_found(model, example_inputs):
         with stored_activations(model):
             true_out, true_grads = _step(model, example_inputs)
-        with _watched(model, witness):
+        with observed(chains_of(model), witness):
             out, grads = _step(model, example_inputs)
         with stored_activations(model):
             unstable = _unstable(model, example_inputs, grads, true_grads)
@@ -207,19 +207,6 @@ def _original(model: nn.Module) -> Iterator[None]:
     finally:
         for chain in chains:
             chain.original = False
-
-
-@contextmanager
-def _watched(model: nn.Module, witness: _Witness) -> Iterator[None]:
-    chains = chains_of(model)
-    before = [c.monitor for c in chains]
-    try:
-        for c in chains:
-            c.monitor = witness
-        yield
-    finally:
-        for c, monitor in zip(chains, before, strict=True):
-            c.monitor = monitor
 
 
 def _step(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from revwire._runtime.autograd_graph import running_pass
 from revwire._runtime.chain import Chain
-from revwire._runtime.entries import UnitRecord
-from revwire._runtime.tape import Tape
+from revwire._runtime.observer import Key, Observer, Outcome, Rebuilt
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams, stream_dtype
 from revwire._streams.samples import size_of_glance
@@ -52,14 +50,11 @@ def turn(chains: Sequence[Chain]) -> None:
 
 
 def _markers(chains: Sequence[Chain]) -> list[Marker]:
-    return [*{id(chain.meter): chain.meter for chain in chains if isinstance(chain.meter, Marker)}.values()]
+    return [*{id(c.observer): c.observer for c in chains if isinstance(c.observer, Marker)}.values()]
 
 
-def _there_anyway(record: UnitRecord) -> set[int]:
-    """Addresses of weights, buffers and extra inputs of a unit."""
-    owned = (t for _, then, _ in record.owned.tables for t in then.values() if t is not None)
-    found = (*owned, *record.owned.weights, *(t for t, _ in record.inputs))
-    return {address for t in found if (address := _address(t)) is not None}
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {address for t in tensors if (address := _address(t)) is not None}
 
 
 def _address(t: Tensor) -> int | None:
@@ -84,29 +79,11 @@ class _Seen:
         return not self.reference.expired()  # type: ignore[no-untyped-call]
 
 
-def _rebuilt(tape: Tape, position: int) -> int:
-    """Bytes that a recompute has just saved, but for what was there anyway: weights, buffers and extra inputs."""
-    record = tape.records[position]
-    assert isinstance(record, UnitRecord)
-    there = _there_anyway(record)
-    cache = tape.passes[running_pass()].cache.values()
-    found = {address: t.untyped_storage().nbytes() for t, _ in cache if (address := _address(t)) is not None}
+def _bytes_saved(rebuilt: Rebuilt) -> int:
+    """Bytes that a recompute has just saved, but for what was there anyway."""
+    there = _addresses(rebuilt.standing)
+    found = {address: t.untyped_storage().nbytes() for t in rebuilt.saved if (address := _address(t)) is not None}
     return sum(size for address, size in found.items() if address not in there)
-
-
-def _looks(tape: Tape, position: int) -> int:
-    """Bytes of samples of what a recompute has just saved."""
-    record = tape.records[position]
-    assert isinstance(record, UnitRecord)
-    return sum(size_of_glance(shape.numel(), dtype) for shape, dtype, _ in record.saved)
-
-
-def _result(tape: Tape, position: int, state: Tensor) -> int:
-    """Bytes of what a branch gave, if a checkpointed unit keeps that instead of a state."""
-    record = tape.records[position]
-    assert isinstance(record, UnitRecord)
-    assert record.fingerprint is not None
-    return state.numel() * record.fingerprint.dtype.itemsize if record.narrow else 0
 
 
 class Operands(NamedTuple):
@@ -118,13 +95,13 @@ class Operands(NamedTuple):
     coupling: Coupling
 
 
-class Marker:
-    """Stands in a chain as its meter and as its monitor, and calls ``note`` at each mark; unless it only ``times``,
+class Marker(Observer):
+    """Looks on, and calls ``note`` at each mark; unless it only ``times``,
     sees what is saved.
     """
 
     def __init__(self, chains: Sequence[Chain], note: Callable[[], None], *, times: bool = False) -> None:
-        self.numbers = {id(chain): i for i, chain in enumerate(chains)}
+        self.numbers: dict[object, int] = {chain: i for i, chain in enumerate(chains)}
         self.note, self.times = note, times
         self.marks: list[Mark] = []
         self.places: list[Place] = []
@@ -139,14 +116,14 @@ class Marker:
         self.saves_state: dict[int, int] = {}
         self.early: dict[int, int] = {}
         self.lasting: dict[int, int] = {}
-        self.runs: dict[tuple[int, int], int] = {}  # of the records of each tape
+        self.runs: dict[Key, int] = {}
 
     def mark(self, kind: Kind, run: int = -1) -> None:
         self.marks.append(Mark(kind, run))
         self.note()
 
-    def enter(self, chain: Chain, unit: Unit) -> None:
-        self.places.append(Place(self.numbers[id(chain)], unit.index))
+    def on_enter(self, chain: object, unit: Unit) -> None:
+        self.places.append(Place(self.numbers[chain], unit.index))
         self.newest.clear()
         self.mark("enter", len(self.places) - 1)
 
@@ -165,13 +142,13 @@ class Marker:
         """Bytes of what a run has saved in forward that are still there."""
         return sum(seen.size for seen in self.seen.get(run, ()) if seen.alive)
 
-    def seeing(self, pack: Callable[[Tensor], int], record: UnitRecord, x: Tensor) -> Callable[[Tensor], int]:
+    def on_branch(self, x: Tensor, standing: Sequence[Tensor]) -> Callable[[Tensor], None] | None:
         if self.times:
-            return pack
-        run, there = len(self.places) - 1, _there_anyway(record)
+            return None
+        run, there = len(self.places) - 1, _addresses(standing)
         seen, state = self.seen.setdefault(run, []), _address(x) if x.dtype == stream_dtype(x.dtype) else None
 
-        def see(t: Tensor) -> int:
+        def see(t: Tensor) -> None:
             address = _address(t)
             if address:  # not so where nothing was allocated
                 known = self.newest.get(address)
@@ -182,32 +159,31 @@ class Marker:
                 ):  # what was there is gone, and its memory used again
                     self.newest[address] = _Seen(t.untyped_storage())
                     seen.append(self.newest[address])
-            return pack(t)
 
         return see
 
-    def leave(self, chain: Chain, unit: Unit, tape: Tape, out: Tensor) -> None:
-        run = len(self.places) - 1
-        place = self.places[run] = Place(self.numbers[id(chain)], tape.position - 1)
-        self.samples[place] = Operands(tape.streams, out.shape, stream_dtype(out.dtype), tape.couplings[place.unit])
+    def on_leave(self, outcome: Outcome) -> None:
+        run, out = len(self.places) - 1, outcome.out
+        place = self.places[run] = Place(self.numbers[outcome.chain], outcome.place)
+        self.samples[place] = Operands(outcome.streams, out.shape, stream_dtype(out.dtype), outcome.coupling)
         if out.requires_grad:
             out.register_hook(lambda _: self.grad(run))  # type: ignore[no-untyped-call]
         self.mark("leave", run)
 
-    def forward(self, tape: Tape, position: int, state: Tensor) -> None:
-        self.runs[id(tape), position] = len(self.places) - 1
+    def on_drop(self, key: Key, state: Tensor) -> None:
+        self.runs[key] = len(self.places) - 1
 
-    def complete(self, tape: Tape, position: int) -> None:
-        self.mark("complete", self.runs[id(tape), position])
+    def on_complete(self, key: Key) -> None:
+        self.mark("complete", self.runs[key])
 
-    def undone(self, tape: Tape, position: int) -> None:
-        self.mark("undone", self.runs[id(tape), position])
+    def on_undo(self, key: Key) -> None:
+        self.mark("undone", self.runs[key])
 
-    def backward(self, tape: Tape, position: int, state: Tensor) -> None:
-        run = self.runs[id(tape), position]
-        found = _rebuilt(tape, position)
+    def on_rebuild(self, rebuilt: Rebuilt) -> None:
+        run, found = self.runs[rebuilt.key], _bytes_saved(rebuilt)
+        looks = sum(size_of_glance(t.numel(), t.dtype) for t in rebuilt.saved)
         self.rebuilt[run] = self.rebuilt.get(run, 0) + found
         self.held[run] = max(self.held.get(run, 0), found)
-        self.looks[run] = self.looks.get(run, 0) + _looks(tape, position)
-        self.results[run] = self.results.get(run, 0) + _result(tape, position, state)
+        self.looks[run] = self.looks.get(run, 0) + looks
+        self.results[run] = self.results.get(run, 0) + rebuilt.result_bytes
         self.mark("rebuilt", run)

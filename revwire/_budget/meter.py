@@ -2,10 +2,10 @@
 next.
 
 Note [Marks]
-    A chain tells its meter where each unit begins and ends in the forward pass, and its monitor when a state has been
-    rebuilt; a hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
-    CPU the marks stand among the allocator's own reports in one trace (see Note [Bytes on the CPU]); on CUDA the
-    caching allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
+    A chain tells its observer where each unit begins and ends in the forward pass, and when a state has been rebuilt; a
+    hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
+    CPU the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching
+    allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from revwire._budget.marker import Marker, Operands
 from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
-from revwire._runtime.chain import Chain
+from revwire._runtime.chain import Chain, observed
 from revwire._runtime.unit import Mode
 from revwire.measure._trace import Bytes, synchronize, traced
 
@@ -91,14 +91,9 @@ def _run(marker: Marker, run: int, arithmetic: Arithmetic) -> Run:
 
 @contextmanager
 def _marked(chains: Sequence[Chain], marker: Marker) -> Iterator[None]:
-    try:
-        for chain in chains:
-            chain.meter = chain.monitor = marker
+    with observed(chains, marker):
         marker.mark("begin")
         yield
-    finally:
-        for chain in chains:
-            chain.meter = chain.monitor = None
 
 
 def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Bytes], Marker]:

@@ -1,5 +1,5 @@
-"""What a run of a module leaves behind: values, events, reads. Data only: `recorder` writes it, the search and the
-builder of graphs read it.
+"""What a run of a module leaves behind: values, events, reads. Data only; `recorder` writes it, `_search` and
+`_programs` read it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Modules in the branches of units whose core runs in parts; see `_parts` for how, `_cores` for which calls."""
+"""Modules in the branches of units whose core runs in parts; see `core_function` for how, `core_search` for
+which calls.
+"""
 
 from __future__ import annotations
 

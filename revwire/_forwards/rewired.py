@@ -20,7 +20,7 @@ from revwire._forwards.cached import ProgramForward
 from revwire._programs.assembly import Program
 from revwire._programs.build import build_graph, input_leaves
 from revwire._programs.calls import Slot
-from revwire._runtime.autograd_graph import _comes_from
+from revwire._runtime.autograd_graph import comes_from
 from revwire._runtime.run import refuse_transforms
 from revwire._search.units import find_units
 from revwire._structures import tensors_in
@@ -150,7 +150,7 @@ class RewiredForward(ProgramForward[Program]):
             self.plain(*args, **kwargs)
         for module, attributes in before:
             for name in changed(attributes, module):
-                if any(_comes_from(t, given) for t in tensors_in(vars(module).get(name))):
+                if any(comes_from(t, given) for t in tensors_in(vars(module).get(name))):
                     for m, old in before:
                         restore(m, old)
                     raise CaptureError(

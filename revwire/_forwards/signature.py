@@ -1,5 +1,5 @@
 """What Python in the opened code of a host could decide on, apart from tensor values; see Note [Programs and
-signatures].
+signatures] in `cached`.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor
 
 from revwire._runtime.chunks import Chunk, Cut
-from revwire._runtime.observer import Meter, Monitor, Observer
+from revwire._runtime.observer import Observer
 from revwire._runtime.unit import Mode
 from revwire._surroundings.weights import Homes
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
@@ -28,13 +29,12 @@ class Chain:
         exact: fixed-point streams (True) or float streams.
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known.
-        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `_tape`).
+        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `tape`).
 
     Attributes:
         modes: how each unit comes by its activations in backward, where a memory budget has chosen.
-        meter: sees where each unit begins and ends, while a step is measured.
         cuts: how each unit is cut into chunks, where that was asked for.
-        prober: finds how units may be cut, while it looks.
+        observer: looks on, while there is one; see `observed`. Then every state is rebuilt that can be.
     """
 
     def __init__(
@@ -57,14 +57,12 @@ class Chain:
         self.run_whole: set[str] = set()  # units whose recompute was seen not to be comparable when it stops early
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.modes: tuple[Mode, ...] | None = None
-        self.meter: Meter | None = None
         self.homes = Homes()
         self.cuts: tuple[Cut | None, ...] | None = None
-        self.prober: Observer | None = None
         self.stored = False
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
-        self.monitor: Monitor | None = None
+        self.observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "waiting": None}
@@ -86,11 +84,11 @@ class Chain:
         return self.modes is not None and self.modes[place] in ("checkpointed", "selective") and place > 0
 
     def selects(self, place: int) -> bool:
-        """Whether its recompute finds what products gave in its forward; see Note [Selective units] in `_products`."""
+        """Whether its recompute finds what products gave in its forward; see Note [Selective units] in `selective`."""
         return self.modes is not None and self.modes[place] == "selective" and place > 0
 
     def stores(self, place: int) -> bool:
-        """Whether the unit at this place always keeps its activations; see Note [Stored units] in `_tape`."""
+        """Whether the unit at this place always keeps its activations; see Note [Stored units] in `tape`."""
         return self.modes is not None and self.modes[place] == "stored"
 
     def chunks(self, place: int | None, plain: bool, x: Tensor, extras: tuple[Any, ...]) -> tuple[Chunk, ...]:
@@ -109,3 +107,16 @@ class Chain:
     def coupling_name(self) -> str:
         """The spelling of its coupling, or of its couplings."""
         return " + ".join(dict.fromkeys(c.name for c in self.couplings))
+
+
+@contextmanager
+def observed(chains: Iterable[Chain], observer: Observer) -> Iterator[None]:
+    """Let ``observer`` look on while these chains run, in place of whoever does."""
+    before = [(chain, chain.observer) for chain in chains]
+    try:
+        for chain, _ in before:
+            chain.observer = observer
+        yield
+    finally:
+        for chain, found in before:
+            chain.observer = found

@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Pieces along a dimension that a branch treats each by itself; see Note [Windows].
+    """Pieces along a dimension that a branch treats each by itself; see Note [Windows] in `probe`.
 
     Attributes:
         dim: the dimension.
@@ -66,10 +66,10 @@ class Windows(NamedTuple):
 
     def borders(self, count: int) -> list[int]:
         """The ends of ``count`` chunks of them, or of a few more; of all, where they may not run together."""
-        return _together(self.ends, count) if count in self.merged else list(self.ends)
+        return together(self.ends, count) if count in self.merged else list(self.ends)
 
 
-def _together(ends: Sequence[int], count: int) -> list[int]:
+def together(ends: Sequence[int], count: int) -> list[int]:
     """The ends of runs of pieces, each as long as it can be without being longer than the ``count``-th part of all (or
     one piece).
     """

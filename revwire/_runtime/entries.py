@@ -63,7 +63,7 @@ class Result(NamedTuple):
 @dataclass(slots=True)
 class Stop:
     """What tells that a recompute which stops early went as the forward; see Note [What need not be rebuilt] in
-    `_tape`.
+    `recompute`.
 
     Attributes:
         looked: the numbers of those among the saved tensors that were looked at.
@@ -106,6 +106,19 @@ class UnitRecord:
     stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
 
+    @property
+    def standing(self) -> list[Tensor]:
+        """The weights, buffers and extra inputs that it uses: they are there whether it runs or not."""
+        owned = [t for _, then, _ in self.owned.tables for t in then.values() if t is not None]
+        return [*owned, *self.owned.weights, *(t for t, _ in self.inputs)]
+
+    def result_bytes(self, state: Tensor) -> int:
+        """Bytes of what the branch gave, where that may be kept in place of this state; else 0."""
+        if not self.narrow:
+            return 0
+        assert self.fingerprint is not None
+        return state.numel() * self.fingerprint.dtype.itemsize
+
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""
         return fault(self.unit, chain, got, expected)
@@ -115,7 +128,7 @@ class UnitRecord:
 class ViewRecord:
     """A relayout of the stream between two units (a reshape or a permutation): undone without arithmetic.
 
-    One that must copy (a reshape after a permutation) keeps the order of the elements; see `_memory.is_view`.
+    One that must copy (a reshape after a permutation) keeps the order of the elements; see `aliasing.is_view`.
     """
 
     view: Callable[[Tensor], Tensor]

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from revwire._runtime.unit import Unit
 
 
+WROTE_INPUT = "its branch wrote to its own input in place", "a branch that leaves its input as it is"
+"""What `fault` is to say of that."""
+
+
 def fault(unit: Unit, chain: Chain, got: str, expected: str) -> ReconstructionError:
     """The error that says what changed between the forward of a unit and its backward."""
     path = unit.path

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
+from revwire._runtime.autograd_graph import nodes_behind
 from revwire._runtime.faults import fault
 from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
@@ -155,20 +156,13 @@ def _refuse_forward_mode() -> NoReturn:
     )
 
 
-def comes_from(x: Tensor, chain: Chain, most: int = 8) -> bool:
+def comes_from_chain(x: Tensor, chain: Chain, most: int = 8) -> bool:
     """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be
     continued.
     """
-    nodes = [x.grad_fn] if x.grad_fn is not None else []
-    for node in nodes:  # grows
-        if len(nodes) > most:
-            break
-        if isinstance(node, _Step._backward_cls):
-            if node.tape is not None and node.tape.chain is chain:  # type: ignore[attr-defined]
-                return True
-        else:
-            nodes += [before for before, _ in node.next_functions if before is not None]
-    return False
+    step: Any = _Step._backward_cls
+    steps = (n for n in nodes_behind(x, past=lambda n: not isinstance(n, step), most=most) if isinstance(n, step))
+    return any(node.tape is not None and node.tape.chain is chain for node in steps)
 
 
 def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:

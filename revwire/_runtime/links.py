@@ -1,28 +1,41 @@
-"""How the output of a unit is known again as the input of the next."""
+"""How the output of a unit is known again as the input of the next.
+
+Note [Links]
+    Hosts need not know each other. The tensor that a unit returns carries a `Link` to the tape of its chain; the next
+    unit that is given that very tensor, unchanged, continues the tape. Whatever Python runs between two blocks (loops,
+    hidden-state lists, caches, flags) stays as it was written. A tensor without a valid link begins a new tape, which
+    is the rule for the first unit, and for a tensor that something else than the chain made.
+
+Note [Identities]
+    FSDP2, and PyTorch where a module has backward hooks, hand a module its inputs (and PyTorch its caller the outputs)
+    through an identity function, in whose backward pass they act. That makes another tensor, behind which the chain
+    goes on. A backward hook sees, and may exchange, the whole gradient of a state, so no path may lead past its tensor:
+    where the streams are wider than the tensor, and have carriers of their own, they are entered anew through it.
+    (There the gradient has the tensor's dtype for a moment, as it has everywhere in the original network.) FSDP2 is
+    content to hear that the gradient is there.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules._functions import BackwardHookFunction
 
-from revwire._runtime import functions as _engine
+from revwire._runtime.autograd_graph import HOOKED, Edge, edge_behind, edge_of, identities_behind
+from revwire._runtime.chain import Chain
+from revwire._runtime.functions import enter
 from revwire._runtime.tape import Tape
+from revwire._runtime.unit import Unit
 from revwire._surroundings.inventory import version_of
 
 _LINK = "_revwire_link"
 
 
 _VIEW = "_revwire_link_of_view"
-
-
-_HOOKED: Any = BackwardHookFunction._backward_cls
 
 
 @dataclass(slots=True)
@@ -38,8 +51,8 @@ class Link:
     version: int
     previous: Tensor | None
     current: Tensor | None
-    seen_as: tuple[Any, Any] | None = (
-        None  # where the linked tensor is a view: the place in the graph and the layout that tell which
+    seen_as: tuple[Edge, Any] | None = (
+        None  # of a linked tensor that is a view: the edge and the layout that tell which
     )
     behind: Link | None = None  # the link of the tensor that the linked one stands for; see Note [Identities]
 
@@ -57,7 +70,7 @@ class Link:
                 return previous.detach(), current.detach()
             if x.requires_grad and not current.requires_grad:  # x.requires_grad_() wants the whole gradient
                 state = self.tape.intact_state()[1]
-                return previous, _engine.enter(x.to(current.dtype), self.tape.streams, state)
+                return previous, enter(x.to(current.dtype), self.tape.streams, state)
         return previous, current
 
     def spend(self) -> None:
@@ -67,10 +80,36 @@ class Link:
             self.behind.spend()
 
 
-def _linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tensor) -> Tensor:
+def linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tensor) -> Tensor:
+    """``outward``, which a unit hands on, with its link."""
     link = Link(tape, tape.progress, version_of(outward), previous, None if outward is current else current)
     setattr(outward, _LINK, link)
     return outward
+
+
+def linked_view(y: Tensor, link: Link, view: Callable[[Tensor], Tensor]) -> Tensor:
+    """``y``, a view of a linked tensor, as the chain's newest: with the link that comes after this one."""
+    previous, current = (None if t is None else view(t) for t in (link.previous, link.current))
+    link.spend()
+    linked(y, link.tape, previous, y if current is None else current)
+    if y._base is not None:  # what stands for a view knows the tensor below the view only
+        following: Link = getattr(y, _LINK)
+        following.seen_as = edge_of(y), _layout_of(y)
+        setattr(y._base, _VIEW, following)
+    return y
+
+
+def link_of(x: Tensor, chain: Chain, unit: Unit | None = None) -> Link | None:
+    """The link of ``x``, if that is what ``chain`` handed on last, and ``unit`` may go on from there."""
+    link, stands_for = getattr(x, _LINK, None), False
+    if link is None and x._base is not None:
+        link, stands_for = _link_behind(x), True
+    if not isinstance(link, Link) or link.tape.chain is not chain:
+        return None
+    newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
+    if not newest or (unit is not None and unit.place(link.tape.position) is None):
+        return None
+    return _through(x, link) if stands_for else link
 
 
 def _link_behind(x: Tensor) -> Any:
@@ -78,49 +117,20 @@ def _link_behind(x: Tensor) -> Any:
     base = x._base
     if base is None or (x.grad_fn is None and not torch.is_grad_enabled()):
         return None
-    found = _edge_behind(x), _layout_of(x)
+    found = edge_behind(x), _layout_of(x)
     view = getattr(base, _VIEW, None)
     if view is not None and view.seen_as == found:
         return view
-    return getattr(base, _LINK, None) if (_edge_of(base), _layout_of(base)) == found else None
+    return getattr(base, _LINK, None) if (edge_of(base), _layout_of(base)) == found else None
 
 
 def _through(x: Tensor, link: Link) -> Link:
     """The link behind ``x`` as that of ``x``: see Note [Identities]."""
     current = link.current
-    if current is not None and any(isinstance(node, _HOOKED) for node, _ in _identities(x)):
-        current = _engine.enter(x.to(current.dtype), link.tape.streams, link.tape.intact_state()[1])
+    if current is not None and any(isinstance(node, HOOKED) for node, _ in identities_behind(x)):
+        current = enter(x.to(current.dtype), link.tape.streams, link.tape.intact_state()[1])
     return Link(link.tape, link.position, link.version, link.previous, current, behind=link)
-
-
-def _edge_behind(x: Tensor) -> tuple[Any, int]:
-    """The place in the graph of the tensor that went through identities and came out as ``x``."""
-    edge = _edge_of(x)
-    for node, number in _identities(x):
-        edge = node.next_functions[number]
-    return (
-        (None, 0) if edge[0] is None or hasattr(edge[0], "variable") else edge
-    )  # a node that only accumulates stands for a leaf
-
-
-def _identities(x: Tensor) -> Iterator[tuple[Any, int]]:
-    """The identity functions that ``x`` came through, latest first: (graph node, number of its output)."""
-    node, number = _edge_of(x)
-    while isinstance(node, (_HOOKED, _identity_of_fsdp())):
-        yield node, number
-        node, number = node.next_functions[number]
-
-
-def _edge_of(x: Tensor) -> tuple[Any, int]:
-    """The place of ``x`` in the graph: (node, number of its output); a leaf has none."""
-    return x.grad_fn, x.output_nr
 
 
 def _layout_of(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.storage_offset()
-
-
-def _identity_of_fsdp() -> Any:
-    """The graph node of FSDP2's identity function, if it was ever imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", _HOOKED)

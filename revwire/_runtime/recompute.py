@@ -1,36 +1,73 @@
-"""A branch again."""
+"""The branch of a unit again, in backward: it saves what its gradient needs.
+
+Note [What need not be rebuilt]
+    A checkpointed unit (by a memory budget) keeps the state before it: in exact streams x_{k-1} alone, as x_k is
+    rebuilt to the bit by those after it. So its recompute serves the gradient alone, and stops when the branch has
+    saved the last tensor that this needs: what is left, often the largest product of a branch, is not computed a second
+    time. The checks then compare a sample of each tensor that was saved, which is all that the gradient is made of.
+    Where one differs (it may be a kernel's scratch space), the branch is computed to its end, now and from then on, and
+    its result decides. As in `torch.utils.checkpoint`, a recompute ends in the midst of the branch, by an exception.
+    Branches with hooks on their modules (which may come in pairs), those that save what cannot be compared, and all
+    inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units
+    with anchors, whose gain is small, and float streams, which see the result only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from revwire._errors import ReconstructionError
-from revwire._runtime.entries import UnitRecord
+from revwire._runtime.autograd_graph import is_checkpointed
+from revwire._runtime.chain import Chain
+from revwire._runtime.entries import Stop, UnitRecord
+from revwire._runtime.faults import WROTE_INPUT
+from revwire._runtime.unit import evaluate
+from revwire._streams.base import Streams
+from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.attributes import attributes_as_found
 from revwire._surroundings.buffers import buffers_exchanged
-from revwire._surroundings.inventory import Place
+from revwire._surroundings.copies import recalled
+from revwire._surroundings.inventory import Place, versions_of
 from revwire._surroundings.modes import NOTHING
-from revwire._surroundings.weights import put_back
+from revwire._surroundings.weights import lent, put_back
+
+_NO_WRITE = "no in-place write before backward"
+
 
 _OTHER_CALLS = "its recompute made other calls", "those of the forward"
 
 
-class _Again(NamedTuple):
-    """A second evaluation of a branch: the float value of x_k, F_k(x_k), the witnesses among what it saved.
+_LENT_TO_CHECKPOINT = (
+    "the weights that torch.func.functional_call lent it were taken back, and a torch.utils.checkpoint inside of it "
+    "would run again without them",
+    "no checkpointing inside of this branch",
+)
 
-    Where it stopped early there is no F_k(x_k), but glances at what it saved.
+
+class Again(NamedTuple):
+    """A second evaluation of a branch.
+
+    Attributes:
+        x: the float value of x_k.
+        f: F_k(x_k); None where the branch was not run to its end.
+        witnesses: those among what it saved.
+        looks: glances at what it saved, where it may have stopped early.
+        saved: what it saved, by number, with version counters.
     """
 
     x: Tensor
     f: Tensor | None
     witnesses: list[Tensor]
     looks: list[Tensor]
+    saved: dict[int, tuple[Tensor, int]]
 
 
 class _Enough(BaseException):
@@ -39,14 +76,21 @@ class _Enough(BaseException):
     """
 
 
-class _UntilEnough:
-    """Around a recompute, which makes a graph: when there is ``enough``, whatever ends it does (TorchScript hides
+class _Refill:
+    """Around a recompute, which makes a graph: takes what the branch saves.
+
+    Where it may ``stop``, it ends the recompute when there is ``enough``; whatever ends it does (TorchScript hides
     `_Enough` in another).
     """
 
-    __slots__ = ("before", "enough")
+    __slots__ = ("before", "chain", "complete", "enough", "looks", "record", "saved", "stop")
 
-    def __init__(self) -> None:
+    def __init__(
+        self, chain: Chain, record: UnitRecord, stop: Stop | None, complete: Callable[[], None] | None
+    ) -> None:
+        self.chain, self.record, self.stop, self.complete = chain, record, stop, complete
+        self.saved: dict[int, tuple[Tensor, int]] = {}
+        self.looks: list[Tensor] = []
         self.enough = False
 
     def __enter__(self) -> None:
@@ -56,6 +100,33 @@ class _UntilEnough:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         torch._C._set_grad_enabled(self.before)
         return self.enough and kind is not None and not issubclass(kind, (KeyboardInterrupt, SystemExit))
+
+    def hook(self) -> Callable[[Tensor], None]:
+        """The hook that is given each tensor that the branch saves."""
+        expected, saved, looks = self.record.saved, self.saved, self.looks
+        looked = {*self.stop.looked} if self.stop else ()
+
+        def pack(t: Tensor) -> None:
+            if self.enough:  # a handler in the branch took it for a fault, and goes on
+                raise _Enough
+            index, meta = len(saved), (t.shape, t.dtype, t.device)
+            if index >= len(expected) or expected[index] != meta:
+                got = f"its recompute saved another tensor at {index}: {meta}"
+                raise self.record.fault(self.chain, got, "the same as in forward")
+            saved[index] = (t.detach(), t._version)
+            if index in looked and (found := glance(t)) is not None:
+                looks.append(found)
+            if len(saved) == len(expected):
+                self._all_there()
+
+        return pack
+
+    def _all_there(self) -> None:
+        if self.complete:
+            self.complete()
+        if self.stop:
+            self.enough = True
+            raise _Enough
 
 
 class _CheckpointWatch(TorchFunctionMode):
@@ -84,6 +155,76 @@ def _modules_as_found(record: UnitRecord, gone: list[Place]) -> AbstractContextM
     another.
     """
     return _modules_found(record, gone) if gone or record.owned.writers or record.attributes else NOTHING
+
+
+def evaluated_again(
+    chain: Chain, streams: Streams, record: UnitRecord, state: Tensor, complete: Callable[[], None] | None
+) -> Again:
+    """The branch on the state x_k again, as far as that is needed; where what it saved seems to differ, to its end.
+
+    ``complete`` is called as soon as all that its gradient needs is there.
+
+    Raises:
+        ReconstructionError: it is not what the forward was.
+    """
+    again = _recompute(chain, streams, record, state, record.stop, complete)
+    if again.f is None and record.stop and not same_glances(record.stop.looks, again.looks):
+        chain.run_whole.add(record.unit.path)
+        record.products = None
+        again = _recompute(chain, streams, record, state, None, complete)
+    return again
+
+
+def _recompute(
+    chain: Chain,
+    streams: Streams,
+    record: UnitRecord,
+    state: Tensor,
+    stop: Stop | None,
+    complete: Callable[[], None] | None,
+) -> Again:
+    """Evaluate the branch as in forward, until all is there that tells it to ``stop``, or to its end."""
+    _check_versions(chain, record)
+    wide = streams.read(state)
+    x = (wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach()
+    if record.input_requires_grad:
+        x.requires_grad_()
+    version = x._version
+    gone = lent(record.owned.tables, chain.homes)
+    refill = _Refill(chain, record, None if gone else stop, complete)
+    watch = _CheckpointWatch() if gone else None
+    f: Tensor | None = None
+    products = record.products.recalled(partial(record.fault, chain, *_OTHER_CALLS)) if record.products else NOTHING
+    hooks = saved_tensors_hooks(refill.hook(), _never)
+    with refill, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
+        f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
+    if x._version != version:
+        raise record.fault(chain, *WROTE_INPUT)
+    if len(refill.saved) != len(record.saved):
+        got, expected = f"its recompute saved {len(refill.saved)} tensors", f"{len(record.saved)} as in forward"
+        raise record.fault(chain, got, expected)
+    if watch is not None and (watch.found or (f is not None and is_checkpointed(f))):
+        raise record.fault(chain, *_LENT_TO_CHECKPOINT)
+    witnesses = [refill.saved[number][0] for number in record.witnesses]
+    return Again(wide, None if f is None or refill.enough else f.detach(), witnesses, refill.looks, refill.saved)
+
+
+def _check_versions(chain: Chain, record: UnitRecord) -> None:
+    """See that nobody has written to what the recompute will use."""
+    if any(tensor._version != version for tensor, version in record.inputs):
+        raise record.fault(chain, "an extra input of it was modified in place", _NO_WRITE)
+    if record.products and not record.products.intact:
+        raise record.fault(chain, "the result of a product in it was modified in place", _NO_WRITE)
+    for reference, version in record.stop.constants if record.stop else ():
+        constant = reference()
+        if constant is not None and constant._version != version:
+            raise record.fault(chain, "a constant that it uses was modified in place", _NO_WRITE)
+    owned = record.owned
+    now = versions_of(owned.weights)
+    if now != owned.versions:
+        weight = next(w for w, a, b in zip(owned.weights, owned.versions, now, strict=True) if a != b)
+        got = f"its weight {_name(record, weight)!r} was modified in place"
+        raise record.fault(chain, got, "the weights of the forward pass")
 
 
 def _name(record: UnitRecord, weight: Tensor) -> str:

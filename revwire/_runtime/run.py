@@ -1,25 +1,11 @@
 """Run the units of a chain, and join them at run time.
 
-Note [Links]
-    Hosts need not know each other. The tensor that a unit returns carries a `Link` to the tape of its chain; the next
-    unit that is given that very tensor, unchanged, continues the tape. Whatever Python runs between two blocks (loops,
-    hidden-state lists, caches, flags) stays as it was written. A tensor without a valid link begins a new tape, which
-    is the rule for the first unit, and for a tensor that something else than the chain made.
-
 Note [Grad mode]
     A chain computes the same function in every grad mode, also if the mode changes between two of its units: the
     streams go on, in a tape that keeps records or does not. What must not happen is that a part of a chain runs under
     ``no_grad`` and gets its gradient from elsewhere, which is what `torch.utils.checkpoint` does with a part of it: the
     gradient of the second stream would be lost, and a recompute would begin new streams in the middle. Both are
     refused.
-
-Note [Identities]
-    FSDP2, and PyTorch where a module has backward hooks, hand a module its inputs (and PyTorch its caller the outputs)
-    through an identity function, in whose backward pass they act. That makes another tensor, behind which the chain
-    goes on. A backward hook sees, and may exchange, the whole gradient of a state, so no path may lead past its tensor:
-    where the streams are wider than the tensor, and have carriers of their own, they are entered anew through it.
-    (There the gradient has the tensor's dtype for a moment, as it has everywhere in the original network.) FSDP2 is
-    content to hear that the gradient is there.
 """
 
 from __future__ import annotations
@@ -33,21 +19,12 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
-from revwire._runtime import functions as _engine
-from revwire._runtime.autograd_graph import running_pass
+from revwire._runtime.autograd_graph import edge_behind, running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
-from revwire._runtime.links import (
-    _LINK,
-    _VIEW,
-    Link,
-    _edge_behind,
-    _edge_of,
-    _layout_of,
-    _link_behind,
-    _linked,
-    _through,
-)
+from revwire._runtime.functions import comes_from_chain, enter, later, step
+from revwire._runtime.links import Link, link_of, linked, linked_view
+from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.rewind import unpacker
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -84,52 +61,46 @@ def run(
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
     refuse_transforms(chain.name)
-    if chain.meter:
-        chain.meter.enter(chain, unit)
-    link = _link_of(chain, unit, x)
+    if chain.observer:
+        chain.observer.on_enter(chain, unit)
+    link = link_of(x, chain, unit)
     if link is None:
         x, link = _begin(chain, unit, host, x)
     elif link.tape.keep != torch.is_grad_enabled():
         link = _in_grad_mode(chain, unit.path, link, x)
     previous, current = link.carriers(x)
-    if chain.prober:
-        chain.prober(chain, unit, host, x, extras)
+    if chain.observer:
+        chain.observer.on_inputs(Inputs(chain, unit, host, x, extras))
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
     if chunks and link.tape.keep:
         out, sides = _in_chunks(chain, chunks, link, (previous, current), unit, host, x, extras)
     else:
-        previous, share = _engine.later(link.tape, unit, previous)
+        previous, share = later(link.tape, unit, previous)
         f, sides = link.tape.branch(unit, host, x, extras, chunks)
         dtype = _result_dtype(unit, x, f)
         if (
             torch.is_inference_mode_enabled()
         ):  # inference tensors have no version: a link could not tell a write to them
             with torch.inference_mode(False), torch.no_grad():
-                out = _give_out(chain, link, _engine.step(link.tape, unit, previous, current, f), current, dtype)
+                out = _give_out(chain, link, step(link.tape, unit, previous, current, f), current, dtype)
         else:
-            out = _give_out(chain, link, _engine.step(link.tape, unit, previous, current, f, share), current, dtype)
-    if chain.meter:
-        chain.meter.leave(chain, unit, link.tape, out)
+            out = _give_out(chain, link, step(link.tape, unit, previous, current, f, share), current, dtype)
+    if chain.observer:
+        tape, place = link.tape, link.tape.position - 1
+        chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
     return out, sides
 
 
 @_eager
 def relayout(chain: Chain, view: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a view (a reshape, a permutation) to the stream tensor ``x``; the chain goes on behind it if it can."""
-    link = _link_of(chain, None, x)
+    link = link_of(x, chain)
     y = view(x)
     if link is not None and link.tape.keep != torch.is_grad_enabled():
         link = _in_grad_mode(chain, chain.name, link, x)
     if link is None or not link.tape.relayout(view):
         return y
-    previous, current = (None if t is None else view(t) for t in (link.previous, link.current))
-    link.spend()
-    moved = _linked(y, link.tape, previous, y if current is None else current)
-    if moved._base is not None:  # what stands for a view knows the tensor below the view only
-        following: Link = getattr(moved, _LINK)
-        following.seen_as = _edge_of(moved), _layout_of(moved)
-        setattr(moved._base, _VIEW, following)
-    return moved
+    return linked_view(y, link, view)
 
 
 def _in_chunks(
@@ -155,9 +126,9 @@ def _in_chunks(
         outs, draws = [], SharedDraws(x)
         for i, chunk in enumerate(chunks):
             draws.before(chunk)
-            waiting, share = _engine.later(tape, unit, before[i])
+            waiting, share = later(tape, unit, before[i])
             f, sides = tape.branch_on(chunk, unit, host, parts[i], extras)
-            outs.append(_engine.step(tape, unit, waiting, values[i], f, share))
+            outs.append(step(tape, unit, waiting, values[i], f, share))
         out = concatenated(outs, chunks[0].dim, current)
         tape.join(out, unit)
     return _give_out(chain, link, out, current, _result_dtype(unit, x, f)), sides
@@ -167,21 +138,9 @@ def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: tor
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
-        tape.settle_range()
+        tape.range.settle()
         return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
-    return _linked(out.to(dtype), tape, current, out)
-
-
-def _link_of(chain: Chain, unit: Unit | None, x: Tensor) -> Link | None:
-    link, stands_for = getattr(x, _LINK, None), False
-    if link is None and x._base is not None:
-        link, stands_for = _link_behind(x), True
-    if not isinstance(link, Link) or link.tape.chain is not chain:
-        return None
-    newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
-    if not newest or (unit is not None and unit.place(link.tape.position) is None):
-        return None
-    return _through(x, link) if stands_for else link
+    return linked(out.to(dtype), tape, current, out)
 
 
 def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
@@ -193,11 +152,11 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         )
     if unit.index and running_pass() != -1:
         raise _cut(chain, unit.path)
-    if unit.index and not chain.warned and _engine.comes_from(x, chain):
+    if unit.index and not chain.warned and comes_from_chain(x, chain):
         chain.warned = True
         warnings.warn(
             f"{unit.path} ({chain.name}): got a tensor that something between two units made "
-            f"({_edge_behind(x)[0].name()}); expected "
+            f"({edge_behind(x)[0].name()}); expected "
             "the output of the unit before, as at conversion. The chain begins anew here: gradients are right, but "
             "it keeps two more "
             "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, "
@@ -221,7 +180,7 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         unpacker=unpacker,
         plain=plain,
     )
-    carrier = wide if isinstance(streams, FloatStreams) else _engine.enter(wide, streams, state)
+    carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state)
     outward = carrier.to(x.dtype)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 

@@ -1,5 +1,194 @@
-"""The pack hooks of a branch."""
+"""The branch of a unit, run with placeholders for what autograd saves; and what is noted in their place."""
 
 from __future__ import annotations
 
-_WROTE_INPUT = "its branch wrote to its own input in place", "a branch that leaves its input as it is"
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revwire._runtime.chain import Chain
+from revwire._runtime.chunks import Chunk
+from revwire._runtime.entries import Stop, UnitRecord
+from revwire._runtime.faults import WROTE_INPUT, fault
+from revwire._runtime.selective import Products
+from revwire._runtime.unit import Unit, evaluate
+from revwire._streams.base import Streams
+from revwire._streams.samples import can_be_sampled, glance
+from revwire._surroundings.attributes import MISSING
+from revwire._surroundings.buffers import Written, statistics_of, undisturbed
+from revwire._surroundings.copies import Versions, detached, held
+from revwire._surroundings.inventory import Inventory, has_hooks, version_of
+from revwire._surroundings.modes import NOTHING, stops_early
+from revwire._surroundings.surroundings import Surroundings
+from revwire.couplings.base import Rule
+
+
+class Evaluation(NamedTuple):
+    """A branch that is to run, on all of its state or on a chunk of it.
+
+    Attributes:
+        chain, place: where its unit stands.
+        rule: by which its result will enter the step.
+        x, extras: the float value of x_k, and the extra inputs.
+    """
+
+    chain: Chain
+    streams: Streams
+    unit: Unit
+    place: int
+    host: nn.Module
+    rule: Rule
+    chunk: Chunk | None
+    x: Tensor
+    extras: tuple[Any, ...]
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether its recompute may leave out what is known anyway."""
+        return bool(self.streams.witnesses) and self.unit.path not in self.chain.run_whole
+
+
+def evaluated_as_is(
+    chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """(F_k(x_k), side outputs); autograd keeps what it saves.
+
+    Raises:
+        ReconstructionError: the branch wrote to its input.
+    """
+    version = version_of(x)
+    f, sides = evaluate(unit, host, x, extras)
+    _refuse_writes(unit, chain, x, version)
+    return f, sides
+
+
+def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRecord, Tensor, tuple[Any, ...]]:
+    """Run a branch with placeholders, which ``unpack`` will give tensors for: (its record, F_k(x_k), side outputs).
+
+    Raises:
+        ReconstructionError: the branch wrote to its input.
+    """
+    chain, x = call.chain, call.x
+    version = version_of(x)
+    record = _record(call)
+    last: deque[tuple[int, Tensor]] = deque(maxlen=call.streams.witnesses)
+    products = Products() if chain.selects(call.place) and call.may_skip else None
+    try:
+        pack = _packer(record, x, last)
+        if chain.observer and (see := chain.observer.on_branch(x, record.standing)):
+            pack = _seen(pack, see)
+        with saved_tensors_hooks(pack, unpack), products or NOTHING:
+            f, sides = _evaluated(call, record)
+        _refuse_writes(call.unit, chain, x, version)
+        if products:
+            products.settle(f)
+            record.products = products
+        record.surroundings.settle()
+        record.witnesses = [number for number, _ in last]
+        record.sample = call.streams.sample(f, [t for _, t in last])
+    finally:
+        last.clear()  # see `_packer`
+    return record, f, sides
+
+
+def _record(call: Evaluation) -> UnitRecord:
+    unit, host, x = call.unit, call.host, call.x
+    inputs: Versions = []
+    extras = tuple([detached(e, inputs) for e in call.extras]) if call.extras else ()
+    owned = Inventory.of(unit.modules(host))
+    modules = [(host.get_submodule(path), name) for path, name in unit.assigned] if unit.assigned else ()
+    return UnitRecord(
+        unit=unit,
+        host=host,
+        rule=call.rule,
+        dtype=x.dtype,
+        input_requires_grad=x.requires_grad,
+        extras=extras,
+        inputs=inputs,
+        owned=owned,
+        attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
+        chunk=call.chunk,
+        stop=Stop() if _may_stop(call) else None,
+        surroundings=Surroundings.capture([x, *[t for t, _ in inputs], *owned.weights]),
+    )
+
+
+def _may_stop(call: Evaluation) -> bool:
+    """Whether the recompute may stop early; see Note [What need not be rebuilt] in `recompute`."""
+    if not (call.chain.checkpoints(call.place) and call.may_skip and stops_early()):
+        return False
+    return not any(has_hooks(m) for root in call.unit.modules(call.host) for m in root.modules())
+
+
+def _evaluated(call: Evaluation, record: UnitRecord) -> tuple[Tensor, tuple[Any, ...]]:
+    """Run the branch; of what it writes to buffers, the record keeps what was there."""
+    writers = [m for m in record.owned.writers if m.training] if record.owned.writers else None
+    if not writers:
+        return evaluate(call.unit, call.host, call.x, call.extras)
+    with undisturbed(writers):
+        written = Written(writers)
+        statistics = statistics_of(writers) if record.stop else {}
+        f, sides = evaluate(call.unit, call.host, call.x, call.extras)
+        record.buffers = {**statistics, **written.copies()}
+        return f, sides
+
+
+def _packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
+    """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
+
+    ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
+    which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the recompute
+    stops early, all but its input is looked at; and buffers that are saved must not be written to, which the version
+    counters tell, as in autograd.
+    """
+    saved, owned, stop = record.saved, record.owned, record.stop
+    inputs = {id(x), id(x._base)}
+    known = inputs.union(map(id, owned.weights))
+    buffers = {id(t) for _, then, is_weight in owned.tables if not is_weight for t in then.values()} if stop else ()
+
+    def pack(t: Tensor) -> int:
+        number, owner = len(saved), t._base
+        if owner is None:
+            owner = t
+        if id(owner) not in known:
+            if not owner.is_leaf:
+                if can_be_sampled(t):
+                    last.append((number, t))
+            elif owner.requires_grad or id(owner) in buffers:
+                known.add(id(owner))  # a weight from outside of the unit's modules, or a buffer
+                owned.note(owner)
+            elif stop:
+                stop.constants.append((ref(owner), version_of(owner)))
+        if stop and id(owner) not in inputs:
+            _look(record, stop, number, t)
+        saved.append((t.shape, t.dtype, t.device))
+        return number
+
+    return pack
+
+
+def _seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:
+    def both(t: Tensor) -> int:
+        see(t)
+        return pack(t)
+
+    return both
+
+
+def _look(record: UnitRecord, stop: Stop, number: int, t: Tensor) -> None:
+    """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its recompute."""
+    found = glance(t) if record.stop else None
+    if found is None:
+        record.stop = None
+    else:
+        stop.looked.append(number)
+        stop.looks.append(found)
+
+
+def _refuse_writes(unit: Unit, chain: Chain, x: Tensor, version: int) -> None:
+    if version_of(x) != version:
+        raise fault(unit, chain, *WROTE_INPUT)

@@ -5,13 +5,6 @@ Note [Who owns what]
     ``grad_fn``: a cycle through autograd's C++ nodes would never be collected. The float tensors that carry gradients
     from unit to unit hang on the unit's output (`revwire._runtime.links.Link`), and die with it.
 
-Note [Synchronisation]
-    Reading one number from an accelerator stalls it. There, range checks and comparisons stay on the device, and are
-    read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
-    optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
-    wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
-    a number.
-
 Note [The last unit]
     A backward pass begins with the last unit. Where that chain is the last of its model (``Chain.keeps_last``),
     rebuilding the unit's activations first thing saves no memory at the peak, so autograd keeps them, and the tape ends
@@ -23,17 +16,6 @@ Note [Stored units]
     Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward
     pass goes past a run of such units by the true states before it, which stand among the records; where the chain ends
     in one, the tape ends before it.
-
-Note [What need not be rebuilt]
-    A checkpointed unit (by a memory budget) keeps the state before it: in exact streams x_{k-1} alone, as x_k is
-    rebuilt to the bit by those after it. So its recompute serves the gradient alone, and stops when the branch has
-    saved the last tensor that this needs: what is left, often the largest product of a branch, is not computed a second
-    time. The checks then compare a sample of each tensor that was saved, which is all that the gradient is made of.
-    Where one differs (it may be a kernel's scratch space), the branch is computed to its end, now and from then on, and
-    its result decides. As in `torch.utils.checkpoint`, a recompute ends in the midst of the branch, by an exception.
-    Branches with hooks on their modules (which may come in pairs), those that save what cannot be compared, and all
-    inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units
-    with anchors, whose gain is small, and float streams, which see the result only.
 
 Note [Results in 16 bits]
     Under autocast, and in networks of 16-bit weights, a branch gives half as many bits as a state has. There a
@@ -47,16 +29,10 @@ Note [Chunks]
     a time. The states change for all of them at once: in forward when the last chunk is there (`Tape.join`), in
     backward when the first one is (`Rewind`). Autograd runs the nodes that were made last first, so it goes through the
     chunks from the last to the first, and finishes each.
-
-Note [What the checks see]
-    In exact mode: any change of the rebuilt state, and of samples of the branch's result and of what its last layers
-    saved. In float mode: changes beyond the tolerances of `FloatStreams`; a branch whose result is zero in forward and
-    recompute hides what else it computes. Version counters see every in-place write that PyTorch sees, in both modes.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -64,25 +40,20 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._errors import RangeError, ReconstructionError
 from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import SharedDraws, joined, parts_of
-from revwire._runtime.entries import Anchor, Before, Result, Stop, UnitRecord, ViewRecord
-from revwire._runtime.faults import fault
-from revwire._runtime.saving import _WROTE_INPUT
-from revwire._runtime.selective import Products
+from revwire._runtime.entries import Anchor, Before, Result, UnitRecord, ViewRecord
+from revwire._runtime.observer import Key
+from revwire._runtime.range import RangeCheck
+from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
 from revwire._streams.floats import FloatStreams
-from revwire._streams.samples import Fingerprint, can_be_sampled, glance
-from revwire._surroundings.attributes import MISSING
-from revwire._surroundings.buffers import Written, statistics_of, undisturbed
-from revwire._surroundings.copies import Versions, detached, held
-from revwire._surroundings.inventory import Inventory, has_hooks, version_of
-from revwire._surroundings.modes import NOTHING, saved_tensors_hooked, stalls, stops_early
-from revwire._surroundings.surroundings import Surroundings
+from revwire._streams.samples import Fingerprint
+from revwire._surroundings.inventory import version_of
+from revwire._surroundings.modes import saved_tensors_hooked, stalls
 from revwire.couplings.base import PLAIN, Rule
 
 if TYPE_CHECKING:
@@ -99,7 +70,7 @@ class Tape:
     """One forward pass through one chain, and what a backward pass needs of it.
 
     Args:
-        chain: the chain, for its name in errors and its monitor.
+        chain: the chain: what is wanted of this pass.
         streams: the arithmetic, scaled for this forward.
         state: the states (x_{k-1}, x_k) with which it begins.
         position: index of the unit at which this pass enters the chain.
@@ -133,8 +104,8 @@ class Tape:
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
-        self.deferred = stalls(state[0].device)  # see Note [Synchronisation]
-        self.norms: list[tuple[Unit, Tensor]] = []
+        self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
+        self.range = RangeCheck(chain.name, streams.bound, deferred=self.deferred)
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self.left_range: RangeError | None = None  # why it went on in float streams
         self._open: UnitRecord | None = None
@@ -151,6 +122,10 @@ class Tape:
         place = unit.place(self.position)
         return not self.plain and place is not None and self.couplings[place].shares
 
+    def key(self, position: int) -> Key:
+        """By which observers know the record at ``position`` again."""
+        return id(self), position
+
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def branch(
@@ -165,59 +140,21 @@ class Tape:
             return self._evaluate(unit, host, x, extras, chunks)
         self.kept = None
         if self._keeps(place):
-            version = version_of(x)
-            f, sides = evaluate(unit, host, x, extras)
-            if version_of(x) != version:
-                raise fault(unit, self.chain, *_WROTE_INPUT)
-            return f, sides
-        return self._recorded(unit, host, x, extras)
+            return evaluated_as_is(self.chain, unit, host, x, extras)
+        return self._recorded(unit, place, host, x, extras)
 
     def _recorded(
-        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
+        self, unit: Unit, place: int, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Evaluate the branch with placeholders for what autograd saves."""
-        version = version_of(x)
-        record = self._record(unit, host, x, extras)
-        last: deque[tuple[int, Tensor]] = deque(maxlen=self.streams.witnesses)
-        writers = [m for m in record.owned.writers if m.training] if record.owned.writers else None
-        try:
-            products, pack = self._products(unit), self._packer(record, x, last)
-            if self.chain.meter:
-                pack = self.chain.meter.seeing(pack, record, x)
-            with saved_tensors_hooks(pack, self.unpacker(self, len(self.records))), products or NOTHING:
-                if writers:
-                    with undisturbed(writers):
-                        written = Written(writers)
-                        statistics = statistics_of(writers) if record.stop else {}
-                        f, sides = evaluate(unit, host, x, extras)
-                        record.buffers = {**statistics, **written.copies()}
-                else:
-                    f, sides = evaluate(unit, host, x, extras)
-            if version_of(x) != version:
-                raise record.fault(self.chain, *_WROTE_INPUT)
-            if products:
-                products.settle(f)
-                record.products = products
-            record.surroundings.settle()
-            record.witnesses = [number for number, _ in last]
-            record.sample = self.streams.sample(f, [t for _, t in last])
-            if self.chain.modes is not None or self.chain.meter:
-                record.narrow = self._is_narrow(f, sides)
-        finally:
-            last.clear()  # see `_packer`
+        call = Evaluation(self.chain, self.streams, unit, place, host, self.now, self._chunk, x, extras)
+        record, f, sides = recorded(call, self.unpacker(self, len(self.records)))
+        if self.chain.modes is not None or self.chain.observer:
+            record.narrow = self._is_narrow(f, sides)
         if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
             self.start = len(self.records)
         self._open = record
         return f, sides
-
-    def _products(self, unit: Unit) -> Products | None:
-        """What keeps the products of the unit that runs now, if it is selective."""
-        place, whole = unit.place(self.position), unit.path in self.chain.run_whole
-        return (
-            Products()
-            if place is not None and self.streams.witnesses and self.chain.selects(place) and not whole
-            else None
-        )
 
     def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
         """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its
@@ -236,95 +173,13 @@ class Tape:
         if chain.stores(place):
             self.kept = Kept()
             return True
-        if not chain.keeps_last or place != chain.length - 1 or chain.monitor or saved_tensors_hooked():
+        if not chain.keeps_last or place != chain.length - 1 or chain.observer or saved_tensors_hooked():
             return False
         if chain.waiting is not None and chain.waiting() is not None:
             return False
         self.kept = Kept()
         chain.waiting = ref(self.kept)
         return True
-
-    def _may_stop(self, unit: Unit, host: nn.Module) -> bool:
-        """Whether the recompute of the unit that runs now may stop early; see Note [What need not be rebuilt]."""
-        place = unit.place(self.position)
-        chain = self.chain
-        if (
-            place is None
-            or not chain.checkpoints(place)
-            or unit.path in chain.run_whole
-            or not self.streams.witnesses
-            or not stops_early()
-        ):
-            return False
-        return not any(has_hooks(m) for root in unit.modules(host) for m in root.modules())
-
-    def _record(self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> UnitRecord:
-        inputs: Versions = []
-        kept = tuple([detached(e, inputs) for e in extras]) if extras else ()
-        owned = Inventory.of(unit.modules(host))
-        modules = [(host.get_submodule(path), name) for path, name in unit.assigned] if unit.assigned else ()
-        return UnitRecord(
-            unit=unit,
-            host=host,
-            rule=self.now,
-            dtype=x.dtype,
-            input_requires_grad=x.requires_grad,
-            extras=kept,
-            inputs=inputs,
-            owned=owned,
-            attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
-            chunk=self._chunk,
-            stop=Stop() if self._may_stop(unit, host) else None,
-            surroundings=Surroundings.capture([x, *[t for t, _ in inputs], *owned.weights]),
-        )
-
-    def _packer(self, record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
-        """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a
-        graph.
-
-        ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
-        which FSDP takes away as soon as the branch has run; a leaf that needs a gradient is a weight. Where the
-        recompute stops early, all but its input is looked at; and buffers that are saved must not be written to, which
-        the version counters tell, as in autograd.
-        """
-        saved, owned, stop = record.saved, record.owned, record.stop
-        inputs = {id(x), id(x._base)}
-        known = inputs.union(map(id, owned.weights))
-        buffers = {id(t) for _, then, is_weight in owned.tables if not is_weight for t in then.values()} if stop else ()
-
-        def pack(t: Tensor) -> int:
-            number, owner = len(saved), t._base
-            if owner is None:
-                owner = t
-            if id(owner) not in known:
-                if not owner.is_leaf:
-                    if can_be_sampled(t):
-                        last.append((number, t))
-                elif (
-                    owner.requires_grad or id(owner) in buffers
-                ):  # a weight from outside of the unit's modules, or a buffer
-                    known.add(id(owner))
-                    owned.note(owner)
-                elif stop:
-                    stop.constants.append((ref(owner), version_of(owner)))
-            if stop and id(owner) not in inputs:
-                self._look(record, stop, number, t)
-            saved.append((t.shape, t.dtype, t.device))
-            return number
-
-        return pack
-
-    @staticmethod
-    def _look(record: UnitRecord, stop: Stop, number: int, t: Tensor) -> None:
-        """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its
-        recompute.
-        """
-        found = glance(t) if record.stop else None
-        if found is None:
-            record.stop = None
-        else:
-            stop.looked.append(number)
-            stop.looks.append(found)
 
     def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         """Advance both streams by one unit; returns the float value of x_{k+1}."""
@@ -338,14 +193,14 @@ class Tape:
             self.rewinds and self.kept is None and previous is not current and (not anchored or self._by_result(place))
         )
         following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not (in_range or self._in_range(out)):
+        if not (in_range or self.range.holds(out)):
             if self.keep:
-                raise self._out_of_range(unit)
+                raise self.range.left(unit)
             self._give_up_integers(unit)
             return self.step(x, f, unit)
-        self._note_range(unit, out)
-        if self.chain.monitor and self.kept is None:
-            self.chain.monitor.forward(self, len(self.records), previous)
+        self.range.note(unit, out)
+        if self.chain.observer and self.rewinds and self.kept is None:
+            self.chain.observer.on_drop(self.key(len(self.records)), previous)
         if self.kept is not None:
             self.kept = None
             self._pass_over((current, following), ends=place == self.chain.length - 1)
@@ -386,11 +241,13 @@ class Tape:
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """As `branch`, on one chunk of x_k."""
         _, current = self.intact_state()
+        place = unit.place(self.position)
+        assert place is not None
         self._chunk, self.now = chunk, chunk.rule(self._whole)
         extras = self._cut(unit).extras(extras, chunk, current.shape[chunk.dim])
         if not self.rewinds or self.kept is not None:
             return evaluate(unit, host, x, extras)
-        return self._recorded(unit, host, x, extras)
+        return self._recorded(unit, place, host, x, extras)
 
     def _step_chunk(self, chunk: Chunk, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
         whole = self.intact_state()
@@ -401,12 +258,12 @@ class Tape:
         rebuilt = self.rewinds and self.kept is None
         undone = rebuilt and not begins and (not anchored or self._by_result(place))
         following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not (in_range or self._in_range(out)):
-            raise self._out_of_range(unit)
-        self._note_range(unit, out)
+        if not (in_range or self.range.holds(out)):
+            raise self.range.left(unit)
+        self.range.note(unit, out)
         if rebuilt:
-            if self.chain.monitor:
-                self.chain.monitor.forward(self, len(self.records), previous)
+            if self.chain.observer:
+                self.chain.observer.on_drop(self.key(len(self.records)), previous)
             self._keep_record(bits, self._summary(previous, summary), f, begins, anchored)
         self._parts.append(following)
         return out
@@ -555,56 +412,14 @@ class Tape:
         else:
             self.records.clear()
 
-    # -- range -----------------------------------------------------------------------------------------------------
-
-    def _in_range(self, out: Tensor) -> bool:
-        """Whether all values are, as far as that can be told without waiting for a device."""
-        bound = self.streams.bound
-        if bound is None or self.deferred or not out.numel():
-            return True
-        low, high = torch.aminmax(out)  # a NaN anywhere makes both NaN; many times faster than a vector norm
-        return -bound < float(low) and float(high) < bound
-
-    def _note_range(self, unit: Unit, out: Tensor) -> None:
-        """Where reading a number stalls, a value out of range becomes NaN, and the magnitude is read later."""
-        bound = self.streams.bound
-        if bound is None or not self.deferred or not out.numel():
-            return
-        low, high = torch.aminmax(out)
-        norm = torch.maximum(-low, high)
-        self.norms.append((unit, norm))
-        out.mul_(torch.where(norm < bound, 1.0, float("nan")))
-
     def _give_up_integers(self, unit: Unit) -> None:
         """Without gradients nothing is rebuilt: a network whose values leave the range goes on in float streams."""
-        self.left_range = self._out_of_range(unit)
+        self.left_range = self.range.left(unit)
         previous, current = self.intact_state()
         self.state = self.streams.read(previous), self.streams.read(current)
         self.versions = _versions(self.state)
         self.streams = FloatStreams(self.chain.tolerance)
-
-    def settle_range(self) -> None:
-        """Read the deferred range checks: one synchronisation.
-
-        Raises:
-            RangeError: a value left the range of the streams; names the first unit at which one did.
-        """
-        norms, self.norms = self.norms, []
-        bound = self.streams.bound
-        if not norms or bound is None:
-            return
-        for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
-            if not norm < bound:
-                raise self._out_of_range(unit)
-
-    def _out_of_range(self, unit: Unit) -> RangeError:
-        return RangeError(
-            f"{unit.path} ({self.chain.name}): got a value that is not finite, or of magnitude "
-            f"{self.streams.bound:.4g} or more; "
-            "expected the streams to stay within 2^5 times the range they were scaled for; convert with an example "
-            "whose values are of "
-            "the magnitude you train on, lower the learning rate, or pass exact=False"
-        )
+        self.range.bound = None
 
 
 def _versions(state: tuple[Tensor, Tensor]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The search: recording -> residual units and the chains they form. Dataflow only; no module, no name decides.
 
-Definitions, besides those of `_adds`:
+Definitions, besides those of `residuals`:
 
 - A *unit* runs from its fork to its *out*: the add, and what is done to the sum before it becomes a fork again (a
   post-activation, a post-normalisation).

@@ -28,15 +28,16 @@ Note [Random numbers in chunks]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from revwire._errors import ConversionError
+from revwire._runtime.chain import observed
 from revwire._runtime.chunks import BATCH, Cut, Windows
+from revwire._runtime.observer import Inputs, Observer
 from revwire._splitting.separable import _cuts_batch, _draws, _Found, _separable, _shared
 from revwire._surroundings.as_found import _modes_kept, left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
@@ -46,7 +47,11 @@ if TYPE_CHECKING:
     from revwire._runtime.unit import Unit
 
 
-class Prober:
+_Key = tuple[object, int]
+"""A chain, and a place in it."""
+
+
+class Prober(Observer):
     """Finds, while a converted model runs, along which dimensions its units may be cut.
 
     Args:
@@ -55,26 +60,23 @@ class Prober:
 
     def __init__(self, counts: Iterable[int]) -> None:
         self.counts = sorted(set(counts))
-        self.found: dict[tuple[int, int], _Found] = {}
-        self.draws: dict[
-            tuple[int, int], tuple[int, ...]
-        ] = {}  # the dimensions along which a unit that draws may share what it draws
+        self.found: dict[_Key, _Found] = {}
+        self.draws: dict[_Key, tuple[int, ...]] = {}  # dimensions along which a unit that draws may share its draws
         self.stage: Literal["dimensions", "draws", "batch"] = "dimensions"
         self.looks = False  # at a unit, in whose branch others may lie
 
-    def __call__(self, chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
+    def on_inputs(self, inputs: Inputs) -> None:
         if self.looks:
             return
         self.looks = True
         try:
+            chain, unit, host, x, extras = inputs
             with torch.no_grad(), preserved_random_state(accelerators_of([x])):
-                self._look([(id(chain), place) for place in (unit.index, *unit.later)], unit, host, x.detach(), extras)
+                self._look([(chain, place) for place in (unit.index, *unit.later)], unit, host, x.detach(), extras)
         finally:
             self.looks = False
 
-    def _look(
-        self, keys: list[tuple[int, int]], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
-    ) -> None:
+    def _look(self, keys: list[_Key], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
         if self.stage == "draws":
             if any(key in self.found for key in keys) and _draws(unit, host, x, extras):
                 seen = next(self.found[key] for key in keys if key in self.found)
@@ -90,7 +92,7 @@ class Prober:
             same = self.found.get(key, found) == found  # a unit that runs several times
             self.found[key] = found if same else found._replace(dims=(), windows=(), open=False)
 
-    def _usable(self, key: tuple[int, int]) -> tuple[tuple[int, ...], tuple[Windows, ...]] | None:
+    def _usable(self, key: _Key) -> tuple[tuple[int, ...], tuple[Windows, ...]] | None:
         """The dimensions along which a unit may be cut, and its windows, if there are any; those that its random
         numbers allow.
         """
@@ -106,7 +108,7 @@ class Prober:
 
     def cut(self, chain: Chain, place: int, count: int) -> Cut | None:
         """How the unit at a place of a chain may be cut into so many chunks, or None."""
-        key = id(chain), place
+        key = chain, place
         found = self.found.get(key)
         if count == 1 or found is None:
             return None
@@ -132,7 +134,7 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
         ConversionError: the model fails in eval mode.
     """
     prober = Prober(counts)
-    with left_as_found(model), _modes_kept(model), torch.no_grad(), probing(chains, prober):
+    with left_as_found(model), _modes_kept(model), torch.no_grad(), observed(chains, prober):
         model.eval()
         try:
             run()
@@ -153,15 +155,3 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
             model.eval()
             run()
     return prober
-
-
-@contextmanager
-def probing(chains: Sequence[Chain], prober: Prober) -> Iterator[None]:
-    """Let the prober see every unit that runs."""
-    try:
-        for chain in chains:
-            chain.prober = prober
-        yield
-    finally:
-        for chain in chains:
-            chain.prober = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revwire._runtime.chunks import BATCH, Chunk, Cut, Kinds, Windows, _together, kinds_of
+from revwire._runtime.chunks import BATCH, Chunk, Cut, Kinds, Windows, kinds_of, together
 from revwire._runtime.unit import evaluate as evaluate_once
 from revwire._streams.base import canonical
 from revwire._streams.samples import alike
@@ -50,7 +50,8 @@ def _same_states(before: RandomStates, after: RandomStates) -> bool:
 
 
 def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], counts: Sequence[int]) -> _Found:
-    """Along which dimensions the branch treats every element, or every window, by itself; see Note [What may be cut].
+    """Along which dimensions the branch treats every element, or every window, by itself; see Note [What may be cut]
+    in `probe`.
 
     Beside the batch, the first dimension that has windows, or enough elements, is enough. A batch of one is looked at
     last, and only where nothing else may be cut: it takes two samples.
@@ -135,7 +136,9 @@ def _may_be_cut(
 def _windows(
     unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], dim: int, counts: Sequence[int], whole: Tensor
 ) -> Windows | None:
-    """The pieces along a dimension that the branch treats each by itself, if there are several; see Note [Windows]."""
+    """The pieces along a dimension that the branch treats each by itself, if there are several; see Note [Windows] in
+    `probe`.
+    """
     size = x.shape[dim]
     if size < 2 or not x.numel():
         return None
@@ -153,7 +156,7 @@ def _windows(
         return None
     if len(ends) < 2 or not as_whole(ends):
         return None
-    together = [_together(ends, count) for count in counts]
+    together = [together(ends, count) for count in counts]
     merged = [
         n for n, borders in zip(counts, together, strict=True) if 1 < len(borders) < len(ends) and as_whole(borders)
     ]

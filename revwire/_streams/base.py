@@ -111,13 +111,13 @@ class Streams(ABC):
         return False
 
 
-def _scaled(f: Tensor, factor: Factor, like: Tensor) -> Tensor:
+def scaled(f: Tensor, factor: Factor, like: Tensor) -> Tensor:
     """``factor``·f in the dtype and layout of ``like`` (a float tensor)."""
     out = torch.empty_like(like)
     return torch.mul(f, factor, out=out) if f.dtype == out.dtype else out.copy_(f).mul_(factor)
 
 
-def _add_scaled(out: Tensor, x: Tensor, factor: Factor) -> None:
+def add_scaled(out: Tensor, x: Tensor, factor: Factor) -> None:
     """out += factor·x, in place."""
     if isinstance(factor, Tensor):
         out.addcmul_(x, factor)

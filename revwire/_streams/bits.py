@@ -72,7 +72,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Rows of a table that the kernels read, and its address."""
 
     rows: int
@@ -81,8 +81,8 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _layout(n: int, m: int) -> _Layout:
-    """The layout of `_bits.pack_bits` for n values of m bits: planes of 4, 2 and 1 bits; the values that share a byte
+def layout_of(n: int, m: int) -> Layout:
+    """The layout of `pack_bits` for n values of m bits: planes of 4, 2 and 1 bits; the values that share a byte
     lie far apart.
 
     Returns:
@@ -104,4 +104,4 @@ def _layout(n: int, m: int) -> _Layout:
                 rows.append((start, start + size * width, first, shift, left, (1 << width) - 1, i == 0))
             start, shift = start + size * width, shift + width
     table = np.array(rows, dtype=np.int64).reshape(-1, 7)
-    return _Layout(len(table), table.ctypes.data, table)
+    return Layout(len(table), table.ctypes.data, table)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from revwire._errors import RangeError
-from revwire._streams import kernels as _kernels
-from revwire._streams.base import Stepped, Streams, Undone, _add_scaled, _scaled
+from revwire._streams import kernels
+from revwire._streams.base import Stepped, Streams, Undone, add_scaled, scaled
 from revwire._streams.bits import pack_bits, unpack_bits
-from revwire._streams.samples import _FOLD, Fingerprint, Sample, _folds, _spread
+from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
 
 HEADROOM_BITS = 5
@@ -37,7 +37,7 @@ class FixedStreams(Streams):
     Args:
         scale: K, the number of fractional bits.
         integer: ``torch.int32`` or ``torch.int64``.
-        compiled: in one pass over memory where that is possible (`_kernels`); the same for step and unstep.
+        compiled: in one pass over memory where that is possible (`kernels`); the same for step and unstep.
     """
 
     scale: int
@@ -58,7 +58,7 @@ class FixedStreams(Streams):
         top = 57 if integer == torch.int64 else 30
         exponent = floor(log2(largest)) + 1 if largest > 0 else 0
         scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
-        return cls(scale, integer, compiled=integer == torch.int32 and _kernels.available())
+        return cls(scale, integer, compiled=integer == torch.int32 and kernels.available())
 
     @property
     def bound(self) -> float:
@@ -69,15 +69,15 @@ class FixedStreams(Streams):
         return _rounded(torch.mul(x.detach(), 2.0**self.scale)).to(self.integer)
 
     def read(self, state: Tensor) -> Tensor:
-        if self.compiled and _kernels.suits(state):
-            return _kernels.read(state, self.scale)
+        if self.compiled and kernels.suits(state):
+            return kernels.read(state, self.scale)
         wide = torch.float64 if self.integer == torch.int64 else torch.float32
         return state.to(wide).mul_(2.0**-self.scale)
 
     def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
         numbers = self._numbers(previous, x, rule)
         if numbers is not None:
-            done = _kernels.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
+            done = kernels.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
             if done.in_range:
                 return Stepped(*done)
         wide = self._increment(x, f, rule)
@@ -96,7 +96,7 @@ class FixedStreams(Streams):
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
         if numbers is not None:
-            return Undone(*_kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale))
+            return Undone(*kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale))
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if rule.signs is not None:
@@ -115,20 +115,20 @@ class FixedStreams(Streams):
             and isinstance(rule.c, float)
             and rule.signs is None
         ):
-            return (rule.a, rule.c, rule.bits) if _kernels.suits(state, x) else None
+            return (rule.a, rule.c, rule.bits) if kernels.suits(state, x) else None
         return None
 
     def _increment(self, x: Tensor, f: Tensor, rule: Rule) -> Tensor:
         """R = round(2^K·(a·x + c·f)), a float tensor in the layout of ``x``."""
-        wide = _scaled(f, rule.c * 2.0**self.scale, x)
-        _add_scaled(wide, x, rule.a * 2.0**self.scale)
+        wide = scaled(f, rule.c * 2.0**self.scale, x)
+        add_scaled(wide, x, rule.a * 2.0**self.scale)
         return _rounded(wide)
 
     def summary(self, state: Tensor) -> Tensor:
         """Sums of integers: their order does not matter."""
-        if self.compiled and _kernels.suits(state):
-            return _kernels.summed(state)
-        return _folds(state).sum(1, dtype=self.integer)
+        if self.compiled and kernels.suits(state):
+            return kernels.summed(state)
+        return folds(state).sum(1, dtype=self.integer)
 
     def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
         """They show a fault that the sums of states cannot.
@@ -136,13 +136,13 @@ class FixedStreams(Streams):
         Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of
         that layer is not.
         """
-        values = _kernels.sampled(f, saved, _FOLD, _FEWER) if self.compiled else None
+        values = kernels.sampled(f, saved, FOLD, _FEWER) if self.compiled else None
         if values is None:
             with torch.no_grad():
                 wide = (
                     torch.float64 if any(t.dtype == torch.float64 for t in (f, *saved)) else torch.float32
                 )  # autocast mixes no others
-                values = torch.cat([_spread(f, _FOLD).to(wide), *(_spread(t, _FEWER).to(wide) for t in saved)])
+                values = torch.cat([spread(f, FOLD).to(wide), *(spread(t, _FEWER).to(wide) for t in saved)])
         return Sample(values, f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revwire._streams.base import Stepped, Streams, Undone, _add_scaled, _scaled, stream_dtype
-from revwire._streams.samples import _FOLD, Fingerprint, Sample, _folds, _spread
+from revwire._streams.base import Stepped, Streams, Undone, add_scaled, scaled, stream_dtype
+from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
 
 
@@ -38,24 +38,24 @@ class FloatStreams(Streams):
         if isinstance(c, float) and rule.a == 0 and rule.b == 1 and f.dtype == previous.dtype:
             out = torch.add(previous, f, alpha=c, out=torch.empty_like(previous))
         else:
-            out = _scaled(f, c, previous)
-            _add_scaled(out, x, rule.a)
-            _add_scaled(out, previous, rule.back)
+            out = scaled(f, c, previous)
+            add_scaled(out, x, rule.a)
+            add_scaled(out, previous, rule.back)
         return Stepped(out, out.detach(), None)
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
-        out = torch.sub(following, _scaled(f, rule.c, following), out=torch.empty_like(following))
-        _add_scaled(out, x, -rule.a)
+        out = torch.sub(following, scaled(f, rule.c, following), out=torch.empty_like(following))
+        add_scaled(out, x, -rule.a)
         return Undone(out if rule.signs is None and rule.b == 1 else out.div_(rule.back))
 
     def summary(self, state: Tensor) -> Tensor:
         """Means of its parts, and samples, which show a small error everywhere."""
-        means = _folds(state).mean(1) if state.numel() else state.view(-1)
-        return torch.cat([means, _spread(state, _FOLD)])
+        means = folds(state).mean(1) if state.numel() else state.view(-1)
+        return torch.cat([means, spread(state, FOLD)])
 
     def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
         with torch.no_grad():
-            return Sample(_spread(f, _FOLD).to(stream_dtype(f.dtype), copy=True), f.dtype)
+            return Sample(spread(f, FOLD).to(stream_dtype(f.dtype), copy=True), f.dtype)
 
     def difference(self, before: Fingerprint, after: Fingerprint) -> Tensor:
         if not before.branch.numel():

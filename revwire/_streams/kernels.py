@@ -1,6 +1,6 @@
 """The arithmetic of fixed-point streams on the CPU in one pass over memory, compiled by Numba where that is installed.
 
-`_numerics` says what is computed; its plain form, one PyTorch call after the other, is the reference. Each of its dozen
+`base` says what is computed; its plain form, one PyTorch call after the other, is the reference. Each of its dozen
 calls reads and writes a whole stream, most of them into new memory; here each stream is read once and written once. The
 rounding of a·x + c·f may differ from the plain form in its last bit (PyTorch's CPU kernels fuse that multiplication and
 addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.compiled` says
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revwire._streams.bits import SEGMENTS, _layout
+from revwire._streams.bits import SEGMENTS, layout_of
 
 _NATIVE = "revwire._streams.native"
 
@@ -70,7 +70,7 @@ def suits(*tensors: Tensor) -> bool:
 def advance(
     previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool
 ) -> Advanced:
-    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `_numerics` defines it; ``keep`` what it takes to
+    """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` what it takes to
     come back.
 
     That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
@@ -88,7 +88,7 @@ def advance(
     if m and keep:
         size = -(-n // 8) * m
         bits = torch.empty(size, dtype=torch.uint8)
-        layout = _layout(n, m)
+        layout = layout_of(n, m)
         k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
     return Advanced(state, value, bits, sums, in_range)
 
@@ -109,7 +109,7 @@ def retreat(
     k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
     if m:
         assert bits is not None
-        layout = _layout(n, m)
+        layout = layout_of(n, m)
         k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
     numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
     _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))

@@ -1,4 +1,4 @@
-"""The compiled loops of `_kernels`. Imported where Numba is installed, when the first of them is to run.
+"""The compiled loops of `kernels`. Imported where Numba is installed, when the first of them is to run.
 
 They take addresses: making NumPy arrays of tensors costs more than the work on a small one. A stream is cut into
 `SEGMENTS` parts, of each of which a loop can give the sum of the integers on its way, and between which threads share

@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_FOLD = 64
+FOLD = 64
 """A state is folded into this many sums, and a branch's result sampled at this many elements."""
 
 
-def _folds(x: Tensor) -> Tensor:
-    """A dense tensor as `_FOLD` rows that together cover every element; neighbours overlap where it does not divide."""
-    step = x.numel() // _FOLD
-    return x.as_strided((_FOLD, x.numel() - (_FOLD - 1) * step), (step, 1))
+def folds(x: Tensor) -> Tensor:
+    """A dense tensor as `FOLD` rows that together cover every element; neighbours overlap where it does not divide."""
+    step = x.numel() // FOLD
+    return x.as_strided((FOLD, x.numel() - (FOLD - 1) * step), (step, 1))
 
 
-def _spread(x: Tensor, count: int) -> Tensor:
+def spread(x: Tensor, count: int) -> Tensor:
     """``count`` elements of the storage behind ``x``, at equal distances (fewer if it has fewer)."""
     extent = x.numel() if x.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     count = min(count, extent, x.numel())
@@ -49,7 +49,7 @@ _COMPARED = frozenset(
 
 
 def glance(t: Tensor) -> Tensor | None:
-    """At most `_FOLD` of its own elements of a tensor that a branch saves; None where it cannot be compared.
+    """At most `FOLD` of its own elements of a tensor that a branch saves; None where it cannot be compared.
 
     Bytes may be scratch space of a kernel, and so may one or two integers (an offset of a generator that was not used).
     """
@@ -63,13 +63,13 @@ def glance(t: Tensor) -> Tensor | None:
 
 def size_of_glance(numel: int, dtype: torch.dtype) -> int:
     """Bytes of a `glance` at a tensor of so many elements."""
-    return min(numel, _FOLD) * dtype.itemsize
+    return min(numel, FOLD) * dtype.itemsize
 
 
 @lru_cache(maxsize=256)
 def _places(numel: int, device: torch.device) -> Tensor:
     """Numbers of elements at equal distances."""
-    count = min(numel, _FOLD)
+    count = min(numel, FOLD)
     with torch.inference_mode(False):
         return torch.arange(count, device=device) * (numel // count)
 

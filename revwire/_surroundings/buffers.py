@@ -40,7 +40,7 @@ _QUIET: WeakSet[nn.Module] = WeakSet()  # modules whose last forward moved no ve
 
 class Written:
     """What a forward of these modules (not of those below them) writes to their buffers; see Note [Buffers that are
-    read and written].
+    read and written] in `surroundings`.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, copied: bool = False) -> None:

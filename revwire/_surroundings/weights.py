@@ -32,7 +32,9 @@ def shards_kept(root: nn.Module) -> Iterator[None]:
 
 
 class Homes(dict[int, ReferenceType[Tensor]]):
-    """The tensors that the modules of a model had at conversion, by identity; see Note [Weights that are exchanged]."""
+    """The tensors that the modules of a model had at conversion, by identity; see Note [Weights that are exchanged] in
+    `surroundings`.
+    """
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copied model has other tensors."""
@@ -53,7 +55,9 @@ class Homes(dict[int, ReferenceType[Tensor]]):
 
 
 def lent(tables: list[tuple[Table, Table, bool]], homes: Homes) -> list[Place]:
-    """The places in which a tensor stood that was only lent, and has gone; see Note [Weights that are exchanged]."""
+    """The places in which a tensor stood that was only lent, and has gone; see Note [Weights that are exchanged] in
+    `surroundings`.
+    """
     out: list[Place] = []
     for table, then, is_weight in tables:
         if [*table] != [*then] or not all(map(is_, table.values(), then.values())):

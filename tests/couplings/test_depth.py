@@ -12,6 +12,7 @@ from torch import nn
 
 from cases import Case
 from revwire import Bdia, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
+from revwire._runtime.observer import Observer
 from revwire.measure import saved_bytes
 from steps import gradients
 from toys import WIDTH, Toy, as_block, as_residual, stored, toy
@@ -73,28 +74,28 @@ class Mixed(Toy):
             object.__setattr__(unit, "branch", (as_residual, as_block)[i % 2])
 
 
-class Rebuilt:
+class Rebuilt(Observer):
     """Holds what was dropped, and counts what was rebuilt to the bit."""
 
     def __init__(self):
         self.dropped, self.equal = {}, 0
 
-    def forward(self, tape, position, state):
-        self.dropped[position] = state.clone()
+    def on_drop(self, key, state):
+        self.dropped[key] = state.clone()
 
-    def backward(self, tape, position, state):
-        self.equal += torch.equal(self.dropped.pop(position), state)
+    def on_rebuild(self, rebuilt):
+        self.equal += torch.equal(self.dropped.pop(rebuilt.key), rebuilt.state)
 
 
 def check_exact(coupling, depth, autocast, seed=0):
     torch.manual_seed(seed)
     model = Mixed([Small() for _ in range(depth)], coupling).train()
     x = torch.randn(Small.shape, requires_grad=True)
-    model.chain.monitor = rebuilt = Rebuilt()
+    model.chain.observer = rebuilt = Rebuilt()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = gradients(model, x)
         assert rebuilt.equal == depth
-        model.chain.monitor = None
+        model.chain.observer = None
         with stored(model):
             assert all(map(torch.equal, got, gradients(model, x)))
 

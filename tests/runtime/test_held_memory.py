@@ -12,6 +12,7 @@ from revwire import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import peak_bytes, saved_bytes
 from revwire.testing import saved_by_autograd
+from steps import tape_of
 from toys import WIDTH, Attention, Dropped, PreNorm, attention_extras, encoder, stored, toy
 
 SHAPE = (16, 64, WIDTH)
@@ -60,7 +61,7 @@ def test_the_peak_of_a_step_grows_with_depth_by_the_kept_bits_only(case):
 
 
 def test_the_peak_of_a_step_with_bits_is_that_without_and_the_bits():
-    """A gradient of a state that waits is made of that of the branch when the branch is done; see `_engine`."""
+    """A gradient of a state that waits is made of that of the branch when the branch is done; see `functions`."""
 
     def step(name, depth=12):
         case = next(c for c in EXACT if c.coupling.name == name and c.dtype == torch.float32)
@@ -104,21 +105,9 @@ def test_nothing_is_kept_without_gradients(case, mode):
 
 def weak_parts(model, x, *extras):
     """The chain's output, and weak references to its tape and to all that the tape owns."""
-    tapes = []
-
-    class Spy:
-        def forward(self, tape, position, state):
-            tapes.append(weakref.ref(tape))
-
-        def backward(self, *_):
-            pass
-
-    model.chain.monitor = Spy()
     out = model(x, *extras)
-    model.chain.monitor = None
-    tape = tapes[0]()
-    states = [weakref.ref(s) for s in tape.state]
-    return out, [tapes[0], *states]
+    tape = tape_of(out[0] if isinstance(out, tuple) else out)
+    return out, [weakref.ref(tape), *map(weakref.ref, tape.state)]
 
 
 @each_fast_case

@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 import revwire
 from cases import DEPTH
+from revwire._runtime.observer import Observer
 from revwire.measure import saved_bytes
 from revwire.testing import Step, check_gradients, check_modes, check_revert
 from strategies import Network, cases, chain_of, exact_cases, shapes
@@ -16,17 +17,17 @@ slow = settings(
 slower = settings(slow, max_examples=25)
 
 
-class Witness:
+class Witness(Observer):
     """Compares every rebuilt state with the one that was dropped."""
 
     def __init__(self):
         self.states, self.seen = {}, 0
 
-    def forward(self, tape, position, state):
-        self.states[id(tape), position] = state.clone()
+    def on_drop(self, key, state):
+        self.states[key] = state.clone()
 
-    def backward(self, tape, position, state):
-        assert torch.equal(self.states[id(tape), position], state)
+    def on_rebuild(self, rebuilt):
+        assert torch.equal(self.states[rebuilt.key], rebuilt.state)
         self.seen += 1
 
 
@@ -38,7 +39,7 @@ def inputs_for(shape, case):
 @given(shape=shapes, case=exact_cases)
 def test_states_are_rebuilt_to_the_bit(shape, case):
     model = chain_of(shape, case)
-    model.chain.monitor = witness = Witness()
+    model.chain.observer = witness = Witness()
     out = model(*inputs_for(shape, case))
     out.square().sum().backward()
     assert witness.seen == shape.depth
