@@ -949,8 +949,8 @@ def test_many_products_are_looked_through_in_no_time(monkeypatch):
                 a = 0.25 * a @ (13 * torch.eye(a.shape[-1]) - a @ a)
             return a @ q
 
-    grown, original = [], cores._Search.grown
-    monkeypatch.setattr(cores._Search, "grown", lambda self, *args: grown.append(args) or original(self, *args))
+    grown, original = [], cores.CoreSearch.grown
+    monkeypatch.setattr(cores.CoreSearch, "grown", lambda self, *args: grown.append(args) or original(self, *args))
     revwire.plan(Net(Iterating), INPUTS, chunks=2)
     assert len(grown) <= 3 * 34 * 2
 

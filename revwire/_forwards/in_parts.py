@@ -18,8 +18,9 @@ from revwire._forwards.cached import MAX_PROGRAMS, ProgramForward
 from revwire._programs.build import input_leaves
 from revwire._runtime.chain import Chain
 from revwire._splitting.core_function import Parting, parts_of
+from revwire._splitting.core_program import CoreProgram, core_program
 from revwire._splitting.core_relations import Known
-from revwire._splitting.core_search import CoreProgram, Sizes, core_program, which
+from revwire._splitting.core_search import Sizes, which
 from revwire._streams.samples import alike
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_alone

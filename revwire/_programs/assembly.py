@@ -119,16 +119,24 @@ class _Assembly:
         inside = _between(fork, out)
         if residual and branch is not None:
             inside = _between(fork, branch) | (inside - {add} if c.post else set())
-        inside |= {n for n in self.host.elided if any(i in inside for i in n.all_input_nodes)}
-        for n in nodes if c.whole else ():
-            if n.target in (operator.getitem, getattr) and n.args[0] in inside:
-                inside.add(n)
+        inside |= self._left_over(inside, nodes if c.whole else [])
         ordered = [n for n in nodes if n in inside]
         cut = _Cut(
             slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else []
         )
         self._close(cut)
         return cut
+
+    def _left_over(self, inside: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+        """What comes from the nodes inside of a unit and serves nothing outside: modules that hand their input back,
+        and, of a whole module, the parts of its results.
+        """
+        elided = {n for n in self.host.elided if not inside.isdisjoint(n.all_input_nodes)}
+        inside = inside | elided
+        for n in nodes:
+            if n.target in (operator.getitem, getattr) and n.args[0] in inside:
+                inside.add(n)
+        return inside
 
     def _close(self, cut: _Cut) -> None:
         """What the nodes of a cut need from outside of it, and what they give."""

@@ -64,5 +64,4 @@ class Compiled:
         code = graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<revwire graph>", "exec"), scope)  # the standard way of running an fx graph
-        self.source = code.src
         self.run: Callable[..., Any] = scope["forward"]
