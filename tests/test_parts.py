@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import revwire
 from revwire._forwards.converted import converted
+from revwire._splitting import core_relations
 from revwire._splitting import core_search as cores
 from revwire._splitting.core_function import parts_of
 from revwire.measure import peak_bytes
@@ -988,7 +989,7 @@ def test_shorter_inputs_without_gradients_run_whole():
 
 
 def test_what_is_known_of_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(cores, "_MOST_KNOWN", 10)
+    monkeypatch.setattr(core_relations, "_MOST_KNOWN", 10)
     model = net(chunks=2)
     for n in (20, 21, 22):
         step(model, torch.randn(1, n, WIDTH))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -19,7 +20,15 @@ from revwire._capture.arguments import as_call
 from revwire._forwards.converted import report
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
-from revwire.measure._training_step import Loss, autocast_left, device_of, mean_square, own_leaves, run_model
+from revwire.measure._training_step import (
+    Loss,
+    allocate_gradients,
+    autocast_left,
+    device_of,
+    mean_square,
+    own_leaves,
+    run_model,
+)
 
 REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
 
@@ -125,7 +134,11 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     }
     steps = {name: partial(_step, run) for name, run in forwards.items()}
     device = device_of(model, leaves)
-    with left_as_found(model), autocast_left(device) as entered:
+    with ExitStack() as stack:
+        for net in (model, original):  # they share weights and buffers, each in tables of its own
+            stack.enter_context(left_as_found(net, leaves, backward=True))
+        allocate_gradients(model)
+        entered = stack.enter_context(autocast_left(device))
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
         saved = {name: saved_bytes(run, device) for name, run in forwards.items()}
         timings = paired_seconds(steps, repeats, device)

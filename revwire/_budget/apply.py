@@ -21,13 +21,19 @@ from revwire._plan.plan import Plan, PlannedChain
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import (
     accelerators_of,
-    python_random_kept,
     python_random_state,
     random_states,
     set_python_random_state,
     set_random_states,
 )
-from revwire.measure._training_step import autocast_left, device_of, mean_square, own_leaves, run_model
+from revwire.measure._training_step import (
+    allocate_gradients,
+    autocast_left,
+    device_of,
+    mean_square,
+    own_leaves,
+    run_model,
+)
 
 
 def _spend_less(model: nn.Module, call: _Call, options: Options) -> None:
@@ -74,7 +80,8 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
         turn(state.chains)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    with left_as_found(model), python_random_kept(), torch.enable_grad(), autocast_left(device) as entered:
+    with left_as_found(model, leaves, backward=True), torch.enable_grad(), autocast_left(device) as entered:
+        allocate_gradients(model)
         ways.around = entered
         return fit(state.plan, state.chains, step, device, budget, ways, ways.mix)
 

@@ -16,9 +16,8 @@ from revwire._plan.costed import chunks_of
 from revwire._plan.globs import refuse_idle_globs
 from revwire._plan.options import Chunks, wanted
 from revwire._splitting.probe import Prober, probed
-from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_alone
-from revwire._surroundings.randomness import accelerators_of
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.modes import nothing_compiled
 from revwire.measure._training_step import run_model
 
 
@@ -63,7 +62,7 @@ class _Ways:
 
     def run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))
-        with self.around(), left_alone(self.model, accelerators_of([*tensors_in(given), *self.model.parameters()])):
+        with self.around(), left_as_found(self.model, given), nothing_compiled():
             run_model(self.model, given)
 
     def switched(self, on: bool) -> Callable[[], None]:

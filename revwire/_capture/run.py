@@ -29,7 +29,8 @@ from revwire._capture.recorder import Kernels, Recorder
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_alone
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.modes import nothing_compiled
 from revwire._surroundings.randomness import accelerators_of
 
 
@@ -61,7 +62,8 @@ def record(
         stack.enter_context(torch.set_grad_enabled(gradients))
         args, kwargs = fresh_arguments((args, kwargs))
         recorder = Recorder(module, tuple(sorted({"cpu", *(d.type for d in devices)})))
-        stack.enter_context(left_alone(module, devices))
+        stack.enter_context(left_as_found(module, (args, kwargs)))
+        stack.enter_context(nothing_compiled())
         recorder.name_all()
         stack.enter_context(recorder.watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))

@@ -23,8 +23,8 @@ from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, which
 from revwire._streams.samples import alike
 from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_alone
-from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.modes import exporting, nothing_compiled, transformed
 from revwire._surroundings.randomness import accelerators_of, random_states
 
 
@@ -118,7 +118,7 @@ class PartedForward(ProgramForward[CoreProgram]):
             lambda given: self.plain(*given[0], **given[1]),
             lambda given: program(self.module, input_leaves(given)),
         ):
-            with torch.no_grad(), left_alone(self.module, devices):
+            with torch.no_grad(), left_as_found(self.module, (args, kwargs)), nothing_compiled():
                 before = random_states(devices)
                 outs.append(context_of_its_own().run(run, fresh_arguments((args, kwargs))))
                 if not all(torch.equal(state, before[device]) for device, state in random_states(devices).items()):

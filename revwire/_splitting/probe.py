@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from revwire._errors import ConversionError
 from revwire._runtime.chunks import BATCH, Cut, Windows
 from revwire._splitting.separable import _cuts_batch, _draws, _Found, _separable, _shared
-from revwire._surroundings.as_found import _modes_kept, left_as_found
+from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
         ConversionError: the model fails in eval mode.
     """
     prober = Prober(counts)
-    with left_as_found(model), _modes_kept(model), torch.no_grad(), probing(chains, prober):
+    with left_as_found(model), torch.no_grad(), probing(chains, prober):
         model.eval()
         try:
             run()
