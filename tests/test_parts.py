@@ -998,7 +998,7 @@ def test_what_is_known_of_calls_is_bounded(monkeypatch):
 
 def test_a_program_that_gives_something_else_is_not_kept(monkeypatch):
     """The last line of defence: relations that do not hold."""
-    monkeypatch.setattr(cores, "alike", lambda part, whole: part.shape == whole.shape)
+    monkeypatch.setattr(core_relations, "alike", lambda part, whole: part.shape == whole.shape)
     scores = scored(lambda _, a: a.cumsum(1).flip(1))
     model = net(scores)
     assert parts(model)

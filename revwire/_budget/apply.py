@@ -11,7 +11,7 @@ from torch import nn
 from revwire._budget.fit import fit
 from revwire._budget.marker import ended, turn
 from revwire._budget.ways import _Ways
-from revwire._capture.arguments import _Call
+from revwire._capture.arguments import Call
 from revwire._errors import BudgetError
 from revwire._forwards.base import take_off
 from revwire._forwards.converted import Converted, Parted, _switch, converted
@@ -36,7 +36,7 @@ from revwire.measure._training_step import (
 )
 
 
-def _spend_less(model: nn.Module, call: _Call, options: Options) -> None:
+def _spend_less(model: nn.Module, call: Call, options: Options) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
@@ -58,7 +58,7 @@ def _spend_less(model: nn.Module, call: _Call, options: Options) -> None:
     state.plan = replace(found, chains=chains, checkpointed=names)
 
 
-def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: _Ways) -> Plan:
+def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways: _Ways) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
     device = device_of(model, leaves)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from revwire._budget.mixes import Picks
-from revwire._capture.arguments import _Call, fresh_arguments
+from revwire._capture.arguments import Call, fresh_arguments
 from revwire._errors import ConversionError
 from revwire._forwards.converted import Converted, _switch
 from revwire._plan.costed import chunks_of
@@ -30,7 +30,7 @@ class _Ways:
     """
 
     def __init__(
-        self, model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False
+        self, model: nn.Module, state: Converted, call: Call, chunks: Chunks | None, *, choose: bool = False
     ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]

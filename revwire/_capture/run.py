@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revwire._capture import watch as _watch
 from revwire._capture.arguments import fresh_arguments
 from revwire._capture.intercept import intercepted
 from revwire._capture.recorder import Kernels, Recorder
@@ -30,6 +29,7 @@ from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.context import context_of_its_own
 from revwire._surroundings.modes import nothing_compiled
 from revwire._surroundings.randomness import accelerators_of
 
@@ -70,7 +70,7 @@ def record(
         stack.enter_context(Kernels(recorder))
         stack.enter_context(recorder)
         stack.enter_context(intercepted(recorder))
-        context = _watch.context_of_its_own()
+        context = context_of_its_own()
         if forward is None:
             context.run(module, *args, **kwargs)
         else:

@@ -1,4 +1,4 @@
-"""Modules in the branches of units whose core runs in parts; see `_parts` for how, `_cores` for which calls."""
+"""The forward of a module in the branch of a unit whose core runs in parts; see Note [Cores in parts]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch._compile import _disable_dynamo
 from revwire._capture.arguments import fresh_arguments
 from revwire._capture.intercept import is_recording
 from revwire._capture.run import record
-from revwire._capture.watch import context_of_its_own
 from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.cached import MAX_PROGRAMS, ProgramForward
@@ -24,6 +23,7 @@ from revwire._splitting.core_search import Sizes, which
 from revwire._streams.samples import alike
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.context import context_of_its_own
 from revwire._surroundings.modes import exporting, nothing_compiled, transformed
 from revwire._surroundings.randomness import accelerators_of, random_states
 

@@ -1,6 +1,4 @@
-"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off
-again.
-"""
+"""The forward of a rewired host: it picks the program of each call by its signature, and captures those it lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the sum of one unit to the fork of the next: which steps lie between, and to which of the two each belongs."""
+"""From the sum of one unit to the fork of the next: which hops lie between, and to which of the two each belongs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from revwire._search.order import keeps_layout
 from revwire._search.residuals import CLIMB, Candidate
 
 Hops = list[list[int]]
-"""Steps from a sum to the next fork: of each, the values that it makes, the last first."""
+"""Hops from a sum to the next fork: of each, the values that it makes, the last first."""
 
 
 def predecessor(
@@ -32,23 +32,23 @@ def predecessor(
 
 
 def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | None:
-    """(the goal that a value comes from, the steps from it to the value in order), or None."""
+    """(the goal that a value comes from, the hops from it to the value in order), or None."""
     hops: Hops = []
     while value not in goals:
-        step = flow.step_up(value)
+        hop = flow.hop_up(value)
         if (
-            step is None
+            hop is None
             or len(hops) == CLIMB
-            or any(flow.recording.events[flow.recording.values[v].event].is_product for v in step[1])
+            or any(flow.recording.events[flow.recording.values[v].event].is_product for v in hop[1])
         ):
             return None
-        value = step[0]
-        hops.append(step[1])
+        value = hop[0]
+        hops.append(hop[1])
     return value, hops[::-1]
 
 
 def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool) -> bool:
-    """Split the steps between a sum and the next fork into post calls and views; False if they break the chain."""
+    """Split the hops between a sum and the next fork into post calls and views; False if they break the chain."""
     hops = hops[: len(hops) - lead_in(flow, before, c, hops)]
     count = _posts(flow, before, hops)
     if count is None:
@@ -69,7 +69,7 @@ def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool
 
 
 def lead_in(flow: Flow, before: Candidate, c: Candidate, hops: Hops) -> int:
-    """Let a unit begin before what is done to its fork in its own host first (x = norm(x); x + F(x)): how many steps
+    """Let a unit begin before what is done to its fork in its own host first (x = norm(x); x + F(x)): how many hops
     become its own.
 
     The unit is then a block: its output less its input is what is added.
@@ -104,12 +104,12 @@ def _touches(flow: Flow, host: int, hop: list[int]) -> bool:
 
 
 def _is_call(flow: Flow, hop: list[int]) -> bool:
-    """Whether a step is more than a view."""
+    """Whether a hop is more than a view."""
     return len(hop) > 1 or not flow.recording.events[flow.recording.values[hop[0]].event].view
 
 
 def _posts(flow: Flow, before: Candidate, hops: Hops) -> int | None:
-    """How many steps belong to the unit: at least all but the views at their end, and the skip must keep shape and
+    """How many hops belong to the unit: at least all but the views at their end, and the skip must keep shape and
     layout.
     """
     values = flow.recording.values
@@ -130,7 +130,7 @@ def _end(before: Candidate, hops: Hops, count: int) -> int:
 
 
 def events_of(flow: Flow, hops: Hops) -> tuple[int, ...]:
-    """The calls of these steps, in order."""
+    """The calls of these hops, in order."""
     return tuple(sorted({flow.recording.values[v].event for hop in hops for v in hop}))
 
 

@@ -92,7 +92,7 @@ def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
     ):
         return ()
     try:
-        return tuple(core.size for core in searched(recording.cut(call), known).found())
+        return tuple(core.size for core in searched(recording.of_call(call), known).found())
     except CaptureError:
         return ()
 

@@ -1,4 +1,4 @@
-"""One way to leave a model as found."""
+"""Leave a model as it was found: the one context manager for all who run one to learn something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buffers that a branch writes to: each write counts once, however often the branch runs."""
+"""Buffers that a run writes to: each write counts once, however often a branch runs, or not at all."""
 
 from __future__ import annotations
 
