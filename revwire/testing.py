@@ -9,8 +9,8 @@ The tests of revwire are written with it; use it for a coupling of your own, or 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,9 @@ from revwire._streams.base import Streams, stream_dtype
 from revwire._streams.bits import pack_bits
 from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
+from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import deterministic_kernels as deterministic_kernels
-from revwire._surroundings.randomness import accelerators_of, preserved_random_state, random_states
+from revwire._surroundings.randomness import accelerators_of, random_states
 from revwire.couplings.base import Coupling
 from revwire.measure import saved_bytes
 
@@ -144,7 +145,7 @@ class Step:
         """
         call = as_call(inputs)
         args, kwargs = tree_map(_own, (call.args, call.kwargs))
-        with _left_as_found(model):
+        with left_as_found(model, inputs, backward=True, attributes=False):  # a first call may convert the model
             torch.manual_seed(seed)
             output = model(*args, **kwargs)
             (loss or random_projection)(output).backward()  # type: ignore[no-untyped-call]
@@ -153,7 +154,7 @@ class Step:
             gradients.update({f"input {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None})
             buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
             outputs = [t.detach() for t in tree_leaves(output) if isinstance(t, Tensor)]
-            return cls(outputs, gradients, buffers, list(random_states(_devices(model)).values()))
+            return cls(outputs, gradients, buffers, list(random_states(accelerators_of(model.parameters())).values()))
 
     def assert_like(self, other: Step, *, tolerance: float = 0.0) -> None:
         """Equal to ``other``: to the bit, or gradients and outputs within a relative ``tolerance`` (of each tensor's
@@ -214,7 +215,7 @@ def check_modes(model: nn.Module, inputs: Any) -> None:
     call = as_call(inputs)
     outputs = []
     for mode in (nullcontext, torch.no_grad, torch.inference_mode):
-        with _left_as_found(model), mode():
+        with left_as_found(model, inputs, backward=True, attributes=False), mode():
             torch.manual_seed(0)
             outputs.append([t for t in tree_leaves(model(*call.args, **call.kwargs)) if isinstance(t, Tensor)])
     for other in outputs[1:]:
@@ -256,7 +257,7 @@ def check_saved_bytes(
         Bytes held (reversible, stored activations).
     """
     call = as_call(inputs)
-    with _left_as_found(model):
+    with left_as_found(model, inputs, backward=True, attributes=False):
         held = saved_bytes(lambda: model(*call.args, **call.kwargs))
         with stored(model):
             before = saved_bytes(lambda: model(*call.args, **call.kwargs))
@@ -332,24 +333,3 @@ def _own(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return copy.copy(value)
     return value.detach().clone().requires_grad_(value.requires_grad)
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        for p, _ in gradients:
-            p.grad = None
-        with preserved_random_state(_devices(model)):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for p, gradient in gradients:
-            p.grad = gradient
-
-
-def _devices(model: nn.Module) -> tuple[torch.device, ...]:
-    return accelerators_of(model.parameters())

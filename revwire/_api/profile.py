@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -20,7 +21,15 @@ from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
-from revwire.measure._training_step import Loss, autocast_left, device_of, mean_square, own_leaves, run_model
+from revwire.measure._training_step import (
+    Loss,
+    allocate_gradients,
+    autocast_left,
+    device_of,
+    mean_square,
+    own_leaves,
+    run_model,
+)
 from revwire.measure.sizes import MIB
 
 REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
@@ -124,7 +133,11 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     }
     steps = {name: partial(_step, run) for name, run in forwards.items()}
     device = device_of(model, leaves)
-    with left_as_found(model), autocast_left(device) as entered:
+    with ExitStack() as stack:
+        for net in (model, original):  # they share weights and buffers, each in tables of its own
+            stack.enter_context(left_as_found(net, leaves, backward=True))
+        allocate_gradients(model)
+        entered = stack.enter_context(autocast_left(device))
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
         saved = {name: saved_bytes(run, device) for name, run in forwards.items()}
         timings = paired_seconds(steps, repeats, device)

@@ -19,9 +19,8 @@ from revwire._forwards.converted import chains_of
 from revwire._runtime.chain import observed
 from revwire._runtime.observer import Key, Observer, Rebuilt
 from revwire._structures import tensors_in
-from revwire._surroundings.buffers import buffers_kept, counters_kept
+from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import deterministic_kernels
-from revwire._surroundings.randomness import accelerators_of, preserved_random_state, python_random_kept
 
 _REPEATS = 32
 """Runs with stored activations that tell a gradient that varies by itself from one that was rebuilt wrongly."""
@@ -122,7 +121,7 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
     """
     report(model)
     witness = _Witness()
-    with _left_as_found(model, example_inputs):
+    with deterministic_kernels(), left_as_found(model, example_inputs, backward=True):
         with stored_activations(model):
             true_out, true_grads = _step(model, example_inputs)
         with observed(chains_of(model), witness):
@@ -173,19 +172,6 @@ def relative_error(got: Tensor, true: Tensor) -> float:
     return float((got.detach().double() - true.detach().double()).abs().amax() / scale)
 
 
-@contextmanager
-def _left_as_found(model: nn.Module, example_inputs: Any) -> Iterator[None]:
-    call = as_call(example_inputs)
-    grads = [(p, p.grad) for p in model.parameters()]
-    devices = accelerators_of([*tensors_in((call.args, call.kwargs)), *model.parameters()])
-    try:
-        with deterministic_kernels(), preserved_random_state(devices), buffers_kept([model], only_training=False):
-            yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad
-
-
 def _distance(got: list[Tensor], true: list[Tensor]) -> float:
     """Norm of the difference of all outputs, relative to that of the true ones; infinite where other outputs come."""
     if [t.shape for t in got] != [t.shape for t in true]:
@@ -213,21 +199,13 @@ def _step(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], dict[str
     """One step: (floating-point outputs, gradients by name, those of the inputs that require them included)."""
     call = as_call(example_inputs)
     args, kwargs = fresh_arguments((call.args, call.kwargs))
-    for p in model.parameters():
-        p.grad = None
     inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
-    with (
-        preserved_random_state(accelerators_of([*inputs, *model.parameters()])),
-        buffers_kept([model]),
-        counters_kept(model),
-        python_random_kept(),
-        torch.enable_grad(),
-    ):
+    with left_as_found(model, (args, kwargs), backward=True), torch.enable_grad():
         outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()]
         loss = sum(((t * _projection(t)).sum() for t in outputs if t.requires_grad), torch.zeros(()))
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     grads.update({f"input {i}": t.grad for i, t in enumerate(inputs) if t.grad is not None})
     return [t.detach() for t in outputs], grads
 

@@ -11,7 +11,7 @@ from torch import nn
 from revwire._budget.fit import Trial, fit
 from revwire._budget.marker import ended, turn
 from revwire._budget.ways import Ways
-from revwire._capture.arguments import _Call
+from revwire._capture.arguments import Call
 from revwire._errors import BudgetError
 from revwire._forwards.base import take_off
 from revwire._forwards.converted import Converted, Parted, converted, switch
@@ -21,16 +21,22 @@ from revwire._plan.plan import Plan, PlannedChain
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import (
     accelerators_of,
-    python_random_kept,
     python_random_state,
     random_states,
     set_python_random_state,
     set_random_states,
 )
-from revwire.measure._training_step import autocast_left, device_of, mean_square, own_leaves, run_model
+from revwire.measure._training_step import (
+    allocate_gradients,
+    autocast_left,
+    device_of,
+    mean_square,
+    own_leaves,
+    run_model,
+)
 
 
-def spend_less(model: nn.Module, call: _Call, options: Options) -> None:
+def spend_less(model: nn.Module, call: Call, options: Options) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
@@ -52,7 +58,7 @@ def spend_less(model: nn.Module, call: _Call, options: Options) -> None:
     state.plan = replace(found, chains=chains, checkpointed=names)
 
 
-def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, ways: Ways) -> Plan:
+def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways: Ways) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
     device = device_of(model, leaves)
@@ -74,7 +80,8 @@ def _fitted(model: nn.Module, state: Converted, call: _Call, budget: Budget, way
         turn(state.chains)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    with left_as_found(model), python_random_kept(), torch.enable_grad(), autocast_left(device) as entered:
+    with left_as_found(model, leaves, backward=True), torch.enable_grad(), autocast_left(device) as entered:
+        allocate_gradients(model)
         ways.around = entered
         return fit(Trial(state.plan, state.chains, step, device), budget, ways)
 

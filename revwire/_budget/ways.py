@@ -9,16 +9,15 @@ from typing import NamedTuple
 from torch import nn
 
 from revwire._budget.mixes import Picks
-from revwire._capture.arguments import _Call, fresh_arguments
+from revwire._capture.arguments import Call, fresh_arguments
 from revwire._errors import ConversionError
 from revwire._forwards.converted import Converted, switch
 from revwire._plan.costed import chunks_of
 from revwire._plan.globs import refuse_idle_globs
 from revwire._plan.options import Chunks, wanted
 from revwire._splitting.probe import Prober, probed
-from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_alone
-from revwire._surroundings.randomness import accelerators_of
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.modes import nothing_compiled
 from revwire.measure._training_step import run_model
 
 
@@ -44,7 +43,7 @@ class Ways:
     """
 
     def __init__(
-        self, model: nn.Module, state: Converted, call: _Call, chunks: Chunks | None, *, choose: bool = False
+        self, model: nn.Module, state: Converted, call: Call, chunks: Chunks | None, *, choose: bool = False
     ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
@@ -76,7 +75,7 @@ class Ways:
 
     def _run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))
-        with self.around(), left_alone(self.model, accelerators_of([*tensors_in(given), *self.model.parameters()])):
+        with self.around(), left_as_found(self.model, given), nothing_compiled():
             run_model(self.model, given)
 
     def _switched(self, on: bool) -> Callable[[], None]:

@@ -43,19 +43,19 @@ def _copied_tensor(t: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tens
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The arguments of one call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-def as_call(example_inputs: Any) -> _Call:
+def as_call(example_inputs: Any) -> Call:
     """A user's example as positional and keyword arguments."""
-    if isinstance(example_inputs, _Call):
+    if isinstance(example_inputs, Call):
         return example_inputs
     if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
-        return _Call(example_inputs, {})
+        return Call(example_inputs, {})
     if hasattr(example_inputs, "keys") and not isinstance(example_inputs, Tensor):
-        return _Call((), dict(example_inputs))
-    return _Call((example_inputs,), {})
+        return Call((), dict(example_inputs))
+    return Call((example_inputs,), {})

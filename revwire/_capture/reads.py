@@ -1,4 +1,4 @@
-"""Which looks at a tensor Python decides on: its shape, its values, or what is known of it before."""
+"""What a function that returns no tensor tells Python of one: its shape, its values, or what is known before."""
 
 from __future__ import annotations
 

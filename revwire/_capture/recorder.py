@@ -1,4 +1,4 @@
-"""The recorder: what a run does, written down call by call; see `run`.
+"""Write a run down, call by call, while it happens; `run` says why on real values.
 
 Note [Writes]
     A write in place makes a new value of every tensor that shares the memory.
@@ -52,7 +52,7 @@ def _indexes_by_numbers(func: Any, args: Any) -> bool:
 
 
 class Recorder(TorchFunctionMode):
-    """Sees every torch call of Python's, and by `intercept` every module call, and writes a `Recording`."""
+    """Sees every torch call of Python's, and by `intercepted` every module call, and writes a `Recording`."""
 
     def __init__(self, root: nn.Module, device_types: tuple[str, ...]) -> None:
         super().__init__()

@@ -145,7 +145,7 @@ class Recording:
     values: list[Value] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
 
-    def cut(self, call: int) -> Recording:
+    def of_call(self, call: int) -> Recording:
         """The recording of one module call, as if its module had been the root."""
         top = self.events[call]
         inside = self.events[call : top.end]

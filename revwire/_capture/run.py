@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revwire._capture import watch as _watch
 from revwire._capture.arguments import fresh_arguments
 from revwire._capture.intercept import intercepted
 from revwire._capture.recorder import Kernels, Recorder
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_alone
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.context import context_of_its_own
+from revwire._surroundings.modes import nothing_compiled
 from revwire._surroundings.randomness import accelerators_of
 
 
@@ -61,14 +62,15 @@ def record(
         stack.enter_context(torch.set_grad_enabled(gradients))
         args, kwargs = fresh_arguments((args, kwargs))
         recorder = Recorder(module, tuple(sorted({"cpu", *(d.type for d in devices)})))
-        stack.enter_context(left_alone(module, devices))
+        stack.enter_context(left_as_found(module, (args, kwargs)))
+        stack.enter_context(nothing_compiled())
         recorder.name_all()
         stack.enter_context(recorder.watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))
         stack.enter_context(Kernels(recorder))
         stack.enter_context(recorder)
         stack.enter_context(intercepted(recorder))
-        context = _watch.context_of_its_own()
+        context = context_of_its_own()
         if forward is None:
             context.run(module, *args, **kwargs)
         else:

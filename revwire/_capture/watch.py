@@ -1,39 +1,12 @@
-"""What Python does during a run besides calling torch: attributes it assigns, containers it fills, random numbers it
-draws, objects it looks into. A graph holds none of these, so code that does them must not be opened; and all are undone
-after a run.
-"""
+"""See which objects Python looks into during a run. A graph holds none of that, so code that does it is not opened."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextvars import Context, copy_context
-from copy import copy
 from typing import Any
 
 from revwire._structures import IDENTITIES
-
-
-def context_of_its_own() -> Context:
-    """A copy of the present context, with copies of the containers among its variables: what hooks collect there in a
-    run is not seen.
-    """
-    context = copy_context()
-    for variable, value in list(context.items()):
-        if isinstance(value, (list, dict, set)):
-            context.run(variable.set, _copied(value))
-    return context
-
-
-def _copied(container: Any) -> Any:
-    """A container, and the containers in it, copied; what else they hold is the same."""
-    out = copy(container)
-    items = out.items() if isinstance(out, dict) else enumerate(out) if isinstance(out, list) else ()
-    for key, item in list(items):
-        if isinstance(item, (list, dict, set)):
-            out[key] = _copied(item)
-    return out
-
 
 _LOOKS = (
     "__len__",

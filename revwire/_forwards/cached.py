@@ -17,13 +17,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import nn
 
 from revwire._forwards.base import InstanceForward
-from revwire._forwards.guards import Look, Standing
+from revwire._forwards.guards import Standing, StandingGuard
 from revwire._forwards.signature import call_signature, details
 
 MAX_PROGRAMS = 64
 
 
-_MAX_LOOKS = 16
+_MAX_FAILURES = 16
 
 
 class _Guarded(Protocol):
@@ -49,15 +49,15 @@ class ProgramForward(InstanceForward, Generic[P]):
         self.programs: dict[Any, P] = {}
         self.by_shape: set[Any] = set()
         self.guarded: dict[int, nn.Module] = {id(module): module}
-        self.look: Look | None = None
-        self.looks = 0  # in a row that showed a change
+        self.guard: StandingGuard | None = None
+        self.failures = 0  # in a row that showed a change
         self.last: tuple[Any, Standing, P] | None = (
             None  # the signature, what the modules were, and the program of the last call
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs are compiled code for this module: a copy captures its own."""
-        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "look": None, "last": None}
+        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "guard": None, "last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -88,17 +88,17 @@ class ProgramForward(InstanceForward, Generic[P]):
 
     def standing(self) -> Standing:
         """What the modules are now; mostly, what they were at the last call."""
-        look = self.look
-        if look is not None and look.guards == len(self.guarded) and look.holds():
-            self.looks = 0
-            return look.standing
+        guard = self.guard
+        if guard is not None and guard.count == len(self.guarded) and guard.holds():
+            self.failures = 0
+            return guard.standing
         guarded = (*self.guarded.values(),)
         standing = Standing(self.module, guarded)
-        self.look = None
-        if self.looks < _MAX_LOOKS:  # else something changes at every call
-            self.looks += 1
+        self.guard = None
+        if self.failures < _MAX_FAILURES:  # else something changes at every call
+            self.failures += 1
             with suppress(TypeError):
-                self.look = Look(standing, self.module, guarded)
+                self.guard = StandingGuard(standing, self.module, guarded)
         return standing
 
     def keep(self, program: P, args: Any, kwargs: Any, leaves: list[Any]) -> None:
@@ -107,7 +107,7 @@ class ProgramForward(InstanceForward, Generic[P]):
         new = {id(m): m for m in program.guarded if id(m) not in self.guarded}
         if new:  # from now on signatures hold these modules' attributes too, so no older one can be met again
             self.guarded.update(new)
-            self.look = None
+            self.guard = None
             self.programs.clear()
             self.by_shape.clear()
         while len(self.programs) >= MAX_PROGRAMS:

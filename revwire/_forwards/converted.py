@@ -1,4 +1,4 @@
-"""What a converted model remembers."""
+"""What a converted model remembers of its conversion: the plan, its chains, and what else stands on its modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that is converted by its first call."""
+"""The forward of a model that is converted when it is first called, on the arguments of that call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from revwire._capture.arguments import _Call
+from revwire._capture.arguments import Call
 from revwire._plan.options import Options
 
 
@@ -27,7 +27,7 @@ class FirstCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         try:
-            self.rewire(self.model, _Call(args, kwargs), self.options)
+            self.rewire(self.model, Call(args, kwargs), self.options)
         except BaseException:
             vars(self.model)["forward"] = self
             raise

@@ -1,4 +1,4 @@
-"""What a host and its modules are now, apart from tensor values, and whether that has changed."""
+"""Guards: whether a host and its modules are what they were when a program was captured, tensor values aside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from revwire._surroundings.inventory import has_hooks
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", "_replicate_for_data_parallel"})
 
 
-class _Same:
+class ByIdentity:
     """Compares by identity, and keeps what it stands for alive, so that no other object takes its id."""
 
     __slots__ = ("obj",)
@@ -28,7 +28,7 @@ class _Same:
         return id(self.obj)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.obj is self.obj
+        return isinstance(other, ByIdentity) and other.obj is self.obj
 
 
 class Standing:
@@ -63,7 +63,7 @@ class _Owner(NamedTuple):
     ]  # by name: the type, the keys (of a dict), and the identities of the items
 
 
-class Look:
+class StandingGuard:
     """A quick way to see that the `Standing` of a host is what it was at the last call: by the identity of all that it
     was made of.
 
@@ -72,13 +72,13 @@ class Look:
     """
 
     def __init__(self, standing: Standing, host: nn.Module, guarded: Sequence[nn.Module]) -> None:
-        """Look at them.
+        """StandingGuard at them.
 
         Raises:
             TypeError: what is among their attributes cannot be told in this way.
         """
         self.standing = standing
-        self.guards = len(guarded)
+        self.count = len(guarded)
         self._dead: list[ReferenceType[Any]] = []
         self._refs: list[ReferenceType[Any]] = []
         self._constants: list[Any] = []
@@ -181,9 +181,13 @@ def _held(v: Any, depth: int) -> Any:
     if isinstance(v, Tensor):
         return Tensor
     if isinstance(v, dict):
-        return (_Same(v), *((_held(k, 0), _held(item, depth - 1)) for k, item in v.items())) if depth else _Same(v)
+        return (
+            (ByIdentity(v), *((_held(k, 0), _held(item, depth - 1)) for k, item in v.items()))
+            if depth
+            else ByIdentity(v)
+        )
     if isinstance(v, (list, tuple)):
-        return (type(v), *(_held(item, depth - 1) for item in v)) if depth else _Same(v)
+        return (type(v), *(_held(item, depth - 1) for item in v)) if depth else ByIdentity(v)
     if depth == 2 and hasattr(v, "__dict__") and not isinstance(v, (nn.Module, type)) and not callable(v):
-        return _Same(v), tuple((k, item) for k, item in vars(v).items() if isinstance(item, CONSTANTS))
-    return _Same(v)
+        return ByIdentity(v), tuple((k, item) for k, item in vars(v).items() if isinstance(item, CONSTANTS))
+    return ByIdentity(v)

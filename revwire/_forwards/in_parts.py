@@ -1,6 +1,4 @@
-"""Modules in the branches of units whose core runs in parts; see `core_function` for how, `core_search` for
-which calls.
-"""
+"""The forward of a module in the branch of a unit whose core runs in parts; see Note [Cores in parts]."""
 
 from __future__ import annotations
 
@@ -13,19 +11,20 @@ from torch._compile import _disable_dynamo
 from revwire._capture.arguments import fresh_arguments
 from revwire._capture.intercept import is_recording
 from revwire._capture.run import record
-from revwire._capture.watch import context_of_its_own
 from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.cached import MAX_PROGRAMS, ProgramForward
 from revwire._programs.build import input_leaves
 from revwire._runtime.chain import Chain
 from revwire._splitting.core_function import Parting, parts_of
+from revwire._splitting.core_program import CoreProgram, core_program
 from revwire._splitting.core_relations import Known
-from revwire._splitting.core_search import CoreProgram, Sizes, core_program, which
+from revwire._splitting.core_search import Sizes, which
 from revwire._streams.samples import alike
 from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_alone
-from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.context import context_of_its_own
+from revwire._surroundings.modes import exporting, nothing_compiled, transformed
 from revwire._surroundings.randomness import accelerators_of, random_states
 
 
@@ -119,7 +118,7 @@ class PartedForward(ProgramForward[CoreProgram]):
             lambda given: self.plain(*given[0], **given[1]),
             lambda given: program(self.module, input_leaves(given)),
         ):
-            with torch.no_grad(), left_alone(self.module, devices):
+            with torch.no_grad(), left_as_found(self.module, (args, kwargs)), nothing_compiled():
                 before = random_states(devices)
                 outs.append(context_of_its_own().run(run, fresh_arguments((args, kwargs))))
                 if not all(torch.equal(state, before[device]) for device, state in random_states(devices).items()):

@@ -1,6 +1,4 @@
-"""Programs on their host: installed in place as its forward, chosen by the signature of each call, and taken off
-again.
-"""
+"""The forward of a rewired host: it picks the program of each call by its signature, and captures those it lacks."""
 
 from __future__ import annotations
 
@@ -24,10 +22,9 @@ from revwire._runtime.autograd_graph import comes_from
 from revwire._runtime.run import refuse_transforms
 from revwire._search.units import find_units
 from revwire._structures import tensors_in
+from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.attributes import attributes_of, changed, restore
-from revwire._surroundings.buffers import buffers_kept, counters_kept
 from revwire._surroundings.modes import exporting
-from revwire._surroundings.randomness import accelerators_of, preserved_random_state, python_random_kept
 
 
 class RewiredForward(ProgramForward[Program]):
@@ -139,14 +136,8 @@ class RewiredForward(ProgramForward[Program]):
         """
         args, kwargs = fresh_arguments((args, kwargs))
         given = list(tensors_in((args, kwargs)))
-        devices = accelerators_of([*given, *self.module.parameters()])
         before = [(m, attributes_of(m)) for m in self.module.modules()]
-        with (
-            preserved_random_state(devices),
-            python_random_kept(),
-            buffers_kept([self.module]),
-            counters_kept(self.module),
-        ):
+        with left_as_found(self.module, given, attributes=False):
             self.plain(*args, **kwargs)
         for module, attributes in before:
             for name in changed(attributes, module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from revwire._forwards.guards import _Same
+from revwire._forwards.guards import ByIdentity
 from revwire._structures import IDENTITIES, is_constant, is_mapping, is_sequence, plain
 
 _STAND_INS = (FakeTensor, FunctionalTensor)  # what torch.export runs on
@@ -57,7 +57,7 @@ def _is_plain(t: Any) -> bool:
 
 def _kind(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
-        return _Same(leaf) if isinstance(leaf, IDENTITIES) else type(leaf)
+        return ByIdentity(leaf) if isinstance(leaf, IDENTITIES) else type(leaf)
     kind = Tensor if isinstance(leaf, _STAND_INS) else type(leaf)
     return kind, leaf.dtype, leaf.device, leaf.dim(), leaf.requires_grad, leaf.layout, leaf.is_nested
 

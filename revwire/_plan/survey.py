@@ -97,7 +97,7 @@ class Planner:
     def place(self, c: Candidate) -> _Found:
         if c.add not in self.found:
             if c.host not in self.keys:
-                self.keys[c.host] = unit_keys(self.recording.cut(c.host))
+                self.keys[c.host] = unit_keys(self.recording.of_call(c.host))
             key = self.keys[c.host].get(c.add - c.host, ((), -1))
             self.found[c.add] = _Found(
                 c, self.name(c.host), key, self.path(c, key), pattern_of(c, self.recording.events)
@@ -224,7 +224,7 @@ class Planner:
             tried.add(u.host_path)
             held = slots[u.host_path]
             try:
-                cut = self.recording.cut(u.candidate.host)
+                cut = self.recording.of_call(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
                 self.opened |= {u.candidate.host + call for call in inline}
                 Program.of(build_graph(cut, inline), again, held)

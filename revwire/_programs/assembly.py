@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from revwire._capture.recording import Event
 from revwire._errors import CaptureError
 from revwire._programs.build import HostGraph
-from revwire._programs.calls import Slot, _UnitCall, _ViewCall, writable
+from revwire._programs.calls import Slot, UnitCall, ViewCall, writable
 from revwire._programs.compiled import WHOLE_FORWARD, Compiled, after
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
@@ -36,7 +36,7 @@ def pattern_of(c: Candidate, events: list[Event]) -> str:
 
 
 @dataclass
-class _Cut:
+class _Excerpt:
     """One unit in a host graph: its branch nodes, what it needs from outside, what it gives besides its output."""
 
     slot: Slot
@@ -73,7 +73,7 @@ class Program:
 
     @classmethod
     def of(cls, host: HostGraph, units: list[Candidate], slots: list[Slot]) -> Program:
-        """Cut the units out of a host's graph and put it together again.
+        """Take the units out of a host's graph and put it together again.
 
         Raises:
             CaptureError: the units cannot be separated from the rest; the message is a short reason.
@@ -93,7 +93,7 @@ class _Assembly:
         nodes = list(host.graph.nodes)
         self.order = {node: i for i, node in enumerate(nodes)}
         self.executed: list[fx.Node] = []
-        self.cuts = [self._cut(c, s, nodes) for c, s in zip(units, slots, strict=True)]
+        self.excerpts = [self._excerpt(c, s, nodes) for c, s in zip(units, slots, strict=True)]
         self.views = self._views(units, slots)
         outer = self._outer(nodes)
         if outer is None:
@@ -104,9 +104,9 @@ class _Assembly:
         self.compiled = Compiled(outer)
         self._check_order_of_writes()
 
-    # -- cutting ---------------------------------------------------------------------------------------------------
+    # -- taking units out ------------------------------------------------------------------------------------------
 
-    def _cut(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> _Cut:
+    def _excerpt(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> _Excerpt:
         events, node_of = self.host.recording.events, self.host.node_of
         if any(value not in node_of for value in (c.fork, c.out, c.result)):
             raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
@@ -119,31 +119,39 @@ class _Assembly:
         inside = _between(fork, out)
         if residual and branch is not None:
             inside = _between(fork, branch) | (inside - {add} if c.post else set())
-        inside |= {n for n in self.host.elided if any(i in inside for i in n.all_input_nodes)}
-        for n in nodes if c.whole else ():
-            if n.target in (operator.getitem, getattr) and n.args[0] in inside:
-                inside.add(n)
+        inside |= self._left_over(inside, nodes if c.whole else [])
         ordered = [n for n in nodes if n in inside]
-        cut = _Cut(
+        excerpt = _Excerpt(
             slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else []
         )
-        self._close(cut)
-        return cut
+        self._close(excerpt)
+        return excerpt
 
-    def _close(self, cut: _Cut) -> None:
-        """What the nodes of a cut need from outside of it, and what they give."""
-        taken = set(cut.all_nodes)
-        cut.extras = list(
+    def _left_over(self, inside: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+        """What comes from the nodes inside of a unit and serves nothing outside: modules that hand their input back,
+        and, of a whole module, the parts of its results.
+        """
+        elided = {n for n in self.host.elided if not inside.isdisjoint(n.all_input_nodes)}
+        inside = inside | elided
+        for n in nodes:
+            if n.target in (operator.getitem, getattr) and n.args[0] in inside:
+                inside.add(n)
+        return inside
+
+    def _close(self, excerpt: _Excerpt) -> None:
+        """What the nodes of an excerpt need from outside of it, and what they give."""
+        taken = set(excerpt.all_nodes)
+        excerpt.extras = list(
             dict.fromkeys(
                 i
-                for n in cut.nodes
+                for n in excerpt.nodes
                 for i in n.all_input_nodes
-                if i not in taken and i is not cut.fork and i.op != "get_attr"
+                if i not in taken and i is not excerpt.fork and i.op != "get_attr"
             )
         )
-        cut.sides = [n for n in cut.nodes if n is not cut.out and any(u not in taken for u in n.users)]
-        self._check_own_memory(cut)
-        cut.unit = self._unit(cut)
+        excerpt.sides = [n for n in excerpt.nodes if n is not excerpt.out and any(u not in taken for u in n.users)]
+        self._check_own_memory(excerpt)
+        excerpt.unit = self._unit(excerpt)
 
     def _let_go_of_what_others_need(self) -> None:
         """Where parallel units need each other's inner values: the parts that make those run outside of the units, as
@@ -151,29 +159,29 @@ class _Assembly:
 
         Their activations are then stored; the units keep the rest of their branches, and their places in their chains.
         """
-        for cut in self.cuts:
-            others = {n for c in self.cuts if c is not cut for n in c.all_nodes}
-            mine = set(cut.nodes)
-            shared = [s for s in cut.sides if s is not cut.branch and others & _below(s, mine)]
+        for excerpt in self.excerpts:
+            others = {n for c in self.excerpts if c is not excerpt for n in c.all_nodes}
+            mine = set(excerpt.nodes)
+            shared = [s for s in excerpt.sides if s is not excerpt.branch and others & _below(s, mine)]
             freed = mine & {a for s in shared for a in (s, *_above(s))}
-            if freed and cut.branch not in freed and cut.out not in freed:
-                cut.nodes = [n for n in cut.nodes if n not in freed]
-                self._close(cut)
+            if freed and excerpt.branch not in freed and excerpt.out not in freed:
+                excerpt.nodes = [n for n in excerpt.nodes if n not in freed]
+                self._close(excerpt)
 
-    def _check_own_memory(self, cut: _Cut) -> None:
+    def _check_own_memory(self, excerpt: _Excerpt) -> None:
         """See Note [Order and writes]; the add itself is made out of place."""
         events, storage_of = self.host.recording.events, self.host.storage_of
-        add = events[cut.candidate.add]
+        add = events[excerpt.candidate.add]
         if add.modes[:2] != events[0].modes[:2]:
             raise CaptureError("makes a residual add without gradients")
-        if any(u.target is after and u.args[1] is cut.add for u in cut.add.users):
+        if any(u.target is after and u.args[1] is excerpt.add for u in excerpt.add.users):
             raise CaptureError("adds in place to a tensor that is used again under another name")
-        if cut.add in self.host.writes and storage_of[cut.fork] in self.host.writes[cut.add]:
+        if excerpt.add in self.host.writes and storage_of[excerpt.fork] in self.host.writes[excerpt.add]:
             raise CaptureError("adds in place to its own input")
         if not events[0].modes[0]:  # without gradients nothing is computed twice
             return
-        inside = set(cut.all_nodes)
-        for storage in {s for n in cut.all_nodes for s in self.host.writes.get(n, ())}:
+        inside = set(excerpt.all_nodes)
+        for storage in {s for n in excerpt.all_nodes for s in self.host.writes.get(n, ())}:
             holders = [n for n, s in storage_of.items() if s == storage]
             if holders and min(holders, key=self.order.__getitem__) not in inside:
                 raise CaptureError("writes in place to a tensor that is not its branch's own")
@@ -184,7 +192,7 @@ class _Assembly:
         holders: dict[int, list[fx.Node]] = {}
         for node, storage in self.host.storage_of.items():
             holders.setdefault(storage, []).append(node)
-        dropped = {n for cut in self.cuts for n in cut.dropped}
+        dropped = {n for excerpt in self.excerpts for n in excerpt.dropped}
         for node, storages in self.host.writes.items():
             if node in dropped:
                 continue
@@ -192,19 +200,23 @@ class _Assembly:
             if any((self.order[r] < self.order[node]) != (position[r] < position[node]) for r in readers):
                 raise CaptureError("writes in place to a tensor that is read elsewhere while its residual unit runs")
 
-    def _unit(self, cut: _Cut) -> Unit:
+    def _unit(self, excerpt: _Excerpt) -> Unit:
         graph, env = fx.Graph(), {}
-        env[cut.fork] = graph.placeholder("x")
-        for i, extra in enumerate(cut.extras):
+        env[excerpt.fork] = graph.placeholder("x")
+        for i, extra in enumerate(excerpt.extras):
             env[extra] = graph.placeholder(f"extra_{i}")
-        for node in cut.nodes:
+        for node in excerpt.nodes:
             for weight in (i for i in node.all_input_nodes if i.op == "get_attr" and i not in env):
                 env[weight] = graph.node_copy(weight)
-            if cut.dropped and cut.branch in env and cut.branch is not None and cut.add not in env:
-                env[cut.add] = self._instead_of_sum(graph, cut, env[cut.branch])
+            if excerpt.dropped and excerpt.branch in env and excerpt.branch is not None and excerpt.add not in env:
+                env[excerpt.add] = self._instead_of_sum(graph, excerpt, env[excerpt.branch])
             env[node] = graph.node_copy(node, lambda n: env[n])
-        value = env[cut.out] if cut.kind == "block" or cut.candidate.post else env[cut.branch or cut.out]
-        graph.output((value, tuple(env[s] for s in cut.sides)))
+        value = (
+            env[excerpt.out]
+            if excerpt.kind == "block" or excerpt.candidate.post
+            else env[excerpt.branch or excerpt.out]
+        )
+        graph.output((value, tuple(env[s] for s in excerpt.sides)))
         compiled = Compiled(graph)
         paths = _owners([n for n in graph.nodes if n.op in ("call_module", "get_attr")])
 
@@ -213,25 +225,33 @@ class _Assembly:
         def modules(host: nn.Module) -> Iterable[nn.Module]:
             return [_below_host(host, steps) for steps in names]
 
-        kind: Literal["residual", "block"] = "residual" if cut.kind == "residual" else "block"
-        return Unit(cut.slot.path, cut.slot.index, kind, compiled.run, modules, cut.slot.later, self._assigned(cut))
+        kind: Literal["residual", "block"] = "residual" if excerpt.kind == "residual" else "block"
+        return Unit(
+            excerpt.slot.path,
+            excerpt.slot.index,
+            kind,
+            compiled.run,
+            modules,
+            excerpt.slot.later,
+            self._assigned(excerpt),
+        )
 
-    def _assigned(self, cut: _Cut) -> tuple[tuple[str, str], ...]:
+    def _assigned(self, excerpt: _Excerpt) -> tuple[tuple[str, str], ...]:
         """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward
         did.
         """
         recording = self.host.recording
-        calls = [recording.events[self.host.event_of[n]] for n in cut.nodes if n in self.host.event_of]
+        calls = [recording.events[self.host.event_of[n]] for n in excerpt.nodes if n in self.host.event_of]
         inner = [e for call in calls if call.is_module for e in recording.events[call.number : call.end] if e.is_module]
         named = [(recording.module_names.get(id(m), ()), name) for e in inner for m, name in e.assigned]
         return tuple(dict.fromkeys((paths[0], name) for paths, name in named if paths))
 
-    def _instead_of_sum(self, graph: fx.Graph, cut: _Cut, branch: fx.Node) -> fx.Node:
+    def _instead_of_sum(self, graph: fx.Graph, excerpt: _Excerpt, branch: fx.Node) -> fx.Node:
         """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what
         it may write to.
         """
-        storage = self.host.storage_of.get(cut.add)
-        written = any(storage in self.host.writes.get(n, ()) for n in cut.nodes)
+        storage = self.host.storage_of.get(excerpt.add)
+        written = any(storage in self.host.writes.get(n, ()) for n in excerpt.nodes)
         return graph.call_function(writable, (branch,)) if written else branch
 
     def _views(self, units: list[Candidate], slots: list[Slot]) -> dict[fx.Node, Chain]:
@@ -241,13 +261,13 @@ class _Assembly:
         numbers = {n: s.chain for c, s in zip(units, slots, strict=True) for n in (*c.views, *c.lead)}
         calls = {node: event for node, event in self.host.event_of.items() if node.op == "call_function"}
         views = {node: numbers[event] for node, event in calls.items() if event in numbers}
-        for cut in self.cuts:
-            node = cut.out
+        for excerpt in self.excerpts:
+            node = excerpt.out
             while len(node.users) == 1:
                 node = next(iter(node.users))
                 if node not in calls or not self.host.recording.events[calls[node]].view:
                     break
-                views.setdefault(node, cut.slot.chain)
+                views.setdefault(node, excerpt.slot.chain)
         return views
 
     # -- putting together ------------------------------------------------------------------------------------------
@@ -258,9 +278,9 @@ class _Assembly:
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         host = graph.placeholder("host")
-        taken = {n for cut in self.cuts for n in cut.all_nodes}
-        at_end = {max(cut.all_nodes, key=self.order.__getitem__): cut for cut in self.cuts}
-        waiting: list[fx.Node | _Cut] = []
+        taken = {n for excerpt in self.excerpts for n in excerpt.all_nodes}
+        at_end = {max(excerpt.all_nodes, key=self.order.__getitem__): excerpt for excerpt in self.excerpts}
+        waiting: list[fx.Node | _Excerpt] = []
         for node in nodes:
             waiting += [at_end[node]] if node in at_end else [] if node in taken else [node]
             progress = True
@@ -272,28 +292,28 @@ class _Assembly:
                 progress = bool(ready)
         return None if waiting else graph
 
-    def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | _Cut) -> None:
-        if isinstance(item, _Cut):
+    def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | _Excerpt) -> None:
+        if isinstance(item, _Excerpt):
             self.executed += sorted(item.all_nodes, key=self.order.__getitem__)
             self._emit_unit(graph, env, host, item)
             return
         self.executed.append(item)
         if item in self.views:
             args, kwargs = fx.map_arg((item.args, item.kwargs), lambda n: env[n])
-            env[item] = graph.call_function(_ViewCall(self.views[item], _function(item.target)), args, kwargs)
+            env[item] = graph.call_function(ViewCall(self.views[item], _function(item.target)), args, kwargs)
         else:
             env[item] = graph.node_copy(item, lambda n: env[n])
 
-    def _emit_unit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, cut: _Cut) -> None:
-        assert cut.unit is not None
-        call = _UnitCall(cut.slot.chain, cut.unit)
-        both = graph.call_function(call, (host, env[cut.fork], tuple(env[e] for e in cut.extras)))
-        env[cut.out] = graph.call_function(operator.getitem, (both, 0))
-        if cut.dropped and not cut.candidate.post:
-            env[cut.dropped[0]] = env[cut.out]
-        if cut.sides:
+    def _emit_unit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, excerpt: _Excerpt) -> None:
+        assert excerpt.unit is not None
+        call = UnitCall(excerpt.slot.chain, excerpt.unit)
+        both = graph.call_function(call, (host, env[excerpt.fork], tuple(env[e] for e in excerpt.extras)))
+        env[excerpt.out] = graph.call_function(operator.getitem, (both, 0))
+        if excerpt.dropped and not excerpt.candidate.post:
+            env[excerpt.dropped[0]] = env[excerpt.out]
+        if excerpt.sides:
             sides = graph.call_function(operator.getitem, (both, 1))
-            for i, side in enumerate(cut.sides):
+            for i, side in enumerate(excerpt.sides):
                 env[side] = graph.call_function(operator.getitem, (sides, i))
 
 
@@ -322,8 +342,8 @@ def _function(target: Any) -> Callable[..., Tensor]:
     return target  # type: ignore[no-any-return]
 
 
-def _inputs(item: fx.Node | _Cut) -> list[fx.Node]:
-    return [item.fork, *item.extras] if isinstance(item, _Cut) else item.all_input_nodes
+def _inputs(item: fx.Node | _Excerpt) -> list[fx.Node]:
+    return [item.fork, *item.extras] if isinstance(item, _Excerpt) else item.all_input_nodes
 
 
 def _above(node: fx.Node) -> set[fx.Node]:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from revwire._capture.recording import Event, Recording
 from revwire._errors import CaptureError
-from revwire._programs.compiled import WHOLE_FORWARD, Spelled, _call, after, in_modes
+from revwire._programs.compiled import WHOLE_FORWARD, Spelled, after, called, in_modes
 from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_constant, is_mapping, is_named_tuple, is_sequence, leaves_of, refs
 
@@ -81,7 +81,7 @@ class _Builder:
         self.hold_inputs()
         forward = self.attribute(WHOLE_FORWARD)
         node = self.graph.call_function(
-            Spelled(_call, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs)
+            Spelled(called, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs)
         )
         self.bind_results(self.top, self.top.out, node)
         return self.finished()

@@ -26,7 +26,7 @@ class Slot:
     later: tuple[int, ...] = ()
 
 
-class _UnitCall:
+class UnitCall:
     """What the program of a host calls for one unit."""
 
     __module__, __name__, __qualname__ = "revwire", "run_unit", "run_unit"
@@ -39,7 +39,7 @@ class _UnitCall:
         return run(self.chain, self.unit, host, x, extras)
 
 
-class _ViewCall:
+class ViewCall:
     """A view of the stream between two units, applied to both streams."""
 
     __module__, __name__, __qualname__ = "revwire", "view_streams", "view_streams"

@@ -1,4 +1,4 @@
-"""A graph as a Python function."""
+"""A graph as a Python function, and what such functions call besides torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Spelled:
         return self.call(*args, **kwargs)
 
 
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
@@ -64,5 +64,4 @@ class Compiled:
         code = graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<revwire graph>", "exec"), scope)  # the standard way of running an fx graph
-        self.source = code.src
         self.run: Callable[..., Any] = scope["forward"]

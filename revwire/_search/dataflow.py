@@ -6,7 +6,7 @@ from revwire._capture.recording import Event, Recording
 from revwire._structures import refs
 
 LONGEST_STEP = 32
-"""How many calls a step from a value to the one that it comes from may be long."""
+"""How many calls a hop from a value to the one that it comes from may be long."""
 
 
 class Flow:
@@ -73,11 +73,11 @@ class Flow:
                 below.add(value)
         return below
 
-    def step_up(self, value: int) -> tuple[int, list[int]] | None:
+    def hop_up(self, value: int) -> tuple[int, list[int]] | None:
         """(the nearest value that all activations of ``value`` come through, ``value`` and those in between), or None.
 
-        One call of one activation is the simplest step; a normalisation that is spelled out, or a gate, is a longer
-        one. An addition of two activations is no step: it joins two streams.
+        One call of one activation is the simplest hop; a normalisation that is spelled out, or a gate, is a longer
+        one. An addition of two activations is no hop: it joins two streams.
         """
         between = [value]
         waiting = set(self.activations(value))

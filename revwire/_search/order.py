@@ -49,11 +49,11 @@ def _skip(flow: Flow, c: Candidate) -> list[int]:
         path: list[int] = []
         at = operand
         while at != c.fork and len(path) < CLIMB:
-            step = flow.step_up(at)
-            if step is None:
+            hop = flow.hop_up(at)
+            if hop is None:
                 break
-            path += [flow.recording.values[v].event for v in step[1]]
-            at = step[0]
+            path += [flow.recording.values[v].event for v in hop[1]]
+            at = hop[0]
         if at == c.fork:
             return path[::-1]
     return []

@@ -215,10 +215,10 @@ def _spine(flow: Flow, value: int, starts: set[int], forks: dict[int, int]) -> i
         if value in forks:
             value, residual = forks[value], True
             continue
-        step = flow.step_up(value)
-        if step is None:
+        hop = flow.hop_up(value)
+        if hop is None:
             return None
-        value = step[0]
+        value = hop[0]
     return None
 
 

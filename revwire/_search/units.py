@@ -6,8 +6,9 @@ from collections.abc import Container
 
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
-from revwire._search.chains import Hops, begin_at, climb, events_of, opened_calls, predecessor
 from revwire._search.dataflow import Flow
+from revwire._search.hosts import opened_calls
+from revwire._search.links import Hops, begin_at, climb, events_of, predecessor
 from revwire._search.order import keeps_layout
 from revwire._search.residuals import CLIMB, Candidate, residual_adds, whole_call
 from revwire._structures import refs

@@ -122,8 +122,10 @@ class InParts:
             return given, self.run(module, part[1], *given)
 
     def same(self, before: Tensor, after: Tensor) -> bool:
-        """Whether what came out is what came out in forward, as far as was looked; in float streams, where inputs are
-        rebuilt up to rounding, on average."""
+        """Whether what came out is what came out in forward, as far as its glances tell.
+
+        In float streams, where inputs are rebuilt up to rounding: whether it is so on average.
+        """
         if same_glances([before], [after]):
             return True
         return not self.parting.chain.exact and bool(
@@ -150,7 +152,7 @@ class InParts:
 
 def _glances(outs: Sequence[Tensor]) -> list[Tensor]:
     """A few elements of each output, by which a second run is compared with the first."""
-    return [look.to(torch.float64) for out in outs if (look := glance(out)) is not None]
+    return [found.to(torch.float64) for out in outs if (found := glance(out)) is not None]
 
 
 def _bare(t: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ class _Parts(torch.autograd.Function):
         ctx: Any, core: InParts, module: nn.Module, parts: list[tuple[int, int]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.core, ctx.module, ctx.parts = core, module, parts
-        ctx.surroundings, ctx.looks = [], []
+        ctx.surroundings, ctx.glances = [], []
         wanted: list[bool] = []  # of the outputs
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -177,7 +179,7 @@ class _Parts(torch.autograd.Function):
                 _, outs = core.alone(module, inputs, ctx.needs_input_grad[3:], part)
             around.settle()
             ctx.surroundings.append(around)
-            ctx.looks += _glances(outs)
+            ctx.glances += _glances(outs)
             wanted[:] = [out.requires_grad for out in outs]
             return tuple(out.detach() for out in outs)
 
@@ -197,11 +199,11 @@ class _Parts(torch.autograd.Function):
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         found: list[list[Tensor]] = [[] for _ in inputs]  # the gradients of their parts, from the last to the first
         wanted = [i for i, need in enumerate(needs) if need]
-        looks: list[Tensor] = []
+        glances: list[Tensor] = []
         for part, around in zip(reversed(ctx.parts), reversed(ctx.surroundings), strict=True):
             with around.restored():
                 given, outs = core.alone(ctx.module, inputs, needs, part)
-            looks[:0] = _glances(outs)
+            glances[:0] = _glances(outs)
             cuts = [None if g is None else g.narrow(d, *part) for g, d in zip(grads, core.border.outs, strict=True)]
             asked = [(out, g) for out, g in zip(outs, cuts, strict=True) if g is not None and out.requires_grad]
             if asked:
@@ -210,7 +212,7 @@ class _Parts(torch.autograd.Function):
                 )
                 for i, g in zip(wanted, parts, strict=True):
                     _gather(found[i], g, given[i], core.border.dims[i])
-        if not core.same(torch.cat(ctx.looks), torch.cat(looks)):
+        if not core.same(torch.cat(ctx.glances), torch.cat(glances)):
             raise ReconstructionError(
                 f"{core.path}: between forward and backward, a core in parts computed other values; expected the "
                 "same as in the forward "

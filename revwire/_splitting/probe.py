@@ -38,8 +38,8 @@ from revwire._errors import ConversionError
 from revwire._runtime.chain import observed
 from revwire._runtime.chunks import BATCH, Cut, Windows
 from revwire._runtime.observer import Inputs, Observer
-from revwire._splitting.separable import _cuts_batch, _draws, _Found, _separable, _shared
-from revwire._surroundings.as_found import _modes_kept, left_as_found
+from revwire._splitting.separable import Separable, cuts_batch, draws_numbers, separable, shared_draws
+from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Prober(Observer):
 
     def __init__(self, counts: Iterable[int]) -> None:
         self.counts = sorted(set(counts))
-        self.found: dict[_Key, _Found] = {}
+        self.found: dict[_Key, Separable] = {}
         self.draws: dict[_Key, tuple[int, ...]] = {}  # dimensions along which a unit that draws may share its draws
         self.stage: Literal["dimensions", "draws", "batch"] = "dimensions"
         self.looks = False  # at a unit, in whose branch others may lie
@@ -78,16 +78,16 @@ class Prober(Observer):
 
     def _look(self, keys: list[_Key], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
         if self.stage == "draws":
-            if any(key in self.found for key in keys) and _draws(unit, host, x, extras):
+            if any(key in self.found for key in keys) and draws_numbers(unit, host, x, extras):
                 seen = next(self.found[key] for key in keys if key in self.found)
-                self.draws.update(dict.fromkeys(keys, _shared(unit, host, x, extras, seen, self.counts[-1])))
+                self.draws.update(dict.fromkeys(keys, shared_draws(unit, host, x, extras, seen, self.counts[-1])))
             return
         if self.stage == "batch":
             open_ = [key for key in keys if key in self.found and self.found[key].open and not self._usable(key)]
-            if open_ and _cuts_batch(unit, host, x, extras, self.counts[-1]):
+            if open_ and cuts_batch(unit, host, x, extras, self.counts[-1]):
                 self.found.update({key: self.found[key]._replace(dims=(BATCH, *self.found[key].dims)) for key in open_})
             return
-        found = _separable(unit, host, x, extras, self.counts)
+        found = separable(unit, host, x, extras, self.counts)
         for key in keys:
             same = self.found.get(key, found) == found  # a unit that runs several times
             self.found[key] = found if same else found._replace(dims=(), windows=(), open=False)
@@ -134,7 +134,7 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
         ConversionError: the model fails in eval mode.
     """
     prober = Prober(counts)
-    with left_as_found(model), _modes_kept(model), torch.no_grad(), observed(chains, prober):
+    with left_as_found(model), torch.no_grad(), observed(chains, prober):
         model.eval()
         try:
             run()

@@ -1,4 +1,4 @@
-"""Whether a branch treats samples, tokens or windows each by itself."""
+"""Experiments on one branch: does it treat samples, tokens or windows each by itself, and what does it draw?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from revwire._runtime.unit import Unit
 
 
-class _Found(NamedTuple):
+class Separable(NamedTuple):
     rank: int
     dims: tuple[int, ...]
     slices: bool
@@ -38,7 +38,7 @@ def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) ->
     return evaluate_once(unit, host, x, tuple(map(recalled, extras)))
 
 
-def _draws(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
+def draws_numbers(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
     devices = accelerators_of([x])
     before = random_states(devices)
     evaluate(unit, host, x, extras)
@@ -49,15 +49,15 @@ def _same_states(before: RandomStates, after: RandomStates) -> bool:
     return all(torch.equal(state, after[device]) for device, state in before.items())
 
 
-def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], counts: Sequence[int]) -> _Found:
-    """Along which dimensions the branch treats every element, or every window, by itself; see Note [What may be cut]
-    in `probe`.
+def separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], counts: Sequence[int]) -> Separable:
+    """Along which dimensions the branch treats every element, or every window, by itself; see Note [What may be cut] in
+    `probe`.
 
     Beside the batch, the first dimension that has windows, or enough elements, is enough. A batch of one is looked at
     last, and only where nothing else may be cut: it takes two samples.
     """
-    none, most = _Found(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
-    if unit.assigned or Inventory.of(unit.modules(host)).writers or _draws(unit, host, x, extras):
+    none, most = Separable(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
+    if unit.assigned or Inventory.of(unit.modules(host)).writers or draws_numbers(unit, host, x, extras):
         return none
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves(evaluate(unit, host, x, extras)[1])):
         return none  # side outputs would have to be joined
@@ -85,7 +85,7 @@ def _separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], 
     )
 
 
-def _cuts_batch(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> bool:
+def cuts_batch(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], count: int) -> bool:
     """Whether the branch treats samples by themselves, where the example has one."""
     with _moved_weights(unit.modules(host)):
         return _may_be_cut(unit, host, torch.cat([x, x.roll(1, -1)]), extras, BATCH, count, slices=False)
@@ -199,8 +199,8 @@ def _pieces(branch: Callable[[Tensor], Tensor], x: Tensor, dim: int, whole: Tens
     return tuple(ends.tolist())
 
 
-def _shared(
-    unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], found: _Found, count: int
+def shared_draws(
+    unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], found: Separable, count: int
 ) -> tuple[int, ...]:
     """The dimensions along which what the branch draws has the same shape for a chunk as for the whole."""
 

@@ -1,60 +1,46 @@
-"""One way to leave a model as found."""
+"""Leave a model as it was found: the one context manager for all who run one to learn something."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-import torch
 from torch import nn
 
+from revwire._structures import tensors_in
 from revwire._surroundings.attributes import attributes_kept
-from revwire._surroundings.buffers import buffers_kept, counters_kept
-from revwire._surroundings.modes import nothing_compiled
+from revwire._surroundings.buffers import buffers_kept
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state, python_random_kept
-from revwire._surroundings.weights import shards_kept
+from revwire._surroundings.weights import gradients_put_aside, shards_kept
 
 
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, buffers and random state at the end; inside, each ``.grad`` is allocated and zero."""
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with preserved_random_state(accelerators_of(model.parameters())):
-        try:
-            for p, _ in grads:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
-            yield
-        finally:
-            with torch.no_grad():
-                for p, grad in grads:
-                    p.grad = grad
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+def left_as_found(
+    model: nn.Module, inputs: Any = (), *, backward: bool = False, attributes: bool = True
+) -> Iterator[None]:
+    """Whatever a model does inside of this, at the end it is as it was, and so is the state around it.
 
+    Put back are the attributes of its modules (``training`` among them, and tables of parameters, buffers, hooks and
+    modules below) and what the containers among them hold, the values of buffers, weights that FSDP2 has gathered, and
+    the states of the random generators: PyTorch's on the CPU and on the devices of the model and its inputs, Python's
+    and NumPy's.
 
-@contextmanager
-def left_alone(module: nn.Module, devices: tuple[torch.device, ...]) -> Iterator[None]:
-    """A run of a module inside of this leaves nothing behind: no random state, attribute, shard or buffer is another
-    one.
+    Args:
+        model: any module.
+        inputs: what it is called with, of any nesting: for the devices.
+        backward: a backward pass runs inside: each ``.grad`` is None at first, and what was there comes back. (Without
+            one, other threads are kept from exchanging the same buffers meanwhile; a backward pass may itself run in
+            another thread, and does exchange them.)
+        attributes: False leaves what was assigned: for a run made for that, or one that may convert the model.
     """
-    with (
-        preserved_random_state(devices),
-        python_random_kept(),
-        attributes_kept(module),
-        shards_kept(module),
-        nothing_compiled(),
-        buffers_kept([module]),
-        counters_kept(module),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_state(accelerators_of([*tensors_in(inputs), *model.parameters()])))
+        stack.enter_context(python_random_kept())
+        if attributes:
+            stack.enter_context(attributes_kept(model))
+        stack.enter_context(shards_kept(model))
+        stack.enter_context(buffers_kept(model, alone=not backward))
+        if backward:
+            stack.enter_context(gradients_put_aside(model))
         yield
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

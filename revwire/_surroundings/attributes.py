@@ -1,4 +1,4 @@
-"""Attributes of modules, and containers in them: what changed in a run, and how it is undone."""
+"""Attributes of modules, and containers in them: see what a run changed, and undo it."""
 
 from __future__ import annotations
 

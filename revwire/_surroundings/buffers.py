@@ -1,4 +1,4 @@
-"""Buffers that a branch writes to: each write counts once, however often the branch runs."""
+"""Buffers that a run writes to: each write counts once, however often a branch runs, or not at all."""
 
 from __future__ import annotations
 
@@ -11,25 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from revwire._surroundings.inventory import Inventory, is_written, version_of
-
-
-@contextmanager
-def counters_kept(root: nn.Module) -> Iterator[None]:
-    """Undo writes to buffers that are no floating-point statistics (those are kept apart by `buffers_kept`)."""
-    kept = [
-        (b, version_of(b), b.detach().clone())
-        for b in root.buffers()
-        if not b.is_floating_point() and not b.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        for buffer, version, copy in kept:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(copy)
-
+from revwire._surroundings.inventory import is_written, version_of
+from revwire._surroundings.modes import NOTHING
 
 Copies = dict[tuple[int, str], Tensor]
 """Buffers as a forward found them, by the identity of their module, and name."""
@@ -134,7 +117,45 @@ def buffers_exchanged(
 
 
 @contextmanager
-def buffers_kept(roots: Iterable[nn.Module], *, only_training: bool = True) -> Iterator[None]:
-    """`buffers_exchanged` for these modules and all below them."""
-    with buffers_exchanged(Inventory.of(roots).writers, only_training=only_training):
+def buffers_kept(root: nn.Module, *, alone: bool = True) -> Iterator[None]:
+    """Undo what is written to the buffers of a module and of all below it; those that it puts in their place stay.
+
+    What a forward usually writes is exchanged for copies, for the reasons given at `buffers_exchanged`, whatever the
+    mode, which may be switched inside. Other buffers are large (masks, indices) and stay in place; they are written
+    back where their version counters tell that somebody wrote to them.
+
+    Args:
+        root: the module.
+        alone: keep other threads from exchanging the same buffers meanwhile.
+    """
+    writers = [m for m in root.modules() if any(map(is_written, m._buffers.values()))]
+    with undisturbed(writers) if alone else NOTHING, _written_back(root):
+        copies: dict[int, Tensor] = {}
+        kept: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for module in writers:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and is_written(buffer):
+                        if id(buffer) not in copies:  # modules may share one
+                            copies[id(buffer)] = buffer.clone()
+                        kept.append((module, name, buffer))
+                        module._buffers[name] = copies[id(buffer)]
+            yield
+        finally:
+            for module, name, buffer in kept:
+                if module._buffers.get(name) is copies[id(buffer)]:
+                    module._buffers[name] = buffer
+
+
+@contextmanager
+def _written_back(root: nn.Module) -> Iterator[None]:
+    kept = [
+        (b, version_of(b), b.detach().clone()) for b in root.buffers() if not is_written(b) and not b.is_inference()
+    ]
+    try:
         yield
+    finally:
+        for buffer, version, copy in kept:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)

@@ -1,4 +1,4 @@
-"""What modules own, as a forward found it: weights, buffers and their versions, and hooks."""
+"""What modules own as a forward finds it: weights with their versions, buffers that are written, hooks."""
 
 from __future__ import annotations
 

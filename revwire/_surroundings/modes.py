@@ -1,4 +1,4 @@
-"""Modes that a run depends on: autocast, deterministic kernels, early stop, exporters, transforms."""
+"""Modes around a call: autocast, deterministic kernels, early stop, saved-tensor hooks, exporters, transforms."""
 
 from __future__ import annotations
 

@@ -31,6 +31,19 @@ def shards_kept(root: nn.Module) -> Iterator[None]:
                 module.reshard()  # type: ignore[operator]
 
 
+@contextmanager
+def gradients_put_aside(root: nn.Module) -> Iterator[None]:
+    """Begin with no ``.grad``, and give each parameter its own back."""
+    kept = [(p, p.grad) for p in root.parameters()]
+    try:
+        for p, _ in kept:
+            p.grad = None
+        yield
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
+
+
 class Homes(dict[int, ReferenceType[Tensor]]):
     """The tensors that the modules of a model had at conversion, by identity; see Note [Weights that are exchanged] in
     `surroundings`.

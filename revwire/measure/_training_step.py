@@ -30,6 +30,12 @@ def own_leaves(inputs: Any) -> Any:
     return tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, inputs)
 
 
+def allocate_gradients(model: nn.Module) -> None:
+    """Give each parameter a zero ``.grad``, as in every step of a training but the first."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+
 @contextmanager
 def autocast_left(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Leave the autocast around this call for a while. Yields what enters it again, as a training step does for its

@@ -58,7 +58,7 @@ def test_a_cut_is_the_recording_of_one_call():
     model = stack(pre_norm).eval()
     whole, alone = record(model, (X,), {}), record(model.blocks[1], (X,), {})
     call = next(e.number for e in whole.events if e.target is model.blocks[1])
-    cut = whole.cut(call)
+    cut = whole.of_call(call)
     assert [e.target for e in cut.events] == [e.target for e in alone.events]
     assert [e.parent for e in cut.events] == [e.parent for e in alone.events]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from revwire._forwards.guards import Look, Standing
+from revwire._forwards.guards import Standing, StandingGuard
 from revwire._forwards.rewired import rewired_of
 from revwire._forwards.signature import call_signature
 from steps import assert_same_step, twin
@@ -31,7 +31,7 @@ class Host(nn.Module):
 
 def look(host, guarded=None):
     modules = list(guarded or (host, *host.body))
-    return Look(Standing(host, modules), host, modules)
+    return StandingGuard(Standing(host, modules), host, modules)
 
 
 CHANGES = {
@@ -182,9 +182,9 @@ def test_looks_are_given_up_where_each_shows_a_change():
     for i in range(40):
         model.blocks[0].gain = 2.0 + i % 2 + 1e-3 * (i % 3)
         model(X)
-    assert rewired.look is None
+    assert rewired.guard is None
     model, _ = twin(stack(forward, lambda self: setattr(self, "gain", 1.0)))
     rewired = rewired_of(model.blocks[0])
     for _ in range(40):
         model(X)
-    assert rewired.look is not None
+    assert rewired.guard is not None

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import revwire
 from revwire._forwards.converted import converted
+from revwire._splitting import core_relations
 from revwire._splitting import core_search as cores
 from revwire._splitting.core_function import parts_of
 from revwire.measure import peak_bytes
@@ -949,8 +950,8 @@ def test_many_products_are_looked_through_in_no_time(monkeypatch):
                 a = 0.25 * a @ (13 * torch.eye(a.shape[-1]) - a @ a)
             return a @ q
 
-    grown, original = [], cores._Search.grown
-    monkeypatch.setattr(cores._Search, "grown", lambda self, *args: grown.append(args) or original(self, *args))
+    grown, original = [], cores.CoreSearch.grown
+    monkeypatch.setattr(cores.CoreSearch, "grown", lambda self, *args: grown.append(args) or original(self, *args))
     revwire.plan(Net(Iterating), INPUTS, chunks=2)
     assert len(grown) <= 3 * 34 * 2
 
@@ -988,7 +989,7 @@ def test_shorter_inputs_without_gradients_run_whole():
 
 
 def test_what_is_known_of_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(cores, "_MOST_KNOWN", 10)
+    monkeypatch.setattr(core_relations, "_MOST_KNOWN", 10)
     model = net(chunks=2)
     for n in (20, 21, 22):
         step(model, torch.randn(1, n, WIDTH))
@@ -997,7 +998,7 @@ def test_what_is_known_of_calls_is_bounded(monkeypatch):
 
 def test_a_program_that_gives_something_else_is_not_kept(monkeypatch):
     """The last line of defence: relations that do not hold."""
-    monkeypatch.setattr(cores, "alike", lambda part, whole: part.shape == whole.shape)
+    monkeypatch.setattr(core_relations, "alike", lambda part, whole: part.shape == whole.shape)
     scores = scored(lambda _, a: a.cumsum(1).flip(1))
     model = net(scores)
     assert parts(model)

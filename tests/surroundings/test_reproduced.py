@@ -147,7 +147,7 @@ def test_buffers_stay_the_same_objects(case):
 def test_buffers_are_given_back_after_an_exception():
     model = nn.Sequential(nn.BatchNorm1d(WIDTH))
     before = {n: (b, b.clone()) for n, b in model.named_buffers()}
-    with pytest.raises(ZeroDivisionError), buffers_kept([model]):
+    with pytest.raises(ZeroDivisionError), buffers_kept(model):
         model(torch.randn(3, WIDTH)).div(1 / len([]))
     for name, buffer in model.named_buffers():
         assert buffer is before[name][0]
