@@ -14,11 +14,12 @@ Definitions, besides those of `_adds`:
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from revwire._capture.recording import Recording
 from revwire._search.dataflow import Flow
+from revwire._search.nesting import leanest
 from revwire._search.order import keeps_layout
 from revwire._search.residuals import CLIMB, Candidate, innermost_call, residual_adds, whole_call
 
@@ -95,14 +96,14 @@ def _found(
         for w in (whole_call(flow, call, candidates) for call in sorted(closed))
         if w is not None and refuse(w) is None
     ]
-    chains = _link(flow, sorted([*good, *wholes, *found.values()], key=lambda c: c.result))
-    chains = _outermost(chains, shortest)
+    units = sorted([*good, *wholes, *found.values()], key=lambda c: c.result)
+    chains = leanest(flow, ways_to_nest(flow, units, shortest))
     _separate(flow, chains)
     used = {c.add for chain in chains for c in chain}
     alone = asked - used
     if alone:
         return search, alone
-    absorbed = {a for chain in chains for c in chain for a in c.absorbed}
+    absorbed = {a for chain in chains for c in chain for a in (*c.absorbed, *c.post)}
     for c in candidates:
         if c.add in used or c.add in absorbed:
             continue
@@ -113,6 +114,8 @@ def _found(
                 c.reason = (
                     PART_OF_WHOLE if outer.whole else "inside the branch of another unit, which is the larger saving"
                 )
+        elif c.reason is None and not used.isdisjoint(c.region):
+            c.reason = "its branch holds units that are rewired, which keep less than it would"
         elif c.reason is None:
             c.reason = "stands alone: a chain needs at least two units whose streams follow each other unchanged"
         search.rejected.append(c)
@@ -146,14 +149,41 @@ def _absorb_sums(candidates: list[Candidate]) -> None:
             d.reason = d.reason or "part of a sum that is one unit"
 
 
-def _link(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
+def ways_to_nest(flow: Flow, units: list[Candidate], shortest: int) -> list[list[list[Candidate]]]:
+    """Where units lie inside of others: the chains of all, those in which the larger unit goes on first, and those of the
+    units that hold no others, or few levels of them. Linking writes to the units, so each way has copies of its own.
+    """
+    deep = levels(units)
+    ways = [_chains_of(flow, units, shortest)]
+    for most in range(max(deep.values(), default=0), -1, -1) if any(deep.values()) else ():
+        some = [replace(c, reason=None) for c in units if deep[c.add] <= most]
+        ways.append(_chains_of(flow, some, shortest, larger_first=True))
+    return ways
+
+
+def levels(units: list[Candidate]) -> dict[int, int]:
+    """How deep other units are nested in the region of each, by its add."""
+    deep: dict[int, int] = {}
+    for c in sorted(units, key=lambda c: len(c.region)):
+        inside = [deep[d.add] for d in units if d.add in deep and d is not c and d.add in c.region]
+        deep[c.add] = 1 + max(inside) if inside else 0
+    return deep
+
+
+def _chains_of(
+    flow: Flow, units: list[Candidate], shortest: int, *, larger_first: bool = False
+) -> list[list[Candidate]]:
+    return _outermost(_link(flow, [replace(c) for c in units], larger_first=larger_first), shortest)
+
+
+def _link(flow: Flow, candidates: list[Candidate], *, larger_first: bool = False) -> list[list[Candidate]]:
     """Join the units to chains; only then let units end outside of their hosts, where that joins more."""
     by_result = {c.result: c for c in candidates}
     following: dict[int, Candidate] = {}
     preceded: set[int] = set()
     steps = {c.add: len(found[1]) for c in candidates if (found := climb(flow, c.fork, by_result)) is not None}
     nearest = sorted(
-        (c for c in candidates if c.add in steps), key=lambda c: steps[c.add]
+        (c for c in candidates if c.add in steps), key=lambda c: (steps[c.add], -len(c.region) if larger_first else 0)
     )  # a sum goes on in what is added to it next
     for widen in (False, True):
         for c in (c for c in nearest if c.add not in preceded):
@@ -194,7 +224,7 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
     """(the goal that a value comes from, the steps from it to the value in order), or None."""
     hops: Hops = []
     while value not in goals:
-        step = flow.step_up(value)
+        step = flow.step_up(value) or _past_sum(flow, value, goals)
         if (
             step is None
             or len(hops) == CLIMB
@@ -204,6 +234,21 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
         value = step[0]
         hops.append(step[1])
     return value, hops[::-1]
+
+
+def _past_sum(flow: Flow, value: int, goals: Container[int]) -> tuple[int, list[int]] | None:
+    """(the operand of a sum that comes from a goal, the sum), where nothing else in it does: a tensor from elsewhere is
+    added to the stream (the embedding of a time, an input that is injected again); or None.
+    """
+    event, values = flow.event_of(value), flow.recording.values
+    if event is None or not event.is_addition:
+        return None
+    for operand in flow.activations(value):
+        others = [o for o in flow.activations(value) if o != operand]
+        found = climb(flow, operand, goals) if values[operand].shape == values[value].shape else None
+        if found is not None and not any(o == found[0] or flow.is_ancestor(found[0], o) for o in others):
+            return operand, [value]
+    return None
 
 
 def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool) -> bool:

@@ -50,8 +50,8 @@ def _skip(flow: Flow, c: Candidate) -> list[int]:
         at = operand
         while at != c.fork and len(path) < CLIMB:
             step = flow.step_up(at)
-            if step is None:
-                break
+            if step is None or any(flow.recording.events[flow.recording.values[v].event].is_product for v in step[1]):
+                break  # this side is the branch
             path += [flow.recording.values[v].event for v in step[1]]
             at = step[0]
         if at == c.fork:
