@@ -143,7 +143,9 @@ class Event:
 
     @property
     def is_spelled_sum(self) -> bool:
-        """A sum that is no plain addition: something is added to, or taken from, the first of its tensors, scaled or not."""
+        """A sum that is no plain addition: something is added to, or taken from, the first of its tensors, scaled or
+        not.
+        """
         if self.is_module or self.is_addition:
             return False
         kernels = [k for k in self.kernels if k not in _CASTS]
@@ -151,7 +153,9 @@ class Event:
 
     @property
     def is_symmetric_sum(self) -> bool:
-        """A spelled sum in which either of the first two tensors may be carried on: a scaled addition, an interpolation."""
+        """A spelled sum in which either of the first two tensors may be carried on: a scaled addition, an
+        interpolation.
+        """
         return self.is_spelled_sum and not {"sub", "addcmul", "addcdiv"} & {
             k.overloadpacket.__name__.rstrip("_") for k in self.kernels if k not in _CASTS
         }

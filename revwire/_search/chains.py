@@ -150,8 +150,9 @@ def _absorb_sums(candidates: list[Candidate]) -> None:
 
 
 def ways_to_nest(flow: Flow, units: list[Candidate], shortest: int) -> list[list[list[Candidate]]]:
-    """Where units lie inside of others: the chains of all, those in which the larger unit goes on first, and those of the
-    units that hold no others, or few levels of them. Linking writes to the units, so each way has copies of its own.
+    """Where units lie inside of others: the chains of all, those in which the larger unit goes on first, and those of
+    the units that hold no others, or few levels of them. Linking writes to the units, so each way has copies of its
+    own.
     """
     deep = levels(units)
     ways = [_chains_of(flow, units, shortest)]

@@ -23,7 +23,9 @@ def leanest(flow: Flow, ways: Sequence[list[list[Candidate]]]) -> list[list[Cand
 
 
 def peak_bytes(flow: Flow, chains: list[list[Candidate]]) -> float:
-    """What is there when the largest unit is rebuilt: its activations, all that is outside of chains, and what these keep."""
+    """What is there when the largest unit is rebuilt: its activations, all that is outside of chains, and what these
+    keep.
+    """
     events, values = flow.recording.events, flow.recording.values
     units = [c for chain in chains for c in chain]
     saved = [sum(events[e].saved for e in {*c.region, c.add, *c.post}) for c in units]

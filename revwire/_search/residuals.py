@@ -3,9 +3,9 @@
 Definitions, on the values (tensors) and events (calls) of a `Recording`:
 
 - A *residual add* is an addition one of whose operands, the *skip*, is an ancestor of the other. The skip may have been
-  scaled, dropped out or viewed on the way; ``fork`` is the value before that. A sum that is spelled otherwise (``x - f``,
-  ``addcmul``, ``lerp``, a scaled addition, the sum of a stack) is one too where its branch multiplies by a matrix or
-  convolves: ``x - mean(x)`` is a part of a norm.
+  scaled, dropped out or viewed on the way; ``fork`` is the value before that. A sum that is spelled otherwise (``x -
+  f``, ``addcmul``, ``lerp``, a scaled addition, the sum of a stack) is one too where its branch multiplies by a matrix
+  or convolves: ``x - mean(x)`` is a part of a norm.
 - Its *region* is what lies on a path from the fork to the add. Its *host* is the innermost module call around all of
   it.
 """
