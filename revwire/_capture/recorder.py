@@ -199,7 +199,7 @@ class Recorder(TorchFunctionMode):
             return out
         self.close(event, versions, out)
         event.view = not event.writes and is_view(args, out, event.kernels)
-        if event.is_addition:
+        if event.is_addition or event.is_spelled_sum:
             self.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
         return out
 

@@ -19,6 +19,20 @@ from revwire._surroundings.inventory import has_hooks
 ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
 
 
+SPELLED_SUMS = frozenset(
+    getattr(getattr(torch.ops.aten, name + suffix), overload)
+    for name, overloads in (
+        ("sub", ["Tensor"]),
+        ("lerp", ["Scalar", "Tensor"]),
+        ("addcmul", ["default"]),
+        ("addcdiv", ["default"]),
+    )
+    for overload in overloads
+    for suffix in ("", "_")
+)
+"""Kernels that add something to their first operand, or take something from it, in other words than an addition."""
+
+
 _CASTS = frozenset({torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default})
 
 
@@ -109,6 +123,35 @@ class Event:
             and not scaled
             and len(list(refs((self.args, self.kwargs)))) == 2
         )
+
+    @property
+    def is_spelled_sum(self) -> bool:
+        """A sum that is no plain addition: something is added to, or taken from, the first of its tensors, scaled or
+        not.
+        """
+        if self.is_module or self.is_addition:
+            return False
+        kernels = [k for k in self.kernels if k not in _CASTS]
+        return len(kernels) == 1 and kernels[0] in (SPELLED_SUMS | ADDITIONS)
+
+    @property
+    def is_symmetric_sum(self) -> bool:
+        """A spelled sum in which either of the first two tensors may be carried on: a scaled addition, an
+        interpolation.
+        """
+        return self.is_spelled_sum and not {"sub", "addcmul", "addcdiv"} & {
+            k.overloadpacket.__name__.rstrip("_") for k in self.kernels if k not in _CASTS
+        }
+
+    @property
+    def stacks(self) -> bool:
+        """Tensors stacked, nothing else."""
+        return self.target is torch.stack and not self.is_module
+
+    @property
+    def sums_up(self) -> bool:
+        """The sum over a dimension of one tensor, nothing else."""
+        return [k for k in self.kernels if k not in _CASTS] == [torch.ops.aten.sum.dim_IntList] and not self.is_module
 
     @property
     def is_product(self) -> bool:

@@ -14,12 +14,13 @@ Definitions, besides those of `residuals`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from revwire._capture.recording import Recording
 from revwire._search.dataflow import Flow
 from revwire._search.hosts import opened_calls, separate
 from revwire._search.links import climb, extend_last, predecessor
+from revwire._search.nesting import leanest, levels
 from revwire._search.residuals import Candidate, residual_adds, whole_call
 
 PART_OF_WHOLE = "a part of a block whose code cannot be taken apart, and which is rewired as a whole"
@@ -29,6 +30,9 @@ PART_AS_ASKED = "a part of a block that is rewired as a whole, as the caller wan
 
 
 INSIDE = "inside the branch of another unit, which is the larger saving"
+
+
+SPANS = "its branch holds units that are rewired, which keep less than it would"
 
 
 ALONE = "stands alone: a chain needs at least two units whose streams follow each other unchanged"
@@ -83,7 +87,7 @@ def _found(
         call for c in candidates if c.reason is None for call in [call for call in whole(c) if call not in barred][:1]
     }
     units = _units(flow, candidates, asked, refuse)
-    chains = _outermost(_linked(flow, sorted(units, key=lambda c: c.result)), shortest)
+    chains = leanest(flow, _ways_to_nest(flow, sorted(units, key=lambda c: c.result), shortest))
     separate(flow, chains)
     alone = asked - {c.add for chain in chains for c in chain}
     if alone:
@@ -115,12 +119,12 @@ def _wholes(flow: Flow, candidates: list[Candidate], calls: Iterable[int], refus
 def _rejected(candidates: list[Candidate], chains: list[list[Candidate]]) -> list[Candidate]:
     """The residual adds that are in no chain, each with its reason."""
     units = [c for chain in chains for c in chain]
-    taken = {add for c in units for add in (c.add, *c.absorbed)}
+    taken = {add for c in units for add in (c.add, *c.absorbed, *c.post)}
     rejected = [c for c in candidates if c.add not in taken]
     for c in rejected:
         outer = next((u for u in units if c.add in u.region), None)
         if outer is None:
-            c.reason = c.reason or ALONE
+            c.reason = c.reason or (ALONE if taken.isdisjoint(c.region) else SPANS)
             continue
         c.inside = True
         if c.reason != PART_AS_ASKED:
@@ -153,14 +157,33 @@ def _absorb_sums(candidates: list[Candidate]) -> None:
             d.reason = d.reason or "part of a sum that is one unit"
 
 
-def _linked(flow: Flow, candidates: list[Candidate]) -> list[list[Candidate]]:
+def _ways_to_nest(flow: Flow, units: list[Candidate], shortest: int) -> list[list[list[Candidate]]]:
+    """Where units lie inside of others: the chains of all, those in which the larger unit goes on first, and those of
+    the units that hold no others, or few levels of them. Linking writes to the units, so each way has copies of its
+    own.
+    """
+    deep = levels(units)
+    ways = [_chains_of(flow, units, shortest)]
+    for most in range(max(deep.values(), default=0), -1, -1) if any(deep.values()) else ():
+        some = [replace(c, reason=None) for c in units if deep[c.add] <= most]
+        ways.append(_chains_of(flow, some, shortest, larger_first=True))
+    return ways
+
+
+def _chains_of(
+    flow: Flow, units: list[Candidate], shortest: int, *, larger_first: bool = False
+) -> list[list[Candidate]]:
+    return _outermost(_linked(flow, [replace(c) for c in units], larger_first=larger_first), shortest)
+
+
+def _linked(flow: Flow, candidates: list[Candidate], *, larger_first: bool = False) -> list[list[Candidate]]:
     """Join the units to chains; only then let units end outside of their hosts, where that joins more."""
     by_result = {c.result: c for c in candidates}
     following: dict[int, Candidate] = {}
     preceded: set[int] = set()
     steps = {c.add: len(found[1]) for c in candidates if (found := climb(flow, c.fork, by_result)) is not None}
     nearest = sorted(
-        (c for c in candidates if c.add in steps), key=lambda c: steps[c.add]
+        (c for c in candidates if c.add in steps), key=lambda c: (steps[c.add], -len(c.region) if larger_first else 0)
     )  # a sum goes on in what is added to it next
     for widen in (False, True):
         for c in (c for c in nearest if c.add not in preceded):

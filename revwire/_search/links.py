@@ -35,7 +35,7 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
     """(the goal that a value comes from, the hops from it to the value in order), or None."""
     hops: Hops = []
     while value not in goals:
-        hop = flow.hop_up(value)
+        hop = flow.hop_up(value) or _past_sum(flow, value, goals)
         if (
             hop is None
             or len(hops) == CLIMB
@@ -45,6 +45,21 @@ def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | N
         value = hop[0]
         hops.append(hop[1])
     return value, hops[::-1]
+
+
+def _past_sum(flow: Flow, value: int, goals: Container[int]) -> tuple[int, list[int]] | None:
+    """(the operand of a sum that comes from a goal, the sum), where nothing else in it does: a tensor from elsewhere is
+    added to the stream (the embedding of a time, an input that is injected again); or None.
+    """
+    event, values = flow.event_of(value), flow.recording.values
+    if event is None or not event.is_addition:
+        return None
+    for operand in flow.activations(value):
+        others = [o for o in flow.activations(value) if o != operand]
+        found = climb(flow, operand, goals) if values[operand].shape == values[value].shape else None
+        if found is not None and not any(o == found[0] or flow.is_ancestor(found[0], o) for o in others):
+            return operand, [value]
+    return None
 
 
 def _attach(flow: Flow, before: Candidate, c: Candidate, hops: Hops, widen: bool) -> bool:

@@ -50,8 +50,8 @@ def _skip(flow: Flow, c: Candidate) -> list[int]:
         at = operand
         while at != c.fork and len(path) < CLIMB:
             hop = flow.hop_up(at)
-            if hop is None:
-                break
+            if hop is None or any(flow.recording.events[flow.recording.values[v].event].is_product for v in hop[1]):
+                break  # this side is the branch
             path += [flow.recording.values[v].event for v in hop[1]]
             at = hop[0]
         if at == c.fork:

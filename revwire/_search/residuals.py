@@ -3,7 +3,9 @@
 Definitions, on the values (tensors) and events (calls) of a `Recording`:
 
 - A *residual add* is an addition one of whose operands, the *skip*, is an ancestor of the other. The skip may have been
-  scaled, dropped out or viewed on the way; ``fork`` is the value before that.
+  scaled, dropped out or viewed on the way; ``fork`` is the value before that. A sum that is spelled otherwise (``x -
+  f``, ``addcmul``, ``lerp``, a scaled addition, the sum of a stack) is one too where its branch multiplies by a matrix
+  or convolves: ``x - mean(x)`` is a part of a norm.
 - Its *region* is what lies on a path from the fork to the add. Its *host* is the innermost module call around all of
   it.
 """
@@ -67,6 +69,7 @@ def residual_adds(flow: Flow) -> list[Candidate]:
     forks: dict[int, int] = {}
     for event in flow.recording.events:
         if not event.is_addition:
+            out += _spelled(flow, event, forks)
             continue
         results = [r.value for r in refs(event.out)]
         first, second = (r.value for r in refs((event.args, event.kwargs)))
@@ -83,6 +86,37 @@ def residual_adds(flow: Flow) -> list[Candidate]:
     return out
 
 
+def _spelled(flow: Flow, event: Event, forks: dict[int, int]) -> list[Candidate]:
+    """The residual add that a sum in other words than an addition is, if it is one."""
+    results, values = [r.value for r in refs(event.out)], flow.recording.values
+    for skip, other in _operands(flow, event) if len(results) == 1 else ():
+        if not (flow.active[skip] and flow.active[other]) or values[other].shape != values[results[0]].shape:
+            continue
+        found = _fork(flow, skip, other, forks)
+        if found is None or not _comes_lightly(flow, skip, found[0]):
+            continue
+        c = _candidate(flow, event, results[0], found[0], None, light=True)
+        if any(flow.recording.events[e].is_product for e in c.region):
+            forks[results[0]] = found[0]
+            return [c]
+    return []
+
+
+def _operands(flow: Flow, event: Event) -> list[tuple[int, int]]:
+    """What may be (the skip, the branch) in a sum that is spelled otherwise; none if it is no sum."""
+    operands = [r.value for r in refs((event.args, event.kwargs))]
+    if event.is_spelled_sum:
+        first, *others = operands
+        pairs = [(first, other) for other in others]
+        return pairs + [(b, a) for a, b in pairs[:1]] if event.is_symmetric_sum else pairs
+    stack = flow.event_of(operands[0]) if event.sums_up and operands else None
+    if stack is None or not stack.stacks:
+        return []
+    parts = [r.value for r in refs((stack.args, stack.kwargs))]
+    shapes = {flow.recording.values[v].shape for v in (*parts, *(r.value for r in refs(event.out)))}
+    return [(parts[0], parts[1]), (parts[1], parts[0])] if len(parts) == 2 and len(shapes) == 1 else []
+
+
 def _is_unseen(flow: Flow, first: int, second: int) -> bool:
     values = flow.recording.values
     return (flow.unseen[first] or flow.unseen[second]) and values[first].shape == values[second].shape
@@ -96,12 +130,14 @@ def _unseen(flow: Flow, event: Event, fork: int) -> Candidate:
     )
 
 
-def _candidate(flow: Flow, event: Event, result: int, fork: int, branch: int | None) -> Candidate:
+def _candidate(
+    flow: Flow, event: Event, result: int, fork: int, branch: int | None, *, light: bool = False
+) -> Candidate:
     values = flow.recording.values
     region = {values[v].event for v in flow.between(fork, result)}
     host = innermost_call(flow, region)
     c = Candidate(event.number, fork, branch, result, host, frozenset(region - {event.number}), result=result)
-    if branch is None and not _light_skip(flow, event, fork):
+    if branch is None and not light and not _light_skip(flow, event, fork):
         c.computed_shortcut = True
         c.reason = (
             f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): "
@@ -124,17 +160,20 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _light_skip(flow: Flow, event: Event, fork: int) -> bool:
     """Whether one operand comes from the fork by views, element-wise kernels and residual adds of the same sum."""
-    for operand in (r.value for r in refs((event.args, event.kwargs))):
-        at = operand
-        for _ in range(CLIMB):
-            if at == fork:
-                return True
-            above = flow.event_of(at)
-            if above is not None and above.is_addition and fork in flow.parents[at]:
-                return True
-            if not flow.is_light(at):
-                break
-            at = flow.activations(at)[0]
+    return any(_comes_lightly(flow, operand.value, fork) for operand in refs((event.args, event.kwargs)))
+
+
+def _comes_lightly(flow: Flow, value: int, fork: int) -> bool:
+    """Whether a value comes from the fork by views, element-wise kernels and residual adds of the same sum."""
+    for _ in range(CLIMB):
+        if value == fork:
+            return True
+        above = flow.event_of(value)
+        if above is not None and above.is_addition and fork in flow.parents[value]:
+            return True
+        if not flow.is_light(value):
+            break
+        value = flow.activations(value)[0]
     return False
 
 

@@ -1,0 +1,53 @@
+"""Which of several ways to choose chains, where residual blocks nest, keeps the least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from revwire._search.dataflow import Flow
+from revwire._search.residuals import Candidate
+
+STREAMS = 2 * 4
+"""Bytes per element that a chain keeps: its two ends, in 32 bits."""
+
+BITS_PER_BYTE = 8
+
+KEPT_BITS = 4
+"""Per element and unit, as the default coupling keeps them."""
+
+
+def leanest(flow: Flow, ways: Sequence[list[list[Candidate]]]) -> list[list[Candidate]]:
+    """The chains that keep least at the peak of a step by their own sizes; the first of equals."""
+    return min(ways, key=lambda chains: peak_bytes(flow, chains)) if len(ways) > 1 else ways[0]
+
+
+def peak_bytes(flow: Flow, chains: list[list[Candidate]]) -> float:
+    """What is there when the largest unit is rebuilt: its activations, all that is outside of chains, and what these
+    keep.
+    """
+    events, values = flow.recording.events, flow.recording.values
+    units = [c for chain in chains for c in chain]
+    saved = [sum(events[e].saved for e in {*c.region, c.add, *c.post}) for c in units]
+    elements = [[prod(values[c.fork].shape) for c in chain] for chain in chains]
+    kept = sum(STREAMS * sizes[0] + sum(sizes) * KEPT_BITS / BITS_PER_BYTE for sizes in elements)
+    given = {v for c in units for v in extra_inputs(flow, c)}
+    kept += sum(prod(values[v].shape) * values[v].dtype.itemsize for v in given)
+    outside = sum(e.saved for e in events) - sum(saved)
+    return outside + kept + max(saved, default=0)
+
+
+def extra_inputs(flow: Flow, c: Candidate) -> set[int]:
+    """The activations that a unit is given besides its fork; they are kept until it is rebuilt."""
+    own, values = {*c.region, c.add, *c.post}, flow.recording.values
+    made = [v.number for v in values if v.event in own]
+    return {a for v in made for a in flow.activations(v) if values[a].event not in own} - {c.fork}
+
+
+def levels(units: Sequence[Candidate]) -> dict[int, int]:
+    """How deep other units are nested in the region of each, by its add."""
+    deep: dict[int, int] = {}
+    for c in sorted(units, key=lambda c: len(c.region)):
+        inside = [deep[d.add] for d in units if d.add in deep and d is not c and d.add in c.region]
+        deep[c.add] = 1 + max(inside) if inside else 0
+    return deep
