@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from revwire._api.convert import convert, revert, stored_activations
 from revwire._capture.arguments import as_call
@@ -26,6 +25,7 @@ from revwire._streams.bits import pack_bits
 from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state, random_states
+from revwire._torch import tree_leaves, tree_map
 from revwire.couplings.base import Coupling
 from revwire.measure import saved_bytes
 

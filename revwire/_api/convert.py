@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from revwire._budget.apply import _spend_less
 from revwire._budget.fit import serves_better
@@ -25,6 +24,7 @@ from revwire._plan.options import AUTO, Anchors, Budget, Choice, Chunks, Couplin
 from revwire._plan.plan import Forecast, Plan
 from revwire._plan.ready import refuse_unready
 from revwire._plan.survey import Planner, Prepared
+from revwire._torch import disable_dynamo
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
 
@@ -167,7 +167,7 @@ def convert(
     return model
 
 
-@_disable_dynamo
+@disable_dynamo
 def _rewire(model: nn.Module, example_inputs: Any, options: Options) -> None:
     if options.whole == AUTO:
         _rewire_better(model, example_inputs, options)

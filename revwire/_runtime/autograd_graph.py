@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from revwire._surroundings.modes import NOTHING
+from revwire._torch import current_graph_task_id
 
 _NO_PASS = -1
 
 
 def running_pass() -> int:
     """The id of the backward pass that runs on this thread, or -1."""
-    return int(torch._C._current_graph_task_id())
+    return int(current_graph_task_id())
 
 
 def _is_checkpointed(f: Tensor) -> bool:

@@ -32,6 +32,7 @@ from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._streams.base import Streams
 from revwire._surroundings.inventory import version_of
+from revwire._torch import backward_node
 from revwire.couplings.base import Factor
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def comes_from(x: Tensor, chain: Chain, most: int = 8) -> bool:
     for node in nodes:  # grows
         if len(nodes) > most:
             break
-        if isinstance(node, _Step._backward_cls):
-            if node.tape is not None and node.tape.chain is chain:  # type: ignore[attr-defined]
+        if isinstance(node, backward_node(_Step)):
+            if node.tape is not None and node.tape.chain is chain:
                 return True
         else:
             nodes += [before for before, _ in node.next_functions if before is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,19 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire._runtime import functions as _engine
 from revwire._runtime.tape import Tape
 from revwire._surroundings.inventory import version_of
+from revwire._torch import HOOKED_NODE, identity_nodes
 
 _LINK = "_revwire_link"
 
 
 _VIEW = "_revwire_link_of_view"
-
-
-_HOOKED: Any = BackwardHookFunction._backward_cls
 
 
 @dataclass(slots=True)
@@ -88,7 +84,7 @@ def _link_behind(x: Tensor) -> Any:
 def _through(x: Tensor, link: Link) -> Link:
     """The link behind ``x`` as that of ``x``: see Note [Identities]."""
     current = link.current
-    if current is not None and any(isinstance(node, _HOOKED) for node, _ in _identities(x)):
+    if current is not None and any(isinstance(node, HOOKED_NODE) for node, _ in _identities(x)):
         current = _engine.enter(x.to(current.dtype), link.tape.streams, link.tape.intact_state()[1])
     return Link(link.tape, link.position, link.version, link.previous, current, behind=link)
 
@@ -106,7 +102,7 @@ def _edge_behind(x: Tensor) -> tuple[Any, int]:
 def _identities(x: Tensor) -> Iterator[tuple[Any, int]]:
     """The identity functions that ``x`` came through, latest first: (graph node, number of its output)."""
     node, number = _edge_of(x)
-    while isinstance(node, (_HOOKED, _identity_of_fsdp())):
+    while isinstance(node, identity_nodes()):
         yield node, number
         node, number = node.next_functions[number]
 
@@ -118,9 +114,3 @@ def _edge_of(x: Tensor) -> tuple[Any, int]:
 
 def _layout_of(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.storage_offset()
-
-
-def _identity_of_fsdp() -> Any:
-    """The graph node of FSDP2's identity function, if it was ever imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", _HOOKED)

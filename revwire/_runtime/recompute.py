@@ -17,6 +17,7 @@ from revwire._surroundings.buffers import buffers_exchanged
 from revwire._surroundings.inventory import Place
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.weights import put_back
+from revwire._torch import inside_checkpoint, set_grad_enabled
 
 _OTHER_CALLS = "its recompute made other calls", "those of the forward"
 
@@ -51,10 +52,10 @@ class _UntilEnough:
 
     def __enter__(self) -> None:
         self.before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
+        set_grad_enabled(True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        torch._C._set_grad_enabled(self.before)
+        set_grad_enabled(self.before)
         return self.enough and kind is not None and not issubclass(kind, (KeyboardInterrupt, SystemExit))
 
 
@@ -64,8 +65,7 @@ class _CheckpointWatch(TorchFunctionMode):
     found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self.found |= hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+        self.found |= inside_checkpoint()
         return func(*args, **(kwargs or {}))
 
 

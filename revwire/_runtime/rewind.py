@@ -36,6 +36,7 @@ from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import version_of, versions_of
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.weights import lent
+from revwire._torch import current_graph_task_id, current_graph_task_keeps_graph, queue_callback
 
 
 class Rewind:
@@ -51,7 +52,7 @@ class Rewind:
         tape.settle_range()
         self.tape = tape
         self.task = task
-        self.retained = task == _NO_PASS or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        self.retained = task == _NO_PASS or bool(current_graph_task_keeps_graph())
         self.previous: Tensor
         self.current: Tensor | None  # None while a unit is rebuilt that needs no x_{k+1}
         self.previous, self.current = tape.intact_state()
@@ -71,7 +72,7 @@ class Rewind:
             found = cls(tape, task)
             if task != _NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
                 tape.passes[task] = found
-                torch.autograd.Variable._execution_engine.queue_callback(found.finish)
+                queue_callback(found.finish)
         return found
 
     def finish(self) -> None:
@@ -370,7 +371,7 @@ def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:
     if need be.
     """
     passes: dict[int, Rewind] = tape.passes
-    running = torch._C._current_graph_task_id
+    running = current_graph_task_id
 
     def unpack(number: int) -> Tensor:
         here = passes.get(running())

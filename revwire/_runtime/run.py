@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._runtime import functions as _engine
@@ -56,12 +55,13 @@ from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.modes import exporting, transformed
+from revwire._torch import disable_dynamo
 
 _HEADROOM_UNCALIBRATED = 2.0**6
 
 
 _eager = (
-    _disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
+    disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
 )
 
 
@@ -194,10 +194,11 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     if unit.index and running_pass() != -1:
         raise _cut(chain, unit.path)
     if unit.index and not chain.warned and _engine.comes_from(x, chain):
+        made_by = _edge_behind(x)[0].name()  # raises where FSDP2 might have made it, and its nodes are not known
         chain.warned = True
         warnings.warn(
             f"{unit.path} ({chain.name}): got a tensor that something between two units made "
-            f"({_edge_behind(x)[0].name()}); expected "
+            f"({made_by}); expected "
             "the output of the unit before, as at conversion. The chain begins anew here: gradients are right, but "
             "it keeps two more "
             "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, "

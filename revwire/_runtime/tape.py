@@ -81,8 +81,9 @@ from revwire._surroundings.attributes import MISSING
 from revwire._surroundings.buffers import Written, statistics_of, undisturbed
 from revwire._surroundings.copies import Versions, detached, held
 from revwire._surroundings.inventory import Inventory, hooked, version_of
-from revwire._surroundings.modes import NOTHING, _hooked, stalls, stops_early
+from revwire._surroundings.modes import NOTHING, _hooked, stalls
 from revwire._surroundings.surroundings import Surroundings
+from revwire._torch import checkpoint_stops_early
 from revwire.couplings.base import PLAIN, Rule
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ class Tape:
             or not chain.checkpoints(place)
             or unit.path in chain.run_whole
             or not self.streams.witnesses
-            or not stops_early()
+            or not checkpoint_stops_early()
         ):
             return False
         return not any(hooked(m) for root in unit.modules(host) for m in root.modules())

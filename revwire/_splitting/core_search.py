@@ -47,6 +47,7 @@ from revwire._streams.samples import alike
 from revwire._structures import refs
 from revwire._surroundings.inventory import has_hooks
 from revwire._surroundings.randomness import preserved_random_state
+from revwire._torch import is_compiled
 
 _MOST_SEEDS = 64
 
@@ -162,18 +163,13 @@ def _acts(recording: Recording, event: Event) -> bool:
 def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
     """The sizes of the dimensions along which the core of a module call may be cut; none where it has none."""
     if recording.events[call].hooked or any(
-        _is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)
+        is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)
     ):
         return ()
     try:
         return tuple(core.size for core in _searched(recording.cut(call), known).found())
     except CaptureError:
         return ()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module's code is compiled as a whole: another forward would break its graph."""
-    return module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo")
 
 
 def _multiplies_activations(flow: Flow, event: Event) -> bool:

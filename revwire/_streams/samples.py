@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revwire._torch import no_torch_dispatch
+
 _FOLD = 64
 """A state is folded into this many sums, and a branch's result sampled at this many elements."""
 
@@ -57,7 +59,7 @@ def glance(t: Tensor) -> Tensor | None:
         return None
     if not t.is_floating_point() and t.dtype != torch.bool and t.numel() < 3:
         return None
-    with torch._C._DisableTorchDispatch():  # no mode needs to see it, and the call of one takes longer
+    with no_torch_dispatch():  # no mode needs to see it, and the call of one takes longer
         return torch.take(t.detach(), _places(t.numel(), t.device)) if t.numel() else t.detach().new_empty(0)
 
 

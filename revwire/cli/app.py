@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import revwire
 from revwire._errors import RangeError, ReconstructionError, RevwireError
+from revwire._torch import tree_map
 from revwire.cli.models import Shape, UsageError, first_line, load
 from revwire.cli.verdict import holds
 
