@@ -81,12 +81,9 @@ REPLICATE = "_replicate_for_data_parallel"
 would run on weights of another device, which PyTorch refuses.)
 """
 
-HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps its hooks."""
-
 _ATTRIBUTES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (nn.Module(), ("_parameters", "_buffers", "_modules", "_is_full_backward_hook", "_compiled_call_impl")),
-    (nn.Module(), HOOK_TABLES),
+    (nn.Module(), ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")),
     (registry, ("_global_forward_hooks", "_global_forward_pre_hooks")),
     (registry, ("_global_backward_hooks", "_global_is_full_backward_hook")),
     (Tensor, ("_version", "_base")),
@@ -188,6 +185,13 @@ def saves_result(node: Any) -> bool:
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around the forward of this module that were registered on it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def hooks_on_all_modules() -> bool:
     """Whether hooks run around the forward of every module."""
     return bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
@@ -213,8 +217,12 @@ def replicate(module: nn.Module) -> nn.Module:
 
 # -- compilers, exporters and transforms -------------------------------------------------------------------------------
 
-disable_dynamo: Any = getattr(getattr(torch, "_compile", None), "_disable_dynamo", torch.compiler.disable)
-"""`torch.compiler.disable` (which does as well where this is missing), but imports the compiler when it is needed."""
+try:
+    from torch._compile import _disable_dynamo
+except ImportError:
+    _disable_dynamo = torch.compiler.disable  # as good, but imports the compiler at once
+disable_dynamo = _disable_dynamo
+"""Keeps `torch.compile` out of a function, and imports the compiler when it is needed."""
 
 tracing_state: Callable[[], Any] = _bound("torch._C._get_tracing_state", "calls that `torch.jit.trace` might record")
 """None unless `torch.jit.trace` runs."""

@@ -5,6 +5,7 @@
 import ast
 import importlib.util
 import sys
+import types
 import warnings
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import revwire
+from graph_toys import X, assert_same_step, pre_norm, stack, twin
 from revwire import _torch
 
 REVWIRE = Path(revwire.__file__).parent
@@ -51,7 +53,7 @@ class Seen(_torch.TorchDispatchMode):
         super().__init__()
         self.operators = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, _, args=(), kwargs=None):
         self.operators.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -265,24 +267,16 @@ def operations_that_save_their_results_are_known():
 
 # -- modules -----------------------------------------------------------------------------------------------------------
 
-REGISTERS = {
-    "_forward_hooks": nn.Module.register_forward_hook,
-    "_forward_pre_hooks": nn.Module.register_forward_pre_hook,
-    "_backward_hooks": nn.Module.register_full_backward_hook,
-    "_backward_pre_hooks": nn.Module.register_full_backward_pre_hook,
-}
 
-
-@canary("HOOK_TABLES", breaks="hooks on modules, which must run in recomputes, or keep a module from being taken apart")
-def hooks_stand_in_tables():
-    assert set(_torch.HOOK_TABLES) == REGISTERS.keys()
-    for name, register in REGISTERS.items():
+@canary("has_own_hooks", breaks="hooks on modules: they would not run, or blocks be taken apart")
+def hooks_on_a_module_are_seen():
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
         module = nn.Identity()
-        assert not any(getattr(module, table) for table in _torch.HOOK_TABLES)
-        handle = register(module, lambda *_: None)
-        assert [table for table in _torch.HOOK_TABLES if getattr(module, table)] == [name]
+        assert not _torch.has_own_hooks(module)
+        handle = getattr(module, f"register_{kind}")(lambda *_: None)
+        assert _torch.has_own_hooks(module), kind
         handle.remove()
-        assert not getattr(module, name)
+        assert not _torch.has_own_hooks(module)
 
 
 @canary("hooks_on_all_modules", breaks="hooks on all modules: blocks would be taken apart, and hooks not run")
@@ -421,7 +415,7 @@ def jit_traces_are_seen():
         return 2 * x
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # `torch.jit.trace` is deprecated
+        warnings.simplefilter("ignore")  # deprecated, by a warning that is of another kind in older versions
         torch.jit.trace(f, torch.ones(3), check_trace=False)
     assert seen == [True]
     assert _torch.tracing_state() is None
@@ -435,9 +429,11 @@ def transforms_are_seen():
         seen.append(_torch.functorch_interpreter() is not None)
         return x.sum()
 
-    torch.func.grad(f)(torch.ones(3))
-    torch.func.vmap(f)(torch.ones(3, 3))
-    torch.func.jvp(f, (torch.ones(3),), (torch.ones(3),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in older versions, of scripts in PyTorch's own imports
+        torch.func.grad(f)(torch.ones(3))
+        torch.func.vmap(f)(torch.ones(3, 3))
+        torch.func.jvp(f, (torch.ones(3),), (torch.ones(3),))
     assert seen == [True] * 3
     assert _torch.functorch_interpreter() is None
 
@@ -488,7 +484,7 @@ def calls_of_python_are_seen_and_may_be_hidden():
             super().__init__()
             self.seen = []
 
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(self, func, _, args=(), kwargs=None):
             self.seen.append(func)
             return func(*args, **(kwargs or {}))
 
@@ -519,7 +515,7 @@ def detached_tensors_may_share_their_version():
     shared = []
 
     class Keeps(_torch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, func, _, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             with _torch.version_shared():
                 shared.append((out, out.detach()))
@@ -746,3 +742,167 @@ def test_the_compiler_may_be_told_in_another_way(monkeypatch):
 def test_where_early_stop_cannot_be_seen_nothing_stops_early(monkeypatch):
     monkeypatch.delattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop")
     assert not _torch.checkpoint_stops_early()
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """FSDP2's identity function, which is no longer found under its name where it was."""
+    name = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
+    found = dict(vars(sys.modules[name]))
+    identity = found.pop("RegisterPostBackwardFunction")
+    other = types.ModuleType(name)
+    vars(other).update(found)
+    monkeypatch.setitem(sys.modules, name, other)
+    return identity
+
+
+def sharded(mesh):
+    model = revwire.convert(stack(pre_norm), X)
+    for block in (*model.blocks, model):
+        fully_shard(block, mesh=mesh)
+    return model
+
+
+UNKNOWN = (
+    r"got PyTorch .* has no torch\.distributed\.fsdp.*RegisterPostBackwardFunction; "
+    "expected it for chains that go on through modules sharded by FSDP2; install"
+)
+
+
+def test_fsdp_whose_identity_was_renamed_is_refused(process_group, renamed):
+    model = sharded(process_group)
+    for _ in range(2):  # at each call
+        with pytest.raises(revwire.UnsupportedTorchError, match=UNKNOWN):
+            model(X)
+
+
+def test_so_it_is_if_what_it_makes_is_no_view(process_group, renamed, monkeypatch):
+    identity = renamed.forward
+    monkeypatch.setattr(renamed, "forward", staticmethod(lambda *args: tuple(t.clone() for t in identity(*args))))
+    model = sharded(process_group)
+    for _ in range(2):
+        with pytest.raises(revwire.UnsupportedTorchError, match=UNKNOWN):
+            model(X)
+
+
+def test_fsdp_that_is_known_is_not(process_group):
+    sharded(process_group)(X)[0].sum().backward()
+
+
+def test_without_fsdp_its_identity_is_not_missed(monkeypatch):
+    monkeypatch.setattr(_torch, "_FSDP_IDENTITY", "Renamed")
+    monkeypatch.setattr(_torch, "_serves", lambda mixin: False)  # other tests of this process may have sharded modules
+    assert _torch.identity_nodes() == (_torch.HOOKED_NODE,)
+    model, reference = twin(stack(pre_norm))
+    for m in (model, reference):
+        m.blocks[1].register_full_backward_hook(lambda *_: None)
+    assert_same_step(model, reference, X)
+
+
+def test_fsdp_serves_where_a_module_is_sharded(process_group):
+    class Mixin:
+        pass
+
+    class Without(Mixin):
+        pass
+
+    assert not _torch._serves(Mixin)
+
+    class Sharded(Without, nn.Linear):
+        pass
+
+    assert _torch._serves(Mixin)
+    fully_shard(nn.Linear(3, 3), mesh=process_group)
+    assert _torch._serves(FSDPModule)
+
+
+# -- nothing private elsewhere -----------------------------------------------------------------------------------------
+
+INLINE = {
+    "_version": "read for each tensor of each unit",
+    "_base": "read for each tensor of each unit",
+    "_parameters": "read for each module of each unit",
+    "_buffers": "read for each module of each unit",
+    "_modules": "read for each module of each unit",
+    **dict.fromkeys(OPERATORS, "an operator, which PyTorch keeps for the sake of exported graphs"),
+}
+"""Private names of PyTorch that stand elsewhere than in `_torch.py`, and why; see Note [Private names]."""
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def theirs():
+    """Private names of what PyTorch gives revwire."""
+    x = leaf()
+    objects = (
+        *(x, x.untyped_storage(), x.exp().grad_fn, Doubled, Doubled.apply(x).grad_fn, nn.BatchNorm1d(3)),
+        *(torch.fx.Graph(), torch.fx.Graph().placeholder("x"), torch.ops.aten.add.Tensor, torch.ops.aten),
+        *(torch.autograd.Variable, nn.modules.module, nn.modules.batchnorm, torch.utils.checkpoint),
+        *(torch, torch._C, torch._C._autograd, torch._C._functorch, torch.overrides, torch.autograd.graph),
+    )
+    return {name for thing in objects for name in dir(thing) if is_private(name)} | OPERATORS.keys()
+
+
+def dotted(node):
+    """The dotted names that a piece of code spells out."""
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.Attribute):
+        return [ast.unparse(node)]
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+def private_names(tree, known):
+    """(line, name) of private names of PyTorch in a file: parts of what begins with ``torch``; and the last part of
+    anything else but what is ours by its first part, if it is one that is ``known``.
+    """
+    for node in ast.walk(tree):
+        for name in dotted(node):
+            parts = name.split(".")
+            sure = parts[0] == "torch"
+            for part in parts if sure else parts[-1:]:
+                if is_private(part) and (sure or (part in known and parts[0] not in ("self", "cls", "revwire"))):
+                    yield node.lineno, part
+
+
+def uses():
+    """(place, name) of each private name of PyTorch that stands elsewhere than in `_torch.py`."""
+    known = theirs()
+    for path in sorted(REVWIRE.rglob("*.py")):
+        if path.name != "_torch.py":
+            for line, name in private_names(ast.parse(path.read_text()), known):
+                yield f"{path.relative_to(REVWIRE)}:{line}", name
+
+
+def test_private_names_of_pytorch_stand_in_one_file():
+    found = [f"{place}: {name}" for place, name in uses() if name not in INLINE]
+    assert not found, "give it a name, and a canary, in revwire/_torch.py:\n" + "\n".join(found)
+
+
+def test_what_stands_elsewhere_does():
+    assert {name for _, name in uses()} == INLINE.keys()
+    assert INLINE.keys() <= CANARIES.keys()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._compile import f",
+        "import torch._dynamo",
+        "from torch.nn.modules.batchnorm import _NormBase",
+        "torch._C.f()",
+        "storage._cdata",
+        "getattr(node, '_saved_result')",
+        "sys.modules['torch._dynamo']",
+        "registry._global_forward_hooks",
+        "module._compiled_call_impl",
+        "operator._schema",
+        "node._rename('self_')",
+    ],
+)
+def test_private_names_are_found_in_every_spelling(line):
+    assert [*private_names(ast.parse(line), theirs())]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revwire._torch import storage_id
+
 
 class Memory:
     """Which tensors share memory, and which values those that are alive have now."""
@@ -53,7 +55,7 @@ def address_of(t: Tensor) -> int | None:
     """What is equal for tensors that share memory; None where that cannot be told."""
     if t.layout != torch.strided or t.is_meta or t.is_nested or type(t) not in (Tensor, nn.Parameter, nn.Buffer):
         return None
-    return int(t.untyped_storage()._cdata)
+    return storage_id(t.untyped_storage())
 
 
 _aten = torch.ops.aten

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from revwire._structures import CONSTANTS, mapped
 from revwire._surroundings.copies import snapshot
+from revwire._torch import storage_id
 
 
 def fresh_arguments(structure: Any) -> Any:
@@ -35,10 +36,10 @@ def _copied_tensor(t: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tens
     if t.layout != torch.strided or t.is_nested or t.is_meta or type(t) is not Tensor or t.is_conj() or t.is_neg():
         return t.detach().clone().requires_grad_(t.requires_grad)
     storage = t.untyped_storage()
-    if storage._cdata not in storages:
-        storages[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+    if storage_id(storage) not in storages:
+        storages[storage_id(storage)] = storage.clone()  # type: ignore[no-untyped-call]
     out = torch.empty(0, dtype=t.dtype, device=t.device)
-    out.set_(storages[storage._cdata], t.storage_offset(), t.size(), t.stride())
+    out.set_(storages[storage_id(storage)], t.storage_offset(), t.size(), t.stride())
     return out.requires_grad_(t.requires_grad)
 
 

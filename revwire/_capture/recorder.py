@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from revwire._capture.aliasing import Memory, address_of, is_view
 from revwire._capture.intercept import active
@@ -27,6 +26,7 @@ from revwire._surroundings.attributes import attributes_of, changed, containers_
 from revwire._surroundings.inventory import has_hooks, version_of
 from revwire._surroundings.modes import backward_hooks_left_out
 from revwire._surroundings.randomness import python_random_state, same_random_state
+from revwire._torch import TorchDispatchMode, no_torch_function
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ class Recorder(TorchFunctionMode):
         """The recorder's own calls and looks are no events."""
         quiet, self.quiet = self.quiet, True
         try:
-            with torch._C.DisableTorchFunction():
+            with no_torch_function():
                 yield
         finally:
             self.quiet = quiet
@@ -369,5 +369,5 @@ def _objects(structure: Any) -> list[Any]:
 
 def modes_now(device_types: tuple[str, ...]) -> Modes:
     """The modes that change what a torch call does, as they are now."""
-    autocast = tuple((t, torch._C.is_autocast_enabled(t), torch._C.get_autocast_dtype(t)) for t in device_types)
+    autocast = tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in device_types)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from revwire._torch import REPLICATE, replicate
+
 _FORWARD = "forward"
-
-
-_REPLICATE = "_replicate_for_data_parallel"
 
 
 class InstanceForward(ABC):
@@ -49,13 +48,13 @@ def standing_forward(module: nn.Module) -> Any:
 def put_on(forward: InstanceForward) -> None:
     """Let a module run by this forward."""
     vars(forward.module)[_FORWARD] = forward
-    vars(forward.module)[_REPLICATE] = _Replicate(forward.module)
+    vars(forward.module)[REPLICATE] = _Replicate(forward.module)
 
 
 def take_off(module: nn.Module) -> None:
     """Take it off again: the module's own forward, or the instance attribute that was there, serves."""
     forward = vars(module).pop(_FORWARD)
-    vars(module).pop(_REPLICATE, None)
+    vars(module).pop(REPLICATE, None)
     if forward.original is not None:
         vars(module)[_FORWARD] = forward.original
 
@@ -67,9 +66,9 @@ class _Replicate:
         self.module = module
 
     def __call__(self) -> nn.Module:
-        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        replica: nn.Module = replicate(self.module)
         forward = standing_forward(self.module)
         if isinstance(forward, InstanceForward):
             vars(replica)[_FORWARD] = forward.on_replica(replica)
-            vars(replica).pop(_REPLICATE, None)
+            vars(replica).pop(REPLICATE, None)
         return replica

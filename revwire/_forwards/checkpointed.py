@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from revwire._capture.intercept import is_recording
@@ -29,6 +27,7 @@ from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, un
 from revwire._surroundings.inventory import Inventory, versions_of
 from revwire._surroundings.modes import exporting, transformed
 from revwire._surroundings.weights import Homes, lent, put_back
+from revwire._torch import TreeSpec, disable_dynamo, tree_flatten, tree_leaves, tree_unflatten
 
 
 class CheckpointedForward(InstanceForward):
@@ -44,7 +43,7 @@ class CheckpointedForward(InstanceForward):
         self.homes = Homes()
         self.homes.note(module)
 
-    @_disable_dynamo
+    @disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.on or not torch.is_grad_enabled() or is_recording() or exporting() or transformed():
             return self.plain(*args, **kwargs)

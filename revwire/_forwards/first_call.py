@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from revwire._capture.arguments import Call
 from revwire._plan.options import Options
+from revwire._torch import disable_dynamo
 
 
 class FirstCall:
@@ -23,7 +23,7 @@ class FirstCall:
         self.original = original
         self.rewire = rewire
 
-    @_disable_dynamo  # a compiled model that is still to be converted breaks its graph here, and runs on real values
+    @disable_dynamo  # a compiled model that is still to be converted breaks its graph here, and runs on real values
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         try:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from revwire._structures import CONSTANTS
 from revwire._surroundings.inventory import has_hooks
+from revwire._torch import REPLICATE, hooks_on_all_modules
 
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", "_replicate_for_data_parallel"})
+_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", REPLICATE})
 
 
 class ByIdentity:
@@ -87,7 +88,7 @@ class StandingGuard:
         self._owners: list[_Owner] = []
         for module in guarded:
             self._enter(module, vars(module), deep=True)
-        if _hooks_for_all():
+        if hooks_on_all_modules():
             raise TypeError("hooks for all modules")
 
     def _ref(self, value: Any) -> ReferenceType[Any]:
@@ -128,7 +129,7 @@ class StandingGuard:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if self._dead or any(self._empty) or _hooks_for_all():
+        if self._dead or any(self._empty) or hooks_on_all_modules():
             return False
         for reference, training, ids in self._tree:
             module = reference()
@@ -163,11 +164,6 @@ def _content(container: Any) -> tuple[Any, ...]:
     if isinstance(container, dict):
         return type(container), (*container,), tuple(map(id, container.values()))
     return type(container), tuple(map(id, container))
-
-
-def _hooks_for_all() -> bool:
-    registry = nn.modules.module
-    return bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from revwire._capture.arguments import fresh_arguments
 from revwire._capture.intercept import is_recording
@@ -26,6 +25,7 @@ from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.context import context_of_its_own
 from revwire._surroundings.modes import exporting, nothing_compiled, transformed
 from revwire._surroundings.randomness import accelerators_of, random_states
+from revwire._torch import disable_dynamo
 
 
 class PartedForward(ProgramForward[CoreProgram]):
@@ -71,7 +71,7 @@ class PartedForward(ProgramForward[CoreProgram]):
             self.programs.clear()
             self.whole.clear()
 
-    @_disable_dynamo
+    @disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.count == 1 or self.parting.chain.original or is_recording() or exporting() or transformed():
             return self.plain(*args, **kwargs)

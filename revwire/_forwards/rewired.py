@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from revwire._capture.arguments import fresh_arguments
 from revwire._capture.intercept import is_recording
@@ -48,7 +47,7 @@ class RewiredForward(ProgramForward[Program]):
             chain.homes.note(self.module)
 
     # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
-    @_disable_dynamo
+    @disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
@@ -81,11 +80,7 @@ class RewiredForward(ProgramForward[Program]):
         """`register_backward_hook` shows the gradients of the last operation in a module, which is another one in a
         rewired module.
         """
-        registry = nn.modules.module
-        own = self.module._backward_hooks and not self.module._is_full_backward_hook
-        if (
-            own or (registry._global_backward_hooks and not registry._global_is_full_backward_hook)
-        ) and torch.is_grad_enabled():
+        if has_old_backward_hooks(self.module) and torch.is_grad_enabled():
             raise CaptureError(
                 f"{self.path or type(self.module).__name__}: got a hook of register_backward_hook, which is called "
                 "with the gradients of "

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from revwire._forwards.guards import ByIdentity
 from revwire._structures import IDENTITIES, is_constant, is_mapping, is_sequence, plain
+from revwire._torch import FakeTensor, FunctionalTensor
 
 _STAND_INS = (FakeTensor, FunctionalTensor)  # what torch.export runs on
 

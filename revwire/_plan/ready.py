@@ -7,6 +7,7 @@ from torch import nn
 
 from revwire._capture.intercept import is_recording
 from revwire._errors import ConversionError
+from revwire._torch import functorch_interpreter, is_fx_symbolic_tracing, tracing_state
 
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"})
 
@@ -42,11 +43,11 @@ def active_trace() -> str | None:
         return "torch.export"
     if torch.compiler.is_compiling():
         return "torch.compile"
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return "torch.jit.trace"
-    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+    if is_fx_symbolic_tracing():
         return "a torch.fx trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if functorch_interpreter() is not None:
         return "a torch.func transform"
     if torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
         return "make_fx"

@@ -12,6 +12,7 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.run import relayout, run
 from revwire._runtime.unit import Unit
 from revwire._search.units import UnitKey
+from revwire._torch import saves_result
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,5 @@ class ViewCall:
 
 def writable(x: Tensor) -> Tensor:
     """``x``, or a copy of it if what computed it may need its value for a gradient (a ReLU does, a norm does not)."""
-    safe = not x.requires_grad or (
-        x.grad_fn is not None and x._base is None and not hasattr(type(x.grad_fn), "_saved_result")
-    )
+    safe = not x.requires_grad or (x.grad_fn is not None and x._base is None and not saves_result(x.grad_fn))
     return x if safe else x.clone()

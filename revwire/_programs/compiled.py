@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from revwire._capture.recording import Modes
+from revwire._torch import rename_node
 
 WHOLE_FORWARD = "forward.plain"
 """The attribute path of a rewired host's original forward."""
@@ -59,7 +60,7 @@ class Compiled:
     def __init__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             if node.name == "self":  # a submodule may be called so; the first argument of the function is
-                node._rename("self_")
+                rename_node(node, "self_")
         graph.lint()
         code = graph.python_code("self")
         scope = dict(code.globals)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire._surroundings.modes import NOTHING
+from revwire._torch import current_graph_task_id
 
 NO_PASS = -1
 """What `running_pass` gives where none runs."""
@@ -29,7 +30,7 @@ Edge = tuple[Any, int]
 
 def running_pass() -> int:
     """The id of the backward pass that runs on this thread, or -1."""
-    return int(torch._C._current_graph_task_id())
+    return int(current_graph_task_id())
 
 
 def nodes_behind(t: Tensor, *, past: Callable[[Any], bool] | None = None, most: int | None = None) -> Iterator[Any]:

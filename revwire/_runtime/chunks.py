@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from revwire._streams.base import canonical
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states, set_random_states
+from revwire._torch import tree_leaves, tree_map
 from revwire.couplings.base import Rule
 
 BATCH = 0

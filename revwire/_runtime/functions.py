@@ -33,6 +33,7 @@ from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._streams.base import Streams
 from revwire._surroundings.inventory import version_of
+from revwire._torch import backward_node
 from revwire.couplings.base import Factor
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from revwire._runtime.functions import enter
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._surroundings.inventory import version_of
+from revwire._torch import HOOKED_NODE, identity_nodes
 
 _LINK = "_revwire_link"
 

@@ -95,10 +95,10 @@ class _Refill:
 
     def __enter__(self) -> None:
         self.before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
+        set_grad_enabled(True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        torch._C._set_grad_enabled(self.before)
+        set_grad_enabled(self.before)
         return self.enough and kind is not None and not issubclass(kind, (KeyboardInterrupt, SystemExit))
 
     def hook(self) -> Callable[[Tensor], None]:
@@ -135,8 +135,7 @@ class _CheckpointWatch(TorchFunctionMode):
     found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self.found |= hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+        self.found |= inside_checkpoint()
         return func(*args, **(kwargs or {}))
 
 

@@ -58,7 +58,7 @@ class Rewind:
             found = cls(tape, task)
             if task != NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
                 tape.passes[task] = found
-                torch.autograd.Variable._execution_engine.queue_callback(found.finish)
+                queue_callback(found.finish)
         return found
 
     def finish(self) -> None:
@@ -252,7 +252,7 @@ def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:
     if need be.
     """
     passes: dict[int, Rewind] = tape.passes
-    running = torch._C._current_graph_task_id
+    running = current_graph_task_id
 
     def unpack(number: int) -> Tensor:
         here = passes.get(running())

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import edge_behind, running_pass
@@ -33,12 +32,13 @@ from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.modes import exporting, transformed
+from revwire._torch import disable_dynamo
 
 _HEADROOM_UNCALIBRATED = 2.0**6
 
 
 _eager = (
-    _disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
+    disable_dynamo  # torch.compile would trace into the tape; as with torch.utils.checkpoint, it breaks its graph here
 )
 
 

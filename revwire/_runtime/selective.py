@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from revwire._torch import TorchDispatchMode, arguments_of, storage_id, tree_flatten, tree_unflatten, version_shared
 
 from revwire._capture.products import COSTLY
 
@@ -34,7 +34,7 @@ def _dropout(func: Any) -> tuple[int, float] | None:
     """Where the probability of dropout stands among the arguments of a call, and its default; None where it has
     none.
     """
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(arguments_of(func)):
         if argument.name == "dropout_p":
             return i, argument.default_value
     return None
@@ -44,7 +44,7 @@ def _dropout(func: Any) -> tuple[int, float] | None:
 def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """Places and names of the arguments that a call writes to."""
     return tuple(
-        (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        (i, a.name) for i, a in enumerate(arguments_of(func)) if a.alias_info is not None and a.alias_info.is_write
     )
 
 
@@ -58,7 +58,7 @@ def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 def _shared(t: Tensor) -> Tensor:
     """A tensor on the same memory, and with the same version counter, that belongs to no graph."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+    with version_shared():
         return t.detach()
 
 
@@ -88,8 +88,8 @@ class _Call:
         """Whether part of it lies in the memory of ``t``, or that cannot be told."""
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
             return True
-        memory = t.untyped_storage()._cdata
-        return any(isinstance(own, Tensor) and own.untyped_storage()._cdata == memory for own in self.leaves or ())
+        memory = storage_id(t.untyped_storage())
+        return any(isinstance(own, Tensor) and storage_id(own.untyped_storage()) == memory for own in self.leaves or ())
 
     def again(self) -> Any:
         """What it gave, for another graph."""

@@ -88,7 +88,7 @@ def _acts(recording: Recording, event: Event) -> bool:
 def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
     """The sizes of the dimensions along which the core of a module call may be cut; none where it has none."""
     if recording.events[call].hooked or any(
-        _is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)
+        is_compiled(recording.events[c].target) for c in (*recording.calls_around(call), call)
     ):
         return ()
     try:

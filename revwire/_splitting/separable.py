@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from revwire._runtime.chunks import BATCH, Chunk, Cut, Kinds, Windows, kinds_of, together
 from revwire._runtime.unit import evaluate as evaluate_once
@@ -19,6 +17,7 @@ from revwire._streams.samples import alike
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Inventory
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
+from revwire._torch import TorchDispatchMode, tree_leaves
 
 if TYPE_CHECKING:
     from revwire._runtime.unit import Unit

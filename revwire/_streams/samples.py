@@ -57,7 +57,7 @@ def glance(t: Tensor) -> Tensor | None:
         return None
     if not t.is_floating_point() and t.dtype != torch.bool and t.numel() < 3:
         return None
-    with torch._C._DisableTorchDispatch():  # no mode needs to see it, and the call of one takes longer
+    with no_torch_dispatch():  # no mode needs to see it, and the call of one takes longer
         return torch.take(t.detach(), _places(t.numel(), t.device)) if t.numel() else t.detach().new_empty(0)
 
 

@@ -9,7 +9,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from revwire._surroundings.inventory import is_written, version_of
 from revwire._surroundings.modes import NOTHING
@@ -60,7 +59,7 @@ def statistics_of(modules: Iterable[nn.Module]) -> Copies:
     Batch normalisation saves them for a gradient that does not use them, and its forward changes them: a recompute that
     is compared finds those of the forward.
     """
-    found = [m for m in modules if m.training and isinstance(m, _NormBase)]
+    found = [m for m in modules if m.training and isinstance(m, ModuleWithStatistics)]
     named = [(m, name, m._buffers.get(name)) for m in found for name in ("running_mean", "running_var")]
     return {(id(m), name): b.detach().clone() for m, name, b in named if b is not None}
 

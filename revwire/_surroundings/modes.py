@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,13 +9,21 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from revwire._torch import (
+    dynamo_is_imported,
+    full_backward_hook_tables,
+    functorch_interpreter,
+    top_saved_tensors_hooks,
+    tracing_state,
+)
+
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Let code that is compiled by `torch.compile` run as it was written: compilers refuse to trace what is being
     observed.
     """
-    if "torch._dynamo" not in sys.modules:  # then nothing is
+    if not dynamo_is_imported():  # then nothing is
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -26,13 +33,8 @@ def nothing_compiled() -> Iterator[None]:
 @contextmanager
 def backward_hooks_left_out(module: nn.Module) -> Iterator[None]:
     """Let a module (not those below it) forget its full backward hooks."""
-    names = (
-        ("_backward_hooks", "_backward_pre_hooks")
-        if module._is_full_backward_hook is not False
-        else ("_backward_pre_hooks",)
-    )
-    kept = {name: vars(module)[name] for name in names}
-    vars(module).update({name: OrderedDict() for name in names})
+    kept = {name: vars(module)[name] for name in full_backward_hook_tables(module)}
+    vars(module).update({name: OrderedDict() for name in kept})
     try:
         yield
     finally:
@@ -64,26 +66,19 @@ def autocast_state(device_type: str) -> AutocastState:
 
 def exporting() -> bool:
     """Whether an exporter writes this call down: it may have no values, and nothing will be rebuilt."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() or tracing_state() is not None
 
 
 def transformed() -> bool:
     """Whether a `torch.func` transform is in force: tensors are not what they seem, and saved-tensor hooks do not work
     there.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch_interpreter() is not None
 
 
 def saved_tensors_hooked() -> bool:
     """Whether saved-tensor hooks are in force around this call."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def stops_early() -> bool:
-    """Whether recomputes may stop early, as `torch.utils.checkpoint.set_checkpoint_early_stop` says for those of
-    PyTorch.
-    """
-    return getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", None) is not False
+    return top_saved_tensors_hooks(False) is not None
 
 
 def stalls(device: torch.device) -> bool:

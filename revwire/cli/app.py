@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import revwire
 from revwire import RangeError, ReconstructionError, RevwireError

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from revwire._torch import tree_leaves, tree_map
 
 Loss = Callable[[Any], Tensor]
 
