@@ -30,6 +30,7 @@ from revwire._streams.floats import FloatStreams
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import deterministic_kernels as deterministic_kernels
 from revwire._surroundings.randomness import accelerators_of, random_states
+from revwire._torch import tree_leaves, tree_map
 from revwire.couplings.base import Coupling
 from revwire.measure import saved_bytes
 

@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import revwire
-from graph_toys import X, assert_same_step, pre_norm, stack, twin
 from revwire import _torch
+from steps import assert_same_step, twin
+from toys import X, pre_norm, stack
 
 REVWIRE = Path(revwire.__file__).parent
 

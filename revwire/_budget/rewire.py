@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from revwire._budget.apply import spend_less
 from revwire._capture.arguments import as_call
@@ -15,9 +14,10 @@ from revwire._forwards.converted import converted, is_converted
 from revwire._forwards.install import prepared, put_on, take_all_off
 from revwire._plan.options import AUTO, Options
 from revwire._plan.plan import Forecast
+from revwire._torch import disable_dynamo
 
 
-@_disable_dynamo
+@disable_dynamo
 def rewire(model: nn.Module, example_inputs: Any, options: Options) -> None:
     """Convert ``model``, which is as before where that fails.
 

@@ -24,6 +24,7 @@ from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.attributes import attributes_of, changed, restore
 from revwire._surroundings.modes import exporting
+from revwire._torch import disable_dynamo, has_old_backward_hooks
 
 
 class RewiredForward(ProgramForward[Program]):

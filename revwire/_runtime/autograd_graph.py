@@ -4,24 +4,18 @@ walks it does so by what stands here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules._functions import BackwardHookFunction
 
 from revwire._surroundings.modes import NOTHING
-from revwire._torch import current_graph_task_id
+from revwire._torch import current_graph_task_id, identity_nodes
 
 NO_PASS = -1
 """What `running_pass` gives where none runs."""
-
-
-HOOKED: Any = BackwardHookFunction._backward_cls
-"""The graph node of the identity function by which backward hooks of modules are called."""
 
 
 Edge = tuple[Any, int]
@@ -75,7 +69,7 @@ def edge_of(x: Tensor) -> Edge:
 def identities_behind(x: Tensor) -> Iterator[Edge]:
     """The places of the identity functions that ``x`` came through, latest first; see Note [Identities] in `links`."""
     node, number = edge_of(x)
-    while isinstance(node, (HOOKED, _identity_of_fsdp())):
+    while isinstance(node, identity_nodes()):
         yield node, number
         node, number = node.next_functions[number]
 
@@ -87,12 +81,6 @@ def edge_behind(x: Tensor) -> Edge:
         edge = node.next_functions[number]
     only_accumulates = edge[0] is None or hasattr(edge[0], "variable")  # such a node stands for a leaf
     return (None, 0) if only_accumulates else edge
-
-
-def _identity_of_fsdp() -> Any:
-    """The graph node of FSDP2's identity function, if it was ever imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    return getattr(getattr(fsdp, "RegisterPostBackwardFunction", None), "_backward_cls", HOOKED)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def comes_from_chain(x: Tensor, chain: Chain, most: int = 8) -> bool:
     """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be
     continued.
     """
-    step: Any = _Step._backward_cls
+    step: Any = backward_node(_Step)
     steps = (n for n in nodes_behind(x, past=lambda n: not isinstance(n, step), most=most) if isinstance(n, step))
     return any(node.tape is not None and node.tape.chain is chain for node in steps)
 

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revwire._runtime.autograd_graph import HOOKED, Edge, edge_behind, edge_of, identities_behind
+from revwire._runtime.autograd_graph import Edge, edge_behind, edge_of, identities_behind
 from revwire._runtime.chain import Chain
 from revwire._runtime.functions import enter
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._surroundings.inventory import version_of
-from revwire._torch import HOOKED_NODE, identity_nodes
+from revwire._torch import HOOKED_NODE
 
 _LINK = "_revwire_link"
 
@@ -128,7 +128,7 @@ def _link_behind(x: Tensor) -> Any:
 def _through(x: Tensor, link: Link) -> Link:
     """The link behind ``x`` as that of ``x``: see Note [Identities]."""
     current = link.current
-    if current is not None and any(isinstance(node, HOOKED) for node, _ in identities_behind(x)):
+    if current is not None and any(isinstance(node, HOOKED_NODE) for node, _ in identities_behind(x)):
         current = enter(x.to(current.dtype), link.tape.streams, link.tape.intact_state()[1])
     return Link(link.tape, link.position, link.version, link.previous, current, behind=link)
 

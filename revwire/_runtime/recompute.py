@@ -38,6 +38,7 @@ from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place, versions_of
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.weights import lent, put_back
+from revwire._torch import inside_checkpoint, set_grad_enabled
 
 _NO_WRITE = "no in-place write before backward"
 

@@ -23,6 +23,7 @@ from revwire._runtime.observer import Rebuilt
 from revwire._runtime.recompute import Again, evaluated_again
 from revwire._runtime.tape import Tape
 from revwire._surroundings.inventory import version_of
+from revwire._torch import current_graph_task_id, current_graph_task_keeps_graph, queue_callback
 
 
 class Rewind:
@@ -38,7 +39,7 @@ class Rewind:
         tape.range.settle()
         self.tape = tape
         self.task = task
-        self.retained = task == NO_PASS or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        self.retained = task == NO_PASS or bool(current_graph_task_keeps_graph())
         self.previous: Tensor
         self.current: Tensor | None  # None while a unit is rebuilt that needs no x_{k+1}
         self.previous, self.current = tape.intact_state()

@@ -22,8 +22,9 @@ from revwire._surroundings.attributes import MISSING
 from revwire._surroundings.buffers import Written, statistics_of, undisturbed
 from revwire._surroundings.copies import Versions, detached, held
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
-from revwire._surroundings.modes import NOTHING, stops_early
+from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.surroundings import Surroundings
+from revwire._torch import checkpoint_stops_early
 from revwire.couplings.base import Rule
 
 
@@ -119,7 +120,7 @@ def _record(call: Evaluation) -> UnitRecord:
 
 def _may_stop(call: Evaluation) -> bool:
     """Whether the recompute may stop early; see Note [What need not be rebuilt] in `recompute`."""
-    if not (call.chain.checkpoints(call.place) and call.may_skip and stops_early()):
+    if not (call.chain.checkpoints(call.place) and call.may_skip and checkpoint_stops_early()):
         return False
     return not any(has_hooks(m) for root in call.unit.modules(call.host) for m in root.modules())
 

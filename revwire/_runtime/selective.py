@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revwire._torch import TorchDispatchMode, arguments_of, storage_id, tree_flatten, tree_unflatten, version_shared
-
 from revwire._capture.products import COSTLY
+from revwire._torch import TorchDispatchMode, arguments_of, storage_id, tree_flatten, tree_unflatten, version_shared
 
 
 @lru_cache(maxsize=64)

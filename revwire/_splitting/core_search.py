@@ -26,6 +26,7 @@ from revwire._search.dataflow import Flow
 from revwire._splitting.core_graph import CallGraph, multiplies_activations
 from revwire._splitting.core_relations import Known, Relations
 from revwire._surroundings.inventory import has_hooks
+from revwire._torch import is_compiled
 
 _MOST_SEEDS = 64
 
@@ -95,11 +96,6 @@ def _sizes(recording: Recording, call: int, known: Known) -> Sizes:
         return tuple(core.size for core in searched(recording.of_call(call), known).found())
     except CaptureError:
         return ()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module's code is compiled as a whole: another forward would break its graph."""
-    return module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo")
 
 
 def _owns_nothing(module: nn.Module) -> bool:

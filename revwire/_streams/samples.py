@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revwire._torch import no_torch_dispatch
+
 FOLD = 64
 """A state is folded into this many sums, and a branch's result sampled at this many elements."""
 

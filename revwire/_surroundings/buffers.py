@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from revwire._surroundings.inventory import is_written, version_of
 from revwire._surroundings.modes import NOTHING
+from revwire._torch import ModuleWithStatistics
 
 Copies = dict[tuple[int, str], Tensor]
 """Buffers as a forward found them, by the identity of their module, and name."""

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revwire._torch import has_own_hooks, hooks_on_all_modules
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around the forward of a module, its own or global ones."""
-    registry = nn.modules.module
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or registry._global_forward_hooks or registry._global_forward_pre_hooks)
+    return has_own_hooks(module) or hooks_on_all_modules()
 
 
 Table = dict[str, Any]

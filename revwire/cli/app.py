@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Annotated, Any
 
 import torch
@@ -223,7 +224,7 @@ def _convert(network: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
 def _try(network: nn.Module, examples: Any) -> None:
     try:
         with torch.no_grad():
-            fresh = tree_map(lambda leaf: leaf, examples)  # some models write to the list that they are given
+            fresh = deepcopy(examples)  # some models write to the list that they are given
             network(**fresh) if isinstance(fresh, dict) else network(*fresh)
     except Exception as error:  # whatever a model raises on an input that does not suit it
         raise UsageError(
