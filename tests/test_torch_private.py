@@ -652,8 +652,8 @@ def sing(name, *given):
     except Exception as error:
         done = experiment.__name__.replace("_", " ")
         raise AssertionError(
-            f"{name}: PyTorch {torch.__version__} no longer does what revwire relies on ({done}); "
-            f"it breaks {breaks}; {type(error).__name__}: {error}"
+            f"{name}: PyTorch {torch.__version__} no longer does what revwire relies on ({done}); it breaks {breaks}; "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

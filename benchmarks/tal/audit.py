@@ -30,8 +30,8 @@ class Audit:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.found)} videos can be read, {len(self.missing)} are missing, {len(self.faulty)} are corrupt "
-            "or truncated"
+            f"{len(self.found)} videos can be read, {len(self.missing)} are missing, {len(self.faulty)} are corrupt or "
+            "truncated"
         ]
         lines += [f"  missing: {name}" for name in self.missing]
         lines += [f"  corrupt: {reason}" for reason in self.faulty.values()]

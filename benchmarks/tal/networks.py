@@ -158,9 +158,8 @@ def rewiring_of(memory: str) -> Rewiring:
             found = found._replace(chunks=int(count))
         else:
             raise ConfigError(
-                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to "
-                "checkpoint the blocks that "
-                "cannot be rewired, as in 're2tal+8chunks+stays'"
+                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to checkpoint "
+                "the blocks that cannot be rewired, as in 're2tal+8chunks+stays'"
             )
     return found
 

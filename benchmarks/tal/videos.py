@@ -254,8 +254,8 @@ def _stack(
         )
     if absent:
         text = (
-            f"{path}: {len(absent)} of {len(wanted)} frames cannot be decoded, from frame {absent[0]} on; "
-            "their neighbours are used"
+            f"{path}: {len(absent)} of {len(wanted)} frames cannot be decoded, from frame {absent[0]} on; their "
+            "neighbours are used"
         )
         warnings.warn(text, VideoWarning, stacklevel=3)
         known = np.array(sorted(found))

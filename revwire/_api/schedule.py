@@ -132,8 +132,8 @@ class CouplingSchedule:
     ) -> None:
         if isinstance(vars(model).get("forward"), FirstCall):
             raise CouplingError(
-                "CouplingSchedule: got a model that waits for its first call; expected one that was called, or had "
-                "an example"
+                "CouplingSchedule: got a model that waits for its first call; expected one that was called, or had an "
+                "example"
             )
         self.model = model
         self.target = coupling_from(target)

@@ -69,8 +69,8 @@ class Check:
         verdict = "bit-exact" if self.bit_exact else "not bit-exact"
         return (
             f"{verdict}: {len(self.units)} states rebuilt, largest error {self.reconstruction_error:.2g}; "
-            f"gradients differ from stored activations by at most {self.gradient_error:.2g}; "
-            f"the output differs from the original network's by {self.function_change:.2%}"
+            f"gradients differ from stored activations by at most {self.gradient_error:.2g}; the output differs from "
+            f"the original network's by {self.function_change:.2%}"
             + (f" ({len(self.inexact)} tensors: {', '.join(self.inexact[:3])} ...)" if self.inexact else "")
             + (
                 f"; not compared, as they vary with stored activations too: {', '.join(self.unstable)}"

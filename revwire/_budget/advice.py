@@ -21,7 +21,7 @@ def idle(plan: Plan, costs: Costs) -> tuple[str, ...]:
         other, faster = costs.forecast(stored)
         if other <= peak * 1.02:
             out.append(
-                f"{chain.name}: reversible gains nothing here: stored, the peak of a step is {spelled(other)} "
-                f"instead of {spelled(peak)}, in {faster / seconds:.0%} of the time"
+                f"{chain.name}: reversible gains nothing here: stored, the peak of a step is {spelled(other)} instead "
+                f"of {spelled(peak)}, in {faster / seconds:.0%} of the time"
             )
     return tuple(out)

@@ -77,13 +77,13 @@ def rival(size: int | None, planned: Point, checkpoint: Point | None) -> tuple[s
     name = "torch.utils.checkpoint around the same blocks of the original network"
     if size is None and checkpoint.peak_bytes < 0.97 * planned.peak_bytes:
         return (
-            f"{name} would need less, about {spelled(checkpoint.peak_bytes)}: where the peak is a wide stage of "
-            "few blocks, the two states of its chain cost more than the few inputs that checkpointing keeps; consider "
-            "that instead, or chunks",
+            f"{name} would need less, about {spelled(checkpoint.peak_bytes)}: where the peak is a wide stage of few "
+            "blocks, the two states of its chain cost more than the few inputs that checkpointing keeps; consider that "
+            "instead, or chunks",
         )
     if size is not None and checkpoint.peak_bytes <= size and checkpoint.seconds < 0.97 * planned.seconds:
         return (
-            f"{name} would fit as well, in about {checkpoint.seconds / planned.seconds:.0%} of the time; consider "
-            "that instead",
+            f"{name} would fit as well, in about {checkpoint.seconds / planned.seconds:.0%} of the time; consider that "
+            "instead",
         )
     return ()

@@ -117,10 +117,9 @@ class _Run:
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:
         return ReconstructionError(
-            f"{self.forward.path} (checkpointed): between forward and backward, {got}; expected {expected}. "
-            "Gradients of this pass are not "
-            "valid: zero them; then change nothing before backward, or leave the module as it is (convert(..., "
-            "checkpoint=[]))"
+            f"{self.forward.path} (checkpointed): between forward and backward, {got}; expected {expected}. Gradients "
+            "of this pass are not valid: zero them; then change nothing before backward, or leave the module as it is "
+            "(convert(..., checkpoint=[]))"
         )
 
 

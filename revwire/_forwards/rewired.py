@@ -71,10 +71,8 @@ class RewiredForward(ProgramForward[Program]):
         """
         return CaptureError(
             f"{self.path or type(self.module).__name__}: got a call by an exporter that was not met before, or one "
-            "with gradients; "
-            "expected a call that was; call the model on the example first, as it is to be exported: model.eval(), "
-            "then both inside of "
-            "`with torch.no_grad():`; or export revwire.revert(model)"
+            "with gradients; expected a call that was; call the model on the example first, as it is to be exported: "
+            "model.eval(), then both inside of `with torch.no_grad():`; or export revwire.revert(model)"
         )
 
     def refuse_old_backward_hooks(self) -> None:
@@ -84,10 +82,8 @@ class RewiredForward(ProgramForward[Program]):
         if has_old_backward_hooks(self.module) and torch.is_grad_enabled():
             raise CaptureError(
                 f"{self.path or type(self.module).__name__}: got a hook of register_backward_hook, which is called "
-                "with the gradients of "
-                "the module's last operation; expected full backward hooks on a rewired module; use "
-                "register_full_backward_hook, or "
-                f"exclude it: convert(..., exclude=[{self.path + '*'!r}])"
+                "with the gradients of the module's last operation; expected full backward hooks on a rewired module; "
+                f"use register_full_backward_hook, or exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             )
 
     def on_replica(self, replica: nn.Module) -> RewiredForward:
@@ -115,9 +111,8 @@ class RewiredForward(ProgramForward[Program]):
                 return self.observe(args, kwargs, torch.is_grad_enabled() or not str(error).startswith(ASSIGNS))
         except RevwireError as error:
             raise CaptureError(
-                f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call "
-                "it as in the "
-                "example, give convert() an example of this call, or exclude it: convert(..., "
+                f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call it "
+                "as in the example, give convert() an example of this call, or exclude it: convert(..., "
                 f"exclude=[{self.path + '*'!r}])"
             ) from error
 

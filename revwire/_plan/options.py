@@ -113,9 +113,8 @@ class Choice:
             names = " + ".join(dict.fromkeys(repr(c.name) for c in couplings))
             raise CouplingError(
                 f"{where}: got exact=False for coupling {names} over {run} units, which would rebuild a state with a "
-                "relative error of "
-                f"about {worst[0]:.1g}; expected at most {self.tolerance:g}; pass exact=True, anchors='auto', or "
-                "another coupling"
+                f"relative error of about {worst[0]:.1g}; expected at most {self.tolerance:g}; pass exact=True, "
+                "anchors='auto', or another coupling"
             )
         return exact, spacing
 

@@ -196,8 +196,8 @@ class Plan:
         lines.insert(1, "  ".join("-" * width for width in widths))
         total = sum(c.bytes_saved for c in self.chains)
         head = (
-            f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, "
-            f"saves {spelled(total)}"
+            f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, saves "
+            f"{spelled(total)}"
         )
         forecast = [str(self.forecast)] if self.forecast else self._advice()
         return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *self._skipped_lines()])
@@ -213,8 +213,7 @@ class Plan:
                 hosts = [*dict.fromkeys(u.host for u in chain.units)]
                 lines.append(
                     f"{chain.name}: {len(chain.units)} units save {spelled(chain.bytes_saved)} of {spelled(stored)}: "
-                    "little for the "
-                    f"price of a recompute; consider exclude={hosts!r}, or a memory_budget"
+                    f"little for the price of a recompute; consider exclude={hosts!r}, or a memory_budget"
                 )
         if self.left_bytes > sum(u.saved_bytes for u in self.units) / 10:
             lines.append(

@@ -22,16 +22,14 @@ def refuse_unready(model: nn.Module) -> None:
     if trace is not None:
         raise ConversionError(
             f"{type(model).__name__}: got a call of plan() or convert() inside of {trace}; expected a run on real "
-            "values; convert the "
-            "model first, outside, and trace it then"
+            "values; convert the model first, outside, and trace it then"
         )
     for name, module in model.named_modules():
         wrapper = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
         if wrapper is not None:
             raise ConversionError(
-                f"{type(model).__name__}: got a model that is wrapped in {wrapper} already (at "
-                f"{name or 'its root'}); expected the plain "
-                "one; convert it first, with an example, and wrap it then"
+                f"{type(model).__name__}: got a model that is wrapped in {wrapper} already (at {name or 'its root'}); "
+                "expected the plain one; convert it first, with an example, and wrap it then"
             )
 
 

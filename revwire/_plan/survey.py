@@ -276,6 +276,6 @@ def _refuse_idle_wholes(globs: Iterable[str], units: list[list[_Found]]) -> None
                 "whole",
                 glob,
                 "under which no module can be one unit",
-                "modules that lead an input to an output of the same shape by residual adds, at least two in a "
-                f"row; such as those that hold units now: {some or 'the model itself'}",
+                "modules that lead an input to an output of the same shape by residual adds, at least two in a row; "
+                f"such as those that hold units now: {some or 'the model itself'}",
             )

@@ -20,11 +20,8 @@ def fault(unit: Unit, chain: Chain, got: str, expected: str) -> ReconstructionEr
     path = unit.path
     return ReconstructionError(
         f"{path} ({chain.name}): between forward and backward, {got}; expected {expected}. Usual causes: weights, "
-        "buffers or "
-        "inputs changed before backward, a non-deterministic kernel (torch.use_deterministic_algorithms(True)), "
-        "random numbers "
-        "from a generator of the module's own or drawn by several threads at once. Gradients of this pass are not "
-        "valid: zero "
-        f"them; then exclude the module (convert(..., exclude=[{path!r}])) or run under "
-        "revwire.stored_activations(model)"
+        "buffers or inputs changed before backward, a non-deterministic kernel "
+        "(torch.use_deterministic_algorithms(True)), random numbers from a generator of the module's own or drawn by "
+        "several threads at once. Gradients of this pass are not valid: zero them; then exclude the module "
+        f"(convert(..., exclude=[{path!r}])) or run under revwire.stored_activations(model)"
     )

@@ -86,9 +86,8 @@ class Rewind:
             self._start_over(position)
         if torch.is_grad_enabled() and self.task != NO_PASS:
             raise UnsupportedTransformError(
-                f"{self.tape.chain.name}: got create_graph=True (a double backward); expected a first-order "
-                "backward; compute it "
-                "inside `with revwire.stored_activations(model):`, or on `revwire.revert(model)`"
+                f"{self.tape.chain.name}: got create_graph=True (a double backward); expected a first-order backward; "
+                "compute it inside `with revwire.stored_activations(model):`, or on `revwire.revert(model)`"
             )
         with recording_nothing():
             while self.position > position:
@@ -114,9 +113,8 @@ class Rewind:
     def _start_over(self, position: int) -> None:
         if not self.retained or position >= len(self.tape.records):
             raise ReconstructionError(
-                f"{self.tape.chain.name}: got a backward through a unit whose record was freed; pass "
-                "retain_graph=True to the first "
-                "backward through it"
+                f"{self.tape.chain.name}: got a backward through a unit whose record was freed; pass retain_graph=True "
+                "to the first backward through it"
             )
         self.previous, self.current = self.tape.intact_state()
         self.position = len(self.tape.records)

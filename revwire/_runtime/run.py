@@ -147,8 +147,7 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
         raise ConversionError(
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
-            "expected a dense "
-            f"tensor of a real floating-point dtype; exclude it: convert(..., exclude=[{unit.path!r}])"
+            f"expected a dense tensor of a real floating-point dtype; exclude it: convert(..., exclude=[{unit.path!r}])"
         )
     if unit.index and running_pass() != -1:
         raise _cut(chain, unit.path)
@@ -156,12 +155,11 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         made_by = edge_behind(x)[0].name()  # raises where FSDP2 might have made it, and its nodes are not known
         chain.warned = True
         warnings.warn(
-            f"{unit.path} ({chain.name}): got a tensor that something between two units made ({made_by}); expected "
-            "the output of the unit before, as at conversion. The chain begins anew here: gradients are right, but "
-            "it keeps two more "
-            "streams, and computes another function than planned. Usual causes: a hook that returns another tensor, "
-            "or dropout "
-            "between blocks in a model that was converted in eval mode (convert it in train mode)",
+            f"{unit.path} ({chain.name}): got a tensor that something between two units made ({made_by}); expected the "
+            "output of the unit before, as at conversion. The chain begins anew here: gradients are right, but it "
+            "keeps two more streams, and computes another function than planned. Usual causes: a hook that returns "
+            "another tensor, or dropout between blocks in a model that was converted in eval mode (convert it in train "
+            "mode)",
             stacklevel=2,
         )
     exported = exporting()  # then there are no values to scale the streams for
@@ -208,8 +206,7 @@ def _cut(chain: Chain, where: str) -> ReconstructionError:
     return ReconstructionError(
         f"{where} ({chain.name}): got a part of the chain inside of torch.utils.checkpoint (or another function that "
         "recomputes it); expected the whole chain inside, or nothing of it; switch the model's own gradient "
-        "checkpointing off, "
-        f"or exclude the module: convert(..., exclude=[{where!r}])"
+        f"checkpointing off, or exclude the module: convert(..., exclude=[{where!r}])"
     )
 
 
@@ -241,6 +238,5 @@ def refuse_transforms(name: str) -> None:
     if transformed():
         raise UnsupportedTransformError(
             f"{name}: got a torch.func transform (grad, vmap, jvp ...); expected plain autograd; transform the "
-            "original "
-            "network instead: revwire.revert(model)"
+            "original network instead: revwire.revert(model)"
         )

@@ -386,9 +386,8 @@ class Tape:
         """
         if self.state is None:
             raise ReconstructionError(
-                f"{self.chain.name}: got a second backward through a chain whose state was freed by the first (or "
-                "lost by one that "
-                "failed); pass retain_graph=True to the first one"
+                f"{self.chain.name}: got a second backward through a chain whose state was freed by the first (or lost "
+                "by one that failed); pass retain_graph=True to the first one"
             )
         if _versions(self.state) != self.versions:
             raise self.written()
@@ -398,8 +397,7 @@ class Tape:
         """The error that says that somebody wrote to a state."""
         return ReconstructionError(
             f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it "
-            "unchanged; write "
-            "to a clone of the chain's output, or convert with exact=True"
+            "unchanged; write to a clone of the chain's output, or convert with exact=True"
         )
 
     def shorten(self, position: int, state: tuple[Tensor, Tensor]) -> None:

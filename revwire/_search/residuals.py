@@ -140,8 +140,8 @@ def _candidate(
     if branch is None and not light and not _light_skip(flow, event, fork):
         c.computed_shortcut = True
         c.reason = (
-            f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): "
-            "the input is not carried on"
+            f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): the input is not "
+            "carried on"
         )
     elif flow.recording.events[host].hooked:
         c.reason = "lies in a hook of its module, at least in part"

@@ -193,8 +193,8 @@ class _Parts(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise UnsupportedTransformError(
                 f"{core.path}: got create_graph=True (a double backward) through a core in parts; expected a "
-                "first-order backward; "
-                "compute it inside `with revwire.stored_activations(model):`, or convert with chunks=1"
+                "first-order backward; compute it inside `with revwire.stored_activations(model):`, or convert with "
+                "chunks=1"
             )
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         found: list[list[Tensor]] = [[] for _ in inputs]  # the gradients of their parts, from the last to the first
@@ -214,11 +214,9 @@ class _Parts(torch.autograd.Function):
                     _gather(found[i], g, given[i], core.border.dims[i])
         if not core.same(torch.cat(ctx.glances), torch.cat(glances)):
             raise ReconstructionError(
-                f"{core.path}: between forward and backward, a core in parts computed other values; expected the "
-                "same as in the forward "
-                "pass: no change of mode, hooks or attributes before backward, and deterministic kernels. Gradients "
-                "of this pass are not "
-                "valid: zero them; then convert with chunks=1"
+                f"{core.path}: between forward and backward, a core in parts computed other values; expected the same "
+                "as in the forward pass: no change of mode, hooks or attributes before backward, and deterministic "
+                "kernels. Gradients of this pass are not valid: zero them; then convert with chunks=1"
             )
         return None, None, None, *(_whole(parts, d) for parts, d in zip(found, core.border.dims, strict=True))
 

@@ -141,8 +141,8 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
         except Exception as error:
             raise ConversionError(
                 f"{type(model).__name__}: chunks= looks at the model in eval mode, in which it failed on the example "
-                "inputs "
-                f"({type(error).__name__}: {error}); pass an example that it takes in eval mode, or leave chunks= out"
+                f"inputs ({type(error).__name__}: {error}); pass an example that it takes in eval mode, or leave "
+                "chunks= out"
             ) from error
         prober.stage = "draws"
         model.train()

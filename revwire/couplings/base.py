@@ -153,8 +153,7 @@ class Coupling(ABC):
             neighbour = self.exact_neighbour().name if self.backward_parameter else "such a coefficient"
             raise CouplingError(
                 f"coupling {self.name!r}: got b = {self.coefficients.b}; exact arithmetic needs |b| = 2^-m with m = "
-                f"0..{MOST_BITS}; "
-                f"choose {neighbour}, or pass exact=False"
+                f"0..{MOST_BITS}; choose {neighbour}, or pass exact=False"
             )
         return m
 

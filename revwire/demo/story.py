@@ -47,8 +47,8 @@ def video(show: Show, options: dict[str, Any], *, quick: bool, pretrained: bool)
     else:
         moved = ((after - before).norm() / before.norm()).item()
         show.say(
-            "random weights (--pretrained fetches Kinetics-400's), so no predictions; conversion moved the logits "
-            f"by {moved:.2%}"
+            "random weights (--pretrained fetches Kinetics-400's), so no predictions; conversion moved the logits by "
+            f"{moved:.2%}"
         )
     passed = _checked(show, model, inputs, repeats=1 if quick else 2)
 

@@ -67,8 +67,8 @@ def test_the_command_line_and_the_demo_use_public_names(path):
 def test_private_names_are_found_however_they_are_reached(tmp_path):
     path = tmp_path / "some.py"
     path.write_text(
-        "import revwire._plan.plan\nfrom revwire.measure import peak_bytes, _trace\nimport revwire.cli._own\n"
-        "def late():\n    from revwire._api import verify\n    return revwire._errors.x, revwire.__version__\n"
+        "import revwire._plan.plan\nfrom revwire.measure import peak_bytes, _trace\nimport revwire.cli._own\ndef "
+        "late():\n    from revwire._api import verify\n    return revwire._errors.x, revwire.__version__\n"
     )
     assert private_names(path, "revwire.cli") == [
         *("revwire._api.verify", "revwire._errors", "revwire._errors.x", "revwire._plan.plan", "revwire.measure._trace")
@@ -77,8 +77,8 @@ def test_private_names_are_found_however_they_are_reached(tmp_path):
 
 def test_importing_revwire_is_light():
     code = (
-        "import sys, revwire; "
-        "print(sorted({'timm', 'torchvision', 'pytorchvideo', 'typer', 'rich'} & set(sys.modules)))"
+        "import sys, revwire; print(sorted({'timm', 'torchvision', 'pytorchvideo', 'typer', 'rich'} & "
+        "set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

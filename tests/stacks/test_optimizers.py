@@ -305,8 +305,8 @@ def other_weights(
 
 
 FUNCTIONAL = (
-    "`functional_call` with other weights (tensors, parameters of another module, computed ones) and buffers, "
-    "and its backward"
+    "`functional_call` with other weights (tensors, parameters of another module, computed ones) and buffers, and its "
+    "backward"
 )
 each_kind_of_weights = pytest.mark.parametrize("kind", ["tensors", "parameters", "computed", "some"])
 

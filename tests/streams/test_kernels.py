@@ -138,11 +138,10 @@ def test_tensors_of_other_kinds_are_not_read_at_their_address():
 @pytest.mark.parametrize("switch", ["0", "1"])
 def test_a_network_is_exact_with_and_without(switch):
     code = (
-        "import torch, revwire; from torch import nn; torch.manual_seed(0); "
-        "layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True); "
-        "m = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False); "
-        "x = torch.randn(2, 5, 16); revwire.convert(m, x); check = revwire.verify(m, x); "
-        "from revwire._streams import kernels; print(check.bit_exact, kernels.available())"
+        "import torch, revwire; from torch import nn; torch.manual_seed(0); layer = nn.TransformerEncoderLayer(16, 2, "
+        "32, norm_first=True, batch_first=True); m = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False); x = "
+        "torch.randn(2, 5, 16); revwire.convert(m, x); check = revwire.verify(m, x); from revwire._streams import "
+        "kernels; print(check.bit_exact, kernels.available())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

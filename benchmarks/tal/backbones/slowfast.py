@@ -109,8 +109,8 @@ class SlowFast(nn.Module):
         super().__init__()
         if slow.base_channels != lateral.channel_ratio * fast.base_channels:
             raise ValueError(
-                f"SlowFast: got {slow.base_channels} slow and {fast.base_channels} fast channels; "
-                f"expected a ratio of {lateral.channel_ratio}"
+                f"SlowFast: got {slow.base_channels} slow and {fast.base_channels} fast channels; expected a ratio of "
+                f"{lateral.channel_ratio}"
             )
         if resample_rate % lateral.speed_ratio:
             raise ValueError(
