@@ -1,27 +1,22 @@
-"""Write a run down, call by call, while it happens; `run` says why on real values.
-
-Note [Writes]
-    A write in place makes a new value of every tensor that shares the memory.
-"""
+"""Write a run down, call by call, while it happens; `run` says why on real values."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
-from revwire._capture.aliasing import Memory, address_of, is_view
+from revwire._capture.aliasing import is_view
 from revwire._capture.intercept import active
 from revwire._capture.reads import kind_of, name_of, state_change
 from revwire._capture.recording import ASSIGNS, Event, Modes, Read, Recording, Value
+from revwire._capture.values import Values
 from revwire._capture.watch import Watch
-from revwire._structures import Opaque, Ref, is_constant, mapped, plain, tensors_in
+from revwire._structures import Ref, is_constant, mapped, tensors_in
 from revwire._surroundings.attributes import attributes_of, changed, containers_in, refilled
 from revwire._surroundings.inventory import has_hooks, version_of
 from revwire._surroundings.modes import backward_hooks_left_out
@@ -58,78 +53,12 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.recording = Recording(root)
         self.device_types = device_types
-        self.names: dict[int, tuple[str, ...]] = {}
-        self.memory = Memory()
+        self.values = Values(self.recording)
         self.stack: list[Event] = []
         self.open_events: list[Event] = []
-        self.owned: set[int] = set()
-        self.counted: set[tuple[int, int]] = set()
         self.drawn = python_random_state()
         self.watch = Watch(self.note_look)
         self.quiet = False
-
-    def name_all(self) -> None:
-        """Learn the qualified names of the root's modules and of all tensors they hold (as they are during the run)."""
-        for name, module in self.recording.root.named_modules(remove_duplicate=False):
-            self.recording.module_names[id(module)] = (*self.recording.module_names.get(id(module), ()), name)
-            held = {
-                **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
-                **module._parameters,
-                **module._buffers,
-            }
-            for key, t in held.items():
-                if t is not None:
-                    self.names[id(t)] = (*self.names.get(id(t), ()), f"{name}.{key}" if name else key)
-                    if (
-                        address_of(t) is not None
-                    ):  # else it has no memory of its own that can be named: sharded, meta, sparse
-                        self.owned.add(t.untyped_storage().data_ptr())
-
-    # -- values ----------------------------------------------------------------------------------------------------
-
-    def number_of(self, t: Tensor) -> int:
-        found = self.memory.number_of(t)
-        return self.bind(t, -1) if found is None else found
-
-    def bind(self, t: Tensor, event: int, dynamic: bool = False) -> int:
-        number = len(self.recording.values)
-        existing, names = (t, self.names.get(id(t), ())) if event < 0 else (None, ())
-        storage = self.memory.bind(t, number)
-        self.recording.values.append(Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic))
-        return number
-
-    def noted(self, structure: Any) -> Any:
-        """``structure`` with tensors as `Ref`, and what is no plain constant as `Opaque`."""
-        return mapped(structure, self.noted_leaf)
-
-    def noted_leaf(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return Ref(self.number_of(leaf))
-        if is_constant(leaf):
-            return plain(leaf)
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            return Opaque(
-                leaf, {f.name: self.noted(getattr(leaf, f.name, None)) for f in dataclasses.fields(leaf) if f.init}
-            )
-        return Opaque(leaf)
-
-    def mark_custom(self, structure: Any) -> None:
-        """A custom function whose ``apply`` was bound to a name before the run is not intercepted, but its results show
-        it.
-        """
-        for t in tensors_in(structure):
-            number = self.memory.number_of(t)
-            if number is not None and issubclass(type(t.grad_fn), BackwardCFunction):
-                value = self.recording.values[number]
-                event = self.recording.events[value.event] if value.event >= 0 else None
-                value.custom |= event is not None and not (event.is_module or event.opaque)
-
-    def noted_output(self, structure: Any, event: Event, dynamic: bool) -> Any:
-        """As `noted`, where tensors that did not exist before the event are its results."""
-        for t in tensors_in(structure):
-            if self.memory.number_of(t) is None:
-                self.bind(t, event.number, dynamic)
-        return self.noted(structure)
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -149,27 +78,37 @@ class Recorder(TorchFunctionMode):
 
     def open(self, target: Any, is_module: bool, args: Any, kwargs: Any) -> tuple[Event, list[tuple[Tensor, int]]]:
         versions = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
-        event = Event(len(self.recording.events), target, is_module, self.parent, self.noted(args), self.noted(kwargs))
+        event = Event(
+            len(self.recording.events),
+            target,
+            is_module,
+            self.parent,
+            self.values.noted(args),
+            self.values.noted(kwargs),
+        )
         event.modes = modes_now(self.device_types)
-        self.mark_custom((args, kwargs))
+        self.values.mark_custom((args, kwargs))
         self.recording.events.append(event)
         return event, versions
 
     def close(self, event: Event, versions: list[tuple[Tensor, int]], out: Any) -> None:
-        inputs = (self.recording.values[n] for n in (self.number_of(t) for t, _ in versions))
+        inputs = (self.recording.values[n] for n in (self.values.number_of(t) for t, _ in versions))
         dynamic = event.dynamic or any(v.dynamic for v in inputs)
         writes: dict[int, tuple[int, int]] = {}
         for t, version in versions:
-            produced = self.recording.values[self.number_of(t)].event
+            produced = self.recording.values[self.values.number_of(t)].event
             if version_of(t) != version and not (
                 event.is_module and produced > event.number
             ):  # else noted by a call inside
-                for alias in self.memory.aliases(t):
+                for alias in self.values.memory.aliases(t):
                     if id(alias) not in writes:
-                        writes[id(alias)] = (self.number_of(alias), self.bind(alias, event.number, dynamic))
+                        writes[id(alias)] = (
+                            self.values.number_of(alias),
+                            self.values.bind(alias, event.number, dynamic),
+                        )
         event.writes = tuple(writes.values())
-        self.mark_custom(out)
-        event.out = self.noted_output(out, event, dynamic)
+        self.values.mark_custom(out)
+        event.out = self.values.noted_output(out, event, dynamic)
         event.end = len(self.recording.events)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,7 +139,7 @@ class Recorder(TorchFunctionMode):
         self.close(event, versions, out)
         event.view = not event.writes and is_view(args, out, event.kernels)
         if event.is_addition or event.is_spelled_sum:
-            self.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
+            self.values.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
         return out
 
     def module_call(
@@ -216,7 +155,11 @@ class Recorder(TorchFunctionMode):
             containers = containers_in((args, kwargs))
         self.stack.append(event)
         try:
-            out = (self.hooked_call if event.hooked else _called)(original, module, args, kwargs)
+            out = (
+                _hooked_call(self, original, module, args, kwargs)
+                if event.hooked
+                else original(module, *args, **kwargs)
+            )
             with self.bookkeeping():
                 self.note_draws()
         except BaseException:
@@ -230,31 +173,6 @@ class Recorder(TorchFunctionMode):
             event.assigned = self.assigned(event, family)
             event.changes = self.changes(event, containers)
         return out
-
-    def hooked_call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces.
-
-        There is no backward pass here, so backward hooks are left out; in a step, chains go on through what they put
-        between modules.
-        """
-        forward, own = module.forward, vars(module).get("forward", None)
-
-        def body(*args: Any, **kwargs: Any) -> Any:
-            back()
-            return self.module_call(lambda _, *a, **k: forward(*a, **k), module, args, kwargs, body=True)
-
-        def back() -> None:
-            if own is not None:
-                vars(module)["forward"] = own
-            else:
-                vars(module).pop("forward", None)
-
-        vars(module)["forward"] = body
-        try:
-            with backward_hooks_left_out(module):
-                return original(module, *args, **kwargs)
-        finally:
-            back()
 
     def opaque_call(self, original: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
         """One event, whatever it does inside: a custom autograd function, or a TorchScript function."""
@@ -273,7 +191,7 @@ class Recorder(TorchFunctionMode):
 
     def note_read(self, func: Any, args: Any) -> None:
         kind = kind_of(func)
-        values = [self.recording.values[self.number_of(t)] for t in tensors_in(args)]
+        values = [self.recording.values[self.values.number_of(t)] for t in tensors_in(args)]
         if kind == "free" or not values or getattr(func, "__name__", "") == "__set__":
             return
         unseen = any(v.dynamic or self.is_foreign(v) for v in values)
@@ -320,40 +238,38 @@ class Recorder(TorchFunctionMode):
 
     # -- measurements ----------------------------------------------------------------------------------------------
 
-    def measure_largest(self, tensors: list[Tensor]) -> None:
-        for t in tensors:
-            if t.is_floating_point() and t.numel() and not t.is_meta and not t.is_nested:
-                value = self.recording.values[self.number_of(t)]
-                value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
-
     def measure_saved(self, t: Tensor) -> None:
         """Count what autograd would keep, once per tensor and module call; weights are there anyway."""
         with self.bookkeeping():
-            self._measure_saved(t)
-
-    def _measure_saved(self, t: Tensor) -> None:
-        if t.layout != torch.strided or t.is_nested or not self.recording.events:
-            return
-        if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
-            return
-        sharing = self.memory.sharing.get(address_of(t) or 0)
-        if sharing is not None and any(
-            r() is not None for r in sharing[1]
-        ):  # else the memory was another tensor's before
-            key = (sharing[0], t.numel())
-            if key in self.counted:
-                return
-            self.counted.add(key)
-        event = self.open_events[-1] if self.open_events else self.recording.events[-1]
-        event.saved += t.numel() * t.element_size()
+            if self.recording.events:
+                event = self.open_events[-1] if self.open_events else self.recording.events[-1]
+                event.saved += self.values.newly_saved(t)
 
 
-def _called(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return original(module, *args, **kwargs)
+def _hooked_call(recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Note the forward inside of its hooks as a call of its own: it is what a rewired forward replaces.
 
+    There is no backward pass here, so backward hooks are left out; in a step, chains go on through what they put
+    between modules.
+    """
+    forward, own = module.forward, vars(module).get("forward", None)
 
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return (-1,) * t.dim() if t.is_nested else tuple(t.shape)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        back()
+        return recorder.module_call(lambda _, *a, **k: forward(*a, **k), module, args, kwargs, body=True)
+
+    def back() -> None:
+        if own is not None:
+            vars(module)["forward"] = own
+        else:
+            vars(module).pop("forward", None)
+
+    vars(module)["forward"] = body
+    try:
+        with backward_hooks_left_out(module):
+            return original(module, *args, **kwargs)
+    finally:
+        back()
 
 
 def _flat(structure: Any) -> list[Any]:

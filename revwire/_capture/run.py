@@ -64,7 +64,7 @@ def record(
         recorder = Recorder(module, tuple(sorted({"cpu", *(d.type for d in devices)})))
         stack.enter_context(left_as_found(module, (args, kwargs)))
         stack.enter_context(nothing_compiled())
-        recorder.name_all()
+        recorder.values.name_all()
         stack.enter_context(recorder.watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))
         stack.enter_context(Kernels(recorder))

@@ -1,26 +1,20 @@
-"""Graph of a host + units -> a program that runs the host on two streams.
-
-Note [Order and writes]
-    A unit runs as one call, when all that it needs is there. Calls of the host that stood between the parts of a unit,
-    and need some of them, move behind it. So where anything is written in place, each reader of that memory must still
-    stand on the same side of the write; and a unit may write to memory of its own making only, since it will be
-    computed twice.
-"""
+"""Graph of a host + units -> a program that runs the host on two streams."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
 from revwire._capture.recording import Event
 from revwire._errors import CaptureError
-from revwire._programs.build import HostGraph
 from revwire._programs.calls import Slot, UnitCall, ViewCall, writable
-from revwire._programs.compiled import WHOLE_FORWARD, Compiled, after
+from revwire._programs.compiled import WHOLE_FORWARD, Compiled
+from revwire._programs.host_graph import HostGraph
+from revwire._programs.writes import Excerpt, check_order_of_writes, check_own_memory
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
 from revwire._search.residuals import Candidate
@@ -33,28 +27,6 @@ def pattern_of(c: Candidate, events: list[Event]) -> str:
     if c.branch is not None and all(events[e].is_pointwise for e in c.post):
         return "post-activation"
     return "block"
-
-
-@dataclass
-class _Excerpt:
-    """One unit in a host graph: its branch nodes, what it needs from outside, what it gives besides its output."""
-
-    slot: Slot
-    candidate: Candidate
-    kind: str
-    fork: fx.Node
-    out: fx.Node
-    add: fx.Node
-    branch: fx.Node | None
-    nodes: list[fx.Node]
-    dropped: list[fx.Node]
-    extras: list[fx.Node] = field(default_factory=list)
-    sides: list[fx.Node] = field(default_factory=list)
-    unit: Unit | None = None
-
-    @property
-    def all_nodes(self) -> list[fx.Node]:
-        return [*self.nodes, *self.dropped]
 
 
 @dataclass(frozen=True)
@@ -102,11 +74,11 @@ class _Assembly:
         if outer is None:
             raise CaptureError("interleaves its residual units so that they cannot be separated")
         self.compiled = Compiled(outer)
-        self._check_order_of_writes()
+        check_order_of_writes(self.host, self.order, self.executed, self.excerpts)
 
     # -- taking units out ------------------------------------------------------------------------------------------
 
-    def _excerpt(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> _Excerpt:
+    def _excerpt(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> Excerpt:
         events, node_of = self.host.recording.events, self.host.node_of
         if any(value not in node_of for value in (c.fork, c.out, c.result)):
             raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
@@ -121,7 +93,7 @@ class _Assembly:
             inside = _between(fork, branch) | (inside - {add} if c.post else set())
         inside |= self._left_over(inside, nodes if c.whole else [])
         ordered = [n for n in nodes if n in inside]
-        excerpt = _Excerpt(
+        excerpt = Excerpt(
             slot, c, "residual" if residual else "block", fork, out, add, branch, ordered, [add] if residual else []
         )
         self._close(excerpt)
@@ -138,7 +110,7 @@ class _Assembly:
                 inside.add(n)
         return inside
 
-    def _close(self, excerpt: _Excerpt) -> None:
+    def _close(self, excerpt: Excerpt) -> None:
         """What the nodes of an excerpt need from outside of it, and what they give."""
         taken = set(excerpt.all_nodes)
         excerpt.extras = list(
@@ -150,7 +122,7 @@ class _Assembly:
             )
         )
         excerpt.sides = [n for n in excerpt.nodes if n is not excerpt.out and any(u not in taken for u in n.users)]
-        self._check_own_memory(excerpt)
+        check_own_memory(self.host, self.order, excerpt)
         excerpt.unit = self._unit(excerpt)
 
     def _let_go_of_what_others_need(self) -> None:
@@ -168,39 +140,7 @@ class _Assembly:
                 excerpt.nodes = [n for n in excerpt.nodes if n not in freed]
                 self._close(excerpt)
 
-    def _check_own_memory(self, excerpt: _Excerpt) -> None:
-        """See Note [Order and writes]; the add itself is made out of place."""
-        events, storage_of = self.host.recording.events, self.host.storage_of
-        add = events[excerpt.candidate.add]
-        if add.modes[:2] != events[0].modes[:2]:
-            raise CaptureError("makes a residual add without gradients")
-        if any(u.target is after and u.args[1] is excerpt.add for u in excerpt.add.users):
-            raise CaptureError("adds in place to a tensor that is used again under another name")
-        if excerpt.add in self.host.writes and storage_of[excerpt.fork] in self.host.writes[excerpt.add]:
-            raise CaptureError("adds in place to its own input")
-        if not events[0].modes[0]:  # without gradients nothing is computed twice
-            return
-        inside = set(excerpt.all_nodes)
-        for storage in {s for n in excerpt.all_nodes for s in self.host.writes.get(n, ())}:
-            holders = [n for n, s in storage_of.items() if s == storage]
-            if holders and min(holders, key=self.order.__getitem__) not in inside:
-                raise CaptureError("writes in place to a tensor that is not its branch's own")
-
-    def _check_order_of_writes(self) -> None:
-        """See Note [Order and writes]."""
-        position = {node: i for i, node in enumerate(self.executed)}
-        holders: dict[int, list[fx.Node]] = {}
-        for node, storage in self.host.storage_of.items():
-            holders.setdefault(storage, []).append(node)
-        dropped = {n for excerpt in self.excerpts for n in excerpt.dropped}
-        for node, storages in self.host.writes.items():
-            if node in dropped:
-                continue
-            readers = {u for s in storages for h in holders.get(s, ()) for u in h.users if u is not node}
-            if any((self.order[r] < self.order[node]) != (position[r] < position[node]) for r in readers):
-                raise CaptureError("writes in place to a tensor that is read elsewhere while its residual unit runs")
-
-    def _unit(self, excerpt: _Excerpt) -> Unit:
+    def _unit(self, excerpt: Excerpt) -> Unit:
         graph, env = fx.Graph(), {}
         env[excerpt.fork] = graph.placeholder("x")
         for i, extra in enumerate(excerpt.extras):
@@ -236,7 +176,7 @@ class _Assembly:
             self._assigned(excerpt),
         )
 
-    def _assigned(self, excerpt: _Excerpt) -> tuple[tuple[str, str], ...]:
+    def _assigned(self, excerpt: Excerpt) -> tuple[tuple[str, str], ...]:
         """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward
         did.
         """
@@ -246,7 +186,7 @@ class _Assembly:
         named = [(recording.module_names.get(id(m), ()), name) for e in inner for m, name in e.assigned]
         return tuple(dict.fromkeys((paths[0], name) for paths, name in named if paths))
 
-    def _instead_of_sum(self, graph: fx.Graph, excerpt: _Excerpt, branch: fx.Node) -> fx.Node:
+    def _instead_of_sum(self, graph: fx.Graph, excerpt: Excerpt, branch: fx.Node) -> fx.Node:
         """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what
         it may write to.
         """
@@ -280,7 +220,7 @@ class _Assembly:
         host = graph.placeholder("host")
         taken = {n for excerpt in self.excerpts for n in excerpt.all_nodes}
         at_end = {max(excerpt.all_nodes, key=self.order.__getitem__): excerpt for excerpt in self.excerpts}
-        waiting: list[fx.Node | _Excerpt] = []
+        waiting: list[fx.Node | Excerpt] = []
         for node in nodes:
             waiting += [at_end[node]] if node in at_end else [] if node in taken else [node]
             progress = True
@@ -292,8 +232,8 @@ class _Assembly:
                 progress = bool(ready)
         return None if waiting else graph
 
-    def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | _Excerpt) -> None:
-        if isinstance(item, _Excerpt):
+    def _emit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, item: fx.Node | Excerpt) -> None:
+        if isinstance(item, Excerpt):
             self.executed += sorted(item.all_nodes, key=self.order.__getitem__)
             self._emit_unit(graph, env, host, item)
             return
@@ -304,7 +244,7 @@ class _Assembly:
         else:
             env[item] = graph.node_copy(item, lambda n: env[n])
 
-    def _emit_unit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, excerpt: _Excerpt) -> None:
+    def _emit_unit(self, graph: fx.Graph, env: dict[fx.Node, fx.Node], host: fx.Node, excerpt: Excerpt) -> None:
         assert excerpt.unit is not None
         call = UnitCall(excerpt.slot.chain, excerpt.unit)
         both = graph.call_function(call, (host, env[excerpt.fork], tuple(env[e] for e in excerpt.extras)))
@@ -342,8 +282,8 @@ def _function(target: Any) -> Callable[..., Tensor]:
     return target  # type: ignore[no-any-return]
 
 
-def _inputs(item: fx.Node | _Excerpt) -> list[fx.Node]:
-    return [item.fork, *item.extras] if isinstance(item, _Excerpt) else item.all_input_nodes
+def _inputs(item: fx.Node | Excerpt) -> list[fx.Node]:
+    return [item.fork, *item.extras] if isinstance(item, Excerpt) else item.all_input_nodes
 
 
 def _above(node: fx.Node) -> set[fx.Node]:

@@ -15,50 +15,30 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from revwire._capture.recording import Event, Recording
 from revwire._errors import CaptureError
 from revwire._programs.compiled import WHOLE_FORWARD, Spelled, after, called, in_modes
+from revwire._programs.host_graph import HostGraph, Owned
 from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_constant, is_mapping, is_named_tuple, is_sequence, leaves_of, refs
 
 
-@dataclass
-class HostGraph:
-    """The graph of one host, and where the values and events of its recording are in it.
-
-    ``storage_of``: the memory of a node's tensor. ``writes``: the memories that a node writes to. ``opened``: the
-    modules whose code is in the graph; ``elided``: those that handed their input back, whose nodes have no users.
-    ``shape_dependent``: Python looked
-    at shapes or strides.
-    """
-
-    graph: fx.Graph
-    recording: Recording
-    inputs: list[fx.Node]
-    node_of: dict[int, fx.Node] = field(default_factory=dict)
-    event_of: dict[fx.Node, int] = field(default_factory=dict)
-    storage_of: dict[fx.Node, int] = field(default_factory=dict)
-    writes: dict[fx.Node, set[int]] = field(default_factory=dict)
-    opened: list[nn.Module] = field(default_factory=list)
-    elided: dict[fx.Node, nn.Module] = field(default_factory=dict)
-    shape_dependent: bool = False
-
-
 class _Builder:
+    """The work of `build_graph`."""
+
     def __init__(self, recording: Recording, inline: set[int]) -> None:
         self.recording = recording
         self.inline = inline
         self.host = HostGraph(fx.Graph(), recording, [])
         self.graph = self.host.graph
         self.opaque: dict[int, fx.Node] = {}
-        self.owned: dict[str, fx.Node] = {}
+        self.owned = Owned(self.host)
         self.top = recording.events[0]
 
     def build(self) -> HostGraph:
@@ -79,7 +59,7 @@ class _Builder:
         """One call of the whole forward."""
         self.host.opened = [self.recording.root]
         self.hold_inputs()
-        forward = self.attribute(WHOLE_FORWARD)
+        forward = self.owned.attribute(WHOLE_FORWARD)
         node = self.graph.call_function(
             Spelled(called, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs)
         )
@@ -97,7 +77,7 @@ class _Builder:
             self.host.inputs.append(node)
             if isinstance(leaf, Ref):
                 if leaf.value not in self.host.node_of:
-                    self.hold(leaf.value, node)
+                    self.host.hold(leaf.value, node)
             else:
                 self.opaque.setdefault(id(leaf.obj), node)
 
@@ -108,10 +88,6 @@ class _Builder:
         if hidden is not None:
             raise CaptureError(hidden)
         self.host.shape_dependent = any(read.parent in visible for read in self.recording.reads)
-
-    def hold(self, value: int, node: fx.Node) -> None:
-        self.host.node_of[value] = node
-        self.host.storage_of[node] = self.recording.values[value].storage
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -130,10 +106,10 @@ class _Builder:
         self.bind(event, node)
 
     def module_node(self, event: Event, args: Any, kwargs: Any) -> fx.Node:
-        path = self.path_of(event.target)
+        path = self.owned.path_of(event.target)
         if event.modes == self.top.modes:
             return self.graph.call_module(path, args, kwargs)
-        module = self.attribute(path)
+        module = self.owned.attribute(path)
         return self.graph.call_function(
             self.moded(event, lambda m, *a, **k: m(*a, **k), "call_module"), (module, *args), kwargs
         )
@@ -168,7 +144,7 @@ class _Builder:
             if before in self.host.node_of or self.recording.values[before].names:
                 self.host.writes.setdefault(node, set()).add(self.recording.values[before].storage)
             if before in self.host.node_of:
-                self.hold(written, self.graph.call_function(after, (self.host.node_of[before], node)))
+                self.host.hold(written, self.graph.call_function(after, (self.host.node_of[before], node)))
         self.bind_results(event, event.out, node)
 
     def bind_results(self, event: Event, out: Any, node: fx.Node) -> None:
@@ -176,7 +152,7 @@ class _Builder:
             last = event.end if event.is_module else event.number + 1
             made = event.number <= self.recording.values[out.value].event < last
             if made or out.value not in self.host.node_of:
-                self.hold(out.value, node)
+                self.host.hold(out.value, node)
         elif isinstance(out, Opaque):
             self.opaque.setdefault(id(out.obj), node)
             for name, item in (out.fields or {}).items():
@@ -203,7 +179,7 @@ class _Builder:
 
     def argument(self, structure: Any) -> Any:
         if isinstance(structure, Ref):
-            return self.node_for(structure.value)
+            return self.owned.node_for(structure.value)
         if isinstance(structure, Opaque):
             return self.object_node(structure)
         if is_named_tuple(structure):
@@ -235,9 +211,9 @@ class _Builder:
     def object_node(self, opaque: Opaque) -> fx.Node:
         key = id(opaque.obj)
         if key not in self.opaque:
-            path = self.object_path(opaque.obj)
+            path = self.owned.object_path(opaque.obj)
             if path is not None:
-                self.opaque[key] = self.attribute(path)
+                self.opaque[key] = self.owned.attribute(path)
             elif opaque.fields is not None:
                 make = Spelled(type(opaque.obj), type(opaque.obj).__name__)
                 return self.graph.call_function(make, (), self.argument(opaque.fields))
@@ -245,68 +221,13 @@ class _Builder:
                 raise CaptureError(f"passes on a {type(opaque.obj).__name__} that is not one of its arguments")
         return self.opaque[key]
 
-    def object_path(self, obj: Any) -> str | None:
-        """Where an object hangs in the host: a submodule, or an attribute of an opened module."""
-        names = self.recording.module_names.get(id(obj), ())
-        return names[0] if names else self.attribute_path(obj)
-
     def output(self, structure: Any) -> Any:
         lost = [leaf for leaf in leaves_of(structure) if isinstance(leaf, Opaque) and id(leaf.obj) not in self.opaque]
-        if any(self.object_path(leaf.obj) is None for leaf in lost):
+        if any(self.owned.object_path(leaf.obj) is None for leaf in lost):
             raise CaptureError(
                 f"returns an object of its own: {', '.join(sorted({type(leaf.obj).__name__ for leaf in lost}))}"
             )
         return self.argument(structure)
-
-    # -- what the host owns ----------------------------------------------------------------------------------------
-
-    def node_for(self, value: int) -> fx.Node:
-        if value not in self.host.node_of:
-            self.hold(value, self.held_item(value) or self.attribute(self.weight_path(value)))
-        return self.host.node_of[value]
-
-    def held_item(self, value: int) -> fx.Node | None:
-        """A tensor that an opened module holds in a dict by name."""
-        found = self.recording.values[value]
-        for module in self.host.opened if found.existing is not None and not found.names else ():
-            for name, table in vars(module).items():
-                for key in (
-                    [k for k, t in table.items() if t is found.existing and type(k) is str]
-                    if type(table) is dict
-                    else ()
-                ):
-                    path = ".".join(p for p in (self.path_of(module), name) if p)
-                    return self.graph.call_function(operator.getitem, (self.attribute(path), key))
-        return None
-
-    def attribute(self, path: str) -> fx.Node:
-        if path not in self.owned:
-            with self.graph.inserting_after(self.host.inputs[-1] if self.host.inputs else None):
-                self.owned[path] = self.graph.create_node("get_attr", path)
-        return self.owned[path]
-
-    def weight_path(self, value: int) -> str:
-        found = self.recording.values[value]
-        path = found.names[0] if found.names else self.attribute_path(found.existing)
-        if path is None:
-            origin = "was made by a call that cannot be seen" if found.event < 0 else "is internal to another module"
-            raise CaptureError(
-                f"uses a tensor of shape {tuple(found.shape)} that is neither its argument nor its own ({origin})"
-            )
-        return path
-
-    def attribute_path(self, obj: Any) -> str | None:
-        for module in self.host.opened:
-            for name, attribute in vars(module).items():
-                if attribute is obj and obj is not None:
-                    return ".".join(p for p in (self.path_of(module), name) if p)
-        return None
-
-    def path_of(self, module: nn.Module) -> str:
-        names = self.recording.module_names.get(id(module), ())
-        if not names:
-            raise CaptureError(f"calls a {type(module).__name__} that is not registered below it")
-        return names[0]
 
 
 def _is_found(target: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from revwire._capture.recording import Event, Value
-from revwire._programs.build import HostGraph
+from revwire._programs.host_graph import HostGraph
 from revwire._search.dataflow import Flow
 from revwire._structures import refs
 

@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from revwire._capture.recording import HIDDEN, Event, Recording
 from revwire._errors import CaptureError
-from revwire._programs.build import HostGraph, build_graph
+from revwire._programs.build import build_graph
+from revwire._programs.host_graph import HostGraph
 from revwire._search.dataflow import Flow
 from revwire._splitting.core_graph import CallGraph, multiplies_activations
 from revwire._splitting.core_relations import Known, Relations
