@@ -1,15 +1,15 @@
 """Every private name of PyTorch that revwire uses, each once, under a name of ours.
 
 Note [Private names]
-    PyTorch may rename or change what is private without notice. So it stands here, with what it is used for, and has a
-    canary in `tests/test_torch_private.py`: an experiment that says what PyTorch changed, and which feature that
-    breaks. Where a name is missing, what stands on it raises `UnsupportedTorchError`: a single feature when it is used,
-    and ``import revwire`` where nothing would work. A name is never passed over in silence.
+    PyTorch may rename or change what is private without notice. So it stands here, with what it is used for, and has an
+    experiment in `tests/test_torch_private.py` that says what PyTorch changed, and which feature that breaks. Where a
+    name is missing, what stands on it raises `UnsupportedTorchError`: a single feature when it is used, and ``import
+    revwire`` where nothing would work. A name is never passed over in silence.
 
     Nothing else in revwire uses a private name of PyTorch (a test looks), but for these: ``_version`` and ``_base`` of
     tensors, and ``_parameters``, ``_buffers`` and ``_modules`` of modules, which are read for each tensor and module of
     each unit, where a call more would be felt; and operators of ATen whose names begin with an underscore, which
-    PyTorch keeps for the sake of exported graphs. These too have canaries. What is asked in each unit is bound here,
+    PyTorch keeps for the sake of exported graphs. These too have experiments. What is asked in each unit is bound here,
     not wrapped, for the same reason.
 """
 
