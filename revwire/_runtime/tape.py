@@ -391,10 +391,30 @@ class Tape:
                 "failed); pass retain_graph=True to the first one"
             )
         if _versions(self.state) != self.versions:
-            raise self.written()
+            raise self._written()
         return self.state
 
-    def written(self) -> ReconstructionError:
+    def anchored(self, anchor: Anchor) -> tuple[Tensor, Tensor]:
+        """The states of an anchor.
+
+        Raises:
+            ReconstructionError: they were written to.
+        """
+        if tuple(map(version_of, anchor.states)) != anchor.versions:
+            raise self._written()
+        return anchor.states
+
+    def kept_state(self, before: Before | None) -> Tensor | None:
+        """The state x_{k-1} before a unit, where that is kept.
+
+        Raises:
+            ReconstructionError: it was written to.
+        """
+        if before is not None and version_of(before.state) != before.version:
+            raise self._written()
+        return None if before is None else before.state
+
+    def _written(self) -> ReconstructionError:
         """The error that says that somebody wrote to a state."""
         return ReconstructionError(
             f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it "
