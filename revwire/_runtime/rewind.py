@@ -196,7 +196,7 @@ class Rewind:
 
     def _from_result(self, record: UnitRecord, current: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_{k-1}, or a chunk of it, and its summary, by the kept result of the branch; see Note [Results in 16 bits]
-        in `tape`.
+        in `unit_run`.
         """
         value = record.intact_result(self.tape.chain)
         following = self._now() if record.chunk is None else record.chunk.of(self._now())
