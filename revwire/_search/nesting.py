@@ -18,8 +18,14 @@ KEPT_BITS = 4
 
 
 def leanest(flow: Flow, ways: Sequence[list[list[Candidate]]]) -> list[list[Candidate]]:
-    """The chains that keep least at the peak of a step by their own sizes; the first of equals."""
-    return min(ways, key=lambda chains: peak_bytes(flow, chains)) if len(ways) > 1 else ways[0]
+    """The chains that keep least at the peak of a step by their own sizes; the first of equals.
+
+    Where the units of the first way save nothing, as inside of a model's own checkpointing, sizes tell nothing.
+    """
+    first, *others = ways
+    if not any(_saved(flow, c) for chain in first for c in chain):
+        return first
+    return min([first, *filter(None, others)], key=lambda chains: peak_bytes(flow, chains))
 
 
 def peak_bytes(flow: Flow, chains: list[list[Candidate]]) -> float:
@@ -28,13 +34,18 @@ def peak_bytes(flow: Flow, chains: list[list[Candidate]]) -> float:
     """
     events, values = flow.recording.events, flow.recording.values
     units = [c for chain in chains for c in chain]
-    saved = [sum(events[e].saved for e in {*c.region, c.add, *c.post}) for c in units]
+    saved = [_saved(flow, c) for c in units]
     elements = [[prod(values[c.fork].shape) for c in chain] for chain in chains]
     kept = sum(STREAMS * sizes[0] + sum(sizes) * KEPT_BITS / BITS_PER_BYTE for sizes in elements)
     given = {v for c in units for v in extra_inputs(flow, c)}
     kept += sum(prod(values[v].shape) * values[v].dtype.itemsize for v in given)
     outside = sum(e.saved for e in events) - sum(saved)
     return outside + kept + max(saved, default=0)
+
+
+def _saved(flow: Flow, c: Candidate) -> int:
+    """Bytes that autograd keeps for a unit."""
+    return sum(flow.recording.events[e].saved for e in {*c.region, c.add, *c.post})
 
 
 def extra_inputs(flow: Flow, c: Candidate) -> set[int]:
