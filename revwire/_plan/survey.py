@@ -101,10 +101,8 @@ class Planner:
 
     def place(self, c: Candidate) -> _Found:
         if c.add not in self.found:
-            key = self.key(c)
-            self.found[c.add] = _Found(
-                c, self.name(c.host), key, self.path(c, key), pattern_of(c, self.recording.events)
-            )
+            key, pattern = self.key(c), pattern_of(c, self.recording.events)
+            self.found[c.add] = _Found(c, self.name(c.host), key, self.path(c, key), pattern)
         return self.found[c.add]
 
     def key(self, c: Candidate) -> UnitKey:
