@@ -15,7 +15,7 @@ from revwire.cli.app import app
 from revwire.cli.models import load
 from toys import encoder
 
-TOY = "tests.test_cli:toy"
+TOY = "test_cli:toy"
 SHAPE = ("--input", "2,4,16")
 
 
@@ -93,12 +93,12 @@ def test_profile_as_json():
 
 
 def test_a_factory_may_bring_its_inputs():
-    assert invoke("plan", "tests.test_cli:toy_with_inputs").exit_code == 0
+    assert invoke("plan", "test_cli:toy_with_inputs").exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["plan", "verify", "profile"])
 def test_inputs_as_one_list_that_the_model_writes_to(command):
-    assert invoke(command, "tests.test_cli:two_inputs", *SHAPE, *SHAPE, "--as-list").exit_code == 0
+    assert invoke(command, "test_cli:two_inputs", *SHAPE, *SHAPE, "--as-list").exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["verify", "profile"])
@@ -118,8 +118,8 @@ def test_a_model_in_which_nothing_is_rewired_is_no_success(command):
         (("plan", "torchvision:swin3d_tt"), "did you mean swin3d_t"),
         (("plan", "pytorchvideo:slowfast_r5"), "did you mean slowfast_r50"),
         (("plan", "timm:qqqqqqqq"), "timm has no model 'qqqqqqqq', but "),
-        (("plan", "tests.test_cli:nothing"), "has no 'nothing'"),
-        (("plan", "tests.test_cli:a_number", *SHAPE), "expected a torch.nn.Module"),
+        (("plan", "test_cli:nothing"), "has no 'nothing'"),
+        (("plan", "test_cli:a_number", *SHAPE), "expected a torch.nn.Module"),
         (("plan", TOY), "pass --input"),
         (("plan", TOY, "--input", "2,a"), "expected positive whole numbers"),
         (("plan", TOY, "--input", "2,0,16"), "expected positive whole numbers"),
