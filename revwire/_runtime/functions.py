@@ -108,7 +108,7 @@ class _Step(torch.autograd.Function):
         ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None
     ) -> Tensor:
         ctx.rule, ctx.dtype, ctx.share = tape.now, f.dtype, share
-        ctx.kept = tape.kept
+        ctx.kept, ctx.range = tape.kept, tape.range
         out = tape.step(current, f, unit)
         if tape.rewinds and ctx.kept is None:
             ctx.tape, ctx.position = tape, len(tape.records) - 1
@@ -122,6 +122,8 @@ class _Step(torch.autograd.Function):
             Rewind.of(ctx.tape).undo(ctx.position)
         ctx.kept = None
         rule, g = ctx.rule, grads[0]
+        if ctx.range.settle():
+            g = g * float("nan")  # see Note [Synchronisation] in `range`
         need = ctx.needs_input_grad
         branch = _scale(g, rule.c) if need[4] else None
         share = ctx.share

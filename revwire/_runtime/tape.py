@@ -41,15 +41,15 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from revwire._errors import RangeError, ReconstructionError
+from revwire._errors import ReconstructionError
 from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import SharedDraws, joined, parts_of
 from revwire._runtime.entries import Anchor, Before, Result, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
-from revwire._runtime.range import RangeCheck
+from revwire._runtime.range import RangeCheck, magnitude
 from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.unit import evaluate
-from revwire._streams.base import Streams
+from revwire._streams.base import Stepped, Streams
 from revwire._streams.floats import FloatStreams
 from revwire._streams.samples import Fingerprint
 from revwire._surroundings.inventory import version_of
@@ -105,9 +105,9 @@ class Tape:
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
-        self.range = RangeCheck(chain.name, streams.bound, deferred=self.deferred)
+        self.range = RangeCheck(chain.name, chain.reach, streams.bound, deferred=self.deferred)
         self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
-        self.left_range: RangeError | None = None  # why it went on in float streams
+        self.left = False  # it ends where a value left the range; see Note [Out of range] in `range`
         self._open: UnitRecord | None = None
         self._chunk: Chunk | None = None  # that runs now; see Note [Chunks]
         self._parts: list[Tensor] = []  # of the state x_{k+1}, from the chunks so far
@@ -188,22 +188,22 @@ class Tape:
         previous, current = self.intact_state()
         place = unit.place(self.position)
         assert place is not None
-        anchored = self.chain.anchored(place)
+        anchored = self._anchored(place)
         undone = (
             self.rewinds and self.kept is None and previous is not current and (not anchored or self._by_result(place))
         )
-        following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not (in_range or self.range.holds(out)):
-            if self.keep:
-                raise self.range.left(unit)
-            self._give_up_integers(unit)
-            return self.step(x, f, unit)
+        stepped = self.streams.step(previous, x, f, self.now, undone=undone)
+        if not self.range.holds(stepped):
+            stepped, anchored = self._beyond(previous, current, x, f, unit), True
+            if self._open is not None:
+                self._open.by_result = False
+        following, out, bits, summary = stepped[:4]
         self.range.note(unit, out)
         if self.chain.observer and self.rewinds and self.kept is None:
             self.chain.observer.on_drop(self.key(len(self.records)), previous)
         if self.kept is not None:
             self.kept = None
-            self._pass_over((current, following), ends=place == self.chain.length - 1)
+            self._pass_over((current, following), ends=self.left or place == self.chain.length - 1)
         else:
             if self.rewinds:
                 self._keep_record(bits, self._summary(previous, summary), f, previous is current, anchored)
@@ -254,12 +254,13 @@ class Tape:
         previous = chunk.of(whole[0])
         place = unit.place(self.position)
         assert place is not None
-        anchored, begins = self.chain.anchored(place), whole[0] is whole[1]
+        anchored, begins = self._anchored(place), whole[0] is whole[1]
         rebuilt = self.rewinds and self.kept is None
         undone = rebuilt and not begins and (not anchored or self._by_result(place))
-        following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not (in_range or self.range.holds(out)):
-            raise self.range.left(unit)
+        stepped = self.streams.step(previous, x, f, self.now, undone=undone)
+        if not self.range.holds(stepped):
+            stepped = self._beyond(previous, chunk.of(whole[1]), x, f, unit)
+        following, out, bits, summary = stepped[:4]
         self.range.note(unit, out)
         if rebuilt:
             if self.chain.observer:
@@ -275,10 +276,14 @@ class Tape:
         assert place is not None
         assert self._chunk is not None
         floats = isinstance(self.streams, FloatStreams)
-        state = current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)
+        if self.left:
+            self._keep_whole()
+            state = current, current
+        else:
+            state = current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)
         if self.kept is not None:
             self.kept = None
-            self._pass_over(state, ends=place == self.chain.length - 1)
+            self._pass_over(state, ends=self.left or place == self.chain.length - 1)
         else:
             self._advance(state)
         self.position = place + 1
@@ -410,14 +415,23 @@ class Tape:
         else:
             self.records.clear()
 
-    def _give_up_integers(self, unit: Unit) -> None:
-        """Without gradients nothing is rebuilt: a network whose values leave the range goes on in float streams."""
-        self.left_range = self.range.left(unit)
-        previous, current = self.intact_state()
-        self.state = self.streams.read(previous), self.streams.read(current)
-        self.versions = _versions(self.state)
-        self.streams = FloatStreams(self.chain.tolerance)
-        self.range.bound = None
+    def _anchored(self, place: int) -> bool:
+        return not self.streams.rebuilds or self.chain.anchored(place)
+
+    def _beyond(self, previous: Tensor, current: Tensor, x: Tensor, f: Tensor, unit: Unit) -> Stepped:
+        """A step whose values leave the range: no state, but the float value; the tape ends with it."""
+        out = FloatStreams().step(self.streams.read(previous), x, f, self.now).value
+        self.range.leave(unit, magnitude(out))
+        self.left = True
+        return Stepped(current, out, None)
+
+    def _keep_whole(self) -> None:
+        """Nothing of the unit that has run in chunks can come back from its result: each keeps x_{k-1}."""
+        states = self.intact_state()
+        for record in self.records[len(self.records) - len(self._parts) :]:
+            if isinstance(record, UnitRecord):
+                record.by_result, record.result, record.bits = False, None, None
+                record.before = None if record.begins else Before(states[0], self.versions[0])
 
 
 def _versions(state: tuple[Tensor, Tensor]) -> tuple[int, int]:
