@@ -178,5 +178,11 @@ def twin(model: nn.Module, example: Any = X, **options: Any) -> tuple[nn.Module,
     return revwire.convert(model, example, coupling=Plain(), exact=False, **options), reference
 
 
+def twin_that_stays(model: nn.Module, example: Any = X, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """As `twin`, of a model in which nothing is rewired."""
+    with pytest.warns(revwire.NothingToRewireWarning):
+        return twin(model, example, **options)
+
+
 def reasons(model: nn.Module) -> str:
     return " | ".join(sorted({s.reason for s in revwire.report(model).skipped}))

@@ -47,12 +47,10 @@ class _Builder:
         self.hold_inputs()
         at = 1
         while at < self.top.end:
-            event = self.recording.events[at]
-            if event.is_module and at in self.inline:
-                at += 1
-                continue
-            self.emit(event)
-            at = event.end if event.is_module else at + 1
+            event, opened = self.recording.events[at], at in self.inline
+            if not opened:
+                self.emit(event)
+            at = event.end if event.is_module and not opened else at + 1
         return self.finished()
 
     def build_closed(self) -> HostGraph:

@@ -18,6 +18,9 @@ from benchmarks.zoo import tables as coverage
 from benchmarks.zoo.case import Built, Case
 from benchmarks.zoo.count import count
 
+pytestmark = pytest.mark.filterwarnings("ignore::revwire.NothingToRewireWarning")
+"""Some models have no chain."""
+
 SAMPLE = {
     # the pattern: (zoo, model, units that must be rewired, at least)
     "pre-norm, behind a convolutional stem": ("timm_models", "vit_tiny_r_s16_p8_224", 24),

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 import revwire
 from revwire._capture.run import record
 from revwire._structures import refs
-from steps import assert_same_step, twin
-from toys import Plain, X, block, pre_norm, stack
+from steps import assert_same_step, twin, twin_that_stays
+from toys import X, block, pre_norm, stack
 
 
 def patchable():
@@ -162,7 +162,7 @@ def test_weights_that_do_not_exist_yet():
 
 def test_a_module_outside_of_the_tree_is_refused():
     hidden = [nn.Linear(8, 8).double()]
-    model = revwire.convert(stack(lambda self, x: x + hidden[0](x)), X, coupling=Plain(), exact=False)
+    model, _ = twin_that_stays(stack(lambda self, x: x + hidden[0](x)))
     assert {s.reason.split(" ", 1)[1] for s in revwire.report(model).skipped} == {
         "calls a Linear that is not registered below it"
     }

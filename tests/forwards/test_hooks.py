@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import revwire
-from steps import assert_same_step, twin
+from steps import assert_same_step, twin, twin_that_stays
 from toys import X, block, pre_norm, stack
 
 
@@ -30,7 +30,7 @@ def test_forward_hooks_fire(where, when):
     model = stack(pre_norm)
     if when == "before":
         hook(model)
-        model, reference = twin(model)
+        model, reference = (twin_that_stays if where == "host" else twin)(model)
     else:
         model, reference = twin(model)
         for m in (model, reference):

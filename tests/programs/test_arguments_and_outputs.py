@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import revwire
-from steps import assert_same_step, reasons, step, twin
+from steps import assert_same_step, reasons, step, twin, twin_that_stays
 from toys import Loop, X, block, stack
 
 
@@ -68,7 +68,7 @@ def test_structures_keep_their_type(name):
 
 
 def test_objects_of_an_unknown_kind_are_refused():
-    model, _ = twin(Unpacking(Box, lambda o: o.y))
+    model, _ = twin_that_stays(Unpacking(Box, lambda o: o.y))
     assert "returns an object of its own: Box" in reasons(model)
 
 
@@ -77,7 +77,7 @@ def test_a_list_that_is_filled_is_refused():
         seen.append(x)
         return x + self.f(x)
 
-    model, _ = twin(stack(forward), (X, []))
+    model, _ = twin_that_stays(stack(forward), (X, []))
     assert "changes a list, dict or set that it is given" in reasons(model)
 
 

@@ -1,5 +1,6 @@
 """Laws on random residual networks: chains driven directly, and models that `revwire.convert` rewires."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 
@@ -10,6 +11,9 @@ from revwire.measure import saved_bytes
 from revwire.testing import Step, check_gradients, check_modes, check_revert
 from strategies import Network, cases, chain_of, exact_cases, shapes
 from toys import Oracle, stored
+
+pytestmark = pytest.mark.filterwarnings("ignore::revwire.NothingToRewireWarning")
+"""Some of these networks have no chain."""
 
 slow = settings(
     deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
