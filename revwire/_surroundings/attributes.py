@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from revwire._structures import CONSTANTS
-from revwire._surroundings.copies import recalled
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -105,25 +104,3 @@ def refilled(before: list[tuple[Any, Any]]) -> bool:
 
 MISSING = object()
 """Stands for an attribute that is not there."""
-
-
-@contextmanager
-def attributes_as_found(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no
-    trace.
-    """
-    now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
-    try:
-        for m, name, value in attributes:
-            _set(m, name, recalled(value) if isinstance(value, (Tensor, list, tuple, dict)) else value)
-        yield
-    finally:
-        for m, name, value in now:
-            _set(m, name, value)
-
-
-def _set(module: nn.Module, name: str, value: Any) -> None:
-    if value is MISSING:
-        vars(module).pop(name, None)
-    else:
-        vars(module)[name] = value
