@@ -22,6 +22,10 @@ class ConversionError(RevwireError, ValueError):
     """A model that cannot be converted, planned or reverted as asked."""
 
 
+class NothingToRewireWarning(UserWarning):
+    """`convert` found no chain of residual units, and left the model as it was."""
+
+
 class ReconstructionError(RevwireError, RuntimeError):
     """The backward pass could not rebuild what the forward pass computed; no gradient was returned."""
 

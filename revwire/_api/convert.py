@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
 
 from revwire._budget.rewire import rewire
+from revwire._errors import NothingToRewireWarning
+from revwire._forwards.converted import converted
 from revwire._forwards.first_call import FirstCall
-from revwire._forwards.install import refuse_converted
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Patterns, options_of
+from revwire._forwards.install import refuse_converted, take_all_off
+from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, options_of
+from revwire._plan.stays import why_nothing
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
 
@@ -42,6 +46,9 @@ def convert(
             memory_budget: as for `plan`. Without ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
+    Warns:
+        NothingToRewireWarning: there is no chain, so the model stays as it was; says why.
+
     Raises:
         ConversionError: as for `plan`; or ``strict`` and something stays. The model is then as before.
 
@@ -63,7 +70,21 @@ def convert(
     )
     refuse_converted(model)
     if example_inputs is None:
-        vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"), rewire)
+        vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"), _rewire)
         return model
-    rewire(model, example_inputs, options)
+    _rewire(model, example_inputs, options)
     return model
+
+
+def _rewire(model: nn.Module, example_inputs: Any, options: Options) -> None:
+    """Convert ``model``, and say so where that changes nothing."""
+    rewire(model, example_inputs, options)
+    plan = converted(model).plan
+    if plan.chains or plan.checkpointed:
+        return
+    said = f"{plan.model}: nothing was rewired, and the model runs as before: {why_nothing(plan.skipped)}"
+    try:
+        warnings.warn(said, NothingToRewireWarning, stacklevel=3)
+    except Warning:  # where warnings are errors, the model is as before
+        take_all_off(model)
+        raise

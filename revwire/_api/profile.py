@@ -19,6 +19,7 @@ from revwire._api.report import report
 from revwire._api.revert import revert
 from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call
+from revwire._errors import ConversionError
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 from revwire.measure._training_step import (
@@ -111,12 +112,14 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
         loss: output of the model → scalar; by default the mean square over all floating-point tensors in the output.
 
     Raises:
-        ConversionError: the model is not converted.
+        ConversionError: the model is not converted, or ``repeats`` is no number of rounds.
 
     Example:
         >>> model = revwire.convert(network, images)     # doctest: +SKIP
         >>> print(revwire.profile(model, images))        # doctest: +SKIP
     """
+    if type(repeats) is not int or repeats < 1:
+        raise ConversionError(f"profile: got repeats={repeats!r}; expected a number of rounds from 1")
     criterion = loss or mean_square
     original = _checkpointed_twin(model)
     call = as_call(example_inputs)

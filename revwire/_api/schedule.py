@@ -20,7 +20,7 @@ from revwire._plan.options import Choice, Couplings
 from revwire._plan.plan import PlannedChain
 from revwire._runtime.chain import Chain
 from revwire.couplings import coupling_from
-from revwire.couplings.base import Coupling
+from revwire.couplings.base import Coupling, is_number
 
 Shape = Literal["linear", "cosine", "step"]
 
@@ -49,7 +49,7 @@ def set_coupling(model: nn.Module, coupling: Couplings, *, exact: bool | None = 
         'bdia:1/4'
     """
     state = converted(model)
-    names = [(u.path, u.host) for planned in state.plan.chains for u in planned.units]
+    names = [name for planned in state.plan.chains for u in planned.units for name in (u.path, u.host)]
     choices = [_choice(coupling, chain, exact) for chain in state.chains] or [Choice.of(coupling, exact)]
     choices[0].refuse_idle_globs(names)
     found = [
@@ -205,13 +205,14 @@ class CouplingSchedule:
         if self.shape not in ("linear", "cosine", "step"):
             raise CouplingError(f"CouplingSchedule: got shape {self.shape!r}; expected 'linear', 'cosine' or 'step'")
         if self.shape == "step":
-            if not self.milestones or list(self.milestones) != sorted(set(self.milestones)):
+            counts = all(map(is_number, self.milestones))
+            if not self.milestones or not counts or list(self.milestones) != sorted(set(self.milestones)):
                 raise CouplingError(
                     f"CouplingSchedule: got milestones {list(self.milestones)}; expected ascending counts of steps"
                 )
             return self.milestones[-1]
-        if total is None or total < 1:
+        if total is None or not is_number(total) or total < 1:
             raise CouplingError(
-                f"CouplingSchedule: got total={total}; expected the number of steps after which the target is reached"
+                f"CouplingSchedule: got total={total!r}; expected the number of steps after which the target is reached"
             )
         return total

@@ -50,7 +50,9 @@ class Ways:
         self.tried: list[tuple[Prober, Chunks]] = []
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
         refuse_idle_globs(
-            "chunks", chunks if isinstance(chunks, Mapping) else (), [n for several in self.names for n in several]
+            "chunks",
+            chunks if isinstance(chunks, Mapping) else (),
+            [name for several in self.names for names in several for name in names],
         )
 
     def __iter__(self) -> Iterator[Way]:

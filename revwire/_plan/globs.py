@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -35,13 +36,28 @@ def idle_glob(option: str, glob: str, effect: str, expected: str) -> ConversionE
     return ConversionError(f"{option}: got the glob {glob!r}, {effect}; expected {expected}")
 
 
-def refuse_idle_globs(option: str, globs: Iterable[str], units: Sequence[tuple[str, ...]]) -> None:
-    """Raise where a glob matches none of the units, given by their names.
+def refuse_idle_globs(option: str, globs: Iterable[str], names: Iterable[str], what: str = "unit") -> None:
+    """Raise where a glob matches none of the names of ``what``.
 
     Raises:
-        ConversionError: names the option, the glob, and some units.
+        ConversionError: names the option, the glob, and the names nearest to it.
     """
+    names = tuple(dict.fromkeys(names))
     for glob in globs:
-        if not any(matches(names, [glob]) for names in units):
-            some = ", ".join(names[0] for names in units[:3])
-            raise idle_glob(option, glob, "which matches no unit", f"one that does: {some} ...")
+        if not matches(names, [glob]):
+            some = ", ".join(nearest(glob, filter(None, names)))
+            raise idle_glob(option, glob, f"which matches no {what}", f"one that does: {some} ...")
+
+
+def nearest(glob: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The names that a glob with a typing error may have meant, the likeliest first; the first names where none is like
+    it.
+
+    A glob is compared with as many parts of a name as it has itself: ``blokcs.*`` is like ``blocks.0``.
+    """
+    parts = glob.replace("*", "").rstrip(".").split(".")
+    beginnings: dict[str, str] = {}
+    for name in names:
+        beginnings.setdefault(".".join(name.split(".")[: len(parts)]), name)
+    close = get_close_matches(".".join(parts), beginnings, most)
+    return [beginnings[beginning] for beginning in close or list(beginnings)[:most]]

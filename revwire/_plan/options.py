@@ -9,7 +9,7 @@ from typing import Any, Literal
 from revwire._errors import BudgetError, ConversionError, CouplingError
 from revwire._plan.globs import first_match, refuse_idle_globs
 from revwire.couplings import BY_PATTERN, DEFAULT, coupling_from
-from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
+from revwire.couplings.base import FLOAT_TOLERANCE, Coupling, is_number
 from revwire.measure.sizes import parsed
 
 Patterns = str | Sequence[str] | None
@@ -74,13 +74,19 @@ class Choice:
         """What the caller wrote, checked.
 
         Raises:
-            CouplingError: no such coupling, or no such anchors.
+            CouplingError: no such coupling, arithmetic, anchors or tolerance.
         """
+        if not (exact is None or isinstance(exact, bool)):
+            raise CouplingError(
+                f"exact: got {exact!r}; expected True (fixed-point streams), False (float streams), or None (what the "
+                "coupling needs)"
+            )
         if not (anchors in (None, "auto") or (type(anchors) is int and anchors > 0)):
             raise CouplingError(f"anchors: got {anchors!r}; expected a number of units from 1, 'auto', or None")
-        if not 0 < tolerance < 1:
+        if not is_number(tolerance) or not 0 < tolerance < 1:
             raise CouplingError(f"tolerance: got {tolerance!r}; expected a relative error between 0 and 1")
         if isinstance(couplings, Mapping):
+            refuse_no_globs("coupling", couplings)
             globs = tuple((glob, coupling_from(spec)) for glob, spec in couplings.items())
             return cls(globs, None, exact, anchors, tolerance)
         return cls((), None if couplings == DEFAULT else coupling_from(couplings), exact, anchors, tolerance)
@@ -90,7 +96,7 @@ class Choice:
         chosen = first_match(names, self.globs, self.default)
         return BY_PATTERN[pattern] if chosen is None else chosen
 
-    def refuse_idle_globs(self, names: Sequence[tuple[str, ...]]) -> None:
+    def refuse_idle_globs(self, names: Iterable[str]) -> None:
         """`refuse_idle_globs` for those of the couplings."""
         refuse_idle_globs("coupling", [glob for glob, _ in self.globs], names)
 
@@ -143,11 +149,24 @@ def refuse_no_chunks(chunks: Any) -> None:
     Raises:
         ConversionError: says what was got.
     """
+    if isinstance(chunks, Mapping):
+        refuse_no_globs("chunks", chunks)
     for count in chunks.values() if isinstance(chunks, Mapping) else (chunks,):
         if type(count) is not int or count < 1:
             raise ConversionError(
                 f"chunks: got {count!r}; expected a number of chunks from 1, or a dict from globs to such numbers"
             )
+
+
+def refuse_no_globs(option: str, table: Mapping[Any, Any]) -> None:
+    """Raise where a table is by something else than globs.
+
+    Raises:
+        ConversionError: says what was got.
+    """
+    for glob in table:
+        if not isinstance(glob, str):
+            raise ConversionError(f"{option}: got the key {glob!r}; expected globs over the names of units and hosts")
 
 
 def wanted(chunks: Chunks, names: tuple[str, ...]) -> int:
@@ -190,9 +209,11 @@ def options_of(
     """What the caller wrote, checked.
 
     Raises:
-        ConversionError: what is no glob, or no number of chunks.
+        ConversionError: what is no glob, no number of chunks, or neither True nor False.
         BudgetError: what is no budget.
     """
+    if not isinstance(strict, bool):
+        raise ConversionError(f"strict: got {strict!r}; expected True (raise if a residual add stays) or False")
     if chunks is not None:
         refuse_no_chunks(chunks)
     if budget is not None:
@@ -202,7 +223,7 @@ def options_of(
         found: tuple[Any, ...] = (
             (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
         )
-        if not patterns:
+        if patterns is None or not found or patterns == "":
             return ()
         if not all(isinstance(glob, str) for glob in found):
             raise ConversionError(f"{name}: got {patterns!r}; expected a glob over qualified names, or several")

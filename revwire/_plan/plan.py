@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from revwire._plan.stays import Skipped, stays_lines, why_nothing
 from revwire.measure.sizes import spelled
 
 
@@ -124,16 +125,6 @@ def _point(p: Point) -> str:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A residual add that stays as it is, and why."""
-
-    path: str
-    reason: str
-    computed_shortcut: bool = False
-    inside_unit: bool = False
-
-
-@dataclass(frozen=True)
 class Plan:
     """What is rewired, what stays, and why.
 
@@ -184,8 +175,8 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.chains:
-            head = f"{self.model}: no chain of residual units found; nothing to rewire"
-            return "\n".join([head, *self._checkpointed_lines(), *self._skipped_lines()])
+            head = f"{self.model}: no chain of residual units found; nothing to rewire: {why_nothing(self.skipped)}"
+            return "\n".join([head, *self._checkpointed_lines(), *stays_lines(self.skipped)])
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
         more = [("modes", _modes)] if self.forecast else []
         more += [("chunks", _chunks)] if any(u.chunks > 1 or u.parts > 1 for u in self.units) else []
@@ -200,7 +191,7 @@ class Plan:
             f"{spelled(total)}"
         )
         forecast = [str(self.forecast)] if self.forecast else self._advice()
-        return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *self._skipped_lines()])
+        return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *stays_lines(self.skipped)])
 
     def _advice(self) -> list[str]:
         """One line per chain whose streams and bits cost most of what they spare: too shallow to be worth a
@@ -229,18 +220,6 @@ class Plan:
         if self.forecast and self.forecast.planned == self.forecast.stored:
             return ["every activation fits: nothing is rebuilt, and the network as it was would do as well"]
         return []
-
-    def _skipped_lines(self) -> list[str]:
-        """One line per residual add that stays; those inside a rewired branch are recomputed with it, and only
-        counted.
-        """
-        stays = Counter((s.path, s.reason) for s in self.skipped if not s.inside_unit)
-        inside = sum(s.inside_unit for s in self.skipped)
-        lines = [f"stays: {sum(stays.values())} residual adds"] if stays else []
-        lines += [
-            f"  {path}{f' ({count} times)' if count > 1 else ''}: {reason}" for (path, reason), count in stays.items()
-        ]
-        return lines + ([f"{inside} more lie inside the branches of rewired units"] if inside else [])
 
 
 def _modes(c: PlannedChain) -> str:

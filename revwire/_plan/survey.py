@@ -10,10 +10,11 @@ from typing import NamedTuple
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
-from revwire._plan.globs import idle_glob, matches
+from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
 from revwire._plan.options import STAYS, Options
 from revwire._plan.outside import Outside, name_of, outside_of_chains
-from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped
+from revwire._plan.plan import Plan, PlannedChain, PlannedUnit
+from revwire._plan.stays import Skipped
 from revwire._programs.assembly import Program, pattern_of
 from revwire._programs.build import build_graph
 from revwire._programs.calls import Slot
@@ -35,6 +36,11 @@ class _Found:
     key: UnitKey
     path: str
     pattern: str
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """By which globs find it."""
+        return self.path, self.host_path
 
 
 class InBranch(NamedTuple):
@@ -78,8 +84,7 @@ class Planner:
             slots = self.slots(units, chains)
             failed = self.failures(units, slots)
             if not failed:
-                self.options.choice.refuse_idle_globs([(u.path, u.host_path) for members in units for u in members])
-                _refuse_idle_wholes(self.options.whole or (), units)
+                _refuse_idle_globs(self.recording, self.options, units, map(self.place, search.rejected))
                 plan = Plan(
                     type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search)
                 )
@@ -96,13 +101,17 @@ class Planner:
 
     def place(self, c: Candidate) -> _Found:
         if c.add not in self.found:
-            if c.host not in self.keys:
-                self.keys[c.host] = unit_keys(self.recording.of_call(c.host))
-            key = self.keys[c.host].get(c.add - c.host, ((), -1))
+            key = self.key(c)
             self.found[c.add] = _Found(
                 c, self.name(c.host), key, self.path(c, key), pattern_of(c, self.recording.events)
             )
         return self.found[c.add]
+
+    def key(self, c: Candidate) -> UnitKey:
+        """Which of the residual adds of its host it is."""
+        if c.host not in self.keys:
+            self.keys[c.host] = unit_keys(self.recording.of_call(c.host))
+        return self.keys[c.host].get(c.add - c.host, ((), -1))
 
     def path(self, c: Candidate, key: UnitKey) -> str:
         """The host's name and that of its largest child in the branch (or the number of the add in it)."""
@@ -119,11 +128,12 @@ class Planner:
     def refuse(self, c: Candidate) -> str | None:
         if c.add in self.banned:
             return self.banned[c.add]
-        path, host = self.path(c, ((), 0)), self.name(c.host)
-        if matches((path, host), self.options.exclude):
-            return "excluded by the caller"
-        if self.options.include and not matches((path, host), self.options.include):
-            return "excluded: not among the caller's include patterns"
+        if self.options.include or self.options.exclude:
+            names = (self.path(c, self.key(c)), self.name(c.host))
+            if matches(names, self.options.exclude):
+                return "excluded by the caller"
+            if self.options.include and not matches(names, self.options.include):
+                return "excluded: not among the caller's include patterns"
         return (
             None
             if self.recording.module_names.get(id(self.recording.events[c.host].target))
@@ -264,6 +274,19 @@ def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:
 def _largest(recording: Recording, units: list[_Found]) -> float:
     """The largest magnitude in the states of a chain."""
     return max(max(recording.values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
+
+
+def _refuse_idle_globs(
+    recording: Recording, options: Options, units: list[list[_Found]], stay: Iterable[_Found]
+) -> None:
+    """Raise where a glob of the caller's finds nothing: it has a typing error. ``stay``: what is not rewired."""
+    rewired = [name for members in units for u in members for name in u.names]
+    options.choice.refuse_idle_globs(rewired)
+    _refuse_idle_wholes(options.whole or (), units)
+    names = [*rewired, *(name for u in stay for name in u.names)]
+    names += (name for several in recording.module_names.values() for name in several)
+    for option, globs in (("include", options.include), ("exclude", options.exclude)):
+        refuse_idle_globs(option, globs, names, "unit, host or module")
 
 
 def _refuse_idle_wholes(globs: Iterable[str], units: list[list[_Found]]) -> None:

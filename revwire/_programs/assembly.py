@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from revwire._capture.recording import Event
 from revwire._errors import CaptureError
 from revwire._programs.calls import Slot, UnitCall, ViewCall, writable
-from revwire._programs.compiled import WHOLE_FORWARD, Compiled
+from revwire._programs.compiled import WHOLE_FORWARD, Compiled, below
 from revwire._programs.host_graph import HostGraph
 from revwire._programs.writes import Excerpt, check_order_of_writes, check_own_memory
 from revwire._runtime.chain import Chain
@@ -163,7 +163,7 @@ class _Assembly:
         names = [path.split(".") if path else [] for path in paths]
 
         def modules(host: nn.Module) -> Iterable[nn.Module]:
-            return [_below_host(host, steps) for steps in names]
+            return [below(host, steps) for steps in names]
 
         kind: Literal["residual", "block"] = "residual" if excerpt.kind == "residual" else "block"
         return Unit(
@@ -267,15 +267,6 @@ def _owner(node: fx.Node) -> str:
     if node.op == "call_module":
         return str(node.target)
     return "" if node.target == WHOLE_FORWARD else str(node.target).rpartition(".")[0]
-
-
-def _below_host(host: nn.Module, steps: list[str]) -> nn.Module:
-    """`nn.Module.get_submodule`, which is slow."""
-    module: Any = host
-    for step in steps:
-        child = module._modules.get(step)
-        module = getattr(module, step) if child is None else child
-    return module  # type: ignore[no-any-return]
 
 
 def _function(target: Any) -> Callable[..., Tensor]:

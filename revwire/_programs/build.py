@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from revwire._capture.recording import Event, Recording
 from revwire._errors import CaptureError
-from revwire._programs.compiled import WHOLE_FORWARD, Spelled, after, called, in_modes
+from revwire._programs.compiled import WHOLE_FORWARD, ByKeyword, Spelled, after, called, in_modes, is_plain
 from revwire._programs.host_graph import HostGraph, Owned
 from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_constant, is_mapping, is_named_tuple, is_sequence, leaves_of, refs
@@ -60,9 +60,8 @@ class _Builder:
         self.host.opened = [self.recording.root]
         self.hold_inputs()
         forward = self.owned.attribute(WHOLE_FORWARD)
-        node = self.graph.call_function(
-            Spelled(called, "whole"), (forward, *self.argument(self.top.args)), self.argument(self.top.kwargs)
-        )
+        args, kwargs = self.argument(self.top.args), self.argument(self.top.kwargs)
+        node = self.call(Spelled(called, "whole"), (forward, *args), kwargs)
         self.bind_results(self.top, self.top.out, node)
         return self.finished()
 
@@ -107,12 +106,10 @@ class _Builder:
 
     def module_node(self, event: Event, args: Any, kwargs: Any) -> fx.Node:
         path = self.owned.path_of(event.target)
-        if event.modes == self.top.modes:
+        if event.modes == self.top.modes and all(map(is_plain, kwargs)):
             return self.graph.call_module(path, args, kwargs)
         module = self.owned.attribute(path)
-        return self.graph.call_function(
-            self.moded(event, lambda m, *a, **k: m(*a, **k), "call_module"), (module, *args), kwargs
-        )
+        return self.call(self.moded(event, called, "call_module"), (module, *args), kwargs)
 
     def function_node(self, event: Event, args: Any, kwargs: Any) -> fx.Node:
         target, name = event.target, getattr(event.target, "__name__", "")
@@ -124,7 +121,13 @@ class _Builder:
             target = Spelled(target, str(name or "scripted"))
         if event.modes != self.top.modes:
             target = self.moded(event, target, name or "call")
-        return self.graph.call_function(target, args, kwargs)
+        return self.call(target, args, kwargs)
+
+    def call(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A call of a function, whatever its keywords are; see Note [Names are data] in `compiled`."""
+        if all(map(is_plain, kwargs)):
+            return self.graph.call_function(target, args, kwargs)
+        return self.graph.call_function(ByKeyword(target, tuple(kwargs)), (*args, *kwargs.values()))
 
     def moded(self, event: Event, call: Callable[..., Any], name: str) -> Spelled:
         if event.modes[1] != self.top.modes[1]:
@@ -216,7 +219,7 @@ class _Builder:
                 self.opaque[key] = self.owned.attribute(path)
             elif opaque.fields is not None:
                 make = Spelled(type(opaque.obj), type(opaque.obj).__name__)
-                return self.graph.call_function(make, (), self.argument(opaque.fields))
+                return self.call(make, (), self.argument(opaque.fields))
             else:
                 raise CaptureError(f"passes on a {type(opaque.obj).__name__} that is not one of its arguments")
         return self.opaque[key]

@@ -29,7 +29,7 @@ class Chain:
         exact: fixed-point streams (True) or float streams.
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known.
-        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `tape`).
+        keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `unit_run`).
 
     Attributes:
         modes: how each unit comes by its activations in backward, where a memory budget has chosen.

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 
 from revwire._errors import ReconstructionError
+from revwire._runtime.chain import Chain
+from revwire._runtime.chunks import Chunk
 from revwire._runtime.faults import fault
 from revwire._runtime.selective import Products
+from revwire._runtime.unit import Unit
 from revwire._streams.samples import Fingerprint, Sample
 from revwire._surroundings.buffers import Copies
 from revwire._surroundings.copies import Versions
@@ -22,12 +25,6 @@ from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, version_of
 from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import Rule
-
-if TYPE_CHECKING:
-    from revwire._runtime.chain import Chain
-    from revwire._runtime.chunks import Chunk
-    from revwire._runtime.unit import Unit
-
 
 TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -119,6 +116,19 @@ class UnitRecord:
             return 0
         assert self.fingerprint is not None
         return state.numel() * self.fingerprint.dtype.itemsize
+
+    def intact_result(self, chain: Chain) -> Tensor:
+        """What the branch gave, where that is kept.
+
+        Raises:
+            ReconstructionError: it was written to.
+        """
+        assert self.result is not None
+        value, version = self.result
+        if version_of(value) != version:
+            got = "the result of its branch was modified in place"
+            raise self.fault(chain, got, "no in-place write before backward")
+        return value
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from revwire._errors import ReconstructionError
-
-if TYPE_CHECKING:
-    from revwire._runtime.chain import Chain
-    from revwire._runtime.unit import Unit
-
+from revwire._runtime.chain import Chain
+from revwire._runtime.unit import Unit
 
 WROTE_INPUT = "its branch wrote to its own input in place", "a branch that leaves its input as it is"
 """What `fault` is to say of that."""

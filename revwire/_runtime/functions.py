@@ -21,24 +21,22 @@ Note [Gradients that wait]
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
 from revwire._runtime.autograd_graph import nodes_behind
+from revwire._runtime.chain import Chain
 from revwire._runtime.faults import fault
 from revwire._runtime.rewind import Rewind
-from revwire._runtime.tape import Tape
+from revwire._runtime.unit import Unit
+from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import Streams
 from revwire._surroundings.inventory import version_of
 from revwire._torch import backward_node
 from revwire.couplings.base import Factor
-
-if TYPE_CHECKING:
-    from revwire._runtime.chain import Chain
-    from revwire._runtime.unit import Unit
 
 
 class _Enter(torch.autograd.Function):
@@ -67,10 +65,10 @@ class Share:
         version: its version counter when the branch was given it.
     """
 
-    __slots__ = ("divisor", "tape", "unit", "version")
+    __slots__ = ("chain", "divisor", "unit", "version")
 
-    def __init__(self, tape: Tape, unit: Unit) -> None:
-        self.tape, self.unit = tape, unit
+    def __init__(self, chain: Chain, unit: Unit) -> None:
+        self.chain, self.unit = chain, unit
         self.divisor = 1.0
         self.version = -1
 
@@ -89,7 +87,7 @@ class _Later(torch.autograd.Function):
         if share.version >= 0 and version_of(g) != share.version:
             raise fault(
                 share.unit,
-                share.tape.chain,
+                share.chain,
                 "the backward of its last operation, or a hook on it, wrote to the gradient that it was given",
                 "that gradient unchanged, as PyTorch asks of every backward",
             )
@@ -104,12 +102,11 @@ class _Step(torch.autograd.Function):
     """x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k); see Note [Two kinds of graph node]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None
-    ) -> Tensor:
-        ctx.rule, ctx.dtype, ctx.share = tape.now, f.dtype, share
-        ctx.kept = tape.kept
-        out = tape.step(current, f, unit)
+    def forward(ctx: Any, run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
+        tape = run.tape
+        ctx.rule, ctx.dtype, ctx.share = run.rule, f.dtype, share
+        ctx.kept = run.kept
+        out = run.step(current, f)
         if tape.rewinds and ctx.kept is None:
             ctx.tape, ctx.position = tape, len(tape.records) - 1
         else:
@@ -123,17 +120,16 @@ class _Step(torch.autograd.Function):
         ctx.kept = None
         rule, g = ctx.rule, grads[0]
         need = ctx.needs_input_grad
-        branch = _scale(g, rule.c) if need[4] else None
+        branch = _scale(g, rule.c) if need[3] else None
         share = ctx.share
         if share is None or branch is None or isinstance(rule.c, Tensor) or isinstance(rule.back, Tensor):
-            before = _scale(g, rule.back) if need[2] else None
+            before = _scale(g, rule.back) if need[1] else None
         else:
             before, share.divisor, share.version = branch, rule.c / rule.back, version_of(branch)
         return (
             None,
-            None,
             before,
-            _scale(g, rule.a) if need[3] else None,
+            _scale(g, rule.a) if need[2] else None,
             None if branch is None else branch.to(ctx.dtype),
             None,
         )
@@ -171,20 +167,20 @@ def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
     return _Enter.apply(x, streams, state)  # type: ignore[no-any-return]
 
 
-def later(tape: Tape, unit: Unit, previous: Tensor) -> tuple[Tensor, Share | None]:
+def later(run: UnitRun, previous: Tensor) -> tuple[Tensor, Share | None]:
     """``previous`` for the step of a unit that has not run yet; its gradient waits where it can be made of the
     branch's.
     """
-    if not (tape.keep and previous.requires_grad and tape.shares(unit)):
+    if not (run.tape.keep and previous.requires_grad and run.shares):
         return previous, None
-    share = Share(tape, unit)
+    share = Share(run.tape.chain, run.unit)
     return _Later.apply(previous, share), share
 
 
-def step(tape: Tape, unit: Unit, previous: Tensor, current: Tensor, f: Tensor, share: Share | None = None) -> Tensor:
+def step(run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
     """Differentiable step: the float tensors carry gradients, the tape carries the state; ``share`` as `later` gave
     it.
     """
-    if tape.keep:
-        return _Step.apply(tape, unit, previous, current, f, share)  # type: ignore[no-any-return]
-    return tape.step(current, f, unit)
+    if run.tape.keep:
+        return _Step.apply(run, previous, current, f, share)  # type: ignore[no-any-return]
+    return run.step(current, f)

@@ -18,11 +18,10 @@ from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import NO_PASS, recording_nothing, running_pass
 from revwire._runtime.checks import Checks
 from revwire._runtime.chunks import joined
-from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
+from revwire._runtime.entries import Anchor, UnitRecord, ViewRecord
 from revwire._runtime.observer import Rebuilt
 from revwire._runtime.recompute import Again, evaluated_again
 from revwire._runtime.tape import Tape
-from revwire._surroundings.inventory import version_of
 from revwire._torch import current_graph_task_id, current_graph_task_keeps_graph, queue_callback
 
 
@@ -127,7 +126,7 @@ class Rewind:
         if isinstance(record, ViewRecord):
             self.previous, self.current = record.undo(self.previous), record.undo(self._now())
         elif isinstance(record, Anchor):  # past a run of stored units
-            self.previous, self.current = self._anchored(record)
+            self.previous, self.current = self.tape.anchored(record)
         else:
             self._undo_unit(position, self._unit(position))
             if self.tape.chain.observer:
@@ -143,26 +142,16 @@ class Rewind:
         assert self.current is not None
         return self.current
 
-    def _anchored(self, anchor: Anchor) -> tuple[Tensor, Tensor]:
-        if tuple(map(version_of, anchor.states)) != anchor.versions:
-            raise self.tape.written()
-        return anchor.states
-
-    def _kept(self, before: Before | None) -> Tensor | None:
-        if before is not None and version_of(before.state) != before.version:
-            raise self.tape.written()
-        return None if before is None else before.state
-
     def _undo_unit(self, position: int, record: UnitRecord) -> None:
         """Rebuild x_{k-1}, or a chunk of it; with the first chunk, the states change."""
         chunk = record.chunk
-        anchor = None if record.anchor is None else self._anchored(record.anchor)
+        anchor = None if record.anchor is None else self.tape.anchored(record.anchor)
         whole = self.previous if anchor is None else anchor[1]
         current = whole if chunk is None else chunk.of(whole)
-        before = self._kept(record.before) if anchor is None else anchor[0]
+        before = self.tape.kept_state(record.before) if anchor is None else anchor[0]
         rebuilt, summary, again = self._rebuilt(position, record, current, before)
         if self.tape.chain.observer:
-            self.tape.chain.observer.on_rebuild(self._told(position, record, rebuilt))
+            self.tape.chain.observer.on_rebuild(_told(self.tape, position, record, rebuilt, again))
         self.checks.compare(record, rebuilt, again, summary)
         if chunk is None:
             self.previous, self.current = rebuilt, current
@@ -199,12 +188,6 @@ class Rewind:
         undone = self.tape.streams.unstep(following, again.x, again.f, record.rule, record.bits)
         return undone.state, undone.summary, again
 
-    def _told(self, position: int, record: UnitRecord, state: Tensor) -> Rebuilt:
-        """What an observer is told when a state is there again."""
-        saved = [t for t, _ in self.cache.values()]
-        key, path, streams = self.tape.key(position), record.unit.path, self.tape.streams
-        return Rebuilt(key, path, streams, state, saved, record.standing, record.result_bytes(state))
-
     def _spend_following(self) -> None:
         """x_{k+1} has served: let it go before the branch runs."""
         if not self.retained:
@@ -212,13 +195,9 @@ class Rewind:
 
     def _from_result(self, record: UnitRecord, current: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_{k-1}, or a chunk of it, and its summary, by the kept result of the branch; see Note [Results in 16 bits]
-        in `tape`.
+        in `unit_run`.
         """
-        assert record.result is not None
-        value, version = record.result
-        if version_of(value) != version:
-            got = "the result of its branch was modified in place"
-            raise record.fault(self.tape.chain, got, "no in-place write before backward")
+        value = record.intact_result(self.tape.chain)
         following = self._now() if record.chunk is None else record.chunk.of(self._now())
         if not self.retained:
             record.result = None
@@ -244,6 +223,13 @@ class Rewind:
         if not self.retained:
             record.products = None
         return again
+
+
+def _told(tape: Tape, position: int, record: UnitRecord, state: Tensor, again: Again) -> Rebuilt:
+    """What an observer is told when a state is there again."""
+    saved = [t for t, _ in again.saved.values()]
+    key, path = tape.key(position), record.unit.path
+    return Rebuilt(key, path, tape.streams, state, saved, record.standing, record.result_bytes(state))
 
 
 def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:

@@ -11,14 +11,15 @@ Note [Grad mode]
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
-from revwire._runtime.autograd_graph import edge_behind, running_pass
+from revwire._runtime.autograd_graph import edge_behind, recording_nothing, running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
 from revwire._runtime.functions import comes_from_chain, enter, later, step
@@ -27,11 +28,12 @@ from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.rewind import unpacker
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
+from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import Streams, canonical, stream_dtype
 from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
 from revwire._surroundings.inventory import version_of
-from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.modes import NOTHING, exporting, transformed
 from revwire._torch import disable_dynamo
 
 _HEADROOM_UNCALIBRATED = 2.0**6
@@ -72,19 +74,9 @@ def run(
     if chain.observer:
         chain.observer.on_inputs(Inputs(chain, unit, host, x, extras))
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
-    if chunks and link.tape.keep:
-        out, sides = _in_chunks(chain, chunks, link, (previous, current), unit, host, x, extras)
-    else:
-        previous, share = later(link.tape, unit, previous)
-        f, sides = link.tape.branch(unit, host, x, extras, chunks)
-        dtype = _result_dtype(unit, x, f)
-        if (
-            torch.is_inference_mode_enabled()
-        ):  # inference tensors have no version: a link could not tell a write to them
-            with torch.inference_mode(False), torch.no_grad():
-                out = _give_out(chain, link, step(link.tape, unit, previous, current, f), current, dtype)
-        else:
-            out = _give_out(chain, link, step(link.tape, unit, previous, current, f, share), current, dtype)
+    out, dtype, sides = _run(UnitRun(link.tape, unit, host, chunks), x, extras, previous, current)
+    with _outside_inference_mode():
+        out = _give_out(chain, link, out, current, dtype)
     if chain.observer:
         tape, place = link.tape, link.tape.position - 1
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
@@ -103,35 +95,42 @@ def relayout(chain: Chain, view: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     return linked_view(y, link, view)
 
 
-def _in_chunks(
-    chain: Chain,
-    chunks: tuple[Chunk, ...],
-    link: Link,
-    carriers: tuple[Tensor, Tensor],
-    unit: Unit,
-    host: nn.Module,
-    x: Tensor,
-    extras: tuple[Any, ...],
-) -> tuple[Tensor, tuple[Any, ...]]:
-    """Run a unit chunk by chunk: each has a branch and a step of its own, whose nodes autograd visits one chunk after
-    the other.
+def _run(
+    run: UnitRun, x: Tensor, extras: tuple[Any, ...], previous: Tensor, current: Tensor
+) -> tuple[Tensor, torch.dtype, tuple[Any, ...]]:
+    """(The float value of x_{k+1}, the dtype of what the unit returns, side outputs): each chunk has a branch and a
+    step of its own, whose nodes autograd visits one chunk after the other.
     """
-    tape, (previous, current) = link.tape, carriers
+    outs = []
+    with run:
+        for chunk, part, before, value in _pieces(run.chunks if run.tape.keep else (), x, previous, current):
+            waiting, share = later(run, before)
+            f, sides = run.branch(chunk, part, extras)
+            with _outside_inference_mode():
+                outs.append(step(run, waiting, value, f, share))
+        out = outs[0] if chunk is None else concatenated(outs, chunk.dim, current)
+        run.join(out)
+    return out, _result_dtype(run.unit, x, f), sides
+
+
+def _pieces(
+    chunks: tuple[Chunk, ...], x: Tensor, previous: Tensor, current: Tensor
+) -> Iterator[tuple[Chunk | None, Tensor, Tensor, Tensor]]:
+    """Each chunk, what its branch is given, and the carriers of x_{k-1} and x_k there; a whole unit is one."""
+    if not chunks:
+        yield None, x, previous, current
+        return
     parts = parts_of(x, chunks)
-    values = parts_of(
-        current, chunks
-    )  # made after the parts: gradients then add up in the order in which those of a whole unit do
-    before = views_of(previous, chunks)
-    with tape.in_chunks(unit):
-        outs, draws = [], SharedDraws(x)
-        for i, chunk in enumerate(chunks):
-            draws.before(chunk)
-            waiting, share = later(tape, unit, before[i])
-            f, sides = tape.branch_on(chunk, unit, host, parts[i], extras)
-            outs.append(step(tape, unit, waiting, values[i], f, share))
-        out = concatenated(outs, chunks[0].dim, current)
-        tape.join(out, unit)
-    return _give_out(chain, link, out, current, _result_dtype(unit, x, f)), sides
+    values = parts_of(current, chunks)  # after the parts: gradients then add up in the order of those of a whole unit
+    draws = SharedDraws(x)
+    for chunk, part, before, value in zip(chunks, parts, views_of(previous, chunks), values, strict=True):
+        draws.before(chunk)
+        yield chunk, part, before, value
+
+
+def _outside_inference_mode() -> AbstractContextManager[None]:
+    """Inference tensors have no version: a link could not tell a write to them."""
+    return recording_nothing() if torch.is_inference_mode_enabled() else NOTHING
 
 
 def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype) -> Tensor:

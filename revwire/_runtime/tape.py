@@ -5,62 +5,30 @@ Note [Who owns what]
     ``grad_fn``: a cycle through autograd's C++ nodes would never be collected. The float tensors that carry gradients
     from unit to unit hang on the unit's output (`revwire._runtime.links.Link`), and die with it.
 
-Note [The last unit]
-    A backward pass begins with the last unit. Where that chain is the last of its model (``Chain.keeps_last``),
-    rebuilding the unit's activations first thing saves no memory at the peak, so autograd keeps them, and the tape ends
-    before it, with the states (x_{K-2}, x_{K-1}). One forward at a time does so: those that wait for their backward
-    meanwhile (the clips of a long video) keep two streams only. So do those inside of other saved-tensor hooks, whose
-    owners (activation checkpointing) expect the same tensors in every run.
-
 Note [Stored units]
     Any other unit may keep its activations too (``Chain.stores``, by a memory budget), in every forward. A backward
     pass goes past a run of such units by the true states before it, which stand among the records; where the chain ends
     in one, the tape ends before it.
-
-Note [Results in 16 bits]
-    Under autocast, and in networks of 16-bit weights, a branch gives half as many bits as a state has. There a
-    checkpointed unit keeps that result instead of x_{k-1}, and its few bits: from both x_{k-1} is made again to the
-    bit, before the recompute, which stops early just as well. It costs half of what checkpointing keeps for a stream in
-    32 bits, and one step of the streams.
-
-Note [Chunks]
-    A unit whose branch treats the samples (or the tokens) each by itself may run in chunks (``Chain.cuts``): each has a
-    record, a branch and a step of its own, so that a backward pass rebuilds, and holds, the activations of one chunk at
-    a time. The states change for all of them at once: in forward when the last chunk is there (`Tape.join`), in
-    backward when the first one is (`Rewind`). Autograd runs the nodes that were made last first, so it goes through the
-    chunks from the last to the first, and finishes each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from weakref import ref
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revwire._errors import RangeError, ReconstructionError
-from revwire._runtime.chain import Kept
-from revwire._runtime.chunks import SharedDraws, joined, parts_of
-from revwire._runtime.entries import Anchor, Before, Result, UnitRecord, ViewRecord
+from revwire._runtime.chain import Chain
+from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
 from revwire._runtime.range import RangeCheck
-from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
-from revwire._runtime.unit import evaluate
+from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams
 from revwire._streams.floats import FloatStreams
-from revwire._streams.samples import Fingerprint
 from revwire._surroundings.inventory import version_of
-from revwire._surroundings.modes import saved_tensors_hooked, stalls
-from revwire.couplings.base import PLAIN, Rule
-
-if TYPE_CHECKING:
-    from revwire._runtime.chain import Chain
-    from revwire._runtime.chunks import Chunk, Cut
-    from revwire._runtime.unit import Unit
-
+from revwire._surroundings.modes import stalls
 
 Unpacker = Callable[["Tape", int], Callable[[int], Tensor]]
 """Makes the hook that gives back what the branch of an entry saved."""
@@ -99,216 +67,23 @@ class Tape:
         self.plain = plain
         self.rewinds = keep and not chain.stored and not plain
         self.couplings = chain.couplings  # those of this forward, whatever is set later
-        self.now = PLAIN["residual"]  # the rule of the unit that runs now
         self.records: list[UnitRecord | ViewRecord | Anchor | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
         self.range = RangeCheck(chain.name, streams.bound, deferred=self.deferred)
-        self.kept: Kept | None = None  # the activations of the unit that runs now stay; see Note [The last unit]
         self.left_range: RangeError | None = None  # why it went on in float streams
-        self._open: UnitRecord | None = None
-        self._chunk: Chunk | None = None  # that runs now; see Note [Chunks]
-        self._parts: list[Tensor] = []  # of the state x_{k+1}, from the chunks so far
-        self._whole = self.now  # the rule of all chunks
-
-    def _rule(self, unit: Unit, place: int, x: Tensor) -> Rule:
-        """The coefficients by which the unit's own value enters the step."""
-        return PLAIN[unit.kind] if self.plain else self.couplings[place].rule(unit.kind, x)
-
-    def shares(self, unit: Unit) -> bool:
-        """Whether the gradient that the next step gives x_{k-1} is made of that of its branch."""
-        place = unit.place(self.position)
-        return not self.plain and place is not None and self.couplings[place].shares
 
     def key(self, position: int) -> Key:
         """By which observers know the record at ``position`` again."""
         return id(self), position
 
-    # -- forward ---------------------------------------------------------------------------------------------------
-
-    def branch(
-        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], chunks: tuple[Chunk, ...] = ()
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Evaluate F_k(x_k); if the tape can be rewound, with placeholders for what autograd saves."""
-        _, current = self.intact_state()
-        place = unit.place(self.position)
-        assert place is not None  # else the unit had begun a tape of its own
-        self.now = self._rule(unit, place, current)
-        if not self.rewinds:
-            return self._evaluate(unit, host, x, extras, chunks)
-        self.kept = None
-        if self._keeps(place):
-            return evaluated_as_is(self.chain, unit, host, x, extras)
-        return self._recorded(unit, place, host, x, extras)
-
-    def _recorded(
-        self, unit: Unit, place: int, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Evaluate the branch with placeholders for what autograd saves."""
-        call = Evaluation(self.chain, self.streams, unit, place, host, self.now, self._chunk, x, extras)
-        record, f, sides = recorded(call, self.unpacker(self, len(self.records)))
-        if self.chain.modes is not None or self.chain.observer:
-            record.narrow = self._is_narrow(f, sides)
-        if self.start is None and (x.requires_grad or f.requires_grad or record.saved):
-            self.start = len(self.records)
-        self._open = record
-        return f, sides
-
-    def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
-        """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its
-        memory.
-        """
-        state = self.intact_state()[0]
-        return (
-            bool(self.streams.witnesses) and not sides and type(f) is Tensor and f.element_size() < state.element_size()
-        )
-
-    def _keeps(self, place: int) -> bool:
-        """Whether autograd keeps what the unit at this place saves; see Note [The last unit] and Note [Stored
-        units].
-        """
-        chain = self.chain
-        if chain.stores(place):
-            self.kept = Kept()
-            return True
-        if not chain.keeps_last or place != chain.length - 1 or chain.observer or saved_tensors_hooked():
-            return False
-        if chain.waiting is not None and chain.waiting() is not None:
-            return False
-        self.kept = Kept()
-        chain.waiting = ref(self.kept)
-        return True
-
-    def step(self, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
-        """Advance both streams by one unit; returns the float value of x_{k+1}."""
-        if self._chunk is not None:
-            return self._step_chunk(self._chunk, x, f, unit)
-        previous, current = self.intact_state()
-        place = unit.place(self.position)
-        assert place is not None
-        anchored = self.chain.anchored(place)
-        undone = (
-            self.rewinds and self.kept is None and previous is not current and (not anchored or self._by_result(place))
-        )
-        following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not (in_range or self.range.holds(out)):
-            if self.keep:
-                raise self.range.left(unit)
-            self._give_up_integers(unit)
-            return self.step(x, f, unit)
-        self.range.note(unit, out)
-        if self.chain.observer and self.rewinds and self.kept is None:
-            self.chain.observer.on_drop(self.key(len(self.records)), previous)
-        if self.kept is not None:
-            self.kept = None
-            self._pass_over((current, following), ends=place == self.chain.length - 1)
-        else:
-            if self.rewinds:
-                self._keep_record(bits, self._summary(previous, summary), f, previous is current, anchored)
-            self._advance((current, following))
-        self.position = place + 1
-        return out
-
-    # -- in chunks; see Note [Chunks] ------------------------------------------------------------------------------
-
-    @contextmanager
-    def in_chunks(self, unit: Unit) -> Iterator[None]:
-        """Run one unit chunk by chunk, by `branch_on` and `step` for each, and `join`; if it fails, nothing of it
-        stays.
-        """
-        _, current = self.intact_state()
-        place = unit.place(self.position)
-        assert place is not None
-        records, start = len(self.records), self.start
-        self.kept, self._whole = (
-            Kept() if self.rewinds and self.chain.stores(place) else None,
-            self._rule(unit, place, current),
-        )
-        try:
-            yield
-        except BaseException:
-            del self.records[records:]
-            self.start = start
-            raise
-        finally:
-            self._chunk, self._open = None, None
-            self._parts.clear()
-
-    def branch_on(
-        self, chunk: Chunk, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """As `branch`, on one chunk of x_k."""
-        _, current = self.intact_state()
-        place = unit.place(self.position)
-        assert place is not None
-        self._chunk, self.now = chunk, chunk.rule(self._whole)
-        extras = self._cut(unit).extras(extras, chunk, current.shape[chunk.dim])
-        if not self.rewinds or self.kept is not None:
-            return evaluate(unit, host, x, extras)
-        return self._recorded(unit, place, host, x, extras)
-
-    def _step_chunk(self, chunk: Chunk, x: Tensor, f: Tensor, unit: Unit) -> Tensor:
-        whole = self.intact_state()
-        previous = chunk.of(whole[0])
-        place = unit.place(self.position)
-        assert place is not None
-        anchored, begins = self.chain.anchored(place), whole[0] is whole[1]
-        rebuilt = self.rewinds and self.kept is None
-        undone = rebuilt and not begins and (not anchored or self._by_result(place))
-        following, out, bits, summary, in_range = self.streams.step(previous, x, f, self.now, undone=undone)
-        if not (in_range or self.range.holds(out)):
-            raise self.range.left(unit)
-        self.range.note(unit, out)
-        if rebuilt:
-            if self.chain.observer:
-                self.chain.observer.on_drop(self.key(len(self.records)), previous)
-            self._keep_record(bits, self._summary(previous, summary), f, begins, anchored)
-        self._parts.append(following)
-        return out
-
-    def join(self, out: Tensor, unit: Unit) -> None:
-        """All chunks have been stepped, and give ``out``, the float value of x_{k+1}."""
-        _, current = self.intact_state()
-        place = unit.place(self.position)
-        assert place is not None
-        assert self._chunk is not None
-        floats = isinstance(self.streams, FloatStreams)
-        state = current, out.detach() if floats else joined(self._parts, self._chunk.dim, current)
-        if self.kept is not None:
-            self.kept = None
-            self._pass_over(state, ends=place == self.chain.length - 1)
-        else:
-            self._advance(state)
-        self.position = place + 1
-
-    def _evaluate(
-        self, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], chunks: tuple[Chunk, ...]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """F_k(x_k), whole, or without gradients chunk by chunk, where nothing will be rebuilt."""
-        if not chunks:
-            return evaluate(unit, host, x, extras)
-        cut, found, draws = self._cut(unit), [], SharedDraws(x)
-        for chunk, part in zip(chunks, parts_of(x, chunks), strict=True):
-            draws.before(chunk)
-            f, sides = evaluate(unit, host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
-            found.append(f)
-        return torch.cat(found, chunks[0].dim), sides
-
-    def _cut(self, unit: Unit) -> Cut:
-        place, cuts = unit.place(self.position), self.chain.cuts
-        assert place is not None
-        assert cuts is not None
-        cut = cuts[place]
-        assert cut is not None
-        return cut
-
-    def _pass_over(self, state: tuple[Tensor, Tensor], *, ends: bool) -> None:
+    def pass_over(self, state: tuple[Tensor, Tensor], *, ends: bool) -> None:
         """Go on past a unit that is never rebuilt; see Note [Stored units]."""
         if self.start is not None and not self._passing:
             self.records.append(Anchor(self.intact_state(), self.versions))
-        self._advance(state)
+        self.advance(state)
         if ends and self._passing:
             self.state, self.versions = self.records.pop()  # type: ignore[misc]
         elif ends:  # the whole chain is stored: a spent link must not keep its last states alive
@@ -318,45 +93,6 @@ class Tape:
     def _passing(self) -> bool:
         """Whether the newest record stands for a run of units that are never rebuilt."""
         return bool(self.records) and isinstance(self.records[-1], Anchor)
-
-    def _by_result(self, place: int) -> bool:
-        """Whether the unit that has just run keeps what its branch gave; see Note [Results in 16 bits]."""
-        record = self._open
-        if record is None or not record.narrow or not self.chain.checkpoints(place):
-            return False
-        record.by_result = True
-        return True
-
-    def _summary(self, previous: Tensor, known: Tensor | None) -> Tensor | None:
-        """That of the state of x_{k-1}, where the record of the unit that has just run will be kept; empty where it is
-        known anyway.
-        """
-        if self.start is None or self._open is None:
-            return known
-        if self._open.stop and not self._open.by_result:
-            return previous.new_empty(0)
-        return self.streams.summary(previous) if known is None else known
-
-    def _keep_record(
-        self, bits: Tensor | None, summary: Tensor | None, f: Tensor, begins: bool, anchored: bool
-    ) -> None:
-        record, self._open = self._open, None
-        if self.start is not None and record is not None:
-            assert summary is not None
-            assert record.sample is not None
-            record.fingerprint, record.sample = Fingerprint(summary, *record.sample), None
-            record.bits, record.begins = bits, begins
-            if record.by_result:
-                record.result = Result.of(f)
-            elif anchored and not begins:
-                states = self.intact_state()
-                if self.streams.witnesses:  # x_k will be rebuilt to the bit
-                    record.before = Before(states[0], self.versions[0])
-                else:
-                    record.anchor = Anchor(states, self.versions)
-            self.records.append(record)
-        else:
-            self.records.append(None)
 
     def relayout(self, view: Callable[[Tensor], Tensor]) -> bool:
         """Apply a view, or a copy to another layout, to both streams; False (and nothing done) if it shows only a
@@ -370,10 +106,11 @@ class Tape:
             self.records.append(
                 ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None
             )
-        self._advance(moved)
+        self.advance(moved)
         return True
 
-    def _advance(self, state: tuple[Tensor, Tensor]) -> None:
+    def advance(self, state: tuple[Tensor, Tensor]) -> None:
+        """Go on to these states."""
         self.state = state
         self.versions = _versions(state)
         self.progress += 1
@@ -390,10 +127,30 @@ class Tape:
                 "by one that failed); pass retain_graph=True to the first one"
             )
         if _versions(self.state) != self.versions:
-            raise self.written()
+            raise self._written()
         return self.state
 
-    def written(self) -> ReconstructionError:
+    def anchored(self, anchor: Anchor) -> tuple[Tensor, Tensor]:
+        """The states of an anchor.
+
+        Raises:
+            ReconstructionError: they were written to.
+        """
+        if tuple(map(version_of, anchor.states)) != anchor.versions:
+            raise self._written()
+        return anchor.states
+
+    def kept_state(self, before: Before | None) -> Tensor | None:
+        """The state x_{k-1} before a unit, where that is kept.
+
+        Raises:
+            ReconstructionError: it was written to.
+        """
+        if before is not None and version_of(before.state) != before.version:
+            raise self._written()
+        return None if before is None else before.state
+
+    def _written(self) -> ReconstructionError:
         """The error that says that somebody wrote to a state."""
         return ReconstructionError(
             f"{self.chain.name}: got a stream that was written in place after the chain gave it out; expected it "
@@ -410,7 +167,7 @@ class Tape:
         else:
             self.records.clear()
 
-    def _give_up_integers(self, unit: Unit) -> None:
+    def give_up_integers(self, unit: Unit) -> None:
         """Without gradients nothing is rebuilt: a network whose values leave the range goes on in float streams."""
         self.left_range = self.range.left(unit)
         previous, current = self.intact_state()

@@ -157,10 +157,8 @@ def _windows(
         return None
     if len(ends) < 2 or not as_whole(ends):
         return None
-    together = [together(ends, count) for count in counts]
-    merged = [
-        n for n, borders in zip(counts, together, strict=True) if 1 < len(borders) < len(ends) and as_whole(borders)
-    ]
+    fewer = [together(ends, count) for count in counts]
+    merged = [n for n, borders in zip(counts, fewer, strict=True) if 1 < len(borders) < len(ends) and as_whole(borders)]
     return Windows(dim, ends, tuple(merged), tuple(x.shape[1:]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 import revwire
-from revwire import RangeError, ReconstructionError, RevwireError
+from revwire import NothingToRewireWarning, RangeError, ReconstructionError, RevwireError
 from revwire.cli.models import Shape, UsageError, first_line, load
 from revwire.testing import holds
 
@@ -215,7 +216,8 @@ def _prepared(
 
 
 def _convert(network: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-    with _working("converting"):
+    with _working("converting"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingToRewireWarning)  # it is an error here, which says more
         plan = revwire.report(revwire.convert(network, inputs, **options))
     if not plan.chains:
         raise UsageError(f"nothing was rewired, so there is nothing to check or to measure\n{plan}")

@@ -7,7 +7,7 @@ measures whether it is what it declares.
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
+from math import isfinite, nan
 
 from revwire._errors import CouplingError
 from revwire.couplings.base import (
@@ -89,9 +89,9 @@ def coupling_from(spec: str | Coupling) -> Coupling:
     """
     if isinstance(spec, Coupling):
         return spec
-    name, _, parameters = str(spec).partition(":")
+    name, colon, parameters = str(spec).partition(":")
     make, most = SPELLINGS.get(name, (None, 0))
-    values = [_number(spec, text) for text in parameters.split(",")] if parameters else []
+    values = [_number(spec, text) for text in parameters.split(",")] if colon else []
     if make is None or len(values) > most:
         expected = ", ".join(
             f"{n!r}" + (f" with {k} number{'s' if k > 1 else ''} after a colon" if k else "")
@@ -102,7 +102,12 @@ def coupling_from(spec: str | Coupling) -> Coupling:
 
 
 def _number(spec: str | Coupling, text: str) -> float:
+    """A number, or a fraction of two. (`fractions.Fraction` would compute 10 to the power of what is written.)"""
+    above, slash, under = text.partition("/")
     try:
-        return float(Fraction(text))
+        value = float(above) / float(under if slash else 1)
     except (ValueError, ZeroDivisionError):
-        raise CouplingError(f"coupling: got {spec!r}; expected numbers after the colon, as in 'bdia:1/8'") from None
+        value = nan
+    if not isfinite(value):
+        raise CouplingError(f"coupling: got {spec!r}; expected finite numbers after the colon, as in 'bdia:1/8'")
+    return value

@@ -17,8 +17,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from math import log2
-from typing import ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+from math import inf, log2
+from numbers import Real
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -233,6 +234,11 @@ def named(value: float) -> str:
         if float(value * denominator).is_integer():
             return f"{int(value * denominator)}/{denominator}" if denominator > 1 else f"{int(value)}"
     return repr(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a parameter is a finite real number."""
+    return type(value) is not bool and isinstance(value, (int, float, Real)) and abs(value) < inf  # type: ignore[operator]
 
 
 def random_signs(x: Tensor) -> Tensor:

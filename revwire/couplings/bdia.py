@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import MOST_BITS, Coefficients, Coupling, bits_of, named
+from revwire.couplings.base import MOST_BITS, Coefficients, Coupling, bits_of, is_number, named
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Bdia(Coupling):
     fewest_bits: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < 1 or bits_of(self.gamma) is None:
+        if not is_number(self.gamma) or not 0 < self.gamma < 1 or bits_of(self.gamma) is None:
             raise CouplingError(f"bdia: got gamma = {self.gamma}; expected a power of two from 1/2 to 1/{2**MOST_BITS}")
 
     @property

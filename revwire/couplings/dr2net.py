@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import Coefficients, Coupling, named
+from revwire.couplings.base import Coefficients, Coupling, is_number, named
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Dr2Net(Coupling):
         beta: β, the factor of the skip over one unit, 0 < β <= 1.
 
     Raises:
-        CouplingError: β is not in (0, 1].
+        CouplingError: β is not in (0, 1], or α is no finite number.
 
     Example:
         >>> Dr2Net(alpha=1, beta=1 / 8).kept_bits
@@ -47,7 +47,9 @@ class Dr2Net(Coupling):
     backward_parameter: ClassVar[str | None] = "beta"
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta <= 1:
+        if not is_number(self.alpha):
+            raise CouplingError(f"dr2net: got alpha = {self.alpha}; expected a finite number")
+        if not is_number(self.beta) or not 0 < self.beta <= 1:
             raise CouplingError(
                 f"dr2net: got beta = {self.beta}; expected 0 < beta <= 1 (at 0 nothing can be inverted)"
             )

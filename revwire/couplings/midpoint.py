@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import Coefficients, Coupling, named
+from revwire.couplings.base import Coefficients, Coupling, is_number, named
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Midpoint(Coupling):
         h: the step size; None for 1 + a, which keeps the pretrained function best.
 
     Raises:
-        CouplingError: a is not in (0, 1].
+        CouplingError: a is not in (0, 1], or h is no finite number.
 
     Example:
         >>> Midpoint(a=1 / 2).coefficients
@@ -43,8 +43,10 @@ class Midpoint(Coupling):
     backward_parameter: ClassVar[str | None] = "a"
 
     def __post_init__(self) -> None:
-        if not 0 < self.a <= 1:
+        if not is_number(self.a) or not 0 < self.a <= 1:
             raise CouplingError(f"midpoint: got a = {self.a}; expected 0 < a <= 1 (at 0 nothing can be inverted)")
+        if self.h is not None and not is_number(self.h):
+            raise CouplingError(f"midpoint: got h = {self.h}; expected a finite number, or None for 1 + a")
         if self.h is None:
             object.__setattr__(self, "h", 1 + self.a)
 

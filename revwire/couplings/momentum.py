@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import Coefficients, Coupling, named
+from revwire.couplings.base import Coefficients, Coupling, is_number, named
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Momentum(Coupling):
     fewest_bits: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < 1:
+        if not is_number(self.gamma) or not 0 < self.gamma < 1:
             raise CouplingError(f"momentum: got gamma = {self.gamma}; expected 0 < gamma < 1")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from math import ceil
+from math import ceil, isfinite
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -34,4 +34,5 @@ def parsed(text: str) -> int | None:
     match = re.fullmatch(r"(\d+\.?\d*)\s*(\w*)", text.strip())
     if match is None or match[2] not in _SIZES:
         return None
-    return int(float(match[1]) * _SIZES[match[2]])
+    count = float(match[1]) * _SIZES[match[2]]
+    return int(count) if isfinite(count) else None

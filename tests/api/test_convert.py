@@ -129,8 +129,30 @@ def test_strict():
 def test_a_model_without_residuals_is_returned_as_it_is():
     model = nn.Linear(8, 8).double()
     out = model(X)
-    assert torch.equal(revwire.convert(model, X)(X), out)
+    with pytest.warns(revwire.NothingToRewireWarning, match="Linear: nothing was rewired, .* made no residual add"):
+        revwire.convert(model, X)
+    assert torch.equal(model(X), out)
     assert not revwire.report(model).chains
+
+
+def test_the_warning_says_the_commonest_reason_and_names_the_callers_line():
+    apart = nn.Sequential(*[m for b in stack(pre_norm).blocks for m in (b, nn.Linear(8, 8))]).double()
+    message = "of 3 residual adds, 3 stay because: stands alone.*; deeper stages would have chains; checkpoint='stays'"
+    with pytest.warns(revwire.NothingToRewireWarning, match=message) as seen:
+        revwire.convert(apart, X)
+    assert seen[0].filename == __file__
+    with pytest.warns(revwire.NothingToRewireWarning, match=r"excluded by the caller; let more through by include="):
+        revwire.convert(stack(pre_norm), X, exclude="*")
+
+
+def test_where_warnings_are_errors_the_model_is_as_before():
+    model = nn.Linear(8, 8).double()
+    before = dict(vars(model))
+    with pytest.raises(revwire.NothingToRewireWarning):
+        revwire.convert(model, X)
+    assert vars(model) == before
+    with pytest.raises(revwire.NothingToRewireWarning):
+        revwire.convert(model)(X)
 
 
 def test_float_streams_that_would_lose_the_input_are_refused():

@@ -29,7 +29,56 @@ def test_the_table(plan):
 
 def test_the_table_of_a_model_without_chains():
     text = str(revwire.plan(nn.Sequential(nn.Linear(8, 8)).double(), X))
-    assert text == "Sequential: no chain of residual units found; nothing to rewire"
+    assert text == (
+        "Sequential: no chain of residual units found; nothing to rewire: the run on the example made no residual add "
+        "(a tensor, and what was computed from it, added up), or made it where it cannot be seen; expected a network "
+        "of residual blocks, converted before it is compiled or scripted"
+    )
+
+
+def test_a_hundred_adds_that_stay_for_one_reason_are_one_line():
+    apart = [m for block in stack(pre_norm, depth=100).blocks for m in (block, nn.Linear(8, 8))]
+    lines = str(revwire.plan(nn.Sequential(*apart).double(), X)).splitlines()
+    assert "of 100 residual adds, 100 stay because: stands alone" in lines[0]
+    assert lines[1] == "stays: 100 residual adds"
+    assert lines[2].startswith("  0.f, 2.g, 4.f, ")
+    assert " and 92 more: stands alone" in lines[2]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("globs", ["blokcs.*", ["blocks.1*", "blokcs.*"], ("blokcs.2.f",), "Blocks.*"])
+def test_a_glob_that_matches_nothing_is_an_error_with_the_nearest_names(option, globs):
+    idle = globs if isinstance(globs, str) else globs[-1]
+    message = rf"{option}: got the glob '{idle.replace('*', '.')}', which matches no unit, host or module; .* blocks"
+    with pytest.raises(revwire.ConversionError, match=message.replace("'blokcs..'", r"'blokcs\.\*'")):
+        revwire.plan(stack(pre_norm, depth=4), X, **{option: globs})
+
+
+def test_the_names_of_adds_that_stay_and_of_other_modules_are_names_too():
+    model = nn.Sequential(*stack(pre_norm, depth=3).blocks, nn.Linear(8, 8)).double()
+    assert len(revwire.plan(model, X, exclude=["3", "0"]).units) == 2
+    assert not revwire.plan(model, X, exclude="*").chains
+
+
+class Loop(nn.Module):
+    """Two adds in one forward, without a module around either."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(8, dtype=torch.float64))
+
+    def forward(self, x):
+        for _ in range(4):
+            x = x + x @ self.w
+        return x
+
+
+def test_a_unit_is_excluded_by_the_name_that_the_plan_shows():
+    model = nn.Sequential(Loop())
+    assert [u.path for u in revwire.plan(model, X).units] == ["0#0", "0#1", "0#2", "0#3"]
+    assert [u.path for u in revwire.plan(model, X, exclude="0#0").units] == ["0#1", "0#2", "0#3"]
+    assert [u.path for u in revwire.plan(model, X, include=["0#2", "0#3"]).units] == ["0#2", "0#3"]
 
 
 def test_it_is_plain_data(plan):
