@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ def _contents(v: Any) -> Any:
     """What a container holds, one level deep; None for anything else."""
     if isinstance(v, dict):
         return list(v.items())
-    return list(v) if isinstance(v, (list, set)) else None
+    return list(v) if isinstance(v, (list, set, deque, bytearray)) else None
 
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -73,6 +74,9 @@ def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
         now[k] = v
         if isinstance(v, list):
             v[:] = contents
+        elif isinstance(v, (deque, bytearray)):
+            v.clear()
+            v.extend(contents)
         elif isinstance(v, (dict, set)):
             v.clear()
             v.update(contents)

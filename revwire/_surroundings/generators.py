@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 _DEPTH = 4
 """How deep generators are looked for in containers and objects."""
+
+_WITHOUT = (Tensor, nn.Module, ModuleType, FunctionType, type, str, int, float)
+"""Values in which none are looked for: modules are visited one by one, code is read by its names."""
 
 States = list[tuple[Any, Any]]
 """Generators, each with its state."""
@@ -27,24 +30,45 @@ def is_generator(value: Any) -> bool:
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
 
 
-def generators_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+def generators_in(value: Any) -> Iterator[Any]:
     """The generators in a value: in lists, tuples, sets and dicts, and in the attributes of objects."""
+    yield from _generators_in(value, _DEPTH, set())
+
+
+def _generators_in(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
     if is_generator(value):
         yield value
-    elif depth and not isinstance(value, (Tensor, nn.Module, type, str, int, float)):
+    elif depth and not isinstance(value, _WITHOUT) and id(value) not in seen:
+        seen.add(id(value))
         for item in _items(value):
-            yield from generators_in(item, depth - 1)
+            yield from _generators_in(item, depth - 1, seen)
 
 
 def generators_of_class(kind: type) -> Iterator[Any]:
     """Those among the attributes of a class, and among the globals and enclosed variables that its methods name."""
     for value in vars(kind).values():
-        if isinstance(value, FunctionType):
-            named = (value.__globals__.get(name) for name in value.__code__.co_names)
-            cells = (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
-            yield from (v for v in (*named, *cells) if is_generator(v))
-        else:
-            yield from generators_in(value, 1)
+        yield from filter(is_generator, _named(value)) if isinstance(value, FunctionType) else generators_in(value)
+
+
+def code_draws_from_all(kind: type) -> bool:
+    """Whether a method of a class names what draws from the generators of ``random`` or ``numpy.random``."""
+    numpy = sys.modules.get("numpy")
+    modules = [random, *([] if numpy is None else [numpy.random])]
+    shared = generators_of_all()
+    for method in filter(lambda v: isinstance(v, FunctionType), vars(kind).values()):
+        for value in _named(method):
+            if any(value is m for m in modules) or any(getattr(value, "__self__", None) is g for g in shared):
+                return True
+            if value is numpy is not None and "random" in method.__code__.co_names:
+                return True
+    return False
+
+
+def _named(function: FunctionType) -> Iterator[Any]:
+    """The globals and enclosed variables that a function names."""
+    names = function.__globals__
+    yield from (names[name] for name in function.__code__.co_names if name in names)
+    yield from (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
 
 
 def _is_filled(cell: CellType) -> bool:
