@@ -20,7 +20,8 @@ from revwire._forwards.checkpointed import install_checkpoint
 from revwire._forwards.converted import _STATE, Converted, Parted, _switch, converted, report
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import install_parts
-from revwire._forwards.rewired import install
+from revwire._forwards.leaf import unmake_leaf
+from revwire._forwards.live import install_live
 from revwire._plan.options import AUTO, Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, _options
 from revwire._plan.plan import Forecast, Plan
 from revwire._plan.ready import refuse_unready
@@ -201,11 +202,11 @@ def _rewire_better(model: nn.Module, example_inputs: Any, options: Options) -> N
 
 
 def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
-    found, chains, hosts, cores, known = _prepare(model, example_inputs, options)
+    found, chains, hosts, layouts, cores, known = _prepare(model, example_inputs, options)
     if options.strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
-        install(model.get_submodule(path), path, slots)
+        install_live(model.get_submodule(path), path, slots, layouts[path])
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
     parted = [
         Parted(
@@ -237,6 +238,7 @@ def revert(model: M) -> M:
     for module in model.modules():
         if isinstance(standing_forward(module), InstanceForward):
             take_off(module)
+        unmake_leaf(module)
     del vars(model)[_STATE]
     return model
 

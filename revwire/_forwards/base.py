@@ -71,5 +71,6 @@ class _Replicate:
         forward = standing_forward(self.module)
         if isinstance(forward, InstanceForward):
             vars(replica)[_FORWARD] = forward.on_replica(replica)
-            vars(replica).pop(_REPLICATE, None)
+            for name in (_REPLICATE, "_call_impl"):
+                vars(replica).pop(name, None)
         return replica

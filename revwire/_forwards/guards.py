@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from revwire._structures import CONSTANTS
 from revwire._surroundings.inventory import has_hooks
 
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", "_replicate_for_data_parallel"})
+_STRUCTURE = frozenset(
+    {"_parameters", "_buffers", "_modules", "forward", "_revwire", "_replicate_for_data_parallel", "_call_impl"}
+)
 
 
 class _Same:

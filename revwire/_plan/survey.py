@@ -11,12 +11,12 @@ from revwire._errors import CaptureError, ConversionError
 from revwire._plan.costed import with_costs
 from revwire._plan.options import STAYS, Options
 from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped, _elements
-from revwire._programs.assembly import Program, pattern_of
-from revwire._programs.build import build_graph
+from revwire._programs.assembly import pattern_of
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._search.chains import CALLER, Search, find_chains
 from revwire._search.dataflow import Flow
+from revwire._search.places import Layout, layout
 from revwire._search.residuals import Candidate, can_run_twice
 from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._splitting.core_relations import Known
@@ -50,6 +50,7 @@ class Prepared(NamedTuple):
     plan: Plan
     chains: list[Chain]
     hosts: dict[str, list[Slot]]
+    layouts: dict[str, Layout]
     cores: dict[str, InBranch]
     known: Known
 
@@ -64,6 +65,7 @@ class Planner:
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
         self.known: Known = {}
+        self.layouts: dict[str, Layout] = {}
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
@@ -83,7 +85,7 @@ class Planner:
                 self.mark_last(units, chains, plan)
                 names, left = self.checkpointed(search, units)
                 plan = replace(plan, checkpointed=names, left_bytes=left)
-                return Prepared(plan, chains, slots, self.cores(units), self.known)
+                return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
             self.banned.update(failed)
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -276,7 +278,8 @@ class Planner:
                 cut = self.recording.cut(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
                 self.opened |= {u.candidate.host + call for call in inline}
-                Program.of(build_graph(cut, inline), again, held)
+                drops = [s.chain.couplings[s.index].drops_skip for s in held]
+                self.layouts[u.host_path] = layout(cut, again, inline, drops)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
                 failed.update(

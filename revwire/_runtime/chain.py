@@ -64,6 +64,7 @@ class Chain:
         self.stored = False
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
+        self.told: set[str] = set()  # units of which it was said that their activations are kept
         self.monitor: Monitor | None = None
 
     def __getstate__(self) -> dict[str, Any]:

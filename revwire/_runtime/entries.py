@@ -25,6 +25,7 @@ from revwire.couplings.base import Rule
 if TYPE_CHECKING:
     from revwire._runtime.chain import Chain
     from revwire._runtime.chunks import Chunk
+    from revwire._runtime.replay import Replay
     from revwire._runtime.unit import Unit
 
 
@@ -105,6 +106,7 @@ class UnitRecord:
     products: Products | None = None  # what need not be computed again, where it is selective
     stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
+    replay: Replay | None = None  # its branch, where the host's own code ran it
 
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""

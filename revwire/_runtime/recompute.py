@@ -12,8 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from revwire._errors import ReconstructionError
 from revwire._runtime.entries import UnitRecord
+from revwire._runtime.following import unfollowed
+from revwire._runtime.unit import evaluate
 from revwire._surroundings.attributes import attributes_as_found
 from revwire._surroundings.buffers import buffers_exchanged
+from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.weights import put_back
@@ -67,6 +70,15 @@ class _CheckpointWatch(TorchFunctionMode):
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self.found |= hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
         return func(*args, **(kwargs or {}))
+
+
+def branch_again(record: UnitRecord, x: Tensor) -> Tensor:
+    """F_k(x), in the shape of ``x``."""
+    if record.replay is None:
+        return evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())[0]
+    with unfollowed():
+        f = record.replay(x)
+    return f if f.shape == x.shape else f.expand_as(x)
 
 
 @contextmanager

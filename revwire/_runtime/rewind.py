@@ -28,11 +28,10 @@ from revwire._runtime.recompute import (
     _name,
     _never,
     _UntilEnough,
+    branch_again,
 )
 from revwire._runtime.tape import Tape
-from revwire._runtime.unit import evaluate
 from revwire._streams.samples import Fingerprint, glance, same_glances
-from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import version_of, versions_of
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.weights import lent
@@ -286,7 +285,7 @@ class Rewind:
         products = record.products.recalled(partial(self._fault, record, *_OTHER_CALLS)) if record.products else NOTHING
         hooks = saved_tensors_hooks(pack, _never)
         with until, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
-            f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
+            f = branch_again(record, x)
         if x._version != version:
             raise self._fault(
                 record, "its branch wrote to its own input in place", "a branch that leaves its input as it is"

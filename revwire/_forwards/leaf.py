@@ -1,0 +1,79 @@
+"""Modules that a host's own code may call, made known to whoever follows that code.
+
+A leaf stands as an instance attribute before `nn.Module._call_impl`, which is all of a call, with the hooks of the
+module; it does nothing but ask, while no host's code is followed on its thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from revwire._runtime.following import NOW
+
+_CALL, _COMPILED, _REPLICATE = "_call_impl", "_compiled_call_impl", "_replicate_for_data_parallel"
+
+
+class Leaf:
+    """Calls its module, or lets the follower of the host's code that calls it do so."""
+
+    def __init__(self, module: nn.Module, compiled: Any = None) -> None:
+        self.module = module
+        self.compiled = compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "compiled": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        follower = NOW.follower
+        if follower is None:
+            return self.call(*args, **kwargs)
+        return follower.module_call(self.module, self.call, args, kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The call as it would have been."""
+        if self.compiled is not None:
+            return self.compiled(*args, **kwargs)
+        return type(self.module)._call_impl(self.module, *args, **kwargs)
+
+
+class _Replicate:
+    """A copy that `nn.DataParallel` makes of the module is no leaf until its own host is called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        for name in (_CALL, _REPLICATE):
+            vars(replica).pop(name, None)
+        return replica
+
+
+def make_leaf(module: nn.Module) -> None:
+    """Let calls of a module be known."""
+    own = vars(module)
+    found = own.get(_CALL)
+    if isinstance(found, Leaf) and found.module is module:
+        return
+    compiled = own.get(_COMPILED)
+    leaf = Leaf(module, compiled)
+    own[_CALL] = leaf
+    if compiled is not None:
+        own[_COMPILED] = leaf
+    if not isinstance(own.get(_REPLICATE), _Replicate) and _REPLICATE not in own:
+        own[_REPLICATE] = _Replicate(module)
+
+
+def unmake_leaf(module: nn.Module) -> None:
+    """Leave a module as it was."""
+    own = vars(module)
+    leaf = own.get(_CALL)
+    if not isinstance(leaf, Leaf):
+        return
+    del own[_CALL]
+    if isinstance(own.get(_COMPILED), Leaf):
+        own[_COMPILED] = leaf.compiled
+    if isinstance(own.get(_REPLICATE), _Replicate):
+        del own[_REPLICATE]

@@ -1,0 +1,555 @@
+"""Hosts whose own code runs in each call; units are what it does between a state and its residual add.
+
+Note [The host's own code runs]
+    Reads, effects, random draws and decisions of the code that holds the residual adds are its own, and happen once,
+    in each call anew. It is followed meanwhile: by a `TorchFunctionMode`, which sees its torch calls, and by the leaves
+    that it calls (`leaf`), inside of which nothing is followed. Where it uses a state, a unit begins; where it adds to
+    the state what came from it, the step of the chain takes the place of the add, and the code is handed the next
+    state. The plan says what to expect; a call that goes another way (an early return, a block left out, an add more or
+    less) is rewired as far as it goes, and what is left runs as it was written, with ordinary gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.overrides import TorchFunctionMode
+
+from revwire._capture.intercept import is_recording
+from revwire._capture.reads import kind_of, name_of
+from revwire._forwards.base import put_on, standing_forward
+from revwire._forwards.leaf import make_leaf
+from revwire._forwards.rewired import RewiredForward
+from revwire._programs.calls import Slot, writable
+from revwire._runtime.following import NOW
+from revwire._runtime.links import Link
+from revwire._runtime.live import as_kind, begun, ended, given_up, stream_of
+from revwire._runtime.run import refuse_transforms, relayout
+from revwire._runtime.segment import Assigned, Segment
+from revwire._runtime.unit import Unit
+from revwire._search.places import Layout, Origin, Place, found_at
+from revwire._structures import mapped, tensors_in
+from revwire._surroundings.modes import exporting
+
+_ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
+
+_COPYING_VIEWS = frozenset({"reshape", "flatten", "contiguous", "reshape_as"})
+
+_METHOD_WRAPPER = type(Tensor.shape.__get__)
+
+_READS: dict[Any, bool] = {}
+
+_stack_size, _stack_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
+_push, _pop = torch._C._push_on_torch_function_stack, torch._C._pop_torch_function_stack
+
+
+class Planned:
+    """A unit of a host: its slot, and how it shows in the host's code."""
+
+    __slots__ = ("number", "place", "slot", "unit")
+
+    def __init__(self, number: int, slot: Slot, place: Place) -> None:
+        self.number, self.slot, self.place = number, slot, place
+        self.unit = Unit(
+            slot.path,
+            slot.index,
+            "block" if place.block else "residual",
+            _no_branch,
+            partial(_modules_of, place.modules),
+            slot.later,
+        )
+
+
+def _no_branch(*_: Any) -> Any:
+    raise NotImplementedError("internal: this unit is run by its host's own code; please report this")
+
+
+def _modules_of(names: tuple[str, ...], host: nn.Module) -> list[nn.Module]:
+    return [host.get_submodule(name) for name in names]
+
+
+class LiveForward(RewiredForward):
+    """The forward of a host whose own code runs; see Note [The host's own code runs].
+
+    Units that run in chunks need their branch before the host's code comes to it: a host that holds such a unit runs
+    the program of its example (`RewiredForward`), and so does one that an exporter writes down.
+    """
+
+    def __init__(self, host: nn.Module, path: str, slots: list[Slot], layout: Layout, original: Any = None) -> None:
+        super().__init__(host, path, slots, original)
+        self.layout = layout
+        self.told: set[str] = set()
+        self._resolve()
+
+    def _resolve(self) -> None:
+        """What is looked up by identity."""
+        self.planned = [Planned(i, s, p) for i, (s, p) in enumerate(zip(self.slots, self.layout.places, strict=True))]
+        self.chains = {
+            id(p.slot.chain): [q for q in self.planned if q.slot.chain is p.slot.chain] for p in self.planned
+        }
+        self.by_call: dict[tuple[str, int], list[Planned]] = {}
+        for p in self.planned:
+            if p.place.origin is not None and p.place.origin.call is not None:
+                self.by_call.setdefault((p.place.origin.call, p.place.origin.number), []).append(p)
+        self.ready = False
+
+    def _make_ready(self) -> None:
+        """Learn the modules of the host, and make them leaves: at the first call, as copies come with other ones."""
+        self.names: dict[int, str] = {}
+        for name, module in self.module.named_modules():
+            self.names[id(module)] = f".{name}"
+            if module is not self.module:
+                make_leaf(module)
+        at = {name[1:]: i for i, name in self.names.items()}
+        self.opened = {at[name] for name in self.layout.opened if name in at}
+        self.users: dict[int, set[int]] = {}
+        self.assigned: Assigned = {}
+        for p in self.planned:
+            for name in p.place.modules:
+                self.users.setdefault(at.get(name, -1), set()).add(p.number)
+            for called, name, attribute in p.place.assigned:
+                if called in at and name in at:
+                    found = self.assigned.setdefault(at[called], [])
+                    pair = self.module.get_submodule(name), attribute
+                    if pair not in found:
+                        found.append(pair)
+        self.passing: dict[int, bool] = {}
+        self.ready = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("planned", "chains", "by_call", "names", "opened", "users", "assigned", "passing"):
+            state.pop(name, None)
+        return {**state, "ready": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.planned = []
+
+    def on_replica(self, replica: nn.Module) -> LiveForward:
+        return LiveForward(replica, self.path, self.slots, self.layout)
+
+    # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
+    @_disable_dynamo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recording():
+            return self.plain(*args, **kwargs)
+        if not self.planned:
+            self._resolve()
+        if exporting() or any(map(_runs_by_program, self.planned)):
+            return super().__call__(*args, **kwargs)
+        refuse_transforms(self.path or type(self.module).__name__)
+        self.refuse_old_backward_hooks()
+        if not self.ready:
+            self.note_homes()
+            self._make_ready()
+        follower = Following(self)
+        return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
+
+    def passes(self, module: nn.Module) -> bool:
+        """Whether a module holds units of the same chains: a state that it is given goes on inside."""
+        found = self.passing.get(id(module))
+        if found is None:
+            forwards = (standing_forward(m) for m in module.modules())
+            found = any(isinstance(f, RewiredForward) and self._shares_chain(f) for f in forwards)
+            self.passing[id(module)] = found
+        return found
+
+    def _shares_chain(self, other: RewiredForward) -> bool:
+        return any(id(slot.chain) in self.chains for slot in other.slots)
+
+    def tell(self, unit: Unit, what: str) -> None:
+        """Warn, once for each unit."""
+        if unit.path not in self.told:
+            self.told.add(unit.path)
+            warnings.warn(f"{unit.path}: {what}", stacklevel=2)
+
+
+def _runs_by_program(p: Planned) -> bool:
+    chain = p.slot.chain
+    return chain.prober is not None or (chain.cuts is not None and chain.cuts[p.slot.index] is not None)
+
+
+class _Open:
+    """A segment, and the unit that it is to be."""
+
+    __slots__ = ("adds", "planned", "posts", "raw", "segment", "since")
+
+    def __init__(self, planned: Planned, segment: Segment, raw: Tensor) -> None:
+        self.planned, self.segment, self.raw = planned, segment, raw
+        self.adds, self.posts, self.since = 0, -1, 0
+        if raw is not segment.x:
+            segment.numbers[id(raw)] = ref(raw), 0
+
+
+class Following(TorchFunctionMode):
+    """One call of a host."""
+
+    def __init__(self, forward: LiveForward) -> None:
+        super().__init__()
+        self.forward = forward
+        self.open: list[_Open] = []
+        self.forks: dict[int, tuple[Tensor, Planned]] = {}
+        self.counts: dict[str, int] = {}
+        self.views = {i: n for i, units in forward.chains.items() if (n := units[0].place.views[0])}  # still to come
+        self.instead: dict[int, tuple[Any, Any]] = {}
+
+    # -- the whole call --------------------------------------------------------------------------------------------
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """Run the host's own code, followed."""
+        for p in self.forward.planned:
+            if p.place.origin is not None and p.place.origin.call is None:
+                self._expect(p, self._argument(p.place.origin, args, kwargs))
+        before, NOW.follower = NOW.follower, self
+        _push(self)
+        try:
+            try:
+                out = self.forward.plain(*args, **kwargs)
+            finally:
+                _pop()
+                NOW.follower = before
+            return self._finished(out)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for one in self.open:
+            given_up(one.segment)
+        self.open.clear()
+
+    def closed(self, args: Any, kwargs: Any) -> Any:
+        """Run a host that is one unit, as one call."""
+        p, forward = self.forward.planned[0], self.forward
+        assert p.place.origin is not None
+        x = self._argument(p.place.origin, args, kwargs)
+        link = stream_of(p.slot.chain, p.unit, x) if isinstance(x, Tensor) else None
+        if link is None and not _may_begin(x):
+            return forward.plain(*args, **kwargs)
+        one = self._begun(p, x, link)
+        try:
+            args, kwargs = self._instead_of_raw(one, args, kwargs)
+            make = one.segment.make_module
+            out = make(forward.module, args, kwargs, forward.plain, forward.assigned)
+            for call in one.segment.calls:
+                call.function = forward.plain
+            value = found_at(p.place.out or (), out)
+            if not isinstance(value, Tensor) or value.shape != one.segment.x.shape:
+                forward.tell(p.unit, "its output has not the shape of its input in this call; it is not rewired in it")
+                return out
+            new = self._step(one, value, p.unit)
+            return out if new is None else _exchanged(out, value, new)
+        finally:
+            self._let_go()
+
+    def _finished(self, out: Any) -> Any:
+        """What the host's code returns; a unit that is summed, and only lacks calls behind its sum, ends here."""
+        for one in [o for o in self.open if o.posts >= 0]:
+            latest = one.segment.latest
+            if latest.shape == one.segment.x.shape and any(t is latest for t in tensors_in(out)):
+                new = self._step(one, latest, one.planned.unit)
+                if new is not None:
+                    out = _exchanged(out, latest, new)
+        for one in self.open:
+            if one.segment.calls or one.posts >= 0:
+                self.forward.tell(
+                    one.planned.unit,
+                    "a call of its host did not come to its residual add as the example did; it ran as in the original "
+                    "network, and its activations are kept",
+                )
+        return out
+
+    def _argument(self, origin: Origin, args: Any, kwargs: Any) -> Any:
+        found = found_at(origin.path, (args, kwargs))
+        if found is None:
+            found = found_at(origin.path[2:], self._by_name(origin.path, args, kwargs))
+        return found
+
+    def _by_name(self, path: Any, args: Any, kwargs: Any) -> Any:
+        """An argument that is given by its name, and was by its place in the example, or the other way round."""
+        original = self.forward.original
+        code = getattr(type(self.forward.module).forward if original is None else original, "__code__", None)
+        names = () if code is None else code.co_varnames[original is None : code.co_argcount]
+        if path[0] == 0:
+            return kwargs.get(names[path[1]]) if path[1] < len(names) else None
+        place = names.index(path[1]) if path[1] in names else len(args)
+        return args[place] if place < len(args) else None
+
+    # -- what the host's code calls --------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if NOW.follower is not self:
+            return func(*args, **kwargs)
+        if self.instead:
+            args, kwargs = self._renamed(args, kwargs)
+        is_property = type(func) is _METHOD_WRAPPER
+        if is_property or _is_read(func):
+            out = func(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                return out
+        out = self._viewed(func, args, kwargs) if self.views else None
+        owner = self._owner(args, kwargs, None) if out is None else None
+        if out is not None:
+            pass
+        elif owner is None:
+            out = func(*args, **kwargs)
+        else:
+            args, kwargs = self._instead_of_raw(owner, args, kwargs)
+            if is_property:
+                out = func(*args)
+                owner.segment.note_done(func, args, out)
+            elif func in _ADDS and len(args) == 2 and not kwargs and isinstance(args[1], Tensor):
+                out = self._added(owner, func, args)
+            else:
+                out = self._after(owner, func, args, kwargs, owner.segment.make(func, args, kwargs, func))
+        if self.forward.by_call:
+            self._met(name_of(func), out)
+        return out
+
+    def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a module by the host's own code."""
+        forward = self.forward
+        if id(module) in forward.opened:
+            return call(*args, **kwargs)
+        popped = _stack_size() > 0 and _stack_at(_stack_size() - 1) is self
+        if popped:  # inside of a leaf nothing is followed
+            _pop()
+        NOW.follower = None
+        try:
+            return self._leaf_call(module, call, args, kwargs)
+        finally:
+            NOW.follower = self
+            if popped:
+                _push(self)
+
+    def _leaf_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        forward = self.forward
+        if self.instead:
+            args, kwargs = self._renamed(args, kwargs)
+        owner = None if forward.passes(module) else self._owner(args, kwargs, module)
+        if owner is None:
+            out = call(*args, **kwargs)
+        else:
+            args, kwargs = self._instead_of_raw(owner, args, kwargs)
+            out = owner.segment.make_module(module, args, kwargs, call, forward.assigned)
+            out = self._after(owner, module, args, kwargs, out)
+        if forward.by_call:
+            self._met(forward.names.get(id(module), ""), out)
+        return out
+
+    # -- units -----------------------------------------------------------------------------------------------------
+
+    def _owner(self, args: Any, kwargs: Any, module: nn.Module | None) -> _Open | None:
+        """The unit to which a call with these arguments belongs, begun now if need be."""
+        best: _Open | None = None
+        waiting: tuple[Planned, Tensor, Link | None] | None = None
+        for t in tensors_in((args, kwargs) if kwargs else args):
+            for one in self.open:
+                if one.segment.number(t) is not None:
+                    if best is None or one.planned.number < best.planned.number:
+                        best = one
+                    break
+            else:
+                found = self._start(t, module)
+                if found is not None and (waiting is None or found[0].number < waiting[0].number):
+                    waiting = found
+        if waiting is None or (best is not None and best.planned.number < waiting[0].number):
+            return best
+        return self._begun(*waiting)
+
+    def _start(self, t: Tensor, module: nn.Module | None) -> tuple[Planned, Tensor, Link | None] | None:
+        """The unit that begins with a tensor, if one does."""
+        link = getattr(t, "_revwire_link", None)
+        if link is None and t._base is None and not self.forks:
+            return None
+        for units in self.forward.chains.values():
+            found = self._next(units, t, module)
+            if found is not None:
+                return found
+        fork = self.forks.get(id(t))
+        if fork is not None and fork[0] is t and _may_begin(t) and not self._is_done(fork[1]):
+            return fork[1], t, None
+        return None
+
+    def _is_done(self, p: Planned) -> bool:
+        return any(one.planned is p for one in self.open)
+
+    def _next(
+        self, units: list[Planned], t: Tensor, module: nn.Module | None
+    ) -> tuple[Planned, Tensor, Link | None] | None:
+        """The next unit of a chain whose newest state is ``t``: the first that calls ``module``, or the first."""
+        found: list[tuple[int, Planned, Link]] = []
+        for p in units:
+            link = stream_of(p.slot.chain, p.unit, t)
+            if link is not None:
+                place = p.unit.place(link.tape.position)
+                assert place is not None
+                found.append((place, p, link))
+        if not found:
+            return None
+        found.sort(key=lambda one: one[0])
+        users = self.forward.users.get(id(module), ()) if module is not None else ()
+        _, p, link = next((one for one in found if one[1].number in users), found[0])
+        return p, t, link
+
+    def _viewed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A view of a state before a unit, or behind it, as a view of both streams; None for any other call."""
+        x = args[0] if args else None
+        link = getattr(x, "_revwire_link", None)
+        if link is None or not self.views.get(id(link.tape.chain)) or any(o.raw is x for o in self.open):
+            return None
+        y = func(*args, **kwargs)
+        if not isinstance(y, Tensor) or y is x or y.numel() != x.numel():
+            return None
+        if y.untyped_storage()._cdata != x.untyped_storage()._cdata and name_of(func) not in _COPYING_VIEWS:
+            return None
+        self.views[id(link.tape.chain)] -= 1
+        return relayout(link.tape.chain, lambda t: func(t, *args[1:], **kwargs), x)
+
+    def _begun(self, p: Planned, x: Tensor, link: Link | None) -> _Open:
+        one = _Open(p, begun(p.slot.chain, p.unit, self.forward.module, x, link), x)
+        self.open.append(one)
+        self.forks.pop(id(x), None)
+        return one
+
+    def _instead_of_raw(self, one: _Open, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Where a chain began, what its streams hold takes the place of the tensor that it began with."""
+        raw, x = one.raw, one.segment.x
+        if raw is x:
+            return args, kwargs
+        return mapped((args, kwargs), lambda leaf: x if leaf is raw else leaf)  # type: ignore[no-any-return]
+
+    def _expect(self, p: Planned, t: Any) -> None:
+        if isinstance(t, Tensor):
+            self.forks[id(t)] = t, p
+
+    def _met(self, target: str, out: Any) -> None:
+        """A call was made: a chain may begin with its result."""
+        number = self.counts.get(target, 0)
+        self.counts[target] = number + 1
+        for p in self.forward.by_call.get((target, number), ()):
+            assert p.place.origin is not None
+            self._expect(p, found_at(p.place.origin.path, out))
+
+    # -- the end of a unit -----------------------------------------------------------------------------------------
+
+    def _added(self, one: _Open, func: Any, args: Any) -> Any:
+        """An addition of two tensors."""
+        segment, place = one.segment, one.planned.place
+        first, second = args
+        numbers = segment.number(first), segment.number(second)
+        summed = one.posts < 0 and None not in numbers and first is not second
+        if summed and (0 in numbers or not place.literal):
+            one.adds += 1
+            if one.adds == place.adds and _keeps_shape(segment.x, first, second):
+                return self._sum(one, func, args, numbers)
+        elif summed and segment.skip is not segment.x and (first is segment.skip or second is segment.skip):
+            if place.adds == 1 and first.shape == second.shape == segment.x.shape:
+                return self._close(one, segment.make(func, args, {}, func), as_kind(one.planned.unit, "block"))
+        return self._after(one, func, args, {}, segment.make(func, args, {}, func))
+
+    def _sum(self, one: _Open, func: Any, args: Any, numbers: Any) -> Any:
+        """The residual add."""
+        segment, place, unit = one.segment, one.planned.place, one.planned.unit
+        f = args[1] if numbers[0] == 0 else args[0]
+        if not place.block and not place.posts:
+            new = self._step(one, f, unit)
+            if new is None:
+                return func(*args)
+            if args[0] is f and name_of(func) in ("add_", "__iadd__"):
+                self.instead[id(f)] = ref(f), ref(new)
+            return new
+        if place.drops:
+            out = segment.make(writable, (f,), {}, writable) if place.writes else f
+        else:
+            out = segment.make(func, args, {}, func)
+        if not place.posts:
+            return self._close(one, out, unit)
+        one.posts, segment.latest, one.since = 0, out, segment.number(out) or 0
+        return out
+
+    def _after(self, one: _Open, function: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """A call of a unit was made: it may be the last one behind the sum, or one on the way of the skip."""
+        segment = one.segment
+        if one.posts < 0:
+            self._follow_skip(segment, function, args, out)
+            return out
+        given = list(tensors_in((args, kwargs)))
+        if not any((segment.number(t) or -1) >= one.since for t in given):
+            return out
+        one.posts += 1
+        if not isinstance(out, Tensor) or out.shape != segment.x.shape:
+            return out
+        segment.latest = out
+        return self._close(one, out, one.planned.unit) if one.posts >= one.planned.place.posts else out
+
+    def _follow_skip(self, segment: Segment, function: Any, args: Any, out: Any) -> None:
+        if not args or args[0] is not segment.skip or not isinstance(out, Tensor) or out.shape != segment.x.shape:
+            return
+        if not isinstance(function, nn.Module) or next(function.parameters(), None) is None:
+            segment.skip = out
+
+    def _close(self, one: _Open, value: Tensor, unit: Unit) -> Any:
+        new = self._step(one, value, unit)
+        return value if new is None else new
+
+    def _step(self, one: _Open, value: Tensor, unit: Unit) -> Tensor | None:
+        """The next state; None where the unit cannot be stepped, and runs on as it was written."""
+        self.open.remove(one)
+        new = ended(one.segment, value, unit)
+        self.views[id(one.planned.slot.chain)] = one.planned.place.views[1]
+        if new is None:
+            given_up(one.segment)
+            self.forward.tell(unit, "its state was written in place, or left for another gradient mode, before its add")
+        return new
+
+    def _renamed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A sum that was to be written over a tensor is the new state, under that tensor's name too."""
+
+        def new(leaf: Any) -> Any:
+            found = self.instead.get(id(leaf))
+            if found is None or found[0]() is not leaf:
+                return leaf
+            return leaf if (state := found[1]()) is None else state
+
+        return mapped((args, kwargs), new)  # type: ignore[no-any-return]
+
+
+def _is_read(func: Any) -> bool:
+    """Whether a function only looks at a tensor, and gives none."""
+    found = _READS.get(func)
+    if found is None:
+        found = _READS[func] = kind_of(func) != "data" and name_of(func) not in ("__iter__", "requires_grad")
+    return found
+
+
+def _may_begin(x: Any) -> bool:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return x.layout is torch.strided and not x.is_nested
+
+
+def _keeps_shape(x: Tensor, first: Tensor, second: Tensor) -> bool:
+    if first.shape == second.shape:
+        return first.shape == x.shape
+    return torch.broadcast_shapes(first.shape, second.shape) == x.shape
+
+
+def _exchanged(out: Any, old: Tensor, new: Tensor) -> Any:
+    """A result with one tensor in place of another."""
+    return mapped(out, lambda leaf: new if leaf is old else leaf)
+
+
+def install_live(host: nn.Module, path: str, slots: list[Slot], layout: Layout) -> LiveForward:
+    """Put the live forward on a host."""
+    forward = LiveForward(host, path, slots, layout, standing_forward(host))
+    put_on(forward)
+    return forward
