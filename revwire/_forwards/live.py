@@ -180,11 +180,12 @@ def _runs_by_program(p: Planned) -> bool:
 class _Open:
     """A segment, and the unit that it is to be."""
 
-    __slots__ = ("adds", "planned", "posts", "raw", "segment", "since")
+    __slots__ = ("adds", "f", "planned", "posts", "raw", "segment", "since")
 
     def __init__(self, planned: Planned, segment: Segment, raw: Tensor) -> None:
         self.planned, self.segment, self.raw = planned, segment, raw
         self.adds, self.posts, self.since = 0, -1, 0
+        self.f: Tensor | None = None  # what the branch gave, where the sum may yet be handed back
         if raw is not segment.x:
             segment.numbers[id(raw)] = ref(raw), 0
 
@@ -254,7 +255,7 @@ class Following(TorchFunctionMode):
         for one in [o for o in self.open if o.posts >= 0]:
             latest = one.segment.latest
             if latest.shape == one.segment.x.shape and any(t is latest for t in tensors_in(out)):
-                new = self._step(one, latest, one.planned.unit)
+                new = self._step(one, latest if one.f is None else one.f, one.planned.unit)
                 if new is not None:
                     out = _exchanged(out, latest, new)
         for one in self.open:
@@ -453,14 +454,17 @@ class Following(TorchFunctionMode):
                 return self._sum(one, func, args, numbers)
         elif summed and segment.skip is not segment.x and (first is segment.skip or second is segment.skip):
             if place.adds == 1 and first.shape == second.shape == segment.x.shape:
-                return self._close(one, segment.make(func, args, {}, func), as_kind(one.planned.unit, "block"))
+                segment.latest = segment.make(func, args, {}, func)
+                return self._close(one, segment.latest, as_kind(one.planned.unit, "block"))
         return self._after(one, func, args, {}, segment.make(func, args, {}, func))
 
     def _sum(self, one: _Open, func: Any, args: Any, numbers: Any) -> Any:
         """The residual add."""
         segment, place, unit = one.segment, one.planned.place, one.planned.unit
         f = args[1] if numbers[0] == 0 else args[0]
-        if not place.block and not place.posts:
+        if place.idle:
+            one.f = f
+        elif not place.block and not place.posts:
             new = self._step(one, f, unit)
             if new is None:
                 return func(*args)
@@ -471,10 +475,8 @@ class Following(TorchFunctionMode):
             out = segment.make(writable, (f,), {}, writable) if place.writes else f
         else:
             out = segment.make(func, args, {}, func)
-        if not place.posts:
-            return self._close(one, out, unit)
         one.posts, segment.latest, one.since = 0, out, segment.number(out) or 0
-        return out
+        return out if place.posts or place.idle else self._close(one, out, unit)
 
     def _after(self, one: _Open, function: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """A call of a unit was made: it may be the last one behind the sum, or one on the way of the skip."""
@@ -486,10 +488,14 @@ class Following(TorchFunctionMode):
         if not any((segment.number(t) or -1) >= one.since for t in given):
             return out
         one.posts += 1
+        if out is segment.latest and one.f is not None:
+            return self._close(one, one.f, one.planned.unit) if one.posts >= one.planned.place.idle else out
+        one.f = None
         if not isinstance(out, Tensor) or out.shape != segment.x.shape:
             return out
         segment.latest = out
-        return self._close(one, out, one.planned.unit) if one.posts >= one.planned.place.posts else out
+        unit = as_kind(one.planned.unit, "block") if one.planned.place.idle else one.planned.unit
+        return self._close(one, out, unit) if one.posts >= one.planned.place.posts + one.planned.place.idle else out
 
     def _follow_skip(self, segment: Segment, function: Any, args: Any, out: Any) -> None:
         if not args or args[0] is not segment.skip or not isinstance(out, Tensor) or out.shape != segment.x.shape:
@@ -498,8 +504,9 @@ class Following(TorchFunctionMode):
             segment.skip = out
 
     def _close(self, one: _Open, value: Tensor, unit: Unit) -> Any:
+        """End a unit by ``value``: F(x), or the block's; in place of what the code would go on with."""
         new = self._step(one, value, unit)
-        return value if new is None else new
+        return one.segment.latest if new is None else new
 
     def _step(self, one: _Open, value: Tensor, unit: Unit) -> Tensor | None:
         """The next state; None where the unit cannot be stepped, and runs on as it was written."""

@@ -47,6 +47,8 @@ class Place:
         literal: the state itself is an operand of its add.
         adds: how many such additions there are from its beginning to its add.
         posts: how many calls there are behind the add.
+        idle: how many calls there are behind it that handed the sum back in the example (a dropout in eval mode), where
+            there are no others.
         writes: a call behind the add writes to the sum.
         drops: the skip is dropped.
         views: how many views of the state may lie before it, and behind it.
@@ -60,6 +62,7 @@ class Place:
     literal: bool
     adds: int
     posts: int
+    idle: int
     writes: bool
     drops: bool
     views: tuple[int, int]
@@ -104,7 +107,7 @@ def _whole(recording: Recording, c: Candidate) -> Place:
     if start is None or out is None:
         raise CaptureError("hides the stream in an object")
     assigned = _assigned(recording, top, "")
-    return Place(True, False, 1, 0, False, False, (0, 0), Origin(start), ("",), assigned, out)
+    return Place(True, False, 1, 0, 0, False, False, (0, 0), Origin(start), ("",), assigned, out)
 
 
 class _Seen:
@@ -142,12 +145,14 @@ class _Seen:
         called = [events[n] for n in calls if events[n].is_module]
         drops = drops and literal and bool(post)
         sum_of = self.recording.values[c.result].storage
+        idle = self.idle(c, post)
         after = [e for n in post for e in events[n : max(events[n].end, n + 1)]]
         return Place(
             block=not literal or (bool(post) and not drops),
             literal=literal,
             adds=self.adds(c, literal),
-            posts=len(post),
+            posts=len(post) + idle if post else 0,
+            idle=0 if post else idle,
             writes=any(self.recording.values[b].storage == sum_of for e in after for b, _ in e.writes),
             drops=drops,
             views=(len(c.lead), max(len(c.views), self.views_behind(c.out))),
@@ -187,6 +192,20 @@ class _Seen:
             own = [v == c.fork for v in (first, second)]
             comes = [o or self.flow.is_ancestor(c.fork, v) for o, v in zip(own, (first, second), strict=True)]
             count += all(comes) and (any(own) or not literal)
+        return count
+
+    def idle(self, c: Candidate, post: Sequence[int]) -> int:
+        """How many calls behind the add gave back what they were given."""
+        made = {c.result, *(r.value for n in post for r in refs(self.recording.events[n].out))}
+        count = 0
+        for e in self.events:
+            if e.number <= c.add or e.number in post:
+                continue
+            given = {r.value for r in refs((e.args, e.kwargs))}
+            if isinstance(e.out, Ref) and e.out.value in made & given and not e.writes:
+                count += 1
+            elif c.out in given:
+                return count
         return count
 
     def views_behind(self, value: int) -> int:
