@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from revwire._budget.apply import _spend_less
 from revwire._budget.fit import serves_better
 from revwire._capture.arguments import as_call
-from revwire._capture.run import record
+from revwire._capture.run import fullest_recording
 from revwire._errors import BudgetError, ConversionError, RevwireError
 from revwire._forwards.base import InstanceForward, standing_forward, take_off
 from revwire._forwards.checkpointed import install_checkpoint
@@ -294,7 +294,7 @@ def _prepare(model: nn.Module, example_inputs: Any, options: Options) -> Prepare
     _refuse_converted(model)
     call = as_call(example_inputs)
     try:
-        recording = record(model, call.args, call.kwargs)
+        recording = fullest_recording(model, call.args, call.kwargs)
     except RevwireError:
         raise
     except Exception as error:

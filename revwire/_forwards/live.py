@@ -20,6 +20,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from revwire._capture.intercept import is_recording
@@ -28,6 +29,7 @@ from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.leaf import make_leaf
 from revwire._forwards.rewired import RewiredForward
 from revwire._programs.calls import Slot, writable
+from revwire._runtime.cells import kept_cell, opened_cell
 from revwire._runtime.following import NOW
 from revwire._runtime.links import Link
 from revwire._runtime.live import as_kind, begun, ended, given_up, stream_of
@@ -35,8 +37,8 @@ from revwire._runtime.run import refuse_transforms, relayout
 from revwire._runtime.segment import Assigned, Segment
 from revwire._runtime.unit import Unit
 from revwire._search.places import Layout, Origin, Place, found_at
-from revwire._structures import mapped, tensors_in
-from revwire._surroundings.modes import exporting
+from revwire._structures import mapped, tensors_in, tensors_of
+from revwire._surroundings.modes import NOTHING, exporting
 
 _ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 
@@ -151,7 +153,8 @@ class LiveForward(RewiredForward):
             self.note_homes()
             self._make_ready()
         follower = Following(self)
-        return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
+        with saved_tensors_hooks(kept_cell, opened_cell) if _is_checkpointed() else NOTHING:
+            return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
 
     def passes(self, module: nn.Module) -> bool:
         """Whether a module holds units of the same chains: a state that it is given goes on inside."""
@@ -165,11 +168,34 @@ class LiveForward(RewiredForward):
     def _shares_chain(self, other: RewiredForward) -> bool:
         return any(id(slot.chain) in self.chains for slot in other.slots)
 
+    def next_unit(self, units: list[Planned], position: int, module: nn.Module | None) -> Planned | None:
+        """The unit of a chain that comes first behind a position: of those that call ``module``, if there are any."""
+        users = self.users.get(id(module), ()) if module is not None else ()
+        best, least = None, (True, 0)
+        for p in units:
+            place = p.unit.place(position)
+            if place is None:
+                continue
+            rank = bool(users) and p.number not in users, place
+            if best is None or rank < least:
+                best, least = p, rank
+            if rank == (False, position):
+                break
+        return best
+
     def tell(self, unit: Unit, what: str) -> None:
         """Warn, once for each unit."""
         if unit.path not in self.told:
             self.told.add(unit.path)
             warnings.warn(f"{unit.path}: {what}", stacklevel=2)
+
+
+def _is_checkpointed() -> bool:
+    """Whether `torch.utils.checkpoint` runs this call, to run it again: with a part of a chain it must not, so what the
+    host's code saves is kept from it.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
 
 
 def _runs_by_program(p: Planned) -> bool:
@@ -231,14 +257,16 @@ class Following(TorchFunctionMode):
         p, forward = self.forward.planned[0], self.forward
         assert p.place.origin is not None
         x = self._argument(p.place.origin, args, kwargs)
-        link = stream_of(p.slot.chain, p.unit, x) if isinstance(x, Tensor) else None
+        link = stream_of(p.slot.chain, x) if isinstance(x, Tensor) else None
+        if link is not None and p.unit.place(link.tape.position) is None:
+            link = None
         if link is None and not _may_begin(x):
             return forward.plain(*args, **kwargs)
         one = self._begun(p, x, link)
         try:
-            args, kwargs = self._instead_of_raw(one, args, kwargs)
+            args, kwargs, given = self._instead_of_raw(one, args, kwargs, tensors_of(args, kwargs))
             make = one.segment.make_module
-            out = make(forward.module, args, kwargs, forward.plain, forward.assigned)
+            out = make(forward.module, args, kwargs, forward.plain, given, forward.assigned)
             for call in one.segment.calls:
                 call.function = forward.plain
             value = found_at(p.place.out or (), out)
@@ -297,20 +325,22 @@ class Following(TorchFunctionMode):
             if not isinstance(out, Tensor):
                 return out
         out = self._viewed(func, args, kwargs) if self.views else None
-        owner = self._owner(args, kwargs, None) if out is None else None
+        given = tensors_of(args, kwargs)
+        owner = self._owner(given, None) if out is None else None
         if out is not None:
             pass
         elif owner is None:
             out = func(*args, **kwargs)
         else:
-            args, kwargs = self._instead_of_raw(owner, args, kwargs)
+            if owner.raw is not owner.segment.x:
+                args, kwargs, given = self._instead_of_raw(owner, args, kwargs, given)
             if is_property:
                 out = func(*args)
                 owner.segment.note_done(func, args, out)
             elif func in _ADDS and len(args) == 2 and not kwargs and isinstance(args[1], Tensor):
-                out = self._added(owner, func, args)
+                out = self._added(owner, func, args, given)
             else:
-                out = self._after(owner, func, args, kwargs, owner.segment.make(func, args, kwargs, func))
+                out = self._after(owner, func, given, owner.segment.make(func, args, kwargs, func, given))
         if self.forward.by_call:
             self._met(name_of(func), out)
         return out
@@ -335,24 +365,26 @@ class Following(TorchFunctionMode):
         forward = self.forward
         if self.instead:
             args, kwargs = self._renamed(args, kwargs)
-        owner = None if forward.passes(module) else self._owner(args, kwargs, module)
+        given = tensors_of(args, kwargs)
+        owner = None if forward.passes(module) else self._owner(given, module)
         if owner is None:
             out = call(*args, **kwargs)
         else:
-            args, kwargs = self._instead_of_raw(owner, args, kwargs)
-            out = owner.segment.make_module(module, args, kwargs, call, forward.assigned)
-            out = self._after(owner, module, args, kwargs, out)
+            if owner.raw is not owner.segment.x:
+                args, kwargs, given = self._instead_of_raw(owner, args, kwargs, given)
+            out = owner.segment.make_module(module, args, kwargs, call, given, forward.assigned)
+            out = self._after(owner, module, given, out)
         if forward.by_call:
             self._met(forward.names.get(id(module), ""), out)
         return out
 
     # -- units -----------------------------------------------------------------------------------------------------
 
-    def _owner(self, args: Any, kwargs: Any, module: nn.Module | None) -> _Open | None:
-        """The unit to which a call with these arguments belongs, begun now if need be."""
+    def _owner(self, given: list[Tensor], module: nn.Module | None) -> _Open | None:
+        """The unit to which a call with these tensors belongs, begun now if need be."""
         best: _Open | None = None
         waiting: tuple[Planned, Tensor, Link | None] | None = None
-        for t in tensors_in((args, kwargs) if kwargs else args):
+        for t in given:
             for one in self.open:
                 if one.segment.number(t) is not None:
                     if best is None or one.planned.number < best.planned.number:
@@ -368,38 +400,16 @@ class Following(TorchFunctionMode):
 
     def _start(self, t: Tensor, module: nn.Module | None) -> tuple[Planned, Tensor, Link | None] | None:
         """The unit that begins with a tensor, if one does."""
-        link = getattr(t, "_revwire_link", None)
-        if link is None and t._base is None and not self.forks:
+        if getattr(t, "_revwire_link", None) is not None or t._base is not None:
+            for units in self.forward.chains.values():
+                link = stream_of(units[0].slot.chain, t)
+                p = None if link is None else self.forward.next_unit(units, link.tape.position, module)
+                if p is not None:
+                    return p, t, link
+        fork = self.forks.get(id(t)) if self.forks else None
+        if fork is None or fork[0] is not t or not _may_begin(t) or any(one.planned is fork[1] for one in self.open):
             return None
-        for units in self.forward.chains.values():
-            found = self._next(units, t, module)
-            if found is not None:
-                return found
-        fork = self.forks.get(id(t))
-        if fork is not None and fork[0] is t and _may_begin(t) and not self._is_done(fork[1]):
-            return fork[1], t, None
-        return None
-
-    def _is_done(self, p: Planned) -> bool:
-        return any(one.planned is p for one in self.open)
-
-    def _next(
-        self, units: list[Planned], t: Tensor, module: nn.Module | None
-    ) -> tuple[Planned, Tensor, Link | None] | None:
-        """The next unit of a chain whose newest state is ``t``: the first that calls ``module``, or the first."""
-        found: list[tuple[int, Planned, Link]] = []
-        for p in units:
-            link = stream_of(p.slot.chain, p.unit, t)
-            if link is not None:
-                place = p.unit.place(link.tape.position)
-                assert place is not None
-                found.append((place, p, link))
-        if not found:
-            return None
-        found.sort(key=lambda one: one[0])
-        users = self.forward.users.get(id(module), ()) if module is not None else ()
-        _, p, link = next((one for one in found if one[1].number in users), found[0])
-        return p, t, link
+        return fork[1], t, None
 
     def _viewed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A view of a state before a unit, or behind it, as a view of both streams; None for any other call."""
@@ -421,12 +431,13 @@ class Following(TorchFunctionMode):
         self.forks.pop(id(x), None)
         return one
 
-    def _instead_of_raw(self, one: _Open, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _instead_of_raw(self, one: _Open, args: Any, kwargs: Any, given: list[Tensor]) -> tuple[Any, Any, list[Tensor]]:
         """Where a chain began, what its streams hold takes the place of the tensor that it began with."""
         raw, x = one.raw, one.segment.x
-        if raw is x:
-            return args, kwargs
-        return mapped((args, kwargs), lambda leaf: x if leaf is raw else leaf)  # type: ignore[no-any-return]
+        if raw is x or not any(t is raw for t in given):
+            return args, kwargs, given
+        args, kwargs = mapped((args, kwargs), lambda leaf: x if leaf is raw else leaf)
+        return args, kwargs, tensors_of(args, kwargs)
 
     def _expect(self, p: Planned, t: Any) -> None:
         if isinstance(t, Tensor):
@@ -442,7 +453,7 @@ class Following(TorchFunctionMode):
 
     # -- the end of a unit -----------------------------------------------------------------------------------------
 
-    def _added(self, one: _Open, func: Any, args: Any) -> Any:
+    def _added(self, one: _Open, func: Any, args: Any, given: list[Tensor]) -> Any:
         """An addition of two tensors."""
         segment, place = one.segment, one.planned.place
         first, second = args
@@ -451,14 +462,14 @@ class Following(TorchFunctionMode):
         if summed and (0 in numbers or not place.literal):
             one.adds += 1
             if one.adds == place.adds and _keeps_shape(segment.x, first, second):
-                return self._sum(one, func, args, numbers)
+                return self._sum(one, func, args, given, numbers)
         elif summed and segment.skip is not segment.x and (first is segment.skip or second is segment.skip):
             if place.adds == 1 and first.shape == second.shape == segment.x.shape:
-                segment.latest = segment.make(func, args, {}, func)
+                segment.latest = segment.make(func, args, {}, func, given)
                 return self._close(one, segment.latest, as_kind(one.planned.unit, "block"))
-        return self._after(one, func, args, {}, segment.make(func, args, {}, func))
+        return self._after(one, func, given, segment.make(func, args, {}, func, given))
 
-    def _sum(self, one: _Open, func: Any, args: Any, numbers: Any) -> Any:
+    def _sum(self, one: _Open, func: Any, args: Any, given: list[Tensor], numbers: Any) -> Any:
         """The residual add."""
         segment, place, unit = one.segment, one.planned.place, one.planned.unit
         f = args[1] if numbers[0] == 0 else args[0]
@@ -472,19 +483,20 @@ class Following(TorchFunctionMode):
                 self.instead[id(f)] = ref(f), ref(new)
             return new
         if place.drops:
-            out = segment.make(writable, (f,), {}, writable) if place.writes else f
+            out = segment.make(writable, (f,), {}, writable, [f]) if place.writes else f
         else:
-            out = segment.make(func, args, {}, func)
+            out = segment.make(func, args, {}, func, given)
         one.posts, segment.latest, one.since = 0, out, segment.number(out) or 0
         return out if place.posts or place.idle else self._close(one, out, unit)
 
-    def _after(self, one: _Open, function: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    def _after(self, one: _Open, function: Any, given: list[Tensor], out: Any) -> Any:
         """A call of a unit was made: it may be the last one behind the sum, or one on the way of the skip."""
         segment = one.segment
         if one.posts < 0:
-            self._follow_skip(segment, function, args, out)
+            if given and given[0] is segment.skip and isinstance(out, Tensor) and out.shape == segment.x.shape:
+                if not isinstance(function, nn.Module) or next(function.parameters(), None) is None:
+                    segment.skip = out
             return out
-        given = list(tensors_in((args, kwargs)))
         if not any((segment.number(t) or -1) >= one.since for t in given):
             return out
         one.posts += 1
@@ -496,12 +508,6 @@ class Following(TorchFunctionMode):
         segment.latest = out
         unit = as_kind(one.planned.unit, "block") if one.planned.place.idle else one.planned.unit
         return self._close(one, out, unit) if one.posts >= one.planned.place.posts + one.planned.place.idle else out
-
-    def _follow_skip(self, segment: Segment, function: Any, args: Any, out: Any) -> None:
-        if not args or args[0] is not segment.skip or not isinstance(out, Tensor) or out.shape != segment.x.shape:
-            return
-        if not isinstance(function, nn.Module) or next(function.parameters(), None) is None:
-            segment.skip = out
 
     def _close(self, one: _Open, value: Tensor, unit: Unit) -> Any:
         """End a unit by ``value``: F(x), or the block's; in place of what the code would go on with."""

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from revwire._surroundings.inventory import version_of
-
 
 class Cell:
     """One saved tensor: held, until a unit that rebuilds it takes it over.
@@ -21,7 +19,7 @@ class Cell:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
-        self.version = version_of(tensor)
+        self.version = tensor._version
         self.source: Callable[[int], Tensor] | None = None
         self.number = -1
 
@@ -35,6 +33,11 @@ class Cell:
             self.tensor = self.tensor.detach()
 
 
+def kept_cell(tensor: Tensor) -> Cell:
+    """The hook that saves a tensor in a cell for good."""
+    return Cell(tensor.detach())
+
+
 def opened_cell(cell: Cell) -> Tensor:
     """The hook that gives back what was saved.
 
@@ -44,7 +47,7 @@ def opened_cell(cell: Cell) -> Tensor:
     if cell.source is not None:
         return cell.source(cell.number)
     assert cell.tensor is not None
-    if version_of(cell.tensor) != cell.version:
+    if cell.tensor._version != cell.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             f"[{cell.tensor.type()} {list(cell.tensor.shape)}] is at version {cell.tensor._version}; expected version "

@@ -30,9 +30,9 @@ from revwire._surroundings.modes import stops_early
 from revwire._surroundings.surroundings import Surroundings
 
 
-def stream_of(chain: Chain, unit: Unit, x: Tensor) -> Link | None:
-    """The link of a tensor that is the newest state of a chain which can go on in this unit."""
-    return _link_of(chain, unit, x)
+def stream_of(chain: Chain, x: Tensor) -> Link | None:
+    """The link of a tensor that is the newest state of a chain."""
+    return _link_of(chain, None, x)
 
 
 def begun(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, link: Link | None) -> Segment:

@@ -35,6 +35,10 @@ _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device
 
 _KEEPS_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
 
+_CPU = ("cpu",)
+
+_GENERATOR = torch.default_generator
+
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
@@ -58,6 +62,7 @@ class Segment:
         self.carriers: tuple[Tensor, Tensor]
         self.share: Any = None
         self.version = version_of(x)
+        self.randomness: RandomStates = {}
         self.numbers: dict[int, tuple[ReferenceType[Tensor], int]] = {id(x): (ref(x), 0)}
         self.size = 1
         self.held: dict[int, tuple[Tensor, int]] = {}
@@ -77,8 +82,8 @@ class Segment:
         self.skip = x  # the state, or what came from it by calls without weights
         self.latest = x  # what came from the sum last
         self.whole = True  # whether all calls are in the branch
-        self.devices = accelerators_of([x])
-        self.kinds = ("cpu", *(d.type for d in self.devices))
+        self.devices = () if x.is_cpu else accelerators_of([x])
+        self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
         self.modes = modes_here(self.kinds)
         self.cache_enabled = torch.is_autocast_cache_enabled()
         if rewinds:
@@ -136,17 +141,19 @@ class Segment:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def make(self, function: Callable[..., Any], args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
-        """Make a call by ``run``, and put it down as one of ``function``."""
+    def make(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, run: Callable[..., Any], tensors: list[Tensor]
+    ) -> Any:
+        """Make a call by ``run``, and put it down as one of ``function``; ``tensors``: those among its arguments."""
         if not self.rewinds:
             out = run(*args, **kwargs)
-            self._note_made(args, kwargs, out)
+            self._note_made(out)
             return out
         needs: list[int] = []
         recorded = [self._noted(a, needs) for a in args]
         named = {k: self._noted(a, needs) for k, a in kwargs.items()} if kwargs else None
         call = Call(function, recorded, named, needs)
-        before = [(t, version_of(t)) for t in tensors_in((args, kwargs) if kwargs else args)]
+        before = [(t, version_of(t) if t.is_inference() else t._version) for t in tensors]
         self._look(call)
         start = len(self.cells)
         try:
@@ -166,57 +173,69 @@ class Segment:
         return out
 
     def make_module(
-        self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any], assigned: Assigned
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        run: Callable[..., Any],
+        tensors: list[Tensor],
+        assigned: Assigned,
     ) -> Any:
         """As `make`, for a call of a module."""
         if not self.rewinds:
-            return self.make(module, args, kwargs, run)
+            return self.make(module, args, kwargs, run, tensors)
         owned = Inventory.of((module,))
         self.owned.append(owned)
-        for m, name in assigned.get(id(module), ()):
+        for m, name in assigned.get(id(module), ()) if assigned else ():
             self.attributes.append((m, name, held(vars(m).get(name, MISSING), self.inputs)))
         writers = [m for m in owned.writers if m.training] if owned.writers else None
         if not writers:
-            return self.make(module, args, kwargs, run)
+            return self.make(module, args, kwargs, run, tensors)
         with undisturbed(writers):
             written = Written(writers)
             if self.statistics:
                 self.buffers.update(statistics_of(writers))
-            out = self.make(module, args, kwargs, run)
+            out = self.make(module, args, kwargs, run, tensors)
             self.buffers.update(written.copies())
         return out
 
     def note_done(self, function: Callable[..., Any], args: Any, out: Any) -> None:
         """Put down a call that was made already, and saves nothing (a property of a tensor)."""
         if not self.rewinds:
-            self._note_made(args, {}, out)
+            self._note_made(out)
             return
         needs: list[int] = []
         call = Call(function, [self._noted(a, needs) for a in args], None, needs)
+        self._look(call)
         self._put_down(call, (), out)
 
-    def _note_made(self, args: Any, kwargs: Any, out: Any) -> None:
+    def _note_made(self, out: Any) -> None:
         for t in tensors_in(out):
             self._new(t)
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
-        call.randomness = now = random_states(self.devices)
-        self._settle(now)
+        self._settle()
+        call.randomness = self.randomness
         modes = modes_here(self.kinds)
         if modes != self.modes:
             call.modes = modes
 
-    def _settle(self, now: RandomStates) -> None:
-        """Forget the states before the latest call, where nothing was drawn since."""
+    def _settle(self) -> None:
+        """Look at the generators, and forget their states before the latest call, where nothing was drawn since."""
+        if self.devices:
+            now = random_states(self.devices)
+        else:
+            now = {None: _GENERATOR.get_state()}
         if self.calls:
             latest = self.calls[-1]
-            if latest.randomness is not None and all(same_bytes(s, now[d]) for d, s in latest.randomness.items()):
+            if all([same_bytes(s, now[d]) for d, s in latest.randomness.items()]):  # type: ignore[union-attr]
                 latest.randomness = None
+        self.randomness = now
 
     def _put_down(self, call: Call, before: Sequence[tuple[Tensor, int]], out: Any) -> None:
         for t, version in before:
-            if version_of(t) != version:
+            if version >= 0 and t._version != version:
                 if self.number(t) is None:
                     self.effects.add(len(self.calls))
                 else:
@@ -258,7 +277,7 @@ class Segment:
     def settle(self) -> None:
         """After the last call."""
         if self.rewinds:
-            self._settle(random_states(self.devices))
+            self._settle()
 
     def let_go(self) -> None:
         """Keep what is left of the cells, and nothing else."""
@@ -275,5 +294,8 @@ class Segment:
 
 def modes_here(kinds: Sequence[str]) -> CallModes:
     """The modes around a call."""
-    casts = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+    if kinds is _CPU:
+        casts = (("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),)
+    else:
+        casts = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts
