@@ -22,6 +22,7 @@ from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import install_parts
 from revwire._forwards.leaf import unmake_leaf
 from revwire._forwards.live import install_live
+from revwire._forwards.rewired import install
 from revwire._plan.options import AUTO, Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, _options
 from revwire._plan.plan import Forecast, Plan
 from revwire._plan.ready import refuse_unready
@@ -206,7 +207,10 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
     if options.strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
-        install_live(model.get_submodule(path), path, slots, layouts[path])
+        if path in layouts:
+            install_live(model.get_submodule(path), path, slots, layouts[path])
+        else:
+            install(model.get_submodule(path), path, slots)
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
     parted = [
         Parted(

@@ -27,6 +27,7 @@ from revwire._capture.intercept import is_recording
 from revwire._capture.reads import kind_of, name_of
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.leaf import make_leaf
+from revwire._forwards.own_checkpoints import look_through_checkpoints
 from revwire._forwards.rewired import RewiredForward
 from revwire._programs.calls import Slot, writable
 from revwire._runtime.cells import kept_cell, opened_cell
@@ -104,6 +105,7 @@ class LiveForward(RewiredForward):
 
     def _make_ready(self) -> None:
         """Learn the modules of the host, and make them leaves: at the first call, as copies come with other ones."""
+        look_through_checkpoints()
         self.names: dict[int, str] = {}
         for name, module in self.module.named_modules():
             self.names[id(module)] = f".{name}"
@@ -227,6 +229,7 @@ class Following(TorchFunctionMode):
         self.counts: dict[str, int] = {}
         self.views = {i: n for i, units in forward.chains.items() if (n := units[0].place.views[0])}  # still to come
         self.instead: dict[int, tuple[Any, Any]] = {}
+        self.gradients = torch.is_grad_enabled()
 
     # -- the whole call --------------------------------------------------------------------------------------------
 
@@ -320,6 +323,9 @@ class Following(TorchFunctionMode):
         if self.instead:
             args, kwargs = self._renamed(args, kwargs)
         is_property = type(func) is _METHOD_WRAPPER
+        if is_property and func.__name__ == "__set__":
+            self._leave(args)
+            return func(*args, **kwargs)
         if is_property or _is_read(func):
             out = func(*args, **kwargs)
             if not isinstance(out, Tensor):
@@ -374,9 +380,28 @@ class Following(TorchFunctionMode):
                 args, kwargs, given = self._instead_of_raw(owner, args, kwargs, given)
             out = owner.segment.make_module(module, args, kwargs, call, given, forward.assigned)
             out = self._after(owner, module, given, out)
+        if owner is None and forward.passing.get(id(module)):
+            self._passed(out)
         if forward.by_call:
             self._met(forward.names.get(id(module), ""), out)
         return out
+
+    def _passed(self, out: Any) -> None:
+        """A state went through units of other hosts: views may come before the next unit of this one."""
+        for t in tensors_of((out,), None):
+            link = getattr(t, "_revwire_link", None)
+            units = self.forward.chains.get(id(link.tape.chain)) if isinstance(link, Link) else None
+            p = None if units is None else self.forward.next_unit(units, link.tape.position, None)
+            if p is not None and p.place.views[0]:
+                self.views[id(p.slot.chain)] = p.place.views[0]
+
+    def _leave(self, args: Any) -> None:
+        """An attribute of a tensor is set: what it is part of is no unit."""
+        for one in [o for o in self.open for t in args if isinstance(t, Tensor) and o.segment.number(t) is not None]:
+            if one in self.open:
+                self.open.remove(one)
+                given_up(one.segment)
+                self.forward.tell(one.planned.unit, "its host sets an attribute of a tensor that its branch uses")
 
     # -- units -----------------------------------------------------------------------------------------------------
 
@@ -426,7 +451,12 @@ class Following(TorchFunctionMode):
         return relayout(link.tape.chain, lambda t: func(t, *args[1:], **kwargs), x)
 
     def _begun(self, p: Planned, x: Tensor, link: Link | None) -> _Open:
-        one = _Open(p, begun(p.slot.chain, p.unit, self.forward.module, x, link), x)
+        if torch.is_grad_enabled() == self.gradients:
+            segment = begun(p.slot.chain, p.unit, self.forward.module, x, link)
+        else:  # a part of the branch, without gradients, is its first call
+            with torch.set_grad_enabled(self.gradients):
+                segment = begun(p.slot.chain, p.unit, self.forward.module, x, link)
+        one = _Open(p, segment, x)
         self.open.append(one)
         self.forks.pop(id(x), None)
         return one

@@ -11,12 +11,13 @@ from revwire._errors import CaptureError, ConversionError
 from revwire._plan.costed import with_costs
 from revwire._plan.options import STAYS, Options
 from revwire._plan.plan import Plan, PlannedChain, PlannedUnit, Skipped, _elements
-from revwire._programs.assembly import pattern_of
+from revwire._programs.assembly import Program, pattern_of
+from revwire._programs.build import build_graph
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._search.chains import CALLER, Search, find_chains
 from revwire._search.dataflow import Flow
-from revwire._search.places import Layout, layout
+from revwire._search.places import Layout, UnseenError, layout
 from revwire._search.residuals import Candidate, can_run_twice
 from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._splitting.core_relations import Known
@@ -279,7 +280,11 @@ class Planner:
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
                 self.opened |= {u.candidate.host + call for call in inline}
                 drops = [s.chain.couplings[s.index].drops_skip for s in held]
-                self.layouts[u.host_path] = layout(cut, again, inline, drops)
+                try:
+                    self.layouts[u.host_path] = layout(cut, again, inline, drops)
+                except UnseenError:
+                    self.layouts.pop(u.host_path, None)
+                    Program.of(build_graph(cut, inline), again, held)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
                 failed.update(

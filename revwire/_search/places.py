@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from revwire._capture.reads import name_of
-from revwire._capture.recording import Event, Recording
+from revwire._capture.recording import HIDDEN, Event, Recording
 from revwire._errors import CaptureError
 from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate
 from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_mapping, is_sequence, refs
 from revwire._surroundings.inventory import has_hooks
+
+
+class UnseenError(CaptureError):
+    """The own code of a host makes calls that a run of it does not show; a program of the example may hold them."""
+
 
 Path = tuple[Any, ...]
 """Keys, indices and names of fields that lead to a tensor in a structure."""
@@ -97,6 +102,7 @@ def layout(recording: Recording, units: Sequence[Candidate], inline: set[int], d
         return Layout((_whole(recording, units[0]),), (), whole=True)
     seen = _Seen(recording, inline)
     seen.refuse_hooks()
+    seen.refuse_what_is_not_seen()
     places = tuple(seen.place(c, drop) for c, drop in zip(units, drops, strict=True))
     return Layout(places, tuple(dict.fromkeys(seen.name(recording.events[n]) for n in sorted(inline))))
 
@@ -128,6 +134,15 @@ class _Seen:
     def name(self, event: Event) -> str:
         names = self.recording.module_names.get(id(event.target), ())
         return names[0] if names else "?"
+
+    def refuse_what_is_not_seen(self) -> None:
+        """State of tensors that is changed, and calls that do not show in a function mode."""
+        for read in self.recording.reads:
+            if read.parent in self.code and read.kind == "state":
+                raise CaptureError(HIDDEN["state"].format(read.name))
+        for e in self.events:
+            if e.opaque or any(self.recording.values[r.value].custom for r in refs(e.out)):
+                raise UnseenError("calls a custom autograd function or a scripted one in its own code")
 
     def refuse_hooks(self) -> None:
         for n in self.inline:
