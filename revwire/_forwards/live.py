@@ -290,7 +290,7 @@ class Following(TorchFunctionMode):
                 if new is not None:
                     out = _exchanged(out, latest, new)
         for one in self.open:
-            if one.segment.calls or one.posts >= 0:
+            if one.segment.size > 1:
                 self.forward.tell(
                     one.planned.unit,
                     "a call of its host did not come to its residual add as the example did; it ran as in the original "

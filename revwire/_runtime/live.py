@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from revwire._runtime import functions as _engine
-from revwire._runtime.cells import Cell
 from revwire._runtime.chain import Chain, Kept
 from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.links import Link

@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from revwire._runtime.cells import Cell, opened_cell
 from revwire._runtime.replay import Call, CallModes, Given, Made, Replay, recorded_dataclass
