@@ -358,9 +358,9 @@ class Remembers(nn.Module):
 def test_what_is_kept_of_an_input_with_its_gradient() -> None:
     model, reference = twin(loop_of(Remembers))
     given = X.clone().requires_grad_(), X.clone().requires_grad_()
-    for m, x in zip((model.eval(), reference.eval()), given, strict=True):
+    for m, one in zip((model.eval(), reference.eval()), given, strict=True):
         with revwire.stored_activations(model):
-            (m(x)[0].sum() + m(2 * x)[0].sum()).backward()
+            (m(one)[0].sum() + m(2 * one)[0].sum()).backward()
         assert all(b.kept is not None and b.kept.requires_grad for b in m.blocks)
     torch.testing.assert_close(given[0].grad, given[1].grad, **TOLERANCE)
     torch.testing.assert_close(*({n: p.grad for n, p in m.named_parameters()} for m in (model, reference)), **TOLERANCE)

@@ -6,6 +6,7 @@ module; it does nothing but ask, while no host's code is followed on its thread.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -16,26 +17,28 @@ _CALL, _COMPILED, _REPLICATE = "_call_impl", "_compiled_call_impl", "_replicate_
 
 
 class Leaf:
-    """Calls its module, or lets the follower of the host's code that calls it do so."""
+    """Calls its module, or lets the follower of the host's code that calls it do so.
+
+    Attributes:
+        run: the call as it would have been.
+    """
 
     def __init__(self, module: nn.Module, compiled: Any = None) -> None:
         self.module = module
         self.compiled = compiled
+        self.run = compiled if compiled is not None else MethodType(type(module)._call_impl, module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "compiled": None}
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["module"])  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         follower = NOW.follower
         if follower is None:
-            return self.call(*args, **kwargs)
-        return follower.module_call(self.module, self.call, args, kwargs)
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The call as it would have been."""
-        if self.compiled is not None:
-            return self.compiled(*args, **kwargs)
-        return type(self.module)._call_impl(self.module, *args, **kwargs)
+            return self.run(*args, **kwargs)
+        return follower.module_call(self.module, self.run, args, kwargs)
 
 
 class _Replicate:

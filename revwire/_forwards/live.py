@@ -45,7 +45,7 @@ _ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__
 
 _COPYING_VIEWS = frozenset({"reshape", "flatten", "contiguous", "reshape_as"})
 
-_METHOD_WRAPPER = type(Tensor.shape.__get__)
+_METHOD_WRAPPER: Any = type(object.__str__.__get__)
 
 _READS: dict[Any, bool] = {}
 
@@ -124,12 +124,13 @@ class LiveForward(RewiredForward):
                     pair = self.module.get_submodule(name), attribute
                     if pair not in found:
                         found.append(pair)
+        self.buffered = {m for m in self.module.modules() if next(m.buffers(), None) is not None}
         self.passing: dict[int, bool] = {}
         self.ready = True
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("planned", "chains", "by_call", "names", "opened", "users", "assigned", "passing"):
+        for name in ("planned", "chains", "by_call", "names", "opened", "users", "assigned", "buffered", "passing"):
             state.pop(name, None)
         return {**state, "ready": False}
 
@@ -269,7 +270,7 @@ class Following(TorchFunctionMode):
         try:
             args, kwargs, given = self._instead_of_raw(one, args, kwargs, tensors_of(args, kwargs))
             make = one.segment.make_module
-            out = make(forward.module, args, kwargs, forward.plain, given, forward.assigned)
+            out = make(forward.module, args, kwargs, forward.plain, given, forward.assigned, forward.buffered)
             for call in one.segment.calls:
                 call.function = forward.plain
             value = found_at(p.place.out or (), out)
@@ -378,7 +379,7 @@ class Following(TorchFunctionMode):
         else:
             if owner.raw is not owner.segment.x:
                 args, kwargs, given = self._instead_of_raw(owner, args, kwargs, given)
-            out = owner.segment.make_module(module, args, kwargs, call, given, forward.assigned)
+            out = owner.segment.make_module(module, args, kwargs, call, given, forward.assigned, forward.buffered)
             out = self._after(owner, module, given, out)
         if owner is None and forward.passing.get(id(module)):
             self._passed(out)
@@ -428,7 +429,9 @@ class Following(TorchFunctionMode):
         if getattr(t, "_revwire_link", None) is not None or t._base is not None:
             for units in self.forward.chains.values():
                 link = stream_of(units[0].slot.chain, t)
-                p = None if link is None else self.forward.next_unit(units, link.tape.position, module)
+                if link is None:
+                    continue
+                p = self.forward.next_unit(units, link.tape.position, module)
                 if p is not None:
                     return p, t, link
         fork = self.forks.get(id(t)) if self.forks else None
@@ -440,7 +443,7 @@ class Following(TorchFunctionMode):
         """A view of a state before a unit, or behind it, as a view of both streams; None for any other call."""
         x = args[0] if args else None
         link = getattr(x, "_revwire_link", None)
-        if link is None or not self.views.get(id(link.tape.chain)) or any(o.raw is x for o in self.open):
+        if x is None or link is None or not self.views.get(id(link.tape.chain)) or any(o.raw is x for o in self.open):
             return None
         y = func(*args, **kwargs)
         if not isinstance(y, Tensor) or y is x or y.numel() != x.numel():
@@ -493,10 +496,9 @@ class Following(TorchFunctionMode):
             one.adds += 1
             if one.adds == place.adds and _keeps_shape(segment.x, first, second):
                 return self._sum(one, func, args, given, numbers)
-        elif summed and segment.skip is not segment.x and (first is segment.skip or second is segment.skip):
-            if place.adds == 1 and first.shape == second.shape == segment.x.shape:
-                segment.latest = segment.make(func, args, {}, func, given)
-                return self._close(one, segment.latest, as_kind(one.planned.unit, "block"))
+        elif summed and place.adds == 1 and _is_sum_of_skip(segment, first, second):
+            segment.latest = segment.make(func, args, {}, func, given)
+            return self._close(one, segment.latest, as_kind(one.planned.unit, "block"))
         return self._after(one, func, given, segment.make(func, args, {}, func, given))
 
     def _sum(self, one: _Open, func: Any, args: Any, given: list[Tensor], numbers: Any) -> Any:
@@ -523,9 +525,8 @@ class Following(TorchFunctionMode):
         """A call of a unit was made: it may be the last one behind the sum, or one on the way of the skip."""
         segment = one.segment
         if one.posts < 0:
-            if given and given[0] is segment.skip and isinstance(out, Tensor) and out.shape == segment.x.shape:
-                if not isinstance(function, nn.Module) or next(function.parameters(), None) is None:
-                    segment.skip = out
+            if given and given[0] is segment.skip and _is_light(function) and _has_shape_of(segment.x, out):
+                segment.skip = out
             return out
         if not any((segment.number(t) or -1) >= one.since for t in given):
             return out
@@ -533,7 +534,7 @@ class Following(TorchFunctionMode):
         if out is segment.latest and one.f is not None:
             return self._close(one, one.f, one.planned.unit) if one.posts >= one.planned.place.idle else out
         one.f = None
-        if not isinstance(out, Tensor) or out.shape != segment.x.shape:
+        if not _has_shape_of(segment.x, out):
             return out
         segment.latest = out
         unit = as_kind(one.planned.unit, "block") if one.planned.place.idle else one.planned.unit
@@ -583,7 +584,23 @@ def _may_begin(x: Any) -> bool:
 def _keeps_shape(x: Tensor, first: Tensor, second: Tensor) -> bool:
     if first.shape == second.shape:
         return first.shape == x.shape
-    return torch.broadcast_shapes(first.shape, second.shape) == x.shape
+    return bool(torch.broadcast_shapes(first.shape, second.shape) == x.shape)  # type: ignore[no-untyped-call]
+
+
+def _is_light(function: Any) -> bool:
+    return not isinstance(function, nn.Module) or next(function.parameters(), None) is None
+
+
+def _has_shape_of(x: Tensor, out: Any) -> bool:
+    return isinstance(out, Tensor) and out.shape == x.shape
+
+
+def _is_sum_of_skip(segment: Segment, first: Tensor, second: Tensor) -> bool:
+    """Whether something is added, not to the state, but to what came from it by calls without weights."""
+    skip = segment.skip
+    if skip is segment.x or not (first is skip or second is skip):
+        return False
+    return first.shape == second.shape == segment.x.shape
 
 
 def _exchanged(out: Any, old: Tensor, new: Tensor) -> Any:

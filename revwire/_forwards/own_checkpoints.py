@@ -1,7 +1,7 @@
 """A host's own reentrant checkpointing, which hides from autograd what it runs.
 
-`torch.utils.checkpoint(..., use_reentrant=True)` runs a function without gradients, in a custom autograd function. Where
-it stands in the own code of a host, its unit is rebuilt anyway, and what it would run is run as it is.
+`torch.utils.checkpoint(..., use_reentrant=True)` runs a function without gradients, in a custom autograd function.
+Where it stands in the own code of a host, its unit is rebuilt anyway, and what it would run is run as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from revwire._runtime.following import NOW
 def look_through_checkpoints() -> None:
     """Let reentrant checkpointing in the own code of a host that is followed run its function, and nothing else."""
     if "apply" not in vars(CheckpointFunction):
-        CheckpointFunction.apply = classmethod(_apply)  # type: ignore[method-assign]
+        CheckpointFunction.apply = classmethod(_apply)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

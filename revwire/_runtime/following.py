@@ -1,4 +1,4 @@
-"""Which host's own code runs on this thread, so that the modules that it calls can be told from those further inside."""
+"""Which host's own code runs on this thread: the modules that it calls are told from those further inside."""
 
 from __future__ import annotations
 

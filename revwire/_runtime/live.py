@@ -52,7 +52,7 @@ def begun(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, link: Link | Non
     tape.kept = None
     rewinds = tape.rewinds and not tape._keeps(place)
     segment = Segment(unit, host, x, link, rewinds)
-    segment.carriers, segment.share, segment.now = (previous, current), share, tape.now
+    segment.carriers, segment.share, segment.rule = (previous, current), share, tape.now
     if rewinds:
         segment.products = tape._products(unit)
         segment.statistics = chain.checkpoints(place)
@@ -77,7 +77,7 @@ def ended(segment: Segment, value: Tensor, unit: Unit) -> Tensor | None:
         return None
     previous, current = segment.carriers
     f = value if value.shape == x.shape else value.expand_as(x)
-    tape.now = segment.now
+    tape.now = segment.rule
     if unit.kind != segment.unit.kind:
         place = unit.place(tape.position)
         assert place is not None
@@ -137,7 +137,7 @@ def _record(segment: Segment, tape: Tape, replay: Replay, unit: Unit) -> UnitRec
             weights.append(t)
         else:
             replay.held[number] = detached(t, inputs)
-    owned = _all_of(segment.owned)
+    owned = Inventory.of(segment.modules)
     for weight in weights:
         owned.note(weight)
     return UnitRecord(
@@ -151,7 +151,7 @@ def _record(segment: Segment, tape: Tape, replay: Replay, unit: Unit) -> UnitRec
         owned=owned,
         attributes=segment.attributes,
         buffers=segment.buffers,
-        stop=Stop() if _may_stop(segment, tape, replay) else None,
+        stop=Stop() if _may_stop(segment, tape) else None,
         surroundings=Surroundings(
             segment.devices, {}, {kind: (on, dtype) for kind, on, dtype in segment.modes[2]}, segment.cache_enabled
         ),
@@ -159,27 +159,14 @@ def _record(segment: Segment, tape: Tape, replay: Replay, unit: Unit) -> UnitRec
     )
 
 
-def _all_of(owned: list[Inventory]) -> Inventory:
-    if len(owned) == 1:
-        return owned[0]
-    out = Inventory([], [], [], [])
-    for one in owned:
-        out.weights += one.weights
-        out.versions += one.versions
-        out.writers += one.writers
-        out.tables += one.tables
-    return out
-
-
-def _may_stop(segment: Segment, tape: Tape, replay: Replay) -> bool:
+def _may_stop(segment: Segment, tape: Tape) -> bool:
     """Whether the recompute may stop early; see Note [What need not be rebuilt] in `tape`."""
     place, chain = segment.unit.place(tape.position), tape.chain
     if place is None or not chain.checkpoints(place) or segment.unit.path in chain.run_whole:
         return False
     if not tape.streams.witnesses or not stops_early():
         return False
-    roots = [c.function for c in replay.calls if isinstance(c.function, nn.Module)]
-    return not any(hooked(m) for root in roots for m in root.modules())
+    return not any(hooked(m) for root in segment.modules for m in root.modules())
 
 
 def as_kind(unit: Unit, kind: str) -> Unit:

@@ -8,7 +8,7 @@ Note [Cells]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
@@ -30,6 +30,7 @@ from revwire._surroundings.randomness import RandomStates, accelerators_of, rand
 if TYPE_CHECKING:
     from revwire._runtime.links import Link
     from revwire._runtime.unit import Unit
+    from revwire.couplings.base import Rule
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis)})
 
@@ -60,6 +61,7 @@ class Segment:
     def __init__(self, unit: Unit, host: nn.Module, x: Tensor, link: Link, rewinds: bool) -> None:
         self.unit, self.host, self.x, self.link, self.rewinds = unit, host, x, link, rewinds
         self.carriers: tuple[Tensor, Tensor]
+        self.rule: Rule
         self.share: Any = None
         self.version = version_of(x)
         self.randomness: RandomStates = {}
@@ -76,7 +78,7 @@ class Segment:
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.inputs: Versions = []
         self.buffers: Copies = {}
-        self.owned: list[Inventory] = []
+        self.modules: list[nn.Module] = []  # that were called
         self.adds = 0
         self.posts = -1  # calls since the residual add; -1 before it
         self.skip = x  # the state, or what came from it by calls without weights
@@ -180,15 +182,15 @@ class Segment:
         run: Callable[..., Any],
         tensors: list[Tensor],
         assigned: Assigned,
+        buffered: Container[nn.Module],
     ) -> Any:
-        """As `make`, for a call of a module."""
+        """As `make`, for a call of a module; ``buffered``: those that hold buffers."""
         if not self.rewinds:
             return self.make(module, args, kwargs, run, tensors)
-        owned = Inventory.of((module,))
-        self.owned.append(owned)
+        self.modules.append(module)
         for m, name in assigned.get(id(module), ()) if assigned else ():
             self.attributes.append((m, name, held(vars(m).get(name, MISSING), self.inputs)))
-        writers = [m for m in owned.writers if m.training] if owned.writers else None
+        writers = [m for m in Inventory.of((module,)).writers if m.training] if module in buffered else None
         if not writers:
             return self.make(module, args, kwargs, run, tensors)
         with undisturbed(writers):
@@ -223,13 +225,16 @@ class Segment:
 
     def _settle(self) -> None:
         """Look at the generators, and forget their states before the latest call, where nothing was drawn since."""
-        if self.devices:
-            now = random_states(self.devices)
-        else:
-            now = {None: _GENERATOR.get_state()}
+        now: RandomStates = random_states(self.devices) if self.devices else {None: _GENERATOR.get_state()}
         if self.calls:
             latest = self.calls[-1]
-            if all([same_bytes(s, now[d]) for d, s in latest.randomness.items()]):  # type: ignore[union-attr]
+            before = latest.randomness
+            if before is None:
+                pass
+            elif not self.devices:  # as below, in the common case
+                if same_bytes(before[None], now[None]):
+                    latest.randomness = None
+            elif all(same_bytes(s, now[d]) for d, s in before.items()):
                 latest.randomness = None
         self.randomness = now
 
@@ -269,8 +274,11 @@ class Segment:
         if any(version_of(t) != version for t, version in held.values()):
             return None
         used.reverse()
-        cells = [c for p in used for c in self.cells[self.ends[p - 1] if p else 0 : self.ends[p]]]
         self.whole = len(used) == len(self.calls)
+        if self.whole:
+            cells = self.cells[:]
+        else:
+            cells = [c for p in used for c in self.cells[self.ends[p - 1] if p else 0 : self.ends[p]]]
         calls = [self.calls[p] for p in used]
         return Replay(calls, {n: t for n, (t, _) in held.items()}, self.size, out), cells
 
@@ -295,7 +303,9 @@ class Segment:
 def modes_here(kinds: Sequence[str]) -> CallModes:
     """The modes around a call."""
     if kinds is _CPU:
-        casts = (("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),)
+        casts: tuple[tuple[str, bool, torch.dtype], ...] = (
+            ("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        )
     else:
         casts = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts
