@@ -33,32 +33,37 @@ def predecessor(
 
 def climb(flow: Flow, value: int, goals: Container[int]) -> tuple[int, Hops] | None:
     """(the goal that a value comes from, the hops from it to the value in order), or None."""
+    return _climb(flow, value, goals, set())
+
+
+def _climb(flow: Flow, value: int, goals: Container[int], tried: set[int]) -> tuple[int, Hops] | None:
+    """As `climb`; ``tried`` are the sums that come from no goal, as several ways may meet the same one."""
     hops: Hops = []
     while value not in goals:
-        hop = flow.hop_up(value) or _past_sum(flow, value, goals)
-        if (
-            hop is None
-            or len(hops) == CLIMB
-            or any(flow.recording.events[flow.recording.values[v].event].is_product for v in hop[1])
-        ):
+        hop = flow.hop_up(value)
+        if hop is None:
+            below = _past_sum(flow, value, goals, tried)
+            return None if below is None else (below[0], [*below[1], *hops[::-1]])
+        if len(hops) == CLIMB or any(flow.recording.events[flow.recording.values[v].event].is_product for v in hop[1]):
             return None
         value = hop[0]
         hops.append(hop[1])
     return value, hops[::-1]
 
 
-def _past_sum(flow: Flow, value: int, goals: Container[int]) -> tuple[int, list[int]] | None:
-    """(the operand of a sum that comes from a goal, the sum), where nothing else in it does: a tensor from elsewhere is
-    added to the stream (the embedding of a time, an input that is injected again); or None.
+def _past_sum(flow: Flow, value: int, goals: Container[int], tried: set[int]) -> tuple[int, Hops] | None:
+    """(the goal that one operand of a sum comes from, the hops to the sum), where nothing else in it does: a tensor
+    from elsewhere is added to the stream (the embedding of a time, an input that is injected again); or None.
     """
     event, values = flow.event_of(value), flow.recording.values
-    if event is None or not event.is_addition:
+    if event is None or not event.is_addition or value in tried or len(tried) == CLIMB:
         return None
+    tried.add(value)
     for operand in flow.activations(value):
         others = [o for o in flow.activations(value) if o != operand]
-        found = climb(flow, operand, goals) if values[operand].shape == values[value].shape else None
+        found = _climb(flow, operand, goals, tried) if values[operand].shape == values[value].shape else None
         if found is not None and not any(o == found[0] or flow.is_ancestor(found[0], o) for o in others):
-            return operand, [value]
+            return found[0], [*found[1], [value]]
     return None
 
 

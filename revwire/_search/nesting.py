@@ -37,7 +37,7 @@ def peak_bytes(flow: Flow, chains: list[list[Candidate]]) -> float:
     saved = [_saved(flow, c) for c in units]
     elements = [[prod(values[c.fork].shape) for c in chain] for chain in chains]
     kept = sum(STREAMS * sizes[0] + sum(sizes) * KEPT_BITS / BITS_PER_BYTE for sizes in elements)
-    given = {v for c in units for v in extra_inputs(flow, c)}
+    given = _extra_inputs(flow, units)
     kept += sum(prod(values[v].shape) * values[v].dtype.itemsize for v in given)
     outside = sum(e.saved for e in events) - sum(saved)
     return outside + kept + max(saved, default=0)
@@ -48,11 +48,17 @@ def _saved(flow: Flow, c: Candidate) -> int:
     return sum(flow.recording.events[e].saved for e in {*c.region, c.add, *c.post})
 
 
-def extra_inputs(flow: Flow, c: Candidate) -> set[int]:
-    """The activations that a unit is given besides its fork; they are kept until it is rebuilt."""
-    own, values = {*c.region, c.add, *c.post}, flow.recording.values
-    made = [v.number for v in values if v.event in own]
-    return {a for v in made for a in flow.activations(v) if values[a].event not in own} - {c.fork}
+def _extra_inputs(flow: Flow, units: Sequence[Candidate]) -> set[int]:
+    """The activations that units are given besides their forks; they are kept until these are rebuilt."""
+    values, given = flow.recording.values, set[int]()
+    made: dict[int, list[int]] = {}
+    for v in values:
+        made.setdefault(v.event, []).append(v.number)
+    for c in units:
+        own = {*c.region, c.add, *c.post}
+        used = {a for e in own for v in made.get(e, ()) for a in flow.activations(v)}
+        given |= {a for a in used if values[a].event not in own} - {c.fork}
+    return given
 
 
 def levels(units: Sequence[Candidate]) -> dict[int, int]:

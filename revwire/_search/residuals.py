@@ -105,7 +105,7 @@ def _spelled(flow: Flow, event: Event, forks: dict[int, int]) -> list[Candidate]
 def _operands(flow: Flow, event: Event) -> list[tuple[int, int]]:
     """What may be (the skip, the branch) in a sum that is spelled otherwise; none if it is no sum."""
     operands = [r.value for r in refs((event.args, event.kwargs))]
-    if event.is_spelled_sum:
+    if len(operands) > 1 and event.is_spelled_sum:
         first, *others = operands
         pairs = [(first, other) for other in others]
         return pairs + [(b, a) for a, b in pairs[:1]] if event.is_symmetric_sum else pairs

@@ -97,6 +97,27 @@ def test_a_tensor_from_elsewhere_gets_its_gradient_from_every_unit():
     assert check.gradient_error == 0
 
 
+class Crowded(nn.Module):
+    """So many tensors from elsewhere are added between two blocks."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+        self.first, self.second, self.other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, t):
+        x = x + self.first(x)
+        for _ in range(self.count):
+            x = x + self.other(t)
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize(("count", "units"), [(1, 2), (40, 2), (2000, 0)])
+def test_many_tensors_from_elsewhere_are_looked_past_in_no_time(count, units):
+    """Looking twice past each of them would not end, and looking past any number would nest too deep."""
+    assert len(revwire.plan(Crowded(count), (torch.randn(2, 8), torch.randn(2, 8))).units) == units
+
+
 class Inner(nn.Module):
     """A residual block, whose branch comes first."""
 
