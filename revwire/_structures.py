@@ -134,6 +134,20 @@ def refs(structure: Any) -> Iterator[Ref]:
     return (leaf for leaf in leaves_of(structure) if isinstance(leaf, Ref))
 
 
+_ATOMS = frozenset({int, float, bool, str, type(None)})
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Tensor]:
+    """As `tensors_in`, for the arguments of a call: quick where they are tensors themselves."""
+    out: list[Tensor] = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, Tensor):
+            out.append(a)
+        elif type(a) not in _ATOMS:
+            out.extend(tensors_in(a))
+    return out
+
+
 def tensors_in(structure: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples, dicts, slices and dataclasses of any kind, in order."""
     if isinstance(structure, Tensor):

@@ -160,6 +160,15 @@ def _serves(mixin: Any) -> bool:
     return any(issubclass(c, nn.Module) or _serves(c) for c in mixin.__subclasses__())
 
 
+_FOLLOWED = "hosts whose own code runs in each call"
+
+push_saved_tensors_hooks: Callable[[Any, Any], None] = _bound(
+    "torch._C._autograd._push_saved_tensors_default_hooks", _FOLLOWED
+)
+pop_saved_tensors_hooks: Callable[[], None] = _bound("torch._C._autograd._pop_saved_tensors_default_hooks", _FOLLOWED)
+"""What `torch.autograd.graph.saved_tensors_hooks` does, without its object: around each call of a branch."""
+
+
 def inside_checkpoint() -> bool:
     """Whether the saved-tensor hooks in force are those of non-reentrant activation checkpointing, of whichever
     library.
@@ -214,6 +223,18 @@ def replicate(module: nn.Module) -> nn.Module:
     replica: nn.Module = getattr(type(module), REPLICATE)(module)
     return replica
 
+
+CALL = "_call_impl"
+"""What `nn.Module.__call__` calls, with all hooks: it finds it on the instance, where it tells who calls a module."""
+
+COMPILED_CALL = "_compiled_call_impl"
+"""What it calls instead where the module is compiled."""
+
+push_function_mode: Callable[[Any], None] = _bound("torch._C._push_on_torch_function_stack", _FOLLOWED)
+pop_function_mode: Callable[[], Any] = _bound("torch._C._pop_torch_function_stack", _FOLLOWED)
+function_modes: Callable[[], int] = _bound("torch._C._len_torch_function_stack", _FOLLOWED)
+function_mode: Callable[[int], Any] = _bound("torch._C._get_function_stack_at", _FOLLOWED)
+"""The stack of function modes: the one that follows a host's code is taken off while a module that it calls runs."""
 
 # -- compilers, exporters and transforms -------------------------------------------------------------------------------
 

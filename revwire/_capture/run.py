@@ -79,6 +79,42 @@ def record(
     return recorder.recording
 
 
+def fullest_recording(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    """A run of a model, as it is; or in eval mode, where that calls more of its modules (layers that are left out at
+    random in training).
+    """
+    found = record(module, args, kwargs)
+    if not module.training or not _leaves_out(found):
+        return found
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        other = record(module, args, kwargs)
+    except Exception:  # noqa: BLE001 - it need not run in eval mode, and does not matter
+        return found
+    finally:
+        for m, training in modes:
+            m.training = training
+    return other if len(_called(other)) > len(_called(found)) else found
+
+
+def _called(recording: Recording) -> set[int]:
+    return {id(e.target) for e in recording.events if e.is_module}
+
+
+def _leaves_out(recording: Recording) -> bool:
+    """Whether a module was not called that has a sibling of the same kind which was."""
+    called = _called(recording)
+    for parent in recording.root.modules():
+        kinds: dict[type, set[bool]] = {}
+        for child in parent.children():
+            if next(child.children(), None) is not None:
+                kinds.setdefault(type(child), set()).add(id(child) in called)
+        if any(len(found) == 2 for found in kinds.values()):
+            return True
+    return False
+
+
 def _refuse_lazy(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if is_lazy(p):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from revwire._torch import REPLICATE, replicate
+from revwire._torch import CALL, REPLICATE, replicate
 
 _FORWARD = "forward"
 
@@ -70,5 +70,6 @@ class _Replicate:
         forward = standing_forward(self.module)
         if isinstance(forward, InstanceForward):
             vars(replica)[_FORWARD] = forward.on_replica(replica)
-            vars(replica).pop(REPLICATE, None)
+            for name in (REPLICATE, CALL):
+                vars(replica).pop(name, None)
         return replica

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from revwire._structures import CONSTANTS
 from revwire._surroundings.inventory import has_hooks
-from revwire._torch import REPLICATE, hooks_on_all_modules
+from revwire._torch import CALL, REPLICATE, hooks_on_all_modules
 
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", REPLICATE})
+_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", REPLICATE, CALL})
 
 
 class ByIdentity:

@@ -7,13 +7,15 @@ from typing import Any
 from torch import nn
 
 from revwire._capture.arguments import as_call
-from revwire._capture.run import record
+from revwire._capture.run import fullest_recording
 from revwire._errors import ConversionError, RevwireError
 from revwire._forwards.base import InstanceForward, standing_forward, take_off
 from revwire._forwards.checkpointed import install_checkpoint
 from revwire._forwards.converted import Converted, Parted, converted, forget, remember
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import install_parts
+from revwire._forwards.leaf import unmake_leaf
+from revwire._forwards.live import install_live
 from revwire._forwards.rewired import install
 from revwire._plan.options import Options
 from revwire._plan.plan import Plan
@@ -30,7 +32,7 @@ def prepared(model: nn.Module, example_inputs: Any, options: Options) -> Prepare
     refuse_converted(model)
     call = as_call(example_inputs)
     try:
-        recording = record(model, call.args, call.kwargs)
+        recording = fullest_recording(model, call.args, call.kwargs)
     except RevwireError:
         raise
     except Exception as error:
@@ -47,11 +49,14 @@ def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:
     Raises:
         ConversionError: ``strict``, and a residual add would stay.
     """
-    found, chains, hosts, cores, known = ready
+    found, chains, hosts, layouts, cores, known = ready
     if strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
-        install(model.get_submodule(path), path, slots)
+        if path in layouts:
+            install_live(model.get_submodule(path), path, slots, layouts[path])
+        else:
+            install(model.get_submodule(path), path, slots)
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
     parted = [
         Parted(
@@ -76,6 +81,7 @@ def take_all_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(standing_forward(module), InstanceForward):
             take_off(module)
+        unmake_leaf(module)
     forget(model)
 
 

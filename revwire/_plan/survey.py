@@ -21,6 +21,7 @@ from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._search.chains import Search, find_chains
 from revwire._search.dataflow import Flow
+from revwire._search.places import Layout, UnseenError, layout
 from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._splitting.core_relations import Known
@@ -59,6 +60,7 @@ class Prepared(NamedTuple):
     plan: Plan
     chains: list[Chain]
     hosts: dict[str, list[Slot]]
+    layouts: dict[str, Layout]
     cores: dict[str, InBranch]
     known: Known
 
@@ -73,6 +75,7 @@ class Planner:
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
         self.known: Known = {}
+        self.layouts: dict[str, Layout] = {}
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
@@ -91,7 +94,7 @@ class Planner:
                 self.mark_last(units, chains, plan)
                 outside = self.outside(search, units)
                 plan = replace(plan, checkpointed=outside.names, left_bytes=outside.left_bytes)
-                return Prepared(plan, chains, slots, self.cores(units), self.known)
+                return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
             self.banned.update(failed)
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -235,7 +238,12 @@ class Planner:
                 cut = self.recording.of_call(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
                 self.opened |= {u.candidate.host + call for call in inline}
-                Program.of(build_graph(cut, inline), again, held)
+                drops = [s.chain.couplings[s.index].drops_skip for s in held]
+                try:
+                    self.layouts[u.host_path] = layout(cut, again, inline, drops)
+                except UnseenError:
+                    self.layouts.pop(u.host_path, None)
+                    Program.of(build_graph(cut, inline), again, held)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
                 failed.update(

@@ -16,6 +16,7 @@ from revwire._errors import ReconstructionError
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk
 from revwire._runtime.faults import fault
+from revwire._runtime.replay import Replay
 from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit
 from revwire._streams.samples import Fingerprint, Sample
@@ -102,6 +103,7 @@ class UnitRecord:
     products: Products | None = None  # what need not be computed again, where it is selective
     stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
+    replay: Replay | None = None  # its branch, where the host's own code ran it
 
     @property
     def standing(self) -> list[Tensor]:

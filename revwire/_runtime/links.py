@@ -33,7 +33,7 @@ from revwire._runtime.unit import Unit
 from revwire._surroundings.inventory import version_of
 from revwire._torch import HOOKED_NODE
 
-_LINK = "_revwire_link"
+LINK = "_revwire_link"
 
 
 _VIEW = "_revwire_link_of_view"
@@ -84,7 +84,7 @@ class Link:
 def linked(outward: Tensor, tape: Tape, previous: Tensor | None, current: Tensor) -> Tensor:
     """``outward``, which a unit hands on, with its link."""
     link = Link(tape, tape.progress, version_of(outward), previous, None if outward is current else current)
-    setattr(outward, _LINK, link)
+    setattr(outward, LINK, link)
     return outward
 
 
@@ -94,7 +94,7 @@ def linked_view(y: Tensor, link: Link, view: Callable[[Tensor], Tensor]) -> Tens
     link.spend()
     linked(y, link.tape, previous, y if current is None else current)
     if y._base is not None:  # what stands for a view knows the tensor below the view only
-        following: Link = getattr(y, _LINK)
+        following: Link = getattr(y, LINK)
         following.seen_as = edge_of(y), _layout_of(y)
         setattr(y._base, _VIEW, following)
     return y
@@ -102,7 +102,7 @@ def linked_view(y: Tensor, link: Link, view: Callable[[Tensor], Tensor]) -> Tens
 
 def link_of(x: Tensor, chain: Chain, unit: Unit | None = None) -> Link | None:
     """The link of ``x``, if that is what ``chain`` handed on last, and ``unit`` may go on from there."""
-    link, stands_for = getattr(x, _LINK, None), False
+    link, stands_for = getattr(x, LINK, None), False
     if link is None and x._base is not None:
         link, stands_for = _link_behind(x), True
     if not isinstance(link, Link) or link.tape.chain is not chain:
@@ -122,7 +122,7 @@ def _link_behind(x: Tensor) -> Any:
     view = getattr(base, _VIEW, None)
     if view is not None and view.seen_as == found:
         return view
-    return getattr(base, _LINK, None) if (edge_of(base), _layout_of(base)) == found else None
+    return getattr(base, LINK, None) if (edge_of(base), _layout_of(base)) == found else None
 
 
 def _through(x: Tensor, link: Link) -> Link:

@@ -72,7 +72,13 @@ class Rebuilt(NamedTuple):
 
 
 class Observer:
-    """Looks on while a chain runs. Here no method does anything: an observer has those for which it cares."""
+    """Looks on while a chain runs. Here no method does anything: an observer has those for which it cares.
+
+    Attributes:
+        wants_branches: whether it calls the branch of a unit before that runs, so that this must be known then.
+    """
+
+    wants_branches = False
 
     def on_enter(self, chain: object, unit: Unit) -> None:
         """A unit is called; its streams may have to be made first."""

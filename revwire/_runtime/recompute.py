@@ -29,6 +29,7 @@ from revwire._runtime.autograd_graph import is_checkpointed
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.faults import WROTE_INPUT
+from revwire._runtime.follower import unfollowed
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import glance, same_glances
@@ -197,7 +198,7 @@ def _recompute(
     products = record.products.recalled(partial(record.fault, chain, *_OTHER_CALLS)) if record.products else NOTHING
     hooks = saved_tensors_hooks(refill.hook(), _never)
     with refill, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
-        f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
+        f = _branch_again(record, x)
     if x._version != version:
         raise record.fault(chain, *WROTE_INPUT)
     if len(refill.saved) != len(record.saved):
@@ -207,6 +208,15 @@ def _recompute(
         raise record.fault(chain, *_LENT_TO_CHECKPOINT)
     witnesses = [refill.saved[number][0] for number in record.witnesses]
     return Again(wide, None if f is None or refill.enough else f.detach(), witnesses, refill.looks, refill.saved)
+
+
+def _branch_again(record: UnitRecord, x: Tensor) -> Tensor:
+    """F_k(x), in the shape of ``x``."""
+    if record.replay is None:
+        return evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())[0]
+    with unfollowed():
+        f = record.replay(x)
+    return f if f.shape == x.shape else f.expand_as(x)
 
 
 def _check_versions(chain: Chain, record: UnitRecord) -> None:

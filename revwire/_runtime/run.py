@@ -67,16 +67,16 @@ def run(
         chain.observer.on_enter(chain, unit)
     link = link_of(x, chain, unit)
     if link is None:
-        x, link = _begin(chain, unit, host, x)
+        x, link = begin(chain, unit, host, x)
     elif link.tape.keep != torch.is_grad_enabled():
-        link = _in_grad_mode(chain, unit.path, link, x)
+        link = in_grad_mode(chain, unit.path, link, x)
     previous, current = link.carriers(x)
     if chain.observer:
         chain.observer.on_inputs(Inputs(chain, unit, host, x, extras))
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
     out, dtype, sides = _run(UnitRun(link.tape, unit, host, chunks), x, extras, previous, current)
-    with _outside_inference_mode():
-        out = _give_out(chain, link, out, current, dtype)
+    with outside_inference_mode():
+        out = give_out(chain, link, out, current, dtype)
     if chain.observer:
         tape, place = link.tape, link.tape.position - 1
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
@@ -89,7 +89,7 @@ def relayout(chain: Chain, view: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     link = link_of(x, chain)
     y = view(x)
     if link is not None and link.tape.keep != torch.is_grad_enabled():
-        link = _in_grad_mode(chain, chain.name, link, x)
+        link = in_grad_mode(chain, chain.name, link, x)
     if link is None or not link.tape.relayout(view):
         return y
     return linked_view(y, link, view)
@@ -106,11 +106,11 @@ def _run(
         for chunk, part, before, value in _pieces(run.chunks if run.tape.keep else (), x, previous, current):
             waiting, share = later(run, before)
             f, sides = run.branch(chunk, part, extras)
-            with _outside_inference_mode():
+            with outside_inference_mode():
                 outs.append(step(run, waiting, value, f, share))
         out = outs[0] if chunk is None else concatenated(outs, chunk.dim, current)
         run.join(out)
-    return out, _result_dtype(run.unit, x, f), sides
+    return out, result_dtype(run.unit, x, f), sides
 
 
 def _pieces(
@@ -128,12 +128,12 @@ def _pieces(
         yield chunk, part, before, value
 
 
-def _outside_inference_mode() -> AbstractContextManager[None]:
+def outside_inference_mode() -> AbstractContextManager[None]:
     """Inference tensors have no version: a link could not tell a write to them."""
     return recording_nothing() if torch.is_inference_mode_enabled() else NOTHING
 
 
-def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype) -> Tensor:
+def give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype) -> Tensor:
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
@@ -142,7 +142,7 @@ def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: tor
     return linked(out.to(dtype), tape, current, out)
 
 
-def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
+def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
     if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
         raise ConversionError(
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
@@ -182,7 +182,7 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
 
-def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
+def in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
     """The streams behind ``x`` in a tape of the present grad mode; see Note [Grad mode]."""
     if not link.tape.keep and x.grad_fn is not None:
         raise _cut(chain, where)
@@ -227,7 +227,7 @@ def _fixed(chain: Chain, unit: Unit, x: Tensor) -> FixedStreams:
         raise RangeError(f"{unit.path} ({chain.name}): {error}") from None
 
 
-def _result_dtype(unit: Unit, x: Tensor, f: Tensor) -> torch.dtype:
+def result_dtype(unit: Unit, x: Tensor, f: Tensor) -> torch.dtype:
     """The dtype of what a unit returns."""
     return f.dtype if unit.kind == "block" or f.dtype == x.dtype else torch.promote_types(x.dtype, f.dtype)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revwire._runtime.cells import Cell
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk
 from revwire._runtime.entries import Stop, UnitRecord
@@ -79,9 +80,9 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
     last: deque[tuple[int, Tensor]] = deque(maxlen=call.streams.witnesses)
     products = Products() if chain.selects(call.place) and call.may_skip else None
     try:
-        pack = _packer(record, x, last)
+        pack = packer(record, x, last)
         if chain.observer and (see := chain.observer.on_branch(x, record.standing)):
-            pack = _seen(pack, see)
+            pack = seen(pack, see)
         with saved_tensors_hooks(pack, unpack), products or NOTHING:
             f, sides = _evaluated(call, record)
         _refuse_writes(call.unit, chain, x, version)
@@ -92,7 +93,7 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
         record.witnesses = [number for number, _ in last]
         record.sample = call.streams.sample(f, [t for _, t in last])
     finally:
-        last.clear()  # see `_packer`
+        last.clear()  # see `packer`
     return record, f, sides
 
 
@@ -138,7 +139,7 @@ def _evaluated(call: Evaluation, record: UnitRecord) -> tuple[Tensor, tuple[Any,
         return f, sides
 
 
-def _packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
+def packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
     """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
 
     ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
@@ -172,7 +173,35 @@ def _packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> C
     return pack
 
 
-def _seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:
+def given_up(
+    record: UnitRecord,
+    x: Tensor,
+    cells: Sequence[Cell],
+    source: Callable[[int], Tensor],
+    last: deque[tuple[int, Tensor]],
+) -> None:
+    """As `packer` for what was saved in cells, where no recompute stops early: from now on ``source`` rebuilds it."""
+    owned, most = record.owned, last.maxlen or 0
+    known = {id(x), id(x._base), *map(id, owned.weights)}
+    tensors = [cell.held() for cell in cells]
+    record.saved = [(t.shape, t.dtype, t.device) for t in tensors]
+    for number in range(len(tensors) - 1, -1, -1):
+        t = tensors[number]
+        owner = t._base
+        if owner is None:
+            owner = t
+        cells[number].give_up(number, source)
+        if id(owner) in known:
+            continue
+        if not owner.is_leaf:
+            if len(last) < most and can_be_sampled(t):
+                last.appendleft((number, t))
+        elif owner.requires_grad:
+            known.add(id(owner))  # a weight from outside of the unit's modules
+            owned.note(owner)
+
+
+def seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:
     def both(t: Tensor) -> int:
         see(t)
         return pack(t)

@@ -67,11 +67,9 @@ class UnitRun:
     def __init__(self, tape: Tape, unit: Unit, host: nn.Module, chunks: tuple[Chunk, ...]) -> None:
         place = unit.place(tape.position)
         assert place is not None  # else the unit had begun a tape of its own
-        self.tape, self.unit, self.host, self.chunks, self.place = tape, unit, host, chunks, place
-        _, current = tape.intact_state()
-        self.rule: Rule = PLAIN[unit.kind] if tape.plain else tape.couplings[place].rule(unit.kind, current)
+        self.tape, self.host, self.chunks, self.place = tape, host, chunks, place
+        self.become(unit)
         self.kept = self._keeps() if tape.rewinds else None
-        self._whole_rule = self.rule
         self._chunk: Chunk | None = None
         self._record: UnitRecord | None = None
         self._parts: list[Tensor] = []  # of the state x_{k+1}
@@ -120,12 +118,29 @@ class UnitRun:
             return evaluated_as_is(tape.chain, self.unit, self.host, x, extras)
         call = Evaluation(tape.chain, tape.streams, self.unit, self.place, self.host, self.rule, chunk, x, extras)
         record, f, sides = recorded(call, tape.unpacker(tape, len(tape.records)))
+        self.take(record, x, f, sides)
+        return f, sides
+
+    def take(self, record: UnitRecord, x: Tensor, f: Tensor, sides: tuple[Any, ...]) -> None:
+        """The branch has run on ``x``, and gave this."""
+        tape = self.tape
         if tape.chain.modes is not None or tape.chain.observer:
             record.narrow = self._is_narrow(f, sides)
         if tape.start is None and (x.requires_grad or f.requires_grad or record.saved):
             tape.start = len(tape.records)
         self._record = record
-        return f, sides
+
+    def become(self, unit: Unit) -> None:
+        """Run as this unit: a block, or a residual."""
+        self.unit = unit
+        tape = self.tape
+        _, current = tape.intact_state()
+        self.rule: Rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
+        self._whole_rule = self.rule
+
+    def keep(self) -> None:
+        """Let autograd keep what the branch saved."""
+        self.kept = Kept()
 
     def _evaluated(self, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """F_k(x_k) where nothing will be rebuilt; without gradients the branch alone runs chunk by chunk."""

@@ -58,6 +58,8 @@ class Prober(Observer):
         counts: the numbers of chunks that are wanted.
     """
 
+    wants_branches = True
+
     def __init__(self, counts: Iterable[int]) -> None:
         self.counts = sorted(set(counts))
         self.found: dict[_Key, Separable] = {}

@@ -1,6 +1,5 @@
 """Random module graphs: a converted model is the original with other streams, or says why not. Never wrong."""
 
-import contextlib
 import copy
 
 import pytest
@@ -157,6 +156,8 @@ CALLS = st.lists(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*did not come to its residual add:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(net=nets(), calls=CALLS, modes=st.lists(st.booleans(), min_size=4, max_size=4))
 def test_never_wrong(net, calls, modes):
@@ -164,23 +165,19 @@ def test_never_wrong(net, calls, modes):
     revwire.convert(net, calls[0], coupling=Plain(), exact=False)
     for call, mode in zip(calls, modes, strict=False):
         want = step(reference.train(mode), **call)
-        try:
-            with revwire.stored_activations(net):
-                got = step(net.train(mode), **call)
-        except revwire.CaptureError:
-            continue
+        with revwire.stored_activations(net):
+            got = step(net.train(mode), **call)
         torch.testing.assert_close(got, want, **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:.*did not come to its residual add:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(net=nets(), call=CALLS, coupling=st.sampled_from(["re2tal", "bdia:1/2", "bdia:1/16"]), mode=st.booleans())
 def test_exact_and_back(net, call, coupling, mode):
     before = step(net.train(mode), **call[0])
     revwire.convert(net, call[0], coupling=coupling)
-    with contextlib.suppress(
-        revwire.CaptureError
-    ):  # refused, with a reason: then it is not wrong either; a failed check would be
-        assert revwire.verify(net, call[0]).bit_exact
+    assert revwire.verify(net, call[0]).bit_exact
     torch.testing.assert_close(step(revwire.revert(net), **call[0]), before, rtol=0, atol=0)
 
 

@@ -61,13 +61,14 @@ def with_inner():
     return stack(lambda self, x: self.inner((x, self.g(x))), lambda self: setattr(self, "inner", Inner()))
 
 
-def test_hooks_on_a_module_that_must_be_opened_are_refused():
+@pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")
+def test_hooks_on_a_module_that_is_opened_run():
     model, reference = twin(with_inner())
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, X)
-    model.blocks[0].inner.register_forward_hook(doubling)
-    with pytest.raises(revwire.CaptureError, match=r"blocks\.0: .* must open a Inner on which hooks are registered"):
-        model(X)
+    for m in (model, reference):
+        m.blocks[0].inner.register_forward_hook(doubling)
+    assert_same_step(model, reference, X)
 
 
 def test_hooks_on_such_a_module_before_conversion_run_inside_of_one_whole_unit():
@@ -83,11 +84,11 @@ def test_hooks_on_such_a_module_before_conversion_run_inside_of_one_whole_unit()
     "ignore:Full backward hook is firing"
 )  # it takes a tuple, in which PyTorch does not look for gradients
 def test_backward_hooks_on_a_module_that_must_be_opened():
-    """After conversion they could not run; before, the block is one whole unit, and they run inside."""
-    model = revwire.convert(with_inner(), X)
-    model.blocks[0].inner.register_full_backward_hook(lambda *_: None)
-    with pytest.raises(revwire.CaptureError, match=r"blocks\.0: .* must open a Inner on which hooks are registered"):
-        model(X)
+    """They run; before conversion, the block is one whole unit, and they run inside."""
+    model, fired = revwire.convert(with_inner(), X), []
+    model.blocks[0].inner.register_full_backward_hook(lambda m, into, out: fired.append(out[0]))
+    model(X.clone().requires_grad_())[0].sum().backward()
+    assert len(fired) == 1
     model, fired = with_inner(), []
     for b in model.blocks:
         b.inner.register_full_backward_hook(lambda m, into, out: fired.append(out[0]))

@@ -1,0 +1,34 @@
+"""Which host's own code runs on this thread: the modules that it calls are told from those further inside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Follower(Protocol):
+    """Follows the own code of one host."""
+
+    def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make a call of a module by the host's own code."""
+
+
+class _Now(threading.local):
+    follower: Follower | None = None
+
+
+NOW = _Now()
+
+
+@contextmanager
+def unfollowed() -> Iterator[None]:
+    """Run what is none of the host's own code: a recompute, in a backward pass that the host's code itself began."""
+    follower, NOW.follower = NOW.follower, None
+    try:
+        yield
+    finally:
+        NOW.follower = follower

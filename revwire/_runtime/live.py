@@ -1,0 +1,155 @@
+"""A unit that the host's own code runs: its beginning, where the code first uses a state, and its end, where it adds.
+
+What `run` does at once is done in two steps here: `begun`, before the code's first call with the state, and `ended`,
+when the residual add comes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from revwire._runtime.chain import Chain
+from revwire._runtime.entries import Stop, UnitRecord
+from revwire._runtime.functions import later, step
+from revwire._runtime.links import Link
+from revwire._runtime.observer import Inputs, Outcome
+from revwire._runtime.replay import Replay
+from revwire._runtime.run import begin, give_out, in_grad_mode, outside_inference_mode, result_dtype
+from revwire._runtime.saving import given_up, packer, seen
+from revwire._runtime.segment import Segment
+from revwire._runtime.unit import Unit
+from revwire._runtime.unit_run import UnitRun
+from revwire._surroundings.copies import detached
+from revwire._surroundings.inventory import Inventory, has_hooks, version_of
+from revwire._surroundings.surroundings import Surroundings
+from revwire._torch import checkpoint_stops_early
+
+
+def begun(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, link: Link | None) -> Segment:
+    """Begin a unit on the tensor ``x``; where it had no link, a chain begins, and the segment has another ``x``."""
+    if chain.observer:
+        chain.observer.on_enter(chain, unit)
+    if link is None:
+        x, link = begin(chain, unit, host, x)
+    elif link.tape.keep != torch.is_grad_enabled():
+        link = in_grad_mode(chain, unit.path, link, x)
+    previous, current = link.carriers(x)
+    if chain.observer:
+        chain.observer.on_inputs(Inputs(chain, unit, host, x, ()))
+    run = UnitRun(link.tape, unit, host, ())
+    previous, share = later(run, previous)
+    return Segment(run, x, link, (previous, current, share))
+
+
+def ended(segment: Segment, value: Tensor, unit: Unit) -> Tensor | None:
+    """Step to the next state by what a branch gave; ``unit``: as which. None where the add must be made as it was
+    written, as the state was written to.
+    """
+    run, x = segment.run, segment.x
+    tape, chain = run.tape, run.tape.chain
+    if version_of(x) != segment.version or tape.keep != torch.is_grad_enabled():
+        return None
+    previous, current, share = segment.carriers
+    f = value if value.shape == x.shape else value.expand_as(x)
+    with run:
+        if unit.kind != run.unit.kind:
+            run.become(unit)
+        if segment.rewinds and not _put_on_tape(segment, value, f):
+            run.keep()
+        segment.let_go()
+        with outside_inference_mode():
+            out = step(run, previous, current, f, share)
+        run.join(out)
+    with outside_inference_mode():
+        out = give_out(chain, segment.link, out, current, result_dtype(run.unit, x, f))
+    if chain.observer:
+        place = tape.position - 1
+        chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
+    return out
+
+
+def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
+    """Give the tape what a recompute needs, and give up what the branch saved; False where it cannot be made again."""
+    run = segment.run
+    chain, tape = run.tape.chain, run.tape
+    number = segment.number(value)
+    assert number is not None
+    if not segment.settle():
+        return False
+    found = segment.branch(number)
+    if found is None:
+        _warn_stored(chain, run.unit)
+        return False
+    replay, cells = found
+    record = _record(segment, replay)
+    last: deque[tuple[int, Tensor]] = deque(maxlen=tape.streams.witnesses)
+    source = tape.unpacker(tape, len(tape.records))
+    see = chain.observer.on_branch(segment.x, record.standing) if chain.observer else None
+    try:
+        if see is None and record.stop is None:
+            given_up(record, segment.x, cells, source, last)
+        else:
+            pack = packer(record, segment.x, last)
+            pack = pack if see is None else seen(pack, see)
+            for cell in cells:
+                cell.give_up(pack(cell.held()), source)
+        if segment.products is not None and segment.whole:
+            segment.products.settle(f)
+            record.products = segment.products
+        record.witnesses = [n for n, _ in last]
+        record.sample = tape.streams.sample(f, [t for _, t in last])
+    finally:
+        last.clear()  # see `packer`
+    run.take(record, segment.x, f, ())
+    return True
+
+
+def _record(segment: Segment, replay: Replay) -> UnitRecord:
+    run, inputs, weights = segment.run, segment.inputs, list[Tensor]()
+    for number, t in replay.held.items():
+        if t.is_leaf and t.requires_grad:
+            weights.append(t)
+        else:
+            replay.held[number] = detached(t, inputs)
+    owned = Inventory.of(segment.modules)
+    for weight in weights:
+        owned.note(weight)
+    return UnitRecord(
+        unit=run.unit,
+        host=run.host,
+        rule=run.rule,
+        dtype=segment.x.dtype,
+        input_requires_grad=segment.x.requires_grad,
+        extras=(),
+        inputs=inputs,
+        owned=owned,
+        attributes=segment.attributes,
+        buffers=segment.buffers,
+        stop=Stop() if _may_stop(segment) else None,
+        surroundings=Surroundings(
+            segment.devices, {}, {kind: (on, dtype) for kind, on, dtype in segment.modes[2]}, segment.cache_enabled
+        ),
+        replay=replay,
+    )
+
+
+def _may_stop(segment: Segment) -> bool:
+    """Whether the recompute may stop early; see Note [What need not be rebuilt] in `recompute`."""
+    if not (segment.checkpoints and segment.may_skip and checkpoint_stops_early()):
+        return False
+    return not any(has_hooks(m) for root in segment.modules for m in root.modules())
+
+
+def _warn_stored(chain: Chain, unit: Unit) -> None:
+    if unit.path not in chain.told:
+        chain.told.add(unit.path)
+        warnings.warn(
+            f"{unit.path} ({chain.name}): got a branch that writes in place to a tensor from outside of it, and so "
+            "cannot be run twice; expected writes to its own tensors. Its activations are kept, with right gradients; "
+            "write to a clone to have them rebuilt",
+            stacklevel=2,
+        )

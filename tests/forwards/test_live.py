@@ -1,0 +1,418 @@
+"""The own code of a host runs in each call: what it reads, does, draws and decides is its own, and happens once."""
+
+import contextlib
+import copy
+import pickle
+import random
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import revwire
+from steps import TOLERANCE, assert_same_step, step, twin
+from toys import Loop, X, block, stack
+
+EXACT = ("bdia:1/2", "re2tal")
+
+
+def grads_both_ways(model, *args, seed=0):
+    """What a reversible step, and one with stored activations, leave behind: gradients and buffers."""
+    before, found = {n: b.clone() for n, b in model.named_buffers()}, []
+    for stored in (False, True):
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+        with revwire.stored_activations(model) if stored else contextlib.nullcontext():
+            found.append(step(model, *args, seed=seed)[1])
+    return found
+
+
+def assert_to_the_bit(model, *args):
+    """The reversible gradients are those of stored activations, to the bit."""
+    got, want = grads_both_ways(model, *args)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def rewound(forward, init=None, example=X, coupling="bdia:1/2"):
+    """A stack of blocks with this forward, converted exactly."""
+    model = stack(forward) if init is None else stack(forward, init)
+    return revwire.convert(model, example, coupling=coupling)
+
+
+# -- reads ------------------------------------------------------------------------------------------------------------
+
+
+class Gained(nn.Module):
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+        self.f.scale = 1.0
+        self.settings = SimpleNamespace(deep=SimpleNamespace(scale=1.0))
+
+    def forward(self, x):
+        return x + self.f(x) * self.gain * self.f.scale * self.settings.deep.scale
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b, patch: patch.setattr(Gained, "gain", 0.5),
+        lambda b, patch: setattr(b.f, "scale", 0.5),
+        lambda b, patch: setattr(b.settings.deep, "scale", 0.5),
+    ],
+    ids=["class", "child", "nested setting"],
+)
+def test_what_the_code_reads_has_its_present_value(change, monkeypatch):
+    model, reference = twin(Loop(Gained).double())
+    assert_same_step(model, reference, X)
+    for b in (*model.blocks, *reference.blocks):
+        change(b, monkeypatch)
+    assert_same_step(model, reference, X)
+
+
+def test_a_child_that_is_exchanged_later():
+    model, reference = twin(stack(lambda self, x: x + self.f(x).tanh()))
+    for m in (model, reference):
+        torch.manual_seed(1)
+        for b in m.blocks:
+            b.f = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)).double()
+    assert_same_step(model, reference, X)
+    revwire.revert(model)
+    revwire.convert(model, X, coupling="bdia:1/2")
+    for b in model.blocks:
+        b.f = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5), nn.Dropout(0.3)).double()
+    assert_to_the_bit(model, X)
+
+
+# -- effects ----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_that_are_handed_out_keep_their_gradients():
+    losses = []
+
+    def forward(self, x):
+        gate = self.g(x).softmax(-1)
+        losses.append(gate.square().sum(-1).mean())
+        return x + self.f(x) * gate
+
+    model = rewound(forward)
+    found = []
+    for stored in (False, True):
+        model.zero_grad()
+        losses.clear()
+        if stored:
+            with revwire.stored_activations(model):
+                out = model(X)[0]
+        else:
+            out = model(X)[0]
+        assert len(losses) == 3
+        (out.sum() + sum(losses)).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_what_the_code_counts_is_counted_once():
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().mean()
+        return x + self.f(x)
+
+    model = rewound(forward, lambda self: setattr(self, "calls", 0))
+    assert [b.calls for b in model.blocks] == [0] * 3
+    model(X)[0].sum().backward()
+    assert [b.calls for b in model.blocks] == [1] * 3
+
+
+def test_batch_statistics_in_the_own_code_count_once():
+    def forward(self, x):
+        h = F.batch_norm(self.f(x).transpose(1, 2), self.mean, self.var, training=True)
+        return x + h.transpose(1, 2)
+
+    def init(self):
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    model, reference = twin(stack(forward, init))
+    assert_same_step(model, reference, X)
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2")
+    assert_to_the_bit(model, X)
+
+
+# -- draws ------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_the_code_draws_between_the_calls_of_a_branch():
+    def forward(self, x):
+        first = torch.rand(x.shape[0], 1, 1, dtype=x.dtype)
+        h = self.drop(self.f(x)) * first
+        second = torch.rand(x.shape[0], 1, 1, dtype=x.dtype)
+        return x + F.dropout(h, 0.2, self.training) * second
+
+    model, reference = twin(stack(forward, lambda self: setattr(self, "drop", nn.Dropout(0.3))))
+    assert_same_step(model, reference, X)
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2")
+    assert_to_the_bit(model, X)
+
+
+def test_a_generator_of_its_own_in_the_code():
+    def forward(self, x):
+        mask = torch.rand(x.shape, generator=self.generator, dtype=x.dtype) > 0.3
+        return x + self.f(x) * mask
+
+    model = rewound(forward, lambda self: setattr(self, "generator", torch.Generator()))
+    found = []
+    for stored in (False, True):
+        for b in model.blocks:
+            b.generator.manual_seed(3)
+        if stored:
+            with revwire.stored_activations(model):
+                found.append(step(model, X)[1])
+        else:
+            found.append(step(model, X)[1])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+# -- decisions --------------------------------------------------------------------------------------------------------
+
+
+class LayerDrop(nn.Module):
+    """Leaves out blocks by chance, in its loop."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for b in self.blocks:
+            if not (self.training and torch.rand(()) < 0.5):
+                x = b(x)
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_are_left_out_by_chance(training):
+    torch.manual_seed(0)
+    model = LayerDrop(stack(lambda self, x: x + self.f(x).tanh(), depth=6).blocks).double().train(training)
+    model, reference = twin(model)
+    assert len(revwire.report(model).units) == 6
+    for seed in range(4):
+        assert_same_step(model.train(), reference.train(), X, seed=seed)
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2").train()
+    for seed in range(4):
+        got, want = grads_both_ways(model, X, seed=seed)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("coupling", EXACT)
+def test_blocks_that_are_left_out_in_the_loop_that_holds_the_adds(coupling):
+    class Looping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+        def forward(self, x, skipped=()):
+            for i, layer in enumerate(self.layers):
+                if i not in skipped:
+                    x = x + layer(x).tanh()
+            return x
+
+    torch.manual_seed(0)
+    model, reference = twin(Looping().double())
+    for skipped in ((), (1,), (0, 3), (4,), (0, 1, 2, 3, 4)):
+        assert_same_step(model, reference, X, skipped)
+    model = revwire.convert(revwire.revert(model), X, coupling=coupling)
+    for skipped in ((), (1,), (0, 3), (4,)):
+        assert_to_the_bit(model, X, skipped)
+
+
+def test_an_unfinished_unit_keeps_its_gradient():
+    def forward(self, x, early=False):
+        h = self.f(x).tanh()
+        if early:
+            return h * 2
+        return x + self.g(h)
+
+    model, reference = twin(stack(forward))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert_same_step(model, reference, X, True)
+        assert_same_step(model, reference, X, True)
+    assert sum("did not come to its residual add" in str(w.message) for w in seen) == 3  # once for each place
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2")
+    with pytest.warns(UserWarning, match="did not come to its residual add|something between two units"):
+        assert_to_the_bit(model, X, True)
+
+
+def test_decisions_on_values_in_exact_streams():
+    def forward(self, x):
+        return x + (self.f(x) if x.sum() > 0 else self.g(x).tanh())
+
+    model = rewound(forward)
+    for example in (X, -X):
+        assert_to_the_bit(model, example)
+
+
+def test_no_call_is_captured_anew():
+    model = rewound(lambda self, x, t: x + self.f(x) * t, example=(X, 0.5))
+    for t in (0.1, 0.2, 0.3):
+        assert_to_the_bit(model, X, t)
+    assert not any(b.forward.programs for b in model.blocks)
+
+
+def test_more_and_fewer_steps_than_in_the_example():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block(lambda self, x: x + self.f(x).tanh())()
+
+        def forward(self, x, steps=3):
+            for _ in range(steps):
+                x = self.block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, reference = twin(Recurrent().double())
+    for steps in (3, 1, 5):
+        assert_same_step(model, reference, X, steps)
+
+
+# -- what a branch is given -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Condition:
+    scale: torch.Tensor
+
+
+def test_a_gradient_inside_of_an_object():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Linear(8, 8)
+            self.blocks = stack(lambda self, x, c: x + self.f(x).tanh() * c.scale).blocks
+
+        def forward(self, x):
+            c = Condition(self.c(x))
+            for b in self.blocks:
+                x = b(x, c)
+            return x
+
+    torch.manual_seed(0)
+    model = revwire.convert(Conditioned().double(), X, coupling="bdia:1/2")
+    assert len(revwire.report(model).units) == 3
+    assert_to_the_bit(model, X)
+
+
+def test_an_attribute_of_a_tensor():
+    def forward(self, x, mask):
+        h = self.f(x)
+        return x + (h * mask if getattr(mask, "use", False) else h)
+
+    mask = torch.zeros_like(X)
+    model, reference = twin(stack(forward), (X, mask))
+    assert_same_step(model, reference, X, mask)
+    mask.use = True
+    torch.testing.assert_close(model(X, mask)[0], X, **TOLERANCE)
+
+
+# -- parts that are no unit -------------------------------------------------------------------------------------------
+
+
+def test_parts_without_gradients_before_the_rest_of_a_branch():
+    def forward(self, x):
+        with torch.no_grad():
+            gate = self.g(x).sigmoid()
+        return x + self.f(x) * gate
+
+    model = rewound(forward)
+    assert_to_the_bit(model, X)
+
+
+def test_blocks_that_checkpoint_themselves_and_give_something_else_besides():
+    class Sided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.side = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return x + self.f(x).tanh() * y, self.side(y).tanh()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Sided() for _ in range(4))
+
+        def forward(self, x, y):
+            for b in self.blocks:
+                x, y = checkpoint(b, x, y, use_reentrant=False)
+            return x, y
+
+    torch.manual_seed(0)
+    y = torch.randn_like(X)
+    model = revwire.convert(Model().double(), (X, y), coupling="bdia:1/2")
+    assert_to_the_bit(model, X, y.clone().requires_grad_())
+
+
+def test_a_write_to_what_an_unfinished_unit_saved_is_seen():
+    held = []
+
+    def forward(self, x, early=False):
+        h = self.f(x)
+        if early:
+            held.append(h)
+            return h.square()
+        return x + h
+
+    model = rewound(forward)
+    with pytest.warns(UserWarning, match="did not come to its residual add|something between two units"):
+        out = model(X, True)[0]
+    with torch.no_grad():
+        held[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_run_on_their_own_modules(copied):
+    torch.manual_seed(0)
+    model = revwire.convert(Loop(Gained).double(), X, coupling="bdia:1/2")
+    model(X)
+    other = copied(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    torch.testing.assert_close(other(X)[0], X, rtol=1e-6, atol=1e-6)
+    other(X)[0].sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in other.parameters())
+
+
+def test_nothing_of_it_stays_after_going_back():
+    model = Loop(Gained).double()
+    before = [set(vars(m)) for m in model.modules()]
+    revwire.convert(model, X)
+    model(X)
+    revwire.revert(model)
+    assert [set(vars(m)) for m in model.modules()] == before
+
+
+def test_a_model_of_python_random_numbers_draws_what_it_would():
+    def forward(self, x):
+        return x + self.f(x) * self.random.random()
+
+    model, reference = twin(stack(forward, lambda self: setattr(self, "random", random.Random(5))))
+    for b in (*model.blocks, *reference.blocks):
+        b.random.seed(5)
+    with revwire.stored_activations(model):
+        got = step(model, X)
+    torch.testing.assert_close(got, step(reference, X), **TOLERANCE)
