@@ -250,8 +250,9 @@ class Following(TorchFunctionMode):
         """A state went through units of other hosts: views may come before the next unit of this one."""
         for t in tensors_of((out,), None):
             link = getattr(t, LINK, None)
-            units = self.forward.chains.get(id(link.tape.chain)) if isinstance(link, Link) else None
-            p = None if units is None else self.forward.next_unit(units, link.tape.position, None)
+            if not isinstance(link, Link):
+                continue
+            p = self.forward.next_unit(self.forward.chains.get(id(link.tape.chain), ()), link.tape.position, None)
             if p is not None and p.place.views[0]:
                 self.views[id(p.slot.chain)] = p.place.views[0]
 
@@ -367,7 +368,7 @@ class Following(TorchFunctionMode):
         if place.idle:
             one.f = f
         elif not place.block and not place.posts:
-            new = self._step(one, f, unit)
+            new = self._step(one, f, unit, _strides_of_sum(segment.x, *args))
             if new is None:
                 return func(*args)
             if args[0] is f and name_of(func) in ("add_", "__iadd__"):
@@ -409,13 +410,14 @@ class Following(TorchFunctionMode):
 
     def _close(self, one: _Open, value: Tensor, unit: Unit) -> Any:
         """End a unit by ``value``: F(x), or the block's; in place of what the code would go on with."""
-        new = self._step(one, value, unit)
+        strides = None if value.stride() == one.segment.x.stride() else _dense_strides(value)
+        new = self._step(one, value, unit, strides)
         return one.segment.latest if new is None else new
 
-    def _step(self, one: _Open, value: Tensor, unit: Unit) -> Tensor | None:
-        """The next state; None where the unit cannot be stepped, and runs on as it was written."""
+    def _step(self, one: _Open, value: Tensor, unit: Unit, strides: tuple[int, ...] | None = None) -> Tensor | None:
+        """The next state, of these strides; None where the unit cannot be stepped, and runs on as it was written."""
         self.open.remove(one)
-        new = ended(one.segment, value, unit)
+        new = ended(one.segment, value, unit, strides)
         self.views[id(one.planned.slot.chain)] = one.planned.place.views[1]
         if new is None:
             one.segment.let_go()
@@ -432,6 +434,20 @@ class Following(TorchFunctionMode):
             return leaf if (state := found[1]()) is None else state
 
         return mapped((args, kwargs), new)  # type: ignore[no-any-return]
+
+
+def _strides_of_sum(x: Tensor, first: Tensor, second: Tensor) -> tuple[int, ...] | None:
+    """The strides of a sum, where they are not those of the state ``x``: a sum is laid out as its first operand."""
+    if first.stride() == x.stride():
+        return None
+    a, b = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in (first, second))
+    return _dense_strides(a + b) if (a + b).stride() != x.stride() else None
+
+
+def _dense_strides(value: Tensor) -> tuple[int, ...] | None:
+    """The strides of a value of which each element is stored once; else None."""
+    strides = value.stride()
+    return strides if torch.empty_like(value, device="meta").stride() == strides else None
 
 
 def _is_read(func: Any) -> bool:

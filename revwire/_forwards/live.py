@@ -13,6 +13,7 @@ Note [The host's own code runs]
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -149,7 +150,7 @@ class LiveForward(RewiredForward):
         """Whether what is called has no weights."""
         return id(function) not in self.heavy
 
-    def next_unit(self, units: list[Planned], position: int, module: nn.Module | None) -> Planned | None:
+    def next_unit(self, units: Sequence[Planned], position: int, module: nn.Module | None) -> Planned | None:
         """The unit of a chain that comes first behind a position: of those that call ``module``, if there are any."""
         users = self.users.get(id(module), ()) if module is not None else ()
         best, least = None, (True, 0)

@@ -16,6 +16,7 @@ from revwire._errors import ReconstructionError
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk
 from revwire._runtime.faults import fault
+from revwire._runtime.kinds import Kind
 from revwire._runtime.replay import Replay
 from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit
@@ -103,6 +104,7 @@ class UnitRecord:
     products: Products | None = None  # what need not be computed again, where it is selective
     stop: Stop | None = None  # its recompute stops when all is there that its gradient needs
     chunk: Chunk | None = None  # of the state, that it was evaluated on; None: on all of it
+    kind: Kind | None = None  # the class of the tensor that it was given, where that is no plain one
     replay: Replay | None = None  # its branch, where the host's own code ran it
 
     @property

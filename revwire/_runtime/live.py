@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.functions import later, step
+from revwire._runtime.kinds import kind_of
 from revwire._runtime.links import Link
 from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.replay import Replay
-from revwire._runtime.run import begin, give_out, in_grad_mode, outside_inference_mode, result_dtype
+from revwire._runtime.run import begin, give_out, in_grad_mode, outside_inference_mode, relayout, result_dtype
 from revwire._runtime.saving import given_up, packer, seen
 from revwire._runtime.segment import Segment
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
+from revwire._streams.base import laid_out
 from revwire._surroundings.copies import detached
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
 from revwire._surroundings.surroundings import Surroundings
@@ -45,9 +48,9 @@ def begun(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, link: Link | Non
     return Segment(run, x, link, (previous, current, share))
 
 
-def ended(segment: Segment, value: Tensor, unit: Unit) -> Tensor | None:
-    """Step to the next state by what a branch gave; ``unit``: as which. None where the add must be made as it was
-    written, as the state was written to.
+def ended(segment: Segment, value: Tensor, unit: Unit, strides: tuple[int, ...] | None = None) -> Tensor | None:
+    """Step to the next state by what a branch gave; ``unit``: as which; ``strides``: of the next state, where they are
+    others. None where the add must be made as it was written, as the state was written to.
     """
     run, x = segment.run, segment.x
     tape, chain = run.tape, run.tape.chain
@@ -65,11 +68,11 @@ def ended(segment: Segment, value: Tensor, unit: Unit) -> Tensor | None:
             out = step(run, previous, current, f, share)
         run.join(out)
     with outside_inference_mode():
-        out = give_out(chain, segment.link, out, current, result_dtype(run.unit, x, f))
+        out = give_out(chain, segment.link, out, current, result_dtype(run.unit, x, f), kind_of(x))
     if chain.observer:
         place = tape.position - 1
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
-    return out
+    return out if strides is None else relayout(chain, partial(laid_out, strides=strides), out)
 
 
 def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
@@ -96,7 +99,7 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
             pack = packer(record, segment.x, last)
             pack = pack if see is None else seen(pack, see)
             for cell in cells:
-                cell.give_up(pack(cell.held()), source)
+                cell[:] = None, pack(cell[0]), source
         if segment.products is not None and segment.whole:
             segment.products.settle(f)
             record.products = segment.products
@@ -134,6 +137,7 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
             segment.devices, {}, {kind: (on, dtype) for kind, on, dtype in segment.modes[2]}, segment.cache_enabled
         ),
         replay=replay,
+        kind=kind_of(segment.x),
     )
 
 

@@ -30,6 +30,7 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.faults import WROTE_INPUT
 from revwire._runtime.follower import unfollowed
+from revwire._runtime.kinds import dressed
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import glance, same_glances
@@ -187,7 +188,7 @@ def _recompute(
     """Evaluate the branch as in forward, until all is there that tells it to ``stop``, or to its end."""
     _check_versions(chain, record)
     wide = streams.read(state)
-    x = (wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach()
+    x = dressed((wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach(), record.kind)
     if record.input_requires_grad:
         x.requires_grad_()
     version = x._version

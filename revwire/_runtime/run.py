@@ -23,6 +23,8 @@ from revwire._runtime.autograd_graph import edge_behind, recording_nothing, runn
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
 from revwire._runtime.functions import comes_from_chain, enter, later, step
+from revwire._runtime.kinds import Kind, dressed, kind_of
+from revwire._runtime.kinds import plain as plain_tensor
 from revwire._runtime.links import Link, link_of, linked, linked_view
 from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.rewind import unpacker
@@ -76,7 +78,7 @@ def run(
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
     out, dtype, sides = _run(UnitRun(link.tape, unit, host, chunks), x, extras, previous, current)
     with outside_inference_mode():
-        out = give_out(chain, link, out, current, dtype)
+        out = give_out(chain, link, out, current, dtype, kind_of(x))
     if chain.observer:
         tape, place = link.tape, link.tape.position - 1
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
@@ -133,13 +135,13 @@ def outside_inference_mode() -> AbstractContextManager[None]:
     return recording_nothing() if torch.is_inference_mode_enabled() else NOTHING
 
 
-def give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype) -> Tensor:
+def give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
         tape.range.settle()
-        return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
-    return linked(out.to(dtype), tape, current, out)
+        return dressed((out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype), kind)
+    return linked(dressed(out.to(dtype), kind), tape, current, out)
 
 
 def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
@@ -162,6 +164,7 @@ def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor,
             stacklevel=2,
         )
     exported = exporting()  # then there are no values to scale the streams for
+    kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
     streams = (
@@ -178,7 +181,7 @@ def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor,
         plain=plain,
     )
     carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state)
-    outward = carrier.to(x.dtype)
+    outward = dressed(carrier.to(x.dtype), kind)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
 

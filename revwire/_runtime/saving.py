@@ -15,6 +15,7 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk
 from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.faults import WROTE_INPUT, fault
+from revwire._runtime.kinds import kind_of
 from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit, evaluate
 from revwire._streams.base import Streams
@@ -114,6 +115,7 @@ def _record(call: Evaluation) -> UnitRecord:
         owned=owned,
         attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
         chunk=call.chunk,
+        kind=kind_of(x),
         stop=Stop() if _may_stop(call) else None,
         surroundings=Surroundings.capture([x, *[t for t, _ in inputs], *owned.weights]),
     )
@@ -181,16 +183,16 @@ def given_up(
     last: deque[tuple[int, Tensor]],
 ) -> None:
     """As `packer` for what was saved in cells, where no recompute stops early: from now on ``source`` rebuilds it."""
-    owned, most = record.owned, last.maxlen or 0
+    owned, most, saved = record.owned, last.maxlen or 0, record.saved
     known = {id(x), id(x._base), *map(id, owned.weights)}
-    tensors = [cell.held() for cell in cells]
-    record.saved = [(t.shape, t.dtype, t.device) for t in tensors]
-    for number in range(len(tensors) - 1, -1, -1):
-        t = tensors[number]
+    for number in range(len(cells) - 1, -1, -1):
+        cell = cells[number]
+        t: Tensor = cell[0]
+        cell[0], cell[1], cell[2] = None, number, source
+        saved.append((t.shape, t.dtype, t.device))
         owner = t._base
         if owner is None:
             owner = t
-        cells[number].give_up(number, source)
         if id(owner) in known:
             continue
         if not owner.is_leaf:
@@ -199,6 +201,7 @@ def given_up(
         elif owner.requires_grad:
             known.add(id(owner))  # a weight from outside of the unit's modules
             owned.note(owner)
+    saved.reverse()
 
 
 def seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revwire._runtime.cells import Cell, opened_cell
+from revwire._runtime.cells import Cell, keep, opened_cell
 from revwire._runtime.replay import Call, CallModes, Given, Made, Replay, recorded_dataclass
 from revwire._runtime.selective import Products
 from revwire._streams.kernels import same_bytes
@@ -88,13 +88,13 @@ class Segment:
         self.standing = run.unit.path, run.host.training
         self.quiet = rewinds and self.standing in chain.quiet
         if self.quiet:
-            self.randomness = random_states(self.devices) if self.devices else {None: _GENERATOR.get_state()}
+            self.randomness = _states(self.devices)
         self.cache_enabled = torch.is_autocast_cache_enabled()
         if rewinds:
             cells = self.cells
 
             def pack(t: Tensor) -> Cell:  # autograd keeps it with every tensor: it owns the cells alone
-                cell = Cell(t)
+                cell: Cell = [t, t._version, None]
                 cells.append(cell)
                 return cell
 
@@ -228,7 +228,7 @@ class Segment:
 
     def _settle(self) -> None:
         """Look at the generators, and forget their states before the latest call, where nothing was drawn since."""
-        now: RandomStates = random_states(self.devices) if self.devices else {None: _GENERATOR.get_state()}
+        now = _states(self.devices)
         if self.calls:
             latest = self.calls[-1]
             before = latest.randomness
@@ -291,7 +291,7 @@ class Segment:
             if all(call.randomness is None for call in self.calls):
                 self.run.tape.chain.quiet.add(self.standing)
             return True
-        now = random_states(self.devices) if self.devices else {None: _GENERATOR.get_state()}
+        now = _states(self.devices)
         if all(same_bytes(state, now[d]) for d, state in self.randomness.items()):
             return True
         self.run.tape.chain.quiet.discard(self.standing)
@@ -305,9 +305,12 @@ class Segment:
         self.numbers.clear()
 
     def _let_go(self, start: int) -> None:
-        for cell in self.cells[start:]:
-            cell.keep()
+        keep(self.cells[start:])
         del self.cells[start:]
+
+
+def _states(devices: Sequence[torch.device]) -> RandomStates:
+    return random_states(devices) if devices else {None: _GENERATOR.get_state()}
 
 
 def modes_here(kinds: Sequence[str]) -> CallModes:

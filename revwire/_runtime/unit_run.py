@@ -68,6 +68,9 @@ class UnitRun:
         place = unit.place(tape.position)
         assert place is not None  # else the unit had begun a tape of its own
         self.tape, self.host, self.chunks, self.place = tape, host, chunks, place
+        self.unit: Unit
+        self.rule: Rule
+        self._whole_rule: Rule
         self.become(unit)
         self.kept = self._keeps() if tape.rewinds else None
         self._chunk: Chunk | None = None
@@ -135,7 +138,7 @@ class UnitRun:
         self.unit = unit
         tape = self.tape
         _, current = tape.intact_state()
-        self.rule: Rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
+        self.rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
         self._whole_rule = self.rule
 
     def keep(self) -> None:

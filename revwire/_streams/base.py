@@ -37,6 +37,13 @@ def canonical(x: Tensor) -> Tensor:
     return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
 
 
+def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x``, of which each element is stored once, in the order of other strides."""
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return x.permute(order).contiguous().permute(back)
+
+
 class Stepped(NamedTuple):
     """The state of x_{k+1}, its float value, the bits that are kept to come back.
 

@@ -177,13 +177,13 @@ def test_looks_are_given_up_where_each_shows_a_change():
     def forward(self, x):
         return x + self.f(x) * self.gain
 
-    model, _ = twin(stack(forward, lambda self: setattr(self, "gain", 1.0)))
+    model, _ = twin(stack(forward, lambda self: setattr(self, "gain", 1.0)), chunks=2)
     rewired = rewired_of(model.blocks[0])
     for i in range(40):
         model.blocks[0].gain = 2.0 + i % 2 + 1e-3 * (i % 3)
         model(X)
     assert rewired.guard is None
-    model, _ = twin(stack(forward, lambda self: setattr(self, "gain", 1.0)))
+    model, _ = twin(stack(forward, lambda self: setattr(self, "gain", 1.0)), chunks=2)
     rewired = rewired_of(model.blocks[0])
     for _ in range(40):
         model(X)
