@@ -14,7 +14,7 @@ from revwire._structures import CONSTANTS
 from revwire._surroundings.inventory import has_hooks
 from revwire._torch import CALL, REPLICATE, hooks_on_all_modules
 
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", REPLICATE, CALL})
+_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", REPLICATE, CALL, "compile"})
 
 
 class ByIdentity:

@@ -48,34 +48,56 @@ class _Replicate:
 
     def __call__(self) -> nn.Module:
         replica: nn.Module = replicate(self.module)
-        for name in (CALL, REPLICATE):
-            vars(replica).pop(name, None)
+        _strip(vars(replica))
         return replica
+
+
+class _Compile:
+    """`nn.Module.compile` compiles the call as it would have been, and the leaf then calls what was compiled."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        unmake_leaf(self.module)
+        try:
+            self.module.compile(*args, **kwargs)
+        finally:
+            make_leaf(self.module)
+
+
+_STANDING: dict[str, type] = {CALL: Leaf, REPLICATE: _Replicate, "compile": _Compile}
+"""What stands on a module that is a leaf."""
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether calls of a module are known."""
+    own = vars(module)
+    return type(own.get(CALL)) is Leaf and (own.get(COMPILED_CALL) is None or type(own[COMPILED_CALL]) is Leaf)
 
 
 def make_leaf(module: nn.Module) -> None:
     """Let calls of a module be known."""
-    own = vars(module)
-    found = own.get(CALL)
-    if isinstance(found, Leaf) and found.module is module:
+    if is_leaf(module) and vars(module)[CALL].module is module:
         return
+    own = vars(module)
     compiled = own.get(COMPILED_CALL)
-    leaf = Leaf(module, compiled)
-    own[CALL] = leaf
+    leaf = own[CALL] = Leaf(module, compiled)
     if compiled is not None:
         own[COMPILED_CALL] = leaf
-    if not isinstance(own.get(REPLICATE), _Replicate) and REPLICATE not in own:
-        own[REPLICATE] = _Replicate(module)
+    own.setdefault(REPLICATE, _Replicate(module))
+    own["compile"] = _Compile(module)
 
 
 def unmake_leaf(module: nn.Module) -> None:
     """Leave a module as it was."""
     own = vars(module)
-    leaf = own.get(CALL)
-    if not isinstance(leaf, Leaf):
-        return
-    del own[CALL]
-    if isinstance(own.get(COMPILED_CALL), Leaf):
-        own[COMPILED_CALL] = leaf.compiled
-    if isinstance(own.get(REPLICATE), _Replicate):
-        del own[REPLICATE]
+    if type(own.get(COMPILED_CALL)) is Leaf:
+        own[COMPILED_CALL] = own[COMPILED_CALL].compiled
+    _strip(own)
+
+
+def _strip(own: dict[str, Any]) -> None:
+    for name, kind in _STANDING.items():
+        if type(own.get(name)) is kind:
+            del own[name]

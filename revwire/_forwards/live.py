@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revwire._capture.intercept import is_recording
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.following import Following, Planned
-from revwire._forwards.leaf import make_leaf
+from revwire._forwards.leaf import is_leaf, make_leaf
 from revwire._forwards.own_checkpoints import look_through_checkpoints
 from revwire._forwards.rewired import RewiredForward
 from revwire._programs.calls import Slot
@@ -35,7 +35,7 @@ from revwire._surroundings.modes import NOTHING, exporting
 from revwire._torch import disable_dynamo, inside_checkpoint
 
 _BY_IDENTITY = frozenset(
-    {"planned", "chains", "by_call", "names", "opened", "users", "assigned", "heavy", "buffered", "passing"}
+    {"planned", "chains", "by_call", "names", "opened", "users", "assigned", "heavy", "buffered", "passing", "tables"}
 )
 
 
@@ -74,6 +74,8 @@ class LiveForward(RewiredForward):
                 make_leaf(module)
         at = {name[1:]: i for i, name in self.names.items()}
         self.opened = {at[name] for name in self.layout.opened if name in at}
+        opened = [self.module, *(self.module.get_submodule(n) for n in self.layout.opened if n in at)]
+        self.tables = [m._modules for m in opened if m._modules]  # what their code may call is a leaf, or made one
         self.users: dict[int, set[int]] = {}
         self.assigned: Assigned = {}
         for p in self.planned:
@@ -125,7 +127,7 @@ class LiveForward(RewiredForward):
             return super().__call__(*args, **kwargs)
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
-        if not self.ready:
+        if not (self.ready and all(is_leaf(m) for table in self.tables for m in table.values() if m is not None)):
             self.note_homes()
             self._make_ready()
         follower = Following(self)
