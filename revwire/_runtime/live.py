@@ -67,6 +67,7 @@ def ended(segment: Segment, value: Tensor, unit: Unit, strides: tuple[int, ...] 
         with outside_inference_mode():
             out = step(run, previous, current, f, share)
         run.join(out)
+    del previous  # where the chain ends, its streams are merged: as few tensors as can be are there meanwhile
     with outside_inference_mode():
         out = give_out(chain, segment.link, out, current, result_dtype(run.unit, x, f), kind_of(x))
     if chain.observer:

@@ -300,6 +300,7 @@ class Segment:
     def let_go(self) -> None:
         """Keep what is left of the cells, and nothing else."""
         self._let_go(0)
+        del self.carriers
         self.calls.clear()
         self.held.clear()
         self.numbers.clear()
