@@ -252,7 +252,7 @@ class Following(TorchFunctionMode):
             link = getattr(t, LINK, None)
             if not isinstance(link, Link):
                 continue
-            p = self.forward.next_unit(self.forward.chains.get(id(link.tape.chain), ()), link.tape.position, None)
+            p = self.forward.next_unit(link.tape.chain, link.tape.position, None)
             if p is not None and p.place.views[0]:
                 self.views[id(p.slot.chain)] = p.place.views[0]
 
@@ -291,7 +291,7 @@ class Following(TorchFunctionMode):
                 link = link_of(t, units[0].slot.chain)
                 if link is None:
                     continue
-                p = self.forward.next_unit(units, link.tape.position, module)
+                p = self.forward.next_unit(link.tape.chain, link.tape.position, module)
                 if p is not None:
                     return p, t, link
         fork = self.forks.get(id(t)) if self.forks else None

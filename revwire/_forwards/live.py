@@ -13,20 +13,22 @@ Note [The host's own code runs]
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._capture.intercept import is_recording
+from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.following import Following, Planned
 from revwire._forwards.leaf import is_leaf, make_leaf
 from revwire._forwards.own_checkpoints import look_through_checkpoints
 from revwire._forwards.rewired import RewiredForward
+from revwire._forwards.straight import is_straight
 from revwire._programs.calls import Slot
 from revwire._runtime.cells import kept_cell, opened_cell
+from revwire._runtime.chain import Chain
 from revwire._runtime.run import refuse_transforms
 from revwire._runtime.segment import Assigned
 from revwire._runtime.unit import Unit
@@ -34,8 +36,23 @@ from revwire._search.places import Layout
 from revwire._surroundings.modes import NOTHING, exporting
 from revwire._torch import disable_dynamo, inside_checkpoint
 
+_FLAGS = frozenset({bool, type(None)})
+
 _BY_IDENTITY = frozenset(
-    {"planned", "chains", "by_call", "names", "opened", "users", "assigned", "heavy", "buffered", "passing", "tables"}
+    {
+        "planned",
+        "at",
+        "chains",
+        "by_call",
+        "names",
+        "opened",
+        "users",
+        "assigned",
+        "heavy",
+        "buffered",
+        "passing",
+        "tables",
+    }
 )
 
 
@@ -50,6 +67,8 @@ class LiveForward(RewiredForward):
         super().__init__(host, path, slots, original)
         self.layout = layout
         self.told: set[str] = set()
+        self.straight = original is None and not layout.opened and not layout.whole and is_straight(host)
+        self.code = type(host).forward
         self._resolve()
 
     def _resolve(self) -> None:
@@ -58,6 +77,7 @@ class LiveForward(RewiredForward):
         self.chains = {
             id(p.slot.chain): [q for q in self.planned if q.slot.chain is p.slot.chain] for p in self.planned
         }
+        self.at = {(id(p.slot.chain), i): p for p in self.planned for i in (p.slot.index, *p.slot.later)}
         self.by_call: dict[tuple[str, int], list[Planned]] = {}
         for p in self.planned:
             if p.place.origin is not None and p.place.origin.call is not None:
@@ -94,20 +114,7 @@ class LiveForward(RewiredForward):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in (
-            "planned",
-            "chains",
-            "by_call",
-            "names",
-            "opened",
-            "users",
-            "assigned",
-            "heavy",
-            "buffered",
-            "passing",
-        ):
-            state.pop(name, None)
-        return {**state, "ready": False}
+        return {**{k: v for k, v in state.items() if k not in _BY_IDENTITY}, "ready": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -125,6 +132,13 @@ class LiveForward(RewiredForward):
             self._resolve()
         if exporting() or any(map(_runs_by_program, self.planned)):
             return super().__call__(*args, **kwargs)
+        if self.straight and self._is_plain_call(args, kwargs):
+            try:
+                program, leaves = self.program_of(args, kwargs)
+            except CaptureError:  # this call is followed, and all others
+                self.straight = False
+            else:
+                return program(self.module, leaves)
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         if not (self.ready and all(is_leaf(m) for table in self.tables for m in table.values() if m is not None)):
@@ -135,6 +149,11 @@ class LiveForward(RewiredForward):
         # code saves is kept from it
         with saved_tensors_hooks(kept_cell, opened_cell) if inside_checkpoint() else NOTHING:
             return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
+
+    def _is_plain_call(self, args: Any, kwargs: Any) -> bool:
+        """Whether it is given nothing but plain tensors and flags, and runs the code that is a straight line."""
+        given = (*args, *kwargs.values()) if kwargs else args
+        return type(self.module).forward is self.code and all(type(a) is Tensor or type(a) in _FLAGS for a in given)
 
     def passes(self, module: nn.Module) -> bool:
         """Whether a module holds units of the same chains: a state that it is given goes on inside."""
@@ -152,20 +171,14 @@ class LiveForward(RewiredForward):
         """Whether what is called has no weights."""
         return id(function) not in self.heavy
 
-    def next_unit(self, units: Sequence[Planned], position: int, module: nn.Module | None) -> Planned | None:
+    def next_unit(self, chain: Chain, position: int, module: nn.Module | None) -> Planned | None:
         """The unit of a chain that comes first behind a position: of those that call ``module``, if there are any."""
         users = self.users.get(id(module), ()) if module is not None else ()
-        best, least = None, (True, 0)
-        for p in units:
-            place = p.unit.place(position)
-            if place is None:
-                continue
-            rank = bool(users) and p.number not in users, place
-            if best is None or rank < least:
-                best, least = p, rank
-            if rank == (False, position):
-                break
-        return best
+        expected = self.at.get((id(chain), position))
+        if expected is not None and (not users or expected.number in users):
+            return expected
+        found = [(place, p) for p in self.chains.get(id(chain), ()) if (place := p.unit.place(position)) is not None]
+        return min(found, key=lambda f: (bool(users) and f[1].number not in users, f[0]), default=(0, None))[1]
 
     def tell(self, unit: Unit, what: str) -> None:
         """Warn, once for each unit."""
@@ -185,7 +198,8 @@ def install_live(host: nn.Module, path: str, slots: list[Slot], layout: Layout) 
     """Put the live forward on a host."""
     forward = LiveForward(host, path, slots, layout, standing_forward(host))
     put_on(forward)
-    for module in host.modules():
-        if module is not host:
-            make_leaf(module)
+    if not forward.straight:
+        for module in host.modules():
+            if module is not host:
+                make_leaf(module)
     return forward
