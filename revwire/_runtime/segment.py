@@ -117,6 +117,11 @@ class Segment:
         self.held[number] = t, version_of(t)
         return number
 
+    def _made(self, t: Tensor) -> int:
+        """The number of a result: its own, where a call hands back what it was given."""
+        known = self.number(t)
+        return self._new(t) if known is None else known
+
     def _new(self, t: Tensor) -> int:
         number, self.size = self.size, self.size + 1
         self.numbers[id(t)] = ref(t), number
@@ -215,7 +220,7 @@ class Segment:
 
     def _note_made(self, out: Any) -> None:
         for t in tensors_in(out):
-            self._new(t)
+            self._made(t)
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
@@ -252,9 +257,9 @@ class Segment:
             given = [*call.args[1:3], *((call.kwargs or {}).get(n) for n in ("running_mean", "running_var"))]
             call.copies = [g.number for g in given if type(g) is Made]
         if type(out) is Tensor:
-            call.makes = (self._new(out),)
+            call.makes = (self._made(out),)
         else:
-            call.makes = [self._new(t) for t in tensors_in(out)]
+            call.makes = [self._made(t) for t in tensors_in(out)]
         self.calls.append(call)
         self.ends.append(len(self.cells))
 

@@ -181,6 +181,8 @@ class UnitRun:
             RangeError: a value left the range of the streams.
         """
         tape = self.tape
+        if tape.chain.observer:
+            tape.chain.observer.on_step()
         states = tape.intact_state()
         previous = states[0] if self._chunk is None else self._chunk.of(states[0])
         begins = states[0] is states[1]
