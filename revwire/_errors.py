@@ -31,7 +31,7 @@ class ReconstructionError(RevwireError, RuntimeError):
 
 
 class RangeError(RevwireError, OverflowError):
-    """A value left the range of the fixed-point streams, or is not finite."""
+    """Fixed-point streams cannot be scaled for a magnitude that is not finite."""
 
 
 class UnsupportedTransformError(RevwireError, NotImplementedError):

@@ -40,7 +40,8 @@ def canonical(x: Tensor) -> Tensor:
 class Stepped(NamedTuple):
     """The state of x_{k+1}, its float value, the bits that are kept to come back.
 
-    Besides, where they are known: the `Streams.summary` of the state of x_{k-1}, and that all values are in range.
+    Besides, where they are known: the `Streams.summary` of the state of x_{k-1}; that all values are in range, and the
+    largest magnitude, to a factor of 2.
     """
 
     state: Tensor
@@ -48,6 +49,7 @@ class Stepped(NamedTuple):
     bits: Tensor | None
     summary: Tensor | None = None
     in_range: bool = False
+    largest: float = 0.0
 
 
 class Undone(NamedTuple):
@@ -62,6 +64,11 @@ class Streams(ABC):
 
     witnesses: ClassVar[int] = 0
     """How many of the tensors that a branch saved last `sample` wants to see."""
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether a state can come back from those after it; else each unit keeps it."""
+        return True
 
     @property
     def bound(self) -> float | None:

@@ -19,7 +19,7 @@ from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
 
 HEADROOM_BITS = 5
-"""The streams may grow to 2^5 times the range they were scaled for before `RangeError`."""
+"""The streams may grow to 2^5 times the range they were scaled for before they are scaled anew."""
 
 
 _FEWER = 16

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from revwire._structures import CONSTANTS
-from revwire._surroundings.copies import recalled
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -18,7 +18,7 @@ def _contents(v: Any) -> Any:
     """What a container holds, one level deep; None for anything else."""
     if isinstance(v, dict):
         return list(v.items())
-    return list(v) if isinstance(v, (list, set)) else None
+    return list(v) if isinstance(v, (list, set, deque, bytearray)) else None
 
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -74,6 +74,9 @@ def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
         now[k] = v
         if isinstance(v, list):
             v[:] = contents
+        elif isinstance(v, (deque, bytearray)):
+            v.clear()
+            v.extend(contents)
         elif isinstance(v, (dict, set)):
             v.clear()
             v.update(contents)
@@ -105,25 +108,3 @@ def refilled(before: list[tuple[Any, Any]]) -> bool:
 
 MISSING = object()
 """Stands for an attribute that is not there."""
-
-
-@contextmanager
-def attributes_as_found(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no
-    trace.
-    """
-    now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
-    try:
-        for m, name, value in attributes:
-            _set(m, name, recalled(value) if isinstance(value, (Tensor, list, tuple, dict)) else value)
-        yield
-    finally:
-        for m, name, value in now:
-            _set(m, name, value)
-
-
-def _set(module: nn.Module, name: str, value: Any) -> None:
-    if value is MISSING:
-        vars(module).pop(name, None)
-    else:
-        vars(module)[name] = value

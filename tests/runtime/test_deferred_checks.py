@@ -2,13 +2,16 @@
 same bits.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import EXACT, each_case, each_exact_case, each_fast_case
-from revwire import RangeError, ReconstructionError
+from revwire import ReconstructionError
 from revwire._runtime import run as runner
+from revwire._runtime.range import Reach, ranges_held
 from revwire.testing import Step, check_gradients
 from toys import Attention, Dropped, Linear, PreNorm, Toy, attention_extras, inputs_of, stored, toy
 
@@ -90,12 +93,20 @@ def test_the_unit_at_fault_is_named_first(case):
 
 
 @SINGLE
-def test_overflow_names_the_first_unit_at_the_end_of_the_chain(case):
+def test_a_step_that_overflows_is_nan_and_the_next_one_is_right(case):
+    """The warning names the first unit; then each unit is read for a while, and the range may be left again."""
     model = toy(case, Linear)
     with torch.no_grad():
         model.branches[3].weight.mul_(1e6)
-    with pytest.raises(RangeError, match=r"branches\.3 \(chain 0\): .*of magnitude"):
-        model(inputs_of(model, case))
+    x = inputs_of(model, case)
+    with pytest.warns(UserWarning, match=r"branches\.3 \(chain 0\): .*of magnitude .*are NaN. Skip the step"):
+        out = model(x)
+    assert all(g.isnan().all() for g in torch.autograd.grad(out.sum(), list(model.parameters())))
+    assert model.chain.reach.careful
+    with ranges_held([model.chain.reach]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "branches")
+        step = check_gradients(model, (x,), tolerance=3 * case.stored, stored=stored)
+    assert all(g.isfinite().all() for g in step.gradients.values())
 
 
 @SINGLE
@@ -113,8 +124,13 @@ def test_a_value_out_of_range_never_passes_for_a_number(case, value):
 
     with torch.no_grad():
         assert early(inputs_of(model, case)).isnan().all()
-    with pytest.raises(RangeError, match=r"branches\.3 "):
+    with pytest.warns(UserWarning, match=r"branches\.3 "):
         early(inputs_of(model, case)).sum().backward()
+    assert all(p.grad is None or p.grad.isnan().all() for p in model.parameters())
+    model.chain.reach = Reach(3.9)
+    with pytest.warns(UserWarning, match=r"branches\.3 "), stored(model):
+        found = torch.autograd.grad(early(inputs_of(model, case)).sum(), list(model.branches[:4].parameters()))
+    assert all(g.isnan().all() for g in found)
 
 
 @SINGLE
