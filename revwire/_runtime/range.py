@@ -9,17 +9,19 @@ Note [Out of range]
     streams are floats, each unit keeps its states, and gradients are the plain network's, NaN and all.
 
 Note [Following the range]
-    Every forward knows the largest magnitude that it met (`RangeCheck.largest`), and the next one is scaled for it
-    where it came near the end of the range (`Reach`). Scales are local: a tape keeps its own, and ranks need not agree.
-    A forward inside of a backward pass (activation checkpointing runs one again) takes the scale of the one before.
+    Once a forward has left the range, those after it are scaled for what it met (`Reach`); one that stays in it is
+    scaled for nothing but its input and the example, so what it computes does not depend on those before it. Scales are
+    local: a tape keeps its own, and ranks need not agree. A forward inside of a backward pass (activation checkpointing
+    runs one again) takes the scale of the one before.
 
 Note [Synchronisation]
     Reading one number from an accelerator stalls it. There, range checks and comparisons stay on the device, and are
     read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
     optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
-    wider range than the example at conversion.) A value out of range becomes NaN meanwhile, and so do all gradients, so
-    that it never passes for a number: such a step is lost, as one whose float16 gradients overflow. It takes a growth
-    by `_NEAR` from one step to the next; after the range was seen to grow, each unit is read for a while.
+    wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
+    a number, and ends in an error: nothing can be scaled anew when it is too late. Therefore, after a forward that came
+    near the end of the range, each unit is read for a while. Where the first value that does not fit is not finite
+    (`FixedStreams` leaves it so), the plain network has none either: there is no error, and all gradients are NaN.
 """
 
 from __future__ import annotations
@@ -32,12 +34,21 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from revwire._errors import RangeError
 from revwire._runtime.autograd_graph import NO_PASS, running_pass
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Stepped
 
-_NEAR = 8
-"""The range follows a forward that came nearer than this factor to its end."""
+_NEAR = 4
+"""A forward that came nearer than this factor to the end of the range may be followed by one that leaves it."""
+
+
+_UNUSED = 2.0**9
+"""A range is wider than needed where it ends at more than this many times what was met."""
+
+
+_NARROWER = 2.0**3
+"""By how much it narrows then."""
 
 
 _IDLE = 64
@@ -45,7 +56,7 @@ _IDLE = 64
 
 
 _CAREFUL = 64
-"""Forwards after a change of the range in which each unit is read, also where that stalls."""
+"""Forwards in which each unit is read, also where that stalls."""
 
 
 class Reach:
@@ -71,18 +82,20 @@ class Reach:
             self.largest = self.following
         return self.largest
 
-    def hear(self, met: float, bound: float) -> None:
+    def stay(self, met: float, bound: float) -> None:
         """A forward has met magnitudes up to ``met`` in streams that end at ``bound``."""
-        if self.held or not isfinite(met):
+        if self.held:
             return
-        self.careful = max(self.careful - 1, 0)
+        self.careful = _CAREFUL if met * _NEAR > bound else max(self.careful - 1, 0)
         floor = self.calibrated or 0.0
-        if met * _NEAR > bound:
-            self.following, self.careful, self._idle = max(self.following, met), _CAREFUL, 0
-            return
-        self._idle = self._idle + 1 if self.largest > floor and met * _NEAR**3 < bound else 0
+        self._idle = self._idle + 1 if self.largest > floor and met * _UNUSED < bound else 0
         if self._idle == _IDLE:
-            self.following, self._idle = max(floor, self.largest / _NEAR), 0
+            self.following, self._idle = max(floor, self.largest / _NARROWER), 0
+
+    def leave(self, met: float) -> None:
+        """A forward has left its range, by a value of magnitude ``met``."""
+        if not self.held and isfinite(met):
+            self.following, self.careful, self._idle = max(self.following, met), _CAREFUL, 0
 
     def warn(self, kind: str, message: str) -> None:
         """Warn, once of each kind."""
@@ -117,19 +130,21 @@ class RangeCheck:
         chain: its name, for what is said.
         reach: that of the chain, which hears of it.
         bound: the magnitude below which every value must stay; None: there is nothing to check.
+        keep: whether gradients are recorded; only then the forwards that follow are scaled for this one.
         deferred: whether they are read at the end; see Note [Synchronisation].
 
     Attributes:
         largest: the largest magnitude so far, as far as it was read (to a factor of 2).
-        spoiled: a deferred check failed: no value of this forward, and no gradient, is right.
+        spoiled: a deferred check found what is not finite: there are no gradients but NaN.
     """
 
-    __slots__ = ("bound", "chain", "deferred", "largest", "norms", "reach", "spoiled")
+    __slots__ = ("bound", "chain", "deferred", "error", "keep", "largest", "norms", "reach", "spoiled")
 
-    def __init__(self, chain: str, reach: Reach, bound: float | None, *, deferred: bool) -> None:
-        self.chain, self.reach, self.bound = chain, reach, bound
+    def __init__(self, chain: str, reach: Reach, bound: float | None, *, keep: bool, deferred: bool) -> None:
+        self.chain, self.reach, self.bound, self.keep = chain, reach, bound, keep
         self.deferred = deferred and not reach.careful
         self.largest, self.spoiled = 0.0, False
+        self.error: RangeError | None = None
         self.norms: list[tuple[Unit, Tensor]] = []
 
     def holds(self, stepped: Stepped) -> bool:
@@ -159,42 +174,51 @@ class RangeCheck:
         out.mul_(torch.where(norm < self.bound, 1.0, float("nan")))
 
     def settle(self) -> bool:
-        """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled."""
+        """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled.
+
+        Raises:
+            RangeError: a value left the range of the streams; names the first unit at which one did.
+        """
         norms, self.norms = self.norms, []
-        if norms and self.bound is not None and not self.spoiled:
+        if norms and self.bound is not None:
             for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
                 if not norm < self.bound:
-                    self.spoiled = True
-                    self._spoil(unit, norm)
+                    self._found_late(unit, norm, self.bound)
                     break
                 self.largest = max(self.largest, norm)
+        if self.error is not None:
+            raise self.error
         return self.spoiled
 
-    def close(self, *, keep: bool) -> None:
-        """The forward is over; with ``keep`` it was one of training, which the next ones follow."""
-        if not self.settle() and keep and self.bound is not None:
-            self.reach.hear(self.largest, self.bound)
+    def _found_late(self, unit: Unit, norm: float, bound: float) -> None:
+        if not isfinite(norm):
+            self.spoiled = True
+            warn_of_what_is_not_finite(self.reach, self.chain, unit)
+            return
+        self.reach.leave(norm)
+        self.error = RangeError(f"{self._left(unit, bound, ' or more')}; {_TOO_LATE}")
+
+    def close(self) -> None:
+        """The forward is over.
+
+        Raises:
+            RangeError: see `settle`.
+        """
+        if not self.settle() and self.keep and self.bound is not None:
+            self.reach.stay(self.largest, self.bound)
 
     def leave(self, unit: Unit, met: float) -> None:
         """A value has left the range at this unit, and the chain goes on; see Note [Out of range]."""
-        assert self.bound is not None
-        self.reach.hear(met, self.bound)
+        if self.keep:
+            self.reach.leave(met)
         if isfinite(met):
             self.reach.warn("range", f"{self._left(unit, met)}; {_GOES_ON}")
         else:
             warn_of_what_is_not_finite(self.reach, self.chain, unit)
 
-    def _spoil(self, unit: Unit, met: float) -> None:
-        assert self.bound is not None
-        self.reach.hear(met, self.bound)
-        if isfinite(met):
-            warnings.warn(f"{self._left(unit, met)}; {_SPOILED}", stacklevel=3)
-        else:
-            warn_of_what_is_not_finite(self.reach, self.chain, unit)
-
-    def _left(self, unit: Unit, met: float) -> str:
+    def _left(self, unit: Unit, met: float, more: str = "") -> str:
         return (
-            f"{unit.path} ({self.chain}): got a value of magnitude {met:.4g}; expected the streams to stay below "
+            f"{unit.path} ({self.chain}): got a value of magnitude {met:.4g}{more}; expected the streams to stay below "
             f"{self.bound:.4g}, which leaves them 2^5 times the range they were scaled for"
         )
 
@@ -206,10 +230,9 @@ _GOES_ON = (
 )
 
 
-_SPOILED = (
-    "reading each value would stall the device, so this forward and its gradients are NaN. Skip the step, as "
-    "torch.amp.GradScaler does; the next forward is scaled for it. Convert with an example whose values are of the "
-    "magnitude you train on, lower the learning rate, or pass exact=False"
+_TOO_LATE = (
+    "here that is read when the chain is over, too late to scale them anew; the next forward is scaled for it. Convert "
+    "with an example whose values are of the magnitude you train on, lower the learning rate, or pass exact=False"
 )
 
 

@@ -61,6 +61,7 @@ def run(
 
     Raises:
         UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
+        RangeError: a value left the range of the fixed-point streams, and it was known too late.
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
     refuse_transforms(chain.name)
@@ -138,7 +139,7 @@ def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: tor
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
-        tape.range.close(keep=tape.keep)
+        tape.range.close()
         return (out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype)
     if tape.left:
         tape, current, out = _scaled_anew(chain, tape, current, out)

@@ -70,7 +70,7 @@ class Tape:
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
-        self.range = RangeCheck(chain.name, chain.reach, streams.bound, deferred=self.deferred)
+        self.range = RangeCheck(chain.name, chain.reach, streams.bound, keep=keep, deferred=self.deferred)
         self.left = False  # it ends where a value left the range; see Note [Out of range] in `range`
 
     def key(self, position: int) -> Key:

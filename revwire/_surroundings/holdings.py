@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -269,16 +270,23 @@ def holdings_kept(root: nn.Module) -> Iterator[None]:
     (Assignments, and what containers are filled with, are undone by `attributes_kept`.)
     """
     attributes = [v for m in root.modules() for k, v in vars(m).items() if k not in _STANDARD]
-    generators = [g for v in attributes for g in generators_in(v)]
-    states = states_of([*generators, *(g for kind in _classes(root.modules()) for g in generators_of_class(kind))])
-    held = [leaf for v in attributes for leaf in leaves(v)]
-    tensors = [t for t in held if isinstance(t, Tensor) and not (isinstance(t, nn.Parameter) or t.is_inference())]
+    of_classes = [g for kind in _classes(root.modules()) for g in generators_of_class(kind)]
+    states = states_of([*chain.from_iterable(map(generators_in, attributes)), *of_classes])
+    with _written_undone([leaf for v in attributes for leaf in leaves(v)]):
+        try:
+            yield
+        finally:
+            set_states(states)
+
+
+@contextmanager
+def _written_undone(values: list[Any]) -> Iterator[None]:
+    tensors = [t for t in values if isinstance(t, Tensor) and not (isinstance(t, nn.Parameter) or t.is_inference())]
     copies = [(t, t._version, t.detach().clone()) for t in tensors]
-    arrays = [(a, a.copy()) for a in held if is_array(a) and a.flags.writeable]
+    arrays = [(a, a.copy()) for a in values if is_array(a) and a.flags.writeable]
     try:
         yield
     finally:
-        set_states(states)
         with torch.no_grad():
             for t, version, kept in copies:
                 if t._version != version:

@@ -222,55 +222,82 @@ def test_nan_in_float_mode_gives_nan_as_without_revwire(case):
 
 
 @FIXED
-def test_a_range_that_grows_slowly_is_never_left(case):
-    """More than a hundredfold in fourteen steps, without a warning."""
+def test_a_range_that_is_not_left_stays_as_it_is(case):
+    """Up to its end; so a forward that fits computes the same whatever came before."""
     model = toy(case, Linear)
-    for _ in range(14):
-        Step.of(model, inputs_of(model, case))
-        with torch.no_grad():
-            model.branches[0].bias.mul_(2.2)
-    Step.of(model, inputs_of(model, case))
-    assert model.chain.reach.begin() > 100 * model.chain.largest
+    x = inputs_of(model, case)
+    before = model(x).detach()
+    biases = [branch.bias for branch in model.branches]
+    with torch.no_grad():
+        biases[0].add_(15.0)  # in streams that end at 128
+    Step.of(model, x)
+    assert model.chain.reach.begin() == model.chain.largest
+    with torch.no_grad():
+        biases[0].sub_(15.0)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        biases[0].add_(1e3)
+        with pytest.warns(UserWarning, match=LEAVES):
+            model(x)  # without gradients nothing follows
+    assert model.chain.reach.begin() == model.chain.largest
 
 
-def test_reach_follows_what_is_met():
+@FIXED
+def test_a_range_that_grows_is_left_once_in_a_while(case):
+    """Two thousandfold in fourteen steps: scaled anew three times, with one warning."""
+    model, ranges = toy(case, Linear), set()
+    with pytest.warns(UserWarning, match=LEAVES) as warned:
+        for _ in range(14):
+            Step.of(model, inputs_of(model, case))
+            ranges.add(model.chain.reach.begin())
+            with torch.no_grad():
+                model.branches[0].bias.mul_(2.2)
+                model.branches[0].bias.add_(0.1)
+        assert_right(model, case, tolerance=1e-3)  # gradients add up what cancels
+    assert len(warned) == 1
+    assert 2 <= len(ranges) <= 4
+
+
+def test_reach_follows_what_left_it():
     reach = Reach(4.0)
     bound = 4.0 * 2**5
-    reach.hear(bound / 8, bound)
-    assert reach.begin() == 4.0
+    reach.stay(bound / 4, bound)
     assert reach.careful == 0
-    reach.hear(bound / 7, bound)
-    assert reach.largest == 4.0  # in the present forward
-    assert reach.begin() == bound / 7
+    reach.stay(bound / 3, bound)
     assert reach.careful > 0
+    assert reach.begin() == 4.0
+    reach.leave(1e4)
+    assert reach.largest == 4.0  # in the present forward
+    assert reach.begin() == 1e4
     with ranges_held([reach]):
-        reach.hear(1e6, bound)
-    reach.hear(float("nan"), bound)
-    assert reach.begin() == bound / 7
-    reach.hear(1e6, bound)
-    reach.hear(1e3, bound)  # of a forward that began before
+        reach.leave(1e6)
+    reach.leave(float("nan"))
+    assert reach.begin() == 1e4
+    reach.leave(1e6)
+    reach.leave(1e3)  # of a forward that began before
     assert reach.begin() == 1e6
     assert pickle.loads(pickle.dumps(reach)).begin() == 1e6
 
 
 def test_reach_falls_slowly_and_not_below_the_example():
     reach = Reach(4.0)
-    reach.hear(1e6, 128.0)
+    reach.leave(1e6)
     reach.begin()
     for _ in range(63):
-        reach.hear(4.0, 2.0**5 * 1e6)
+        reach.stay(4.0, 2.0**5 * 1e6)
     assert reach.begin() == 1e6
-    reach.hear(2e5, 2.0**5 * 1e6)  # needed after all
+    reach.stay(2e5, 2.0**5 * 1e6)  # needed after all
     for _ in range(63):
-        reach.hear(4.0, 2.0**5 * 1e6)
+        reach.stay(4.0, 2.0**5 * 1e6)
     assert reach.begin() == 1e6
-    reach.hear(4.0, 2.0**5 * 1e6)
+    reach.stay(4.0, 2.0**5 * 1e6)
     assert reach.begin() == 1e6 / 8
     for _ in range(1000):
-        reach.hear(4.0, 2.0**5 * reach.begin())
+        reach.stay(4.0, 2.0**5 * reach.begin())
     assert 4.0 <= reach.begin() < 4.0 * 64
+    assert reach.careful == 0
     unknown = Reach(None)
     assert unknown.begin() == 0.0
     for _ in range(200):
-        unknown.hear(1.0, 1e9)
+        unknown.stay(1.0, 1e9)
     assert unknown.begin() == 0.0
