@@ -29,6 +29,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
@@ -59,22 +60,30 @@ _CAREFUL = 64
 """Forwards in which each unit is read, also where that stalls."""
 
 
+@dataclass
 class Reach:
     """The largest magnitude for which a chain scales its streams; see Note [Following the range].
 
-    Args:
-        calibrated: that of the example, below which it does not fall; None where it is not known.
-
     Attributes:
+        calibrated: that of the example, below which it does not fall; None where it is not known.
         largest: that of the present forward.
+        following: that of the next one.
         held: nothing that forwards meet changes it.
         careful: forwards that are still to be read unit by unit.
+        idle: forwards in a row that left the range unused.
+        warned: of which kinds of things a warning was given.
     """
 
-    def __init__(self, calibrated: float | None) -> None:
-        self.calibrated, self.largest, self.following = calibrated, calibrated or 0.0, calibrated or 0.0
-        self.held, self.careful, self._idle = False, 0, 0
-        self._warned = set[str]()
+    calibrated: float | None
+    largest: float = field(init=False)
+    following: float = field(init=False)
+    held: bool = False
+    careful: int = 0
+    idle: int = 0
+    warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.largest = self.following = self.calibrated or 0.0
 
     def begin(self) -> float:
         """A forward begins: for which magnitude its streams are scaled at least."""
@@ -88,19 +97,19 @@ class Reach:
             return
         self.careful = _CAREFUL if met * _NEAR > bound else max(self.careful - 1, 0)
         floor = self.calibrated or 0.0
-        self._idle = self._idle + 1 if self.largest > floor and met * _UNUSED < bound else 0
-        if self._idle == _IDLE:
-            self.following, self._idle = max(floor, self.largest / _NARROWER), 0
+        self.idle = self.idle + 1 if self.largest > floor and met * _UNUSED < bound else 0
+        if self.idle == _IDLE:
+            self.following, self.idle = max(floor, self.largest / _NARROWER), 0
 
     def leave(self, met: float) -> None:
         """A forward has left its range, by a value of magnitude ``met``."""
         if not self.held and isfinite(met):
-            self.following, self.careful, self._idle = max(self.following, met), _CAREFUL, 0
+            self.following, self.careful, self.idle = max(self.following, met), _CAREFUL, 0
 
     def warn(self, kind: str, message: str) -> None:
         """Warn, once of each kind."""
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if kind not in self.warned:
+            self.warned.add(kind)
             warnings.warn(message, stacklevel=3)
 
 

@@ -117,12 +117,15 @@ def test_overflow_names_the_first_unit_at_the_end_of_the_chain(case):
 def test_a_range_that_grows_is_left_without_an_error(case):
     """After a forward that comes near its end, each unit is read."""
     model = toy(case, Linear)
-    x = inputs_of(model, case)
-    with pytest.warns(UserWarning, match=r"branches\.\d \(chain 0\): got a value of magnitude .*scaled anew"):
+
+    def train():
         for _ in range(9):
-            Step.of(model, x)
+            Step.of(model, inputs_of(model, case))
             with torch.no_grad():
                 model.branches[0].bias.add_(0.1).mul_(3)
+
+    with pytest.warns(UserWarning, match=r"branches\.\d \(chain 0\): got a value of magnitude .*scaled anew"):
+        train()
     assert model.chain.reach.begin() > 2**5 * model.chain.largest
 
 
