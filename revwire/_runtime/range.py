@@ -139,7 +139,7 @@ class RangeCheck:
         chain: its name, for what is said.
         reach: that of the chain, which hears of it.
         bound: the magnitude below which every value must stay; None: there is nothing to check.
-        keep: whether gradients are recorded; only then the forwards that follow are scaled for this one.
+        keep: whether gradients are recorded; else nobody is warned, and no forward is scaled for this one.
         deferred: whether they are read at the end; see Note [Synchronisation].
 
     Attributes:
@@ -202,7 +202,7 @@ class RangeCheck:
     def _found_late(self, unit: Unit, norm: float, bound: float) -> None:
         if not isfinite(norm):
             self.spoiled = True
-            warn_of_what_is_not_finite(self.reach, self.chain, unit)
+            self._warn_of_what_is_not_finite(unit)
             return
         self.reach.leave(norm)
         self.error = RangeError(f"{self._left(unit, bound, ' or more')}; {_TOO_LATE}")
@@ -218,11 +218,14 @@ class RangeCheck:
 
     def leave(self, unit: Unit, met: float) -> None:
         """A value has left the range at this unit, and the chain goes on; see Note [Out of range]."""
-        if self.keep:
+        if not isfinite(met):
+            self._warn_of_what_is_not_finite(unit)
+        elif self.keep:
             self.reach.leave(met)
-        if isfinite(met):
             self.reach.warn("range", f"{self._left(unit, met)}; {_GOES_ON}")
-        else:
+
+    def _warn_of_what_is_not_finite(self, unit: Unit) -> None:
+        if self.keep:
             warn_of_what_is_not_finite(self.reach, self.chain, unit)
 
     def _left(self, unit: Unit, met: float, more: str = "") -> str:

@@ -231,7 +231,8 @@ def _begun(chain: Chain, unit: Unit, x: Tensor) -> Streams:
     """The streams of a forward that enters the chain at this unit."""
     largest, followed = magnitude(x), chain.reach.begin()
     if not isfinite(largest):
-        warn_of_what_is_not_finite(chain.reach, chain.name, unit)
+        if torch.is_grad_enabled():
+            warn_of_what_is_not_finite(chain.reach, chain.name, unit)
         return FloatStreams(chain.tolerance, rebuilds=False)
     least = largest if chain.reach.calibrated is not None else largest * _HEADROOM_UNCALIBRATED
     return _streams_for(chain, max(least, followed), x.dtype)
