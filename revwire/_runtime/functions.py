@@ -119,7 +119,7 @@ class _Step(torch.autograd.Function):
             Rewind.of(ctx.tape).undo(ctx.position)
         ctx.kept = None
         rule, g = ctx.rule, grads[0]
-        if ctx.range.settle():
+        if ctx.range.deferred and ctx.range.settle():
             g = g * float("nan")  # see Note [Synchronisation] in `range`
         need = ctx.needs_input_grad
         branch = _scale(g, rule.c) if need[3] else None

@@ -156,13 +156,16 @@ class RangeCheck:
         self.error: RangeError | None = None
         self.norms: list[tuple[Unit, Tensor]] = []
 
-    def holds(self, stepped: Stepped) -> bool:
-        """Whether all values are in range, as far as that can be told without waiting for a device."""
+    def holds(self, unit: Unit, stepped: Stepped) -> bool:
+        """Whether all values of a unit are in range, as far as that can be told without waiting for a device."""
         if self.bound is None:
+            return True
+        if self.deferred:
+            self._read_later(unit, stepped.value, self.bound)
             return True
         if stepped.in_range:
             largest = stepped.largest
-        elif self.deferred or not stepped.value.numel():
+        elif not stepped.value.numel():
             return True
         else:
             low, high = torch.aminmax(stepped.value)  # a NaN anywhere makes both NaN; many times faster than a norm
@@ -173,14 +176,13 @@ class RangeCheck:
             self.largest = largest
         return True
 
-    def note(self, unit: Unit, out: Tensor) -> None:
-        """Where reading a number stalls, a value out of range becomes NaN, and the magnitude is read later."""
-        if self.bound is None or not self.deferred or not out.numel():
-            return
-        low, high = torch.aminmax(out)
-        norm = torch.maximum(-low, high)
-        self.norms.append((unit, norm))
-        out.mul_(torch.where(norm < self.bound, 1.0, float("nan")))
+    def _read_later(self, unit: Unit, out: Tensor, bound: float) -> None:
+        """A value out of range becomes NaN meanwhile."""
+        if out.numel():
+            low, high = torch.aminmax(out)
+            norm = torch.maximum(-low, high)
+            self.norms.append((unit, norm))
+            out.mul_(torch.where(norm < bound, 1.0, float("nan")))
 
     def settle(self) -> bool:
         """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled.

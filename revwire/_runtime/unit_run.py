@@ -167,9 +167,8 @@ class UnitRun:
         anchored = not tape.streams.rebuilds or tape.chain.anchored(self.place)
         undone = rebuilt and not begins and (not anchored or self._by_result())
         done = tape.streams.step(previous, x, f, self.rule, undone=undone)
-        if not tape.range.holds(done):
+        if not tape.range.holds(self.unit, done):
             done = self._beyond(previous, x, f)
-        tape.range.note(self.unit, done.value)
         if rebuilt:
             if tape.chain.observer:
                 tape.chain.observer.on_drop(tape.key(len(tape.records)), previous)

@@ -65,10 +65,8 @@ class Streams(ABC):
     witnesses: ClassVar[int] = 0
     """How many of the tensors that a branch saved last `sample` wants to see."""
 
-    @property
-    def rebuilds(self) -> bool:
-        """Whether a state can come back from those after it; else each unit keeps it."""
-        return True
+    rebuilds: bool = True
+    """Whether a state can come back from those after it; else each unit keeps it."""
 
     @property
     def bound(self) -> float | None:

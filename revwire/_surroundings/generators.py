@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CellType, FunctionType, ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ _DEPTH = 4
 _WITHOUT = (Tensor, nn.Module, ModuleType, FunctionType, type, str, int, float)
 """Values in which none are looked for: modules are visited one by one, code is read by its names."""
 
-States = list[tuple[Any, Any]]
+States = Sequence[tuple[Any, Any]]
 """Generators, each with its state."""
 
 

@@ -14,7 +14,7 @@ Note [What modules hold]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -49,7 +49,7 @@ class Place(NamedTuple):
     """Where something stands that may change.
 
     Attributes:
-        module: the number of its module.
+        module: the identity of its module.
         is_buffer, name: in which table, and by which name.
         draws: whether there are generators in it.
     """
@@ -64,51 +64,51 @@ class Found(NamedTuple):
     """What the modules of a branch were found to have.
 
     Attributes:
-        seen, size, length: by which it is known that these are the modules.
+        modules, size: their identities, in order, and their `size_of`, by which they are known again.
         places: where something may change.
-        names: all names of attributes and buffers, module by module.
+        names: all names of attributes and buffers, by the identity of the module.
         generators: those of classes, and of the code of their methods.
         draws: whether this code names what draws from the generators of Python and NumPy.
     """
 
-    seen: set[int]
+    modules: list[int]
     size: int
-    length: int
     places: tuple[Place, ...]
-    names: list[frozenset[str]]
+    names: dict[int, frozenset[str]]
     generators: list[Any]
     draws: bool
 
     @classmethod
     def of(cls, owned: Inventory) -> Found:
         """What these modules have now."""
-        numbers = {id(m): i for i, m in reversed([*enumerate(owned.modules)])}
-        modules = [(i, m) for i, m in enumerate(owned.modules) if m is not None and numbers[id(m)] == i]
-        names = [frozenset[str]() if m is None else frozenset((*vars(m), *m._buffers)) for m in owned.modules]
-        classes = _classes(m for _, m in modules)
+        classes = _classes(owned.modules.values())
         return cls(
-            owned.seen,
+            [*owned.modules],
             owned.size,
-            len(owned.modules),
-            tuple(place for i, m in modules for place in _places(i, m)),
-            names,
+            tuple(place for m in owned.modules.values() for place in _places(m)),
+            {i: frozenset((*vars(m), *m._buffers)) for i, m in owned.modules.items()},
             [g for kind in classes for g in generators_of_class(kind)],
             any(map(code_draws_from_all, classes)),
         )
 
     def is_of(self, owned: Inventory) -> bool:
         """Whether these are the modules, with as many attributes."""
-        return self.size == owned.size and self.length == len(owned.modules) and self.seen == owned.seen
+        return self.size == owned.size and self.modules == [*owned.modules]
 
 
 class Known:
-    """What was found in the modules of a branch, as long as these are the same."""
+    """What was found in the modules of a branch, as long as these are the same.
+
+    Attributes:
+        draws: in eval and in train mode, whether a forward draws from the generators of Python and NumPy: not known
+            before the first one; then, where the code says so, or once one was seen to.
+    """
 
     __slots__ = ("draws", "last")
 
     def __init__(self) -> None:
         self.last: Found | None = None
-        self.draws: list[bool | None] = [None, None]  # from Python's and NumPy's generators, in eval and in train mode
+        self.draws: list[bool | None] = [None, None]
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copied model has other modules."""
@@ -121,14 +121,8 @@ class Known:
             last = self.last = Found.of(owned)
         return last
 
-    def may_draw(self, training: bool) -> bool:
-        """Whether a forward may draw from the generators of Python and NumPy: the first of its mode, those whose code
-        says so, and all once one was seen to.
-        """
-        return self.draws[training] is not False
 
-
-def _classes(modules: Iterator[nn.Module]) -> set[type]:
+def _classes(modules: Iterable[nn.Module]) -> set[type]:
     """The classes of modules, and those that they inherit from, which are not PyTorch's."""
     classes = {base for m in modules for base in type(m).__mro__ if issubclass(base, nn.Module)}
     return {kind for kind in classes if not _is_of_torch(kind)}
@@ -138,15 +132,15 @@ def _is_of_torch(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.modules.")
 
 
-def _places(number: int, module: nn.Module) -> Iterator[Place]:
+def _places(module: nn.Module) -> Iterator[Place]:
     for name, value in () if _is_of_torch(type(module)) else vars(module).items():  # theirs are settings
         if name not in _STANDARD:
             draws = next(generators_in(value), None) is not None
             if draws or may_change(value):
-                yield Place(number, False, name, draws)
+                yield Place(id(module), False, name, draws)
     for name, buffer in module._buffers.items():
         if not isinstance(module, ModuleWithStatistics) or (buffer is not None and not is_written(buffer)):
-            yield Place(number, True, name, False)
+            yield Place(id(module), True, name, False)
 
 
 Standing = tuple[nn.Module, bool, str, Any]
@@ -158,29 +152,27 @@ class Held:
     """What a forward found.
 
     Attributes:
-        modules: of the branch.
-        size: how many attributes and buffers they had.
-        names: of all of them.
+        owned: the modules of the branch.
+        names: of all that they had.
         values: what stood where, as `noted`.
         generators: those that may draw, with their states.
     """
 
-    modules: list[nn.Module | None]
-    size: int
-    names: list[frozenset[str]]
-    values: list[Standing]
+    owned: Inventory
+    names: dict[int, frozenset[str]]
+    values: Sequence[Standing]
     generators: States
 
     @classmethod
     def by(cls, known: Known, owned: Inventory, assigned: Sequence[tuple[nn.Module, str]], training: bool) -> Held:
         """What the modules of a branch hold now; ``assigned``: attributes that it was seen to assign to."""
-        found = known.found(owned)
-        drawing = [*found.generators, *(generators_of_all() if known.may_draw(training) else ())]
+        found, drawn = known.found(owned), known.draws[training]
+        if drawn is False and not (found.generators or found.places or assigned):  # the usual case
+            return cls(owned, found.names, (), ())
+        drawing = [*found.generators, *(() if drawn is False else generators_of_all())]
         values = list[Standing]()
         for number, is_buffer, name, draws in found.places:
             module = owned.modules[number]
-            if module is None:  # another order of the same modules
-                continue
             value = (module._buffers if is_buffer else vars(module)).get(name, MISSING)
             if draws or is_generator(value):
                 drawing.extend(generators_in(value))
@@ -188,7 +180,7 @@ class Held:
                 continue
             values.append((module, is_buffer, name, noted(value)))
         values += [(m, False, name, noted(vars(m).get(name, MISSING))) for m, name in assigned]
-        return cls(owned.modules, owned.size, found.names, values, states_of(drawing) if drawing else [])
+        return cls(owned, found.names, values, states_of(drawing) if drawing else [])
 
     @property
     def holders(self) -> list[nn.Module]:
@@ -215,7 +207,10 @@ class Held:
     @property
     def may_differ(self) -> bool:
         """Whether a recompute might find another state."""
-        return bool(self.values or self.generators) or size_of(self.modules) != self.size
+        return bool(self.values or self.generators) or self._have_more()
+
+    def _have_more(self) -> bool:
+        return size_of(self.owned.modules.values()) != self.owned.size
 
     @contextmanager
     def found_again(self) -> Iterator[None]:
@@ -227,19 +222,18 @@ class Held:
         ]
         with (
             generators_at(self.generators) if self.generators else NOTHING,
-            _standing([*changed, *self._new()]) if changed or size_of(self.modules) != self.size else NOTHING,
+            _standing([*changed, *self._new()]) if changed or self._have_more() else NOTHING,
         ):
             yield
 
     def _new(self) -> list[Standing]:
         """What was not there in forward, as missing."""
-        pairs = [(m, names) for m, names in zip(self.modules, self.names, strict=True) if m is not None]
         return [
             (module, is_buffer, name, MISSING)
-            for module, names in {id(m): (m, names) for m, names in pairs}.values()
+            for number, module in self.owned.modules.items()
             for is_buffer in (False, True)
             for name in (module._buffers if is_buffer else vars(module))
-            if name not in names and name not in _STANDARD
+            if name not in self.names[number] and name not in _STANDARD
         ]
 
 

@@ -37,16 +37,15 @@ class Inventory:
         versions: the version counter of each at the time.
         writers: those that a forward may write buffers of.
         tables: where their parameters and buffers stand: (the table, what stood in it, whether it is of parameters).
-        modules: they and all below them, in order; some are None, or repeat.
-        seen, size: their identities, and their `size_of`: where both are as before, so are the modules.
+        modules: they and all below them, by identity, in order.
+        size: their `size_of`.
     """
 
     weights: list[Tensor]
     versions: list[int]
     writers: list[nn.Module]
     tables: list[tuple[Table, Table, bool]]
-    modules: list[nn.Module | None]
-    seen: set[int]
+    modules: dict[int, nn.Module]
     size: int
 
     @classmethod
@@ -54,25 +53,24 @@ class Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
         weights, writers, tables = list[Tensor](), list[nn.Module](), list[tuple[Table, Table, bool]]()
         todo: list[nn.Module | None] = list(roots)
-        seen = set[int]()
+        seen = dict[int, nn.Module]()
         size = 0
         for module in todo:  # grows
             if module is None or id(module) in seen:
                 continue
-            seen.add(id(module))
-            size += len(module.__dict__)
+            seen[id(module)] = module
             table, buffers, below = module._parameters, module._buffers, module._modules
+            size += len(module.__dict__) + len(buffers)
             if table:
                 tables.append((table, table.copy(), True))
                 weights += [w for w in table.values() if w is not None]
             if buffers:
-                size += len(buffers)
                 if any(map(is_written, buffers.values())):
                     writers.append(module)
                 tables.append((buffers, buffers.copy(), False))
             if below:
                 todo += below.values()
-        return cls(weights, versions_of(weights), writers, tables, todo, seen, size)
+        return cls(weights, versions_of(weights), writers, tables, seen, size)
 
     def note(self, weight: Tensor) -> None:
         """Take up one that the branch uses, which no module of it owns."""
@@ -80,9 +78,9 @@ class Inventory:
         self.versions.append(version_of(weight))
 
 
-def size_of(modules: Iterable[nn.Module | None]) -> int:
-    """How many attributes and buffers these modules have, each counted once."""
-    return sum(len(m.__dict__) + len(m._buffers) for m in {id(m): m for m in modules}.values() if m is not None)
+def size_of(modules: Iterable[nn.Module]) -> int:
+    """How many attributes and buffers these modules have."""
+    return sum([len(m.__dict__) + len(m._buffers) for m in modules])
 
 
 def version_of(x: Tensor) -> int:
