@@ -41,7 +41,7 @@ def left_as_found(
         stack.enter_context(python_random_kept())
         if attributes:
             stack.enter_context(attributes_kept(model))
-        stack.enter_context(holdings_kept(model))
+        stack.enter_context(holdings_kept(model, filled=attributes))
         stack.enter_context(shards_kept(model))
         stack.enter_context(buffers_kept(model, alone=not backward))
         if backward:

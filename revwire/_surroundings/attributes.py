@@ -14,8 +14,8 @@ from revwire._structures import CONSTANTS
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def _contents(v: Any) -> Any:
-    """What a container holds, one level deep; None for anything else."""
+def contents_of(v: Any) -> Any:
+    """What a container holds; None for anything else."""
     if isinstance(v, dict):
         return list(v.items())
     return list(v) if isinstance(v, (list, set, deque, bytearray)) else None
@@ -23,7 +23,7 @@ def _contents(v: Any) -> Any:
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """The attributes of a module, with the contents of the containers among them."""
-    return {k: (v, _contents(v)) for k, v in vars(module).items()}
+    return {k: (v, contents_of(v)) for k, v in vars(module).items()}
 
 
 def changed(before: dict[str, tuple[Any, Any]], module: nn.Module) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def changed(before: dict[str, tuple[Any, Any]], module: nn.Module) -> tuple[str,
 def _differences(name: str, before: tuple[Any, Any] | None, v: Any) -> list[str]:
     if before is None or not _same(before[0], v):
         return [name]
-    old, new = before[1], _contents(v)
+    old, new = before[1], contents_of(v)
     if old is None:
         return []
     if name not in _TABLES:
@@ -72,14 +72,17 @@ def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
         del now[k]
     for k, (v, contents) in before.items():
         now[k] = v
-        if isinstance(v, list):
-            v[:] = contents
-        elif isinstance(v, (deque, bytearray)):
-            v.clear()
-            v.extend(contents)
-        elif isinstance(v, (dict, set)):
-            v.clear()
-            v.update(contents)
+        if contents is not None:
+            refill(v, contents)
+
+
+def refill(container: Any, contents: Any) -> None:
+    """Let a container hold what it held."""
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(contents)
+    else:
+        container.extend(contents)
 
 
 def containers_in(structure: Any) -> list[tuple[Any, Any]]:
@@ -89,7 +92,7 @@ def containers_in(structure: Any) -> list[tuple[Any, Any]]:
     while todo:
         item = todo.pop()
         if isinstance(item, (list, dict, set)):
-            out.append((item, _contents(item)))
+            out.append((item, contents_of(item)))
         if isinstance(item, (list, tuple)):
             todo.extend(item)
         elif isinstance(item, dict):
@@ -100,7 +103,7 @@ def containers_in(structure: Any) -> list[tuple[Any, Any]]:
 def refilled(before: list[tuple[Any, Any]]) -> bool:
     """Whether any of `containers_in` holds other things now."""
     for container, old in before:
-        new = _contents(container)
+        new = contents_of(container)
         if len(old) != len(new) or not all(map(_same_item, old, new)):
             return True
     return False

@@ -4,12 +4,12 @@ Note [What modules hold]
     A recompute must find all of it as the forward did, and leave no trace. Which attributes may change is looked up
     once, and again when the modules are others or have more or fewer attributes (`Known`); a branch that has none pays
     for one comparison. Of a tensor the version counter tells whether a forward wrote to it; a copy is made beforehand
-    if it is small, or was written to before. Arrays and containers are copied; of long lists and dicts, what was added
-    since is left out. What is written to by a forward for the first time, is large, and is read by the same branch, is
-    left for the checks to find; so are items of long lists and dicts that are replaced, and what plain objects (a
-    config) hold, but for generators.
-    Buffers in train mode are `buffers`' business, where they are of the kind that is usually written; here are the
-    others: those of modules in eval mode, those that are None, and integers.
+    if it is small, or was seen to be written to before, as in the run of an example. Arrays and containers are copied;
+    of long lists and dicts, what was added since is left out. What is large, was never written to before, and is read
+    by the same branch, is left for the checks to find; so are items of long lists and dicts that are replaced, and what
+    plain objects (a config) hold, but for generators.
+    Floating-point buffers in train mode, and those of normalisation, are `buffers`' business; here are the others:
+    those of modules in eval mode, those that are None, and integers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revwire._surroundings.attributes import MISSING
+from revwire._surroundings.attributes import MISSING, contents_of, refill, refilled
 from revwire._surroundings.generators import (
     States,
     code_draws_from_all,
@@ -36,9 +36,19 @@ from revwire._surroundings.generators import (
     set_states,
     states_of,
 )
-from revwire._surroundings.inventory import Inventory, is_written, size_of
+from revwire._surroundings.inventory import Inventory, is_written, size_of, version_of
 from revwire._surroundings.modes import NOTHING
-from revwire._surroundings.noted import again, differs, is_array, leaves, may_change, noted, was_changed
+from revwire._surroundings.noted import (
+    again,
+    differs,
+    held_in,
+    is_array,
+    is_container,
+    may_change,
+    note_write,
+    noted,
+    was_changed,
+)
 from revwire._torch import ModuleWithStatistics
 
 _STANDARD = frozenset((*vars(nn.Module()), "forward"))
@@ -176,7 +186,7 @@ class Held:
             value = (module._buffers if is_buffer else vars(module)).get(name, MISSING)
             if draws or is_generator(value):
                 drawing.extend(generators_in(value))
-            elif is_buffer and module.training and isinstance(value, Tensor) and is_written(value):
+            elif is_buffer and module.training and isinstance(value, Tensor) and value.is_floating_point():
                 continue
             values.append((module, is_buffer, name, noted(value)))
         values += [(m, False, name, noted(vars(m).get(name, MISSING))) for m, name in assigned]
@@ -259,18 +269,27 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
 
 
 @contextmanager
-def holdings_kept(root: nn.Module) -> Iterator[None]:
-    """Undo what a run does to what modules hold: generators of their own, tensors and arrays among their attributes.
-    (Assignments, and what containers are filled with, are undone by `attributes_kept`.)
+def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
+    """Undo what a run does to what modules hold: generators of their own, tensors and arrays among their attributes,
+    and what containers are ``filled`` with. (Assignments are undone by `attributes_kept`.)
     """
     attributes = [v for m in root.modules() for k, v in vars(m).items() if k not in _STANDARD]
     of_classes = [g for kind in _classes(root.modules()) for g in generators_of_class(kind)]
     states = states_of([*chain.from_iterable(map(generators_in, attributes)), *of_classes])
-    with _written_undone([leaf for v in attributes for leaf in leaves(v)]):
+    buffers = [(b, version_of(b)) for b in root.buffers()]
+    values = [held for v in attributes for held in held_in(v)]
+    containers = [(v, contents_of(v)) for v in values if filled and is_container(v)]
+    with _written_undone(values):
         try:
             yield
         finally:
             set_states(states)
+            for b, version in buffers:
+                if version_of(b) != version:
+                    note_write(b)
+            for container, contents in containers:
+                if refilled([(container, contents)]):
+                    refill(container, contents)
 
 
 @contextmanager
@@ -284,6 +303,7 @@ def _written_undone(values: list[Any]) -> Iterator[None]:
         with torch.no_grad():
             for t, version, kept in copies:
                 if t._version != version:
+                    note_write(t)
                     t.copy_(kept)
         for array, kept in arrays:
             array[...] = kept

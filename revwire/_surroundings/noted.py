@@ -33,6 +33,11 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
+def is_container(value: Any) -> bool:
+    """Whether this can be filled, and copied."""
+    return type(value) in _CONTAINERS
+
+
 def may_change(value: Any) -> bool:
     """Whether a forward may put something in its place, or write to it."""
     if isinstance(value, nn.Parameter):
@@ -54,6 +59,11 @@ class _Writes(dict[int, tuple["ref[Tensor]", bool]]):
 
 
 _WRITES = _Writes()
+
+
+def note_write(t: Tensor) -> None:
+    """A forward was seen to write to this tensor."""
+    _WRITES.note(t, True)
 
 
 class HeldTensor:
@@ -164,13 +174,9 @@ def _filled(container: Any, item: Callable[[Any], Any]) -> Any:
     return out
 
 
-def leaves(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """What a value holds, in containers of a few levels."""
-    if depth and isinstance(value, dict):
-        for item in list(value.values()):
-            yield from leaves(item, depth - 1)
-    elif depth and isinstance(value, (list, tuple, deque)):
-        for item in list(value):
-            yield from leaves(item, depth - 1)
-    else:
-        yield value
+def held_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """A value, and what it holds, in containers of a few levels."""
+    yield value
+    if depth and isinstance(value, (dict, list, tuple, deque)):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from held_in(item, depth - 1)

@@ -224,6 +224,7 @@ class Tensors(Leaf):
 
     def begin(self):
         self.load, self.mean, self.inside = None, torch.zeros(()), {"loads": [torch.zeros(())]}
+        self.large = torch.zeros(2**16 + 1)
         self.register_buffer("never", None)
         self.register_buffer("running", torch.zeros(2))
         self.register_buffer("counts", torch.zeros(3, dtype=torch.long))
@@ -244,12 +245,14 @@ class Tensors(Leaf):
             self.inside["loads"][0] += seen
             self.running += seen
             self.counts += 1
+            self.large += 1
             self.replaced = self.replaced + seen
-        return 1 + self.load + self.never + self.mean + self.running.sum() + self.inside["loads"][0] + self.lazy
+        sums = self.load + self.never + self.mean + self.running.sum() + self.inside["loads"][0]
+        return 1 + sums + self.lazy + self.large[0] / (1 + self.counts.sum())
 
     def trace(self):
-        lazy = getattr(self, "lazy", None)
-        return [self.load, self.never, lazy, self.mean, self.running, self.counts, self.replaced, self.inside]
+        lazy, large = getattr(self, "lazy", None), self.large[0].item()
+        return [self.load, self.never, lazy, self.mean, large, self.running, self.counts, self.replaced, self.inside]
 
 
 class Containers(Leaf):
@@ -258,6 +261,7 @@ class Containers(Leaf):
     def begin(self):
         self.seen, self.table, self.calls, self.array = [], {}, 0, numpy.zeros(2)
         self.names, self.last = set(), deque([0], maxlen=3)
+        self.inside = {"all": [{"calls": 0}]}
 
     def factor(self, h):
         self.calls += 1
@@ -266,10 +270,11 @@ class Containers(Leaf):
         self.names.add(str(len(self.seen)))
         self.last.append(self.last[-1] + 1)
         self.array += 1
-        return len(self.seen) + float(self.array[0]) + self.last[-1]
+        self.inside["all"][0]["calls"] += 1
+        return len(self.seen) + float(self.array[0]) + self.last[-1] + self.inside["all"][0]["calls"]
 
     def trace(self):
-        return [self.seen, self.table, self.calls, self.array.tolist(), self.names, self.last]
+        return [self.seen, self.table, self.calls, self.array.tolist(), self.names, self.last, self.inside]
 
 
 class Long(Containers):
@@ -288,7 +293,7 @@ def test_each_write_counts_once(leaf, mode, training):
     plain = Net(leaf).train(training)
     net = copy.deepcopy(plain)
     revwire.convert(net, X)
-    assert str([b.leaf.trace()[:1] for b in net.blocks]) == str([b.leaf.trace()[:1] for b in plain.blocks])
+    assert str([b.leaf.trace() for b in net.blocks]) == str([b.leaf.trace() for b in plain.blocks])
     if mode:
         for chain in chains_of(net):
             chain.modes = (mode,) * chain.length
