@@ -129,7 +129,7 @@ class Following(TorchFunctionMode):
         try:
             args, kwargs, given = self._instead_of_raw(one, args, kwargs, tensors_of(args, kwargs))
             make = one.segment.make_module
-            out = make(forward.module, args, kwargs, forward.plain, given, forward.assigned, forward.buffered)
+            out = make(forward.module, args, kwargs, forward.plain, given, forward.about(forward.module))
             for call in one.segment.calls:
                 call.function = forward.plain
             value = found_at(p.place.out or (), out)
@@ -238,7 +238,7 @@ class Following(TorchFunctionMode):
         else:
             if owner.raw is not owner.segment.x:
                 args, kwargs, given = self._instead_of_raw(owner, args, kwargs, given)
-            out = owner.segment.make_module(module, args, kwargs, call, given, forward.assigned, forward.buffered)
+            out = owner.segment.make_module(module, args, kwargs, call, given, forward.about(module))
             out = self._after(owner, module, given, out)
         if owner is None and forward.passing.get(id(module)):
             self._passed(out)

@@ -30,9 +30,10 @@ from revwire._programs.calls import Slot
 from revwire._runtime.cells import kept_cell, opened_cell
 from revwire._runtime.chain import Chain
 from revwire._runtime.run import refuse_transforms
-from revwire._runtime.segment import Assigned
+from revwire._runtime.segment import About
 from revwire._runtime.unit import Unit
 from revwire._search.places import Layout
+from revwire._surroundings.holdings import Known
 from revwire._surroundings.modes import NOTHING, exporting
 from revwire._torch import disable_dynamo, inside_checkpoint
 
@@ -49,7 +50,7 @@ _BY_IDENTITY = frozenset(
         "users",
         "assigned",
         "heavy",
-        "buffered",
+        "known",
         "passing",
         "tables",
     }
@@ -97,7 +98,7 @@ class LiveForward(RewiredForward):
         opened = [self.module, *(self.module.get_submodule(n) for n in self.layout.opened if n in at)]
         self.tables = [m._modules for m in opened if m._modules]  # what their code may call is a leaf, or made one
         self.users: dict[int, set[int]] = {}
-        self.assigned: Assigned = {}
+        self.assigned: dict[int, list[tuple[nn.Module, str]]] = {}
         for p in self.planned:
             for name in p.place.modules:
                 self.users.setdefault(at.get(name, -1), set()).add(p.number)
@@ -108,7 +109,7 @@ class LiveForward(RewiredForward):
                     if pair not in found:
                         found.append(pair)
         self.heavy = {id(m) for m in self.module.modules() if next(m.parameters(), None) is not None}
-        self.buffered = {m for m in self.module.modules() if next(m.buffers(), None) is not None}
+        self.known: dict[int, About] = {}
         self.passing: dict[int, bool] = {}
         self.ready = True
 
@@ -166,6 +167,13 @@ class LiveForward(RewiredForward):
 
     def _shares_chain(self, other: RewiredForward) -> bool:
         return any(id(slot.chain) in self.chains for slot in other.slots)
+
+    def about(self, module: nn.Module) -> About:
+        """What is known of a module that its code calls."""
+        found = self.known.get(id(module))
+        if found is None:
+            found = self.known[id(module)] = Known(), self.assigned.get(id(module), ())
+        return found
 
     def is_light(self, function: Any) -> bool:
         """Whether what is called has no weights."""

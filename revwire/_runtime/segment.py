@@ -8,7 +8,7 @@ Note [Cells]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
@@ -21,9 +21,9 @@ from revwire._runtime.replay import Call, CallModes, Given, Made, Replay, record
 from revwire._runtime.selective import Products
 from revwire._streams.kernels import same_bytes
 from revwire._structures import CONSTANTS, is_mapping, is_sequence, tensors_in
-from revwire._surroundings.attributes import MISSING
 from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
-from revwire._surroundings.copies import Versions, held, snapshot
+from revwire._surroundings.copies import Versions, snapshot
+from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
 from revwire._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks
@@ -41,8 +41,8 @@ _CPU = ("cpu",)
 
 _GENERATOR = torch.default_generator
 
-Assigned = dict[int, list[tuple[nn.Module, str]]]
-"""By the identity of a module that is called: the attributes that it, or those below it, assign to."""
+About = tuple[Known, Sequence[tuple[nn.Module, str]]]
+"""Of a module that is called: what it was found to hold, and the attributes that it, or those below it, assign to."""
 
 
 class Segment:
@@ -75,10 +75,10 @@ class Segment:
         self.ends: list[int] = []  # how many cells there were after each call
         self.wrote = False  # in place, to something that comes from the state
         self.effects: set[int] = set()  # the places of calls that wrote to something else
-        self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.inputs: Versions = []
         self.buffers: Copies = {}
-        self.modules: list[nn.Module] = []  # that were called
+        self.modules: list[Inventory] = []  # of those that were called
+        self.taken: Held | None = None  # what a module that is about to be called holds
         self.skip = x  # the state, or what came from it by calls without weights
         self.latest = x  # what came from the sum last
         self.whole = True  # whether all calls are in the branch
@@ -188,24 +188,26 @@ class Segment:
         kwargs: Any,
         run: Callable[..., Any],
         tensors: list[Tensor],
-        assigned: Assigned,
-        buffered: Container[nn.Module],
+        about: About,
     ) -> Any:
-        """As `make`, for a call of a module; ``buffered``: those that hold buffers."""
+        """As `make`, for a call of a module."""
         if not self.rewinds:
             return self.make(module, args, kwargs, run, tensors)
-        self.modules.append(module)
-        for m, name in assigned.get(id(module), ()) if assigned else ():
-            self.attributes.append((m, name, held(vars(m).get(name, MISSING), self.inputs)))
-        writers = [m for m in Inventory.of((module,)).writers if m.training] if module in buffered else None
-        if not writers:
-            return self.make(module, args, kwargs, run, tensors)
-        with undisturbed(writers):
-            written = Written(writers)
-            if self.checkpoints:  # batch statistics are compared
-                self.buffers.update(statistics_of(writers))
+        owned, training, (known, assigned) = Inventory.of((module,)), self.run.host.training, about
+        held = Held.by(known, owned, assigned, training)
+        self.modules.append(owned)
+        self.taken = held
+        writers = [m for m in owned.writers if m.training] if owned.writers else []
+        if not (writers or held.values):
             out = self.make(module, args, kwargs, run, tensors)
-            self.buffers.update(written.copies())
+        else:
+            with undisturbed([*writers, *held.holders]):
+                written = Written(writers)
+                if self.checkpoints:  # batch statistics are compared
+                    self.buffers.update(statistics_of(writers))
+                out = self.make(module, args, kwargs, run, tensors)
+                self.buffers.update(written.copies())
+        held.settle(known, training)
         return out
 
     def note_done(self, function: Callable[..., Any], args: Any, out: Any) -> None:
@@ -260,6 +262,7 @@ class Segment:
             call.makes = (self._made(out),)
         else:
             call.makes = [self._made(t) for t in tensors_in(out)]
+        call.held, self.taken = self.taken, None
         self.calls.append(call)
         self.ends.append(len(self.cells))
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import Chunk, Cut, SharedDraws, joined, parts_of
 from revwire._runtime.entries import Anchor, Before, Result, UnitRecord
+from revwire._runtime.range import magnitude
 from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit, evaluate
@@ -175,11 +176,7 @@ class UnitRun:
     # -- its step --------------------------------------------------------------------------------------------------
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
-        """The float value of x_{k+1}, or of the chunk that has just run; ``x`` is that of x_k.
-
-        Raises:
-            RangeError: a value left the range of the streams.
-        """
+        """The float value of x_{k+1}, or of the chunk that has just run; ``x`` is that of x_k."""
         tape = self.tape
         if tape.chain.observer:
             tape.chain.observer.on_step()
@@ -187,15 +184,11 @@ class UnitRun:
         previous = states[0] if self._chunk is None else self._chunk.of(states[0])
         begins = states[0] is states[1]
         rebuilt = tape.rewinds and self.kept is None
-        anchored = tape.chain.anchored(self.place)
+        anchored = not tape.streams.rebuilds or tape.chain.anchored(self.place)
         undone = rebuilt and not begins and (not anchored or self._by_result())
         done = tape.streams.step(previous, x, f, self.rule, undone=undone)
-        if not (done.in_range or tape.range.holds(done.value)):
-            if tape.keep:
-                raise tape.range.left(self.unit)
-            tape.give_up_integers(self.unit)
-            return self.step(x, f)
-        tape.range.note(self.unit, done.value)
+        if not tape.range.holds(self.unit, done):
+            done = self._beyond(previous, x, f)
         if rebuilt:
             if tape.chain.observer:
                 tape.chain.observer.on_drop(tape.key(len(tape.records)), previous)
@@ -207,7 +200,10 @@ class UnitRun:
         """All chunks have been stepped, and give ``out``, the float value of x_{k+1}: the tape goes on."""
         tape = self.tape
         _, current = tape.intact_state()
-        if self._chunk is None:
+        if tape.left:
+            self._keep_whole()
+            state = current, current
+        elif self._chunk is None:
             state = current, self._parts[0]
         elif isinstance(tape.streams, FloatStreams):
             state = current, out.detach()
@@ -216,8 +212,25 @@ class UnitRun:
         if self.kept is None:
             tape.advance(state)
         else:
-            tape.pass_over(state, ends=self.place == tape.chain.length - 1)
+            tape.pass_over(state, ends=tape.left or self.place == tape.chain.length - 1)
         tape.position = self.place + 1
+
+    def _beyond(self, previous: Tensor, x: Tensor, f: Tensor) -> Stepped:
+        """A step whose values leave the range: no state, but the float value; the tape ends with it."""
+        tape = self.tape
+        out = FloatStreams().step(tape.streams.read(previous), x, f, self.rule).value
+        tape.range.leave(self.unit, magnitude(out))
+        tape.left = True
+        return Stepped(previous, out, None)
+
+    def _keep_whole(self) -> None:
+        """Nothing of a unit whose values left the range can come back from its result: it keeps x_{k-1}."""
+        tape = self.tape
+        states = tape.intact_state()
+        for record in tape.records[self._records :]:
+            if isinstance(record, UnitRecord):
+                record.by_result, record.result, record.bits = False, None, None
+                record.before = None if record.begins else Before(states[0], tape.versions[0])
 
     def _by_result(self) -> bool:
         """Whether the record keeps what the branch gave; see Note [Results in 16 bits]."""
