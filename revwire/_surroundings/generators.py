@@ -6,11 +6,13 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CellType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from revwire._surroundings.code import named
 
 _DEPTH = 4
 """How deep generators are looked for in containers and objects."""
@@ -47,7 +49,7 @@ def _generators_in(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
 def generators_of_class(kind: type) -> Iterator[Any]:
     """Those among the attributes of a class, and among the globals and enclosed variables that its methods name."""
     for value in vars(kind).values():
-        yield from filter(is_generator, _named(value)) if isinstance(value, FunctionType) else generators_in(value)
+        yield from filter(is_generator, named(value)) if isinstance(value, FunctionType) else generators_in(value)
 
 
 def code_draws_from_all(kind: type) -> bool:
@@ -56,27 +58,12 @@ def code_draws_from_all(kind: type) -> bool:
     modules = [random, *([] if numpy is None else [numpy.random])]
     shared = generators_of_all()
     for method in filter(lambda v: isinstance(v, FunctionType), vars(kind).values()):
-        for value in _named(method):
+        for value in named(method):
             if any(value is m for m in modules) or any(getattr(value, "__self__", None) is g for g in shared):
                 return True
             if value is numpy is not None and "random" in method.__code__.co_names:
                 return True
     return False
-
-
-def _named(function: FunctionType) -> Iterator[Any]:
-    """The globals and enclosed variables that a function names."""
-    names = function.__globals__
-    yield from (names[name] for name in function.__code__.co_names if name in names)
-    yield from (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - that is how it is asked
-    except ValueError:
-        return False
-    return True
 
 
 def _items(value: Any) -> Iterable[Any]:

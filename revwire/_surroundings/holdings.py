@@ -14,7 +14,7 @@ Note [What modules hold]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from revwire._surroundings.attributes import MISSING, contents_of, refill, refilled
+from revwire._surroundings.code import classes_of, is_of_torch, named_by, names_kept
 from revwire._surroundings.generators import (
     States,
     code_draws_from_all,
@@ -91,7 +92,7 @@ class Found(NamedTuple):
     @classmethod
     def of(cls, owned: Inventory) -> Found:
         """What these modules have now."""
-        classes = _classes(owned.modules.values())
+        classes = classes_of(owned.modules.values())
         return cls(
             [*owned.modules],
             owned.size,
@@ -132,18 +133,8 @@ class Known:
         return last
 
 
-def _classes(modules: Iterable[nn.Module]) -> set[type]:
-    """The classes of modules, and those that they inherit from, which are not PyTorch's."""
-    classes = {base for m in modules for base in type(m).__mro__ if issubclass(base, nn.Module)}
-    return {kind for kind in classes if not _is_of_torch(kind)}
-
-
-def _is_of_torch(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.modules.")
-
-
 def _places(module: nn.Module) -> Iterator[Place]:
-    for name, value in () if _is_of_torch(type(module)) else vars(module).items():  # theirs are settings
+    for name, value in () if is_of_torch(type(module)) else vars(module).items():  # theirs are settings
         if name not in _STANDARD:
             draws = next(generators_in(value), None) is not None
             if draws or may_change(value):
@@ -276,15 +267,17 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
 @contextmanager
 def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
     """Undo what a run does to what modules hold: generators of their own, tensors and arrays among their attributes,
-    and what containers are ``filled`` with. (Assignments are undone by `attributes_kept`.)
+    and what containers, theirs and those that their code names, are ``filled`` with; and what their code assigns to
+    globals and classes. (Assignments to modules are undone by `attributes_kept`.)
     """
+    classes = classes_of(root.modules())
     attributes = [v for m in root.modules() for k, v in vars(m).items() if k not in _STANDARD]
-    of_classes = [g for kind in _classes(root.modules()) for g in generators_of_class(kind)]
+    of_classes = [g for kind in classes for g in generators_of_class(kind)]
     states = states_of([*chain.from_iterable(map(generators_in, attributes)), *of_classes])
     buffers = [(b, version_of(b)) for b in root.buffers()]
-    values = [held for v in attributes for held in held_in(v)]
+    values = [held for v in (*attributes, *filter(is_container, named_by(classes))) for held in held_in(v)]
     containers = [(v, contents_of(v)) for v in values if filled and is_container(v)]
-    with _written_undone(values):
+    with _written_undone(values), names_kept(classes):
         try:
             yield
         finally:
