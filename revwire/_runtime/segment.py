@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revwire._runtime.cells import Cell, keep, opened_cell
-from revwire._runtime.replay import Call, CallModes, Given, Made, Replay, recorded_dataclass
+from revwire._runtime.draws import Draws
+from revwire._runtime.numbers import Numbers
+from revwire._runtime.replay import Call, CallModes, Made, Replay
 from revwire._runtime.selective import Products
-from revwire._streams.kernels import same_bytes
-from revwire._structures import CONSTANTS, is_mapping, is_sequence, tensors_in
+from revwire._structures import tensors_in
 from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
-from revwire._surroundings.copies import Versions, snapshot
+from revwire._surroundings.copies import Versions
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of
-from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
+from revwire._surroundings.randomness import accelerators_of
 from revwire._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks
 
 if TYPE_CHECKING:
@@ -33,13 +33,9 @@ if TYPE_CHECKING:
     from revwire._runtime.links import Link
     from revwire._runtime.unit_run import UnitRun
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis)})
-
 _KEEPS_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
 
 _CPU = ("cpu",)
-
-_GENERATOR = torch.default_generator
 
 About = tuple[Known, Sequence[tuple[nn.Module, str]]]
 """Of a module that is called: what it was found to hold, and the attributes that it, or those below it, assign to."""
@@ -66,10 +62,8 @@ class Segment:
         self.may_skip = bool(tape.streams.witnesses) and run.unit.path not in chain.run_whole
         self.products = Products() if rewinds and chain.selects(run.place) and self.may_skip else None
         self.version = version_of(x)
-        self.randomness: RandomStates = {}
-        self.numbers: dict[int, tuple[ReferenceType[Tensor], int]] = {id(x): (ref(x), 0)}
-        self.size = 1
-        self.held: dict[int, tuple[Tensor, int]] = {}
+        self.values = Numbers(x)
+        self.number = self.values.number
         self.calls: list[Call] = []
         self.cells: list[Cell] = []
         self.ends: list[int] = []  # how many cells there were after each call
@@ -86,9 +80,7 @@ class Segment:
         self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
         self.modes = modes_here(self.kinds)
         self.standing = run.unit.path, run.host.training
-        self.quiet = rewinds and self.standing in chain.quiet
-        if self.quiet:
-            self.randomness = _states(self.devices)
+        self.draws = Draws(self.devices, quiet=rewinds and self.standing in chain.quiet)
         self.cache_enabled = torch.is_autocast_cache_enabled()
         if rewinds:
             cells = self.cells
@@ -99,54 +91,6 @@ class Segment:
                 return cell
 
             self.pack = pack
-
-    # -- values ----------------------------------------------------------------------------------------------------
-
-    def number(self, t: Tensor) -> int | None:
-        """The number of a tensor that comes from the state (0: the state), or None."""
-        found = self.numbers.get(id(t))
-        return None if found is None or found[0]() is not t or found[1] in self.held else found[1]
-
-    def _number_of(self, t: Tensor) -> int:
-        found = self.numbers.get(id(t))
-        if found is not None and found[0]() is t:
-            number = found[1]
-            if number not in self.held or self.held[number][1] == version_of(t):
-                return number
-        number = self._new(t)
-        self.held[number] = t, version_of(t)
-        return number
-
-    def _made(self, t: Tensor) -> int:
-        """The number of a result: its own, where a call hands back what it was given."""
-        known = self.number(t)
-        return self._new(t) if known is None else known
-
-    def _new(self, t: Tensor) -> int:
-        number, self.size = self.size, self.size + 1
-        self.numbers[id(t)] = ref(t), number
-        return number
-
-    def _noted(self, value: Any, needs: list[int]) -> Any:
-        """A value as a recorded argument."""
-        kind = type(value)
-        if kind in _PLAIN:
-            return value
-        if isinstance(value, Tensor):
-            number = self._number_of(value)
-            needs.append(number)
-            return Made(number)
-        if isinstance(value, (*CONSTANTS, nn.Module)):
-            return value
-        if is_sequence(value):
-            items = [self._noted(v, needs) for v in value]
-            return items if kind is list else kind(*items) if hasattr(value, "_fields") else tuple(items)
-        if is_mapping(value):
-            return kind((k, self._noted(v, needs)) for k, v in value.items())
-        if kind is slice:
-            return slice(*(self._noted(v, needs) for v in (value.start, value.stop, value.step)))
-        remade = recorded_dataclass(value, lambda v: self._noted(v, needs))
-        return Given(snapshot(value)) if remade is None else remade
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -159,8 +103,8 @@ class Segment:
             self._note_made(out)
             return out
         needs: list[int] = []
-        recorded = [self._noted(a, needs) for a in args]
-        named = {k: self._noted(a, needs) for k, a in kwargs.items()} if kwargs else None
+        recorded = [self.values.noted(a, needs) for a in args]
+        named = {k: self.values.noted(a, needs) for k, a in kwargs.items()} if kwargs else None
         call = Call(function, recorded, named, needs)
         before = [(t, version_of(t) if t.is_inference() else t._version) for t in tensors]
         self._look(call)
@@ -216,37 +160,20 @@ class Segment:
             self._note_made(out)
             return
         needs: list[int] = []
-        call = Call(function, [self._noted(a, needs) for a in args], None, needs)
+        call = Call(function, [self.values.noted(a, needs) for a in args], None, needs)
         self._look(call)
         self._put_down(call, (), out)
 
     def _note_made(self, out: Any) -> None:
         for t in tensors_in(out):
-            self._made(t)
+            self.values.made(t)
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
-        if not self.quiet:
-            self._settle()
-            call.randomness = self.randomness
+        self.draws.before(call)
         modes = modes_here(self.kinds)
         if modes != self.modes:
             call.modes = modes
-
-    def _settle(self) -> None:
-        """Look at the generators, and forget their states before the latest call, where nothing was drawn since."""
-        now = _states(self.devices)
-        if self.calls:
-            latest = self.calls[-1]
-            before = latest.randomness
-            if before is None:
-                pass
-            elif not self.devices:  # as below, in the common case
-                if same_bytes(before[None], now[None]):
-                    latest.randomness = None
-            elif all(same_bytes(s, now[d]) for d, s in before.items()):
-                latest.randomness = None
-        self.randomness = now
 
     def _put_down(self, call: Call, before: Sequence[tuple[Tensor, int]], out: Any) -> None:
         for t, version in before:
@@ -259,9 +186,9 @@ class Segment:
             given = [*call.args[1:3], *((call.kwargs or {}).get(n) for n in ("running_mean", "running_var"))]
             call.copies = [g.number for g in given if type(g) is Made]
         if type(out) is Tensor:
-            call.makes = (self._made(out),)
+            call.makes = (self.values.made(out),)
         else:
-            call.makes = [self._made(t) for t in tensors_in(out)]
+            call.makes = [self.values.made(t) for t in tensors_in(out)]
         call.held, self.taken = self.taken, None
         self.calls.append(call)
         self.ends.append(len(self.cells))
@@ -280,7 +207,7 @@ class Segment:
                     return None
                 used.append(place)
                 wanted.update(call.needs)
-        held = {n: self.held[n] for n in wanted if n in self.held} if self.held else {}
+        held = {n: self.values.held[n] for n in wanted if n in self.values.held} if self.values.held else {}
         if any(version_of(t) != version for t, version in held.values()):
             return None
         used.reverse()
@@ -290,36 +217,27 @@ class Segment:
         else:
             cells = [c for p in used for c in self.cells[self.ends[p - 1] if p else 0 : self.ends[p]]]
         calls = [self.calls[p] for p in used]
-        return Replay(calls, {n: t for n, (t, _) in held.items()}, self.size, out), cells
+        return Replay(calls, {n: t for n, (t, _) in held.items()}, self.values.size, out), cells
 
     def settle(self) -> bool:
-        """After the last call: see Note [Random numbers of a replay] in `replay`."""
-        if not self.quiet:
-            self._settle()
-            if all(call.randomness is None for call in self.calls):
-                self.run.tape.chain.quiet.add(self.standing)
-            return True
-        now = _states(self.devices)
-        if all(same_bytes(state, now[d]) for d, state in self.randomness.items()):
-            return True
-        self.run.tape.chain.quiet.discard(self.standing)
-        return False
+        """After the last call: whether it is known what each of them drew."""
+        known, quiet = self.draws.settle(), self.run.tape.chain.quiet
+        if not known:
+            quiet.discard(self.standing)
+        elif not self.draws.quiet and all(call.randomness is None for call in self.calls):
+            quiet.add(self.standing)
+        return known
 
     def let_go(self) -> None:
         """Keep what is left of the cells, and nothing else."""
         self._let_go(0)
         del self.carriers
         self.calls.clear()
-        self.held.clear()
-        self.numbers.clear()
+        self.values.forget()
 
     def _let_go(self, start: int) -> None:
         keep(self.cells[start:])
         del self.cells[start:]
-
-
-def _states(devices: Sequence[torch.device]) -> RandomStates:
-    return random_states(devices) if devices else {None: _GENERATOR.get_state()}
 
 
 def modes_here(kinds: Sequence[str]) -> CallModes:

@@ -69,7 +69,6 @@ class UnitRun:
         place = unit.place(tape.position)
         assert place is not None  # else the unit had begun a tape of its own
         self.tape, self.host, self.chunks, self.place = tape, host, chunks, place
-        self.unit: Unit
         self.rule: Rule
         self._whole_rule: Rule
         self.become(unit)
@@ -115,9 +114,9 @@ class UnitRun:
         self._chunk, self._record = chunk, None
         if chunk is not None:
             self.rule = chunk.rule(self._whole_rule)
-            extras = self._cut.extras(extras, chunk, tape.intact_state()[1].shape[chunk.dim])
+            extras = self.cut.extras(extras, chunk, tape.intact_state()[1].shape[chunk.dim])
         if not tape.rewinds:
-            return self._evaluated(x, extras)
+            return _evaluated(self, x, extras)
         if self.kept is not None:
             return evaluated_as_is(tape.chain, self.unit, self.host, x, extras)
         call = Evaluation(tape.chain, tape.streams, self.unit, self.place, self.host, self.rule, chunk, x, extras)
@@ -129,14 +128,14 @@ class UnitRun:
         """The branch has run on ``x``, and gave this."""
         tape = self.tape
         if tape.chain.modes is not None or tape.chain.observer:
-            record.narrow = self._is_narrow(f, sides)
+            record.narrow = _is_narrow(tape, f, sides)
         if tape.start is None and (x.requires_grad or f.requires_grad or record.saved):
             tape.start = len(tape.records)
         self._record = record
 
     def become(self, unit: Unit) -> None:
         """Run as this unit: a block, or a residual."""
-        self.unit = unit
+        self.unit: Unit = unit
         tape = self.tape
         _, current = tape.intact_state()
         self.rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
@@ -146,32 +145,14 @@ class UnitRun:
         """Let autograd keep what the branch saved."""
         self.kept = Kept()
 
-    def _evaluated(self, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """F_k(x_k) where nothing will be rebuilt; without gradients the branch alone runs chunk by chunk."""
-        if self.tape.keep or not self.chunks:
-            return evaluate(self.unit, self.host, x, extras)
-        cut, found, draws = self._cut, [], SharedDraws(x)
-        for chunk, part in zip(self.chunks, parts_of(x, self.chunks), strict=True):
-            draws.before(chunk)
-            f, sides = evaluate(self.unit, self.host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
-            found.append(f)
-        return torch.cat(found, self.chunks[0].dim), sides
-
     @property
-    def _cut(self) -> Cut:
+    def cut(self) -> Cut:
+        """How its unit is cut."""
         cuts = self.tape.chain.cuts
         assert cuts is not None
         cut = cuts[self.place]
         assert cut is not None
         return cut
-
-    def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
-        """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its
-        memory.
-        """
-        if not self.tape.streams.witnesses or sides or type(f) is not Tensor:
-            return False
-        return f.element_size() < self.tape.intact_state()[0].element_size()
 
     # -- its step --------------------------------------------------------------------------------------------------
 
@@ -263,3 +244,22 @@ class UnitRun:
         if record.stop and not record.by_result:
             return previous.new_empty(0)
         return self.tape.streams.summary(previous) if done.summary is None else done.summary
+
+
+def _evaluated(run: UnitRun, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """F_k(x_k) where nothing will be rebuilt; without gradients the branch alone runs chunk by chunk."""
+    if run.tape.keep or not run.chunks:
+        return evaluate(run.unit, run.host, x, extras)
+    cut, found, draws = run.cut, [], SharedDraws(x)
+    for chunk, part in zip(run.chunks, parts_of(x, run.chunks), strict=True):
+        draws.before(chunk)
+        f, sides = evaluate(run.unit, run.host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
+        found.append(f)
+    return torch.cat(found, run.chunks[0].dim), sides
+
+
+def _is_narrow(tape: Tape, f: Tensor, sides: tuple[Any, ...]) -> bool:
+    """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its memory."""
+    if not tape.streams.witnesses or sides or type(f) is not Tensor:
+        return False
+    return f.element_size() < tape.intact_state()[0].element_size()
