@@ -34,6 +34,7 @@ from revwire._streams.base import Streams
 from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.attributes import attributes_as_found
 from revwire._surroundings.buffers import buffers_exchanged
+from revwire._surroundings.context import run_again
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place, versions_of
 from revwire._surroundings.modes import NOTHING
@@ -197,7 +198,8 @@ def _recompute(
     products = record.products.recalled(partial(record.fault, chain, *_OTHER_CALLS)) if record.products else NOTHING
     hooks = saved_tensors_hooks(refill.hook(), _never)
     with refill, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
-        f, _ = evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())
+        extras = tuple(map(recalled, record.extras)) if record.extras else ()
+        f, _ = run_again(record.surroundings.context, evaluate, record.unit, record.host, x, extras)
     if x._version != version:
         raise record.fault(chain, *WROTE_INPUT)
     if len(refill.saved) != len(record.saved):
