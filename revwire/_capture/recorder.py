@@ -20,7 +20,7 @@ from revwire._structures import Ref, is_constant, mapped, tensors_in
 from revwire._surroundings.attributes import attributes_of, changed, containers_in, refilled
 from revwire._surroundings.interrupts import let_wait
 from revwire._surroundings.inventory import has_hooks, version_of
-from revwire._surroundings.modes import backward_hooks_left_out
+from revwire._surroundings.modes import backward_hooks_left_out, transformed
 from revwire._surroundings.randomness import python_random_state, same_random_state
 from revwire._torch import TorchDispatchMode, no_torch_function
 
@@ -116,7 +116,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.quiet or active() is not self:
+        if self.quiet or active() is not self or transformed():
             return func(*args, **kwargs)
         if func is torch.Tensor.__iter__:
             self.recording.reads.append(Read("shape", "__iter__", self.parent))
@@ -149,6 +149,8 @@ class Recorder(TorchFunctionMode):
         self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, body: bool = False
     ) -> Any:
         """A module call; ``body``: it is the forward alone, without the module's hooks."""
+        if transformed():  # what a `torch.func` transform does inside is its own: tensors are not what they seem
+            return original(module, *args, **kwargs)
         with self.bookkeeping():
             self.note_draws()
             event, versions = self.open(module, True, args, kwargs)

@@ -98,4 +98,4 @@ def _refuse_lazy(module: nn.Module) -> None:
 
 
 def _dropped(_: Any) -> Tensor:
-    raise RuntimeError("internal: a backward pass through an observed run")
+    raise RuntimeError("a backward pass, or torch.autograd.grad, through a run that is observed")

@@ -1,9 +1,9 @@
 """An interrupt from the keyboard while a model is being converted.
 
 Note [Interrupts]
-    The handler of its signal raises `KeyboardInterrupt` wherever Python stands: also between a patch and the ``try`` that
-    would take it off, or in the midst of a ``finally``. So while a conversion puts things on PyTorch's classes or on a
-    model, and takes them off, the signal waits (`uninterrupted`); while the model itself runs, it does not
+    The handler of its signal raises `KeyboardInterrupt` wherever Python stands: also between a patch and the ``try``
+    that would take it off, or in the midst of a ``finally``. So while a conversion puts things on PyTorch's classes or
+    on a model, and takes them off, the signal waits (`uninterrupted`); while the model itself runs, it does not
     (`interruptible`). One that waited is handled as soon as it may. Python handles signals in the main thread alone, so
     elsewhere there is nothing to do. Both are functions, not contexts: the entry and the exit of a context are calls,
     before and after which the signal may come.
