@@ -149,8 +149,6 @@ class Recorder(TorchFunctionMode):
         self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, body: bool = False
     ) -> Any:
         """A module call; ``body``: it is the forward alone, without the module's hooks."""
-        if transformed():  # what a `torch.func` transform does inside is its own: tensors are not what they seem
-            return original(module, *args, **kwargs)
         with self.bookkeeping():
             self.note_draws()
             event, versions = self.open(module, True, args, kwargs)

@@ -56,8 +56,7 @@ class Written:
 
 def _standing(module: nn.Module, name: str) -> Tensor | None:
     """The buffer of that name (the table of a scripted module is no dict)."""
-    table = module._buffers
-    return table[name] if name in table else None
+    return next((b for n, b in module._buffers.items() if n == name), None)
 
 
 def statistics_of(modules: Iterable[nn.Module]) -> Copies:

@@ -146,5 +146,5 @@ def test_what_is_not_supported_is_not_blamed_on_the_example(kind, place):
 
 
 def test_a_model_that_fails_by_itself_is_told_so():
-    with pytest.raises(revwire.ConversionError, match="Model: the model failed on the example inputs .*pass what its"):
+    with pytest.raises(revwire.ConversionError, match=r"Model: the model failed on the example inputs .*pass what its"):
         revwire.convert(Model(Mlp(), Mlp()), X[..., :3])
