@@ -62,6 +62,9 @@ try:
     # What all modules with running statistics have in common.
     from torch.nn.modules.batchnorm import _NormBase
 
+    # The mode of a default device.
+    from torch.utils._device import DeviceContext as _DeviceContext
+
     # Sees the operators that a run calls, below autograd.
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -269,6 +272,67 @@ def dynamo_is_imported() -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module's code is compiled as a whole, by `nn.Module.compile` or `torch.compile`."""
     return module._compiled_call_impl is not None or type(module).__module__.startswith(_DYNAMO)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+_CHOSEN = "kernels that a recompute chooses as its forward did"
+
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+"""How a setting of the process is read, and written."""
+
+
+def _setting(read: str, written: str, *args: str) -> _Setting:
+    get, set_ = (_bound(f"torch._C.{name}", _CHOSEN) for name in (read, written))
+    return (partial(get, *args), partial(set_, *args)) if args else (get, set_)
+
+
+SETTINGS: tuple[_Setting, ...] = (
+    *(
+        _setting(f"_get_{kernel}_sdp_enabled", f"_set_sdp_use_{kernel}")
+        for kernel in ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+    ),
+    *(
+        _setting(f"_get_{name}", f"_set_{name}")
+        for name in (
+            "sdp_priority_order",
+            "math_sdp_allow_fp16_bf16_reduction",
+            "cudnn_enabled",
+            "cudnn_benchmark",
+            "cudnn_deterministic",
+            "mkldnn_enabled",
+            "mkldnn_deterministic",
+        )
+    ),
+)
+"""What chooses kernels: those of attention and their order, cuDNN's and oneDNN's."""
+
+PRECISIONS: dict[tuple[str, str], _Setting] = {
+    (backend, operation): _setting("_get_fp32_precision_getter", "_set_fp32_precision_setter", backend, operation)
+    for backend, operations in (
+        ("generic", ("all",)),
+        ("cuda", ("all", "matmul", "conv", "rnn")),
+        ("mkldnn", ("all", "matmul", "conv", "rnn")),
+    )
+    for operation in operations
+}
+"""The precision of products of float32, by backend and operation: one follows those before it that stand for more,
+unless it is told otherwise. (The older names of the same raise where both are in use.)
+"""
+
+_function_modes: Callable[[], int] = _bound("torch._C._len_torch_function_stack", "the default device of a recompute")
+_function_mode: Callable[[int], Any] = _bound("torch._C._get_function_stack_at", "the default device of a recompute")
+
+
+def default_device() -> torch.device | None:
+    """The device that `torch.set_default_device`, or ``with torch.device(...)``, has put in force, each by a mode: the
+    uppermost. None: there is none.
+    """
+    for i in reversed(range(_function_modes())):
+        mode = _function_mode(i)
+        if isinstance(mode, _DeviceContext):
+            return mode.device
+    return None
 
 
 # -- operators and memory ----------------------------------------------------------------------------------------------

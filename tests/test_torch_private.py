@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -56,6 +57,13 @@ class Seen(_torch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, _, args=(), kwargs=None):
         self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Sees calls, and does nothing."""
+
+    def __torch_function__(self, func, _, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
@@ -155,6 +163,67 @@ def hooks_of_checkpointing_are_known():
     assert inside == [True], "checkpointing is not known by its hooks"
     with saved_tensors_hooks(same, same):
         assert not _torch.inside_checkpoint()
+
+
+@canary("push_saved_tensors_hooks", breaks="hosts whose own code is followed: what branches save would be kept")
+@canary("pop_saved_tensors_hooks", breaks="hosts whose own code is followed: their hooks would stay for good")
+def hooks_on_saved_tensors_are_put_on_and_taken_off():
+    x, seen = leaf(), []
+    _torch.push_saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t)
+    try:
+        y = x.exp()
+    finally:
+        _torch.pop_saved_tensors_hooks()
+    assert len(seen) == 1
+    x.exp()
+    assert len(seen) == 1
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().exp())
+
+
+class Hearing(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.heard.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@canary("push_function_mode", breaks="hosts whose own code is followed: none of their calls would be seen")
+@canary("pop_function_mode", breaks="modules that such code calls: what they do inside would be followed, too")
+@canary("function_modes", breaks="modules that such code calls, inside of other function modes")
+@canary("function_mode", breaks="modules that such code calls, inside of other function modes")
+def function_modes_are_a_stack():
+    mode, before, x = Hearing(), _torch.function_modes(), leaf()
+    _torch.push_function_mode(mode)
+    try:
+        torch.exp(x)
+        assert _torch.function_modes() == before + 1
+        assert _torch.function_mode(before) is mode
+    finally:
+        assert _torch.pop_function_mode() is mode
+    torch.exp(x)
+    assert len(mode.heard) == 1
+
+
+@canary("CALL", "_call_impl", breaks="modules that a followed host calls: they would not be known, and be followed")
+@canary("COMPILED_CALL", breaks="modules that a followed host calls, and that are compiled")
+def calls_of_a_module_are_found_on_the_instance():
+    module, calls = nn.Linear(3, 3), []
+
+    def call(*args):
+        calls.append(args)
+        return type(module)._call_impl(module, *args)
+
+    vars(module)[_torch.CALL] = call
+    x = leaf()
+    y = module(x)
+    assert [a is x for (a,) in calls] == [True]
+    vars(module)[_torch.COMPILED_CALL] = lambda *args: "compiled"
+    assert module(x) == "compiled"
+    assert y.shape == x.shape
 
 
 @canary("checkpoint nodes", breaks="the refusal of checkpointing, reentrant, under functional_call")
@@ -465,6 +534,60 @@ def exporters_run_on_known_stand_ins():
         torch.export.export(Host(), (torch.ones(3),), strict=False).run_decompositions()
     assert {type(x) for x in seen} <= {_torch.FakeTensor, _torch.FunctionalTensor, torch.Tensor}
     assert any(isinstance(x, (_torch.FakeTensor, _torch.FunctionalTensor)) for x in seen)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def others_of(value):
+    """Other values that a setting may have."""
+    if isinstance(value, bool):
+        return [not value]
+    return [value[::-1]] if isinstance(value, list) else [v for v in ("ieee", "tf32", "bf16") if v != value][:2]
+
+
+@canary("SETTINGS", breaks="a choice of kernels around a forward: its recompute would take others")
+def a_setting_that_is_written_is_read():
+    for read, write in _torch.SETTINGS:
+        before = read()
+        for value in others_of(before):
+            try:
+                write(value)
+                assert read() == value
+            finally:
+                write(before)
+        assert read() == before
+    with sdpa_kernel([SDPBackend.MATH], set_priority=True):
+        math = [read() for read, _ in _torch.SETTINGS]
+    assert sum(a != b for a, b in zip(math, [read() for read, _ in _torch.SETTINGS], strict=True)) >= 4
+
+
+@canary("PRECISIONS", breaks="the precision of float32 around a forward: its recompute would take another")
+def precisions_are_read_and_written():
+    read, write = _torch.PRECISIONS["mkldnn", "matmul"]
+    every, before = _torch.PRECISIONS["generic", "all"], read()
+    try:
+        for precision in ("bf16", "ieee"):
+            write(precision)
+            assert torch.backends.mkldnn.matmul.fp32_precision == read() == precision
+        write("none")
+        every[1]("tf32")
+        assert {get() for get, _ in _torch.PRECISIONS.values()} >= {"tf32"} == {read()}, "it follows no other"
+    finally:
+        every[1]("none")
+        write(before)
+    assert read() == before
+
+
+@canary("default_device", breaks="a default device around a forward: its recompute would make tensors elsewhere")
+def the_default_device_is_known():
+    assert _torch.default_device() is None
+    with torch.device("meta"), Functions():
+        assert _torch.default_device() == torch.device("meta")
+        with torch.device("cpu"):
+            assert _torch.default_device() == torch.device("cpu")
+    with Functions():
+        assert _torch.default_device() is None
 
 
 # -- operators and memory ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import nn
 
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.install import take_all_off
+from revwire._surroundings.interrupts import uninterrupted
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,5 +23,5 @@ def revert(model: M) -> M:
     if isinstance(forward, FirstCall):
         forward.remove()
     else:
-        take_all_off(model)
+        uninterrupted(take_all_off, model)
     return model

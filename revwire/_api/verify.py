@@ -4,7 +4,7 @@ activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from revwire._api.report import report
 from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call, fresh_arguments
-from revwire._forwards.converted import chains_of
+from revwire._errors import ConversionError
+from revwire._forwards.base import own_forwards
+from revwire._forwards.converted import chains_of, converted
 from revwire._runtime.chain import observed
 from revwire._runtime.observer import Key, Observer, Rebuilt
 from revwire._runtime.range import ranges_held
@@ -45,12 +47,17 @@ class Check:
         gradient_error: largest relative error of a gradient (each tensor by its own largest magnitude).
         output_equal: outputs equal to the bit.
         function_change: difference of the outputs to those of the original network, relative to their size (of the
-            vectors of all outputs, in the mode that the model is in; random numbers as in the other runs). A measure,
-            no fault.
+            vectors of all outputs, in the mode that the model is in; with the same random numbers, so units in chunks
+            run whole for it). A measure, no fault.
         units: per unit, in the order of the backward pass.
         inexact: names of the parameters and inputs whose gradients differ.
         unstable: names of those whose gradients differ between runs with stored activations too (a kernel of the
             network itself is not deterministic); they are not compared.
+        original_error: what the rewiring itself does to the function: largest relative difference of an output (each by
+            its own largest magnitude; infinite where other outputs come) between the rewired network under the ordinary
+            rule, x + F(x), and the model's own forward, with the same random numbers, on the example and on all further
+            inputs. 0.0: equal to the bit. Some rounding is usual, as streams are wider than 16 bits, and a block that
+            is one unit is x + (block(x) - x); more than that is a fault.
     """
 
     bit_exact: bool
@@ -61,6 +68,7 @@ class Check:
     inexact: tuple[str, ...]
     unstable: tuple[str, ...] = ()
     function_change: float = 0.0
+    original_error: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data (JSON-ready)."""
@@ -71,7 +79,7 @@ class Check:
         return (
             f"{verdict}: {len(self.units)} states rebuilt, largest error {self.reconstruction_error:.2g}; "
             f"gradients differ from stored activations by at most {self.gradient_error:.2g}; the output differs from "
-            f"the original network's by {self.function_change:.2%}"
+            f"the original network's by {self.function_change:.2%} (by {self.original_error:.2g} under its own rule)"
             + (f" ({len(self.inexact)} tensors: {', '.join(self.inexact[:3])} ...)" if self.inexact else "")
             + (
                 f"; not compared, as they vary with stored activations too: {', '.join(self.unstable)}"
@@ -99,8 +107,9 @@ class _Witness(Observer):
         self.units.append(UnitCheck(rebuilt.path, error))
 
 
-def verify(model: nn.Module, example_inputs: Any) -> Check:
-    """Run one forward and backward reversibly, and one with stored activations, and compare.
+def verify(model: nn.Module, example_inputs: Any, *, further_inputs: Iterable[Any] = ()) -> Check:
+    """Run one forward and backward reversibly, and one with stored activations, and compare; and compare the rewired
+    network under the ordinary rule with the model's own forward.
 
     The loss is a fixed random projection of all floating-point outputs. Both runs use deterministic kernels where
     PyTorch has them. The model's mode is used as it is; its gradients, buffers, and the random state are left as found.
@@ -108,9 +117,11 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
     Args:
         model: a converted model.
         example_inputs: as for `convert`.
+        further_inputs: a list of more of them, on which the rewired network is compared with the model's own forward
+            too: other sizes, other values, other arguments.
 
     Raises:
-        ConversionError: the model is not converted.
+        ConversionError: the model is not converted, or ``further_inputs`` is no list of inputs.
         ReconstructionError: the run itself detected that a state was rebuilt wrongly.
 
     Example:
@@ -121,6 +132,11 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
         True
     """
     report(model)
+    if isinstance(further_inputs, (Tensor, Mapping)):
+        raise ConversionError(
+            f"verify: got {type(further_inputs).__name__} as further_inputs; expected a list of inputs, each as for "
+            "convert; pass [inputs]"
+        )
     witness = _Witness()
     ranges = ranges_held(chain.reach for chain in chains_of(model))
     with deterministic_kernels(), left_as_found(model, example_inputs, backward=True), ranges:
@@ -130,8 +146,11 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
             out, grads = _step(model, example_inputs)
         with stored_activations(model):
             unstable = _unstable(model, example_inputs, grads, true_grads)
-        with _original(model):
-            original = _step(model, example_inputs)[0]
+            with _whole(model):
+                whole = _outputs(model, example_inputs)
+        original = _original_outputs(model, example_inputs)
+        wrong = [_largest_error(*original)]
+        wrong += [_largest_error(*_original_outputs(model, inputs)) for inputs in further_inputs]
     same_out = len(out) == len(true_out) and all(torch.equal(a, b) for a, b in zip(out, true_out, strict=True))
     compared = {name: true for name, true in true_grads.items() if name not in unstable}
     errors = {name: relative_error(grads[name], true) for name, true in compared.items()}
@@ -144,7 +163,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
         units=tuple(witness.units),
         inexact=inexact,
         unstable=unstable,
-        function_change=_distance(out, original),
+        function_change=_distance(whole, original[0]),
+        original_error=max(wrong),
     )
 
 
@@ -185,6 +205,22 @@ def _distance(got: list[Tensor], true: list[Tensor]) -> float:
     return float((change / size) ** 0.5) if size else float(change > 0)
 
 
+def _largest_error(got: list[Tensor], true: list[Tensor]) -> float:
+    """Largest `relative_error` of outputs; infinite where other outputs come."""
+    if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in true]:
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(got, true, strict=True) if not torch.equal(a, b)]
+    return max((error if (error := relative_error(a, b)) >= 0 else float("inf") for a, b in pairs), default=0.0)
+
+
+def _original_outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the rewired network under the ordinary rule, and of the model's own forward."""
+    with _original(model):
+        rewired = _outputs(model, inputs)
+    with own_forwards(model):
+        return rewired, _outputs(model, inputs)
+
+
 @contextmanager
 def _original(model: nn.Module) -> Iterator[None]:
     chains = chains_of(model)
@@ -195,6 +231,33 @@ def _original(model: nn.Module) -> Iterator[None]:
     finally:
         for chain in chains:
             chain.original = False
+
+
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    """No unit runs in chunks, and no core in parts: they draw random numbers in another order."""
+    state = converted(model)
+    cuts = [chain.cuts for chain in state.chains]
+    counts = [parted.forward.parting.count for parted in state.parted]
+    try:
+        for chain in state.chains:
+            chain.cuts = None
+        for parted in state.parted:
+            parted.forward.parting.count = 1
+        yield
+    finally:
+        for chain, cut in zip(state.chains, cuts, strict=True):
+            chain.cuts = cut
+        for parted, count in zip(state.parted, counts, strict=True):
+            parted.forward.parting.count = count
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The floating-point outputs of one forward, with gradients enabled."""
+    call = as_call(example_inputs)
+    args, kwargs = fresh_arguments((call.args, call.kwargs))
+    with left_as_found(model, (args, kwargs)), torch.enable_grad():
+        return [t.detach() for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()]
 
 
 def _step(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:

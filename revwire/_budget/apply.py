@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from revwire._plan.costed import with_costs
 from revwire._plan.options import Budget, Options
 from revwire._plan.plan import Plan, PlannedChain
 from revwire._surroundings.as_found import left_as_found
+from revwire._surroundings.interrupts import interruptible
 from revwire._surroundings.randomness import (
     accelerators_of,
     python_random_state,
@@ -83,7 +85,7 @@ def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways
     with left_as_found(model, leaves, backward=True), torch.enable_grad(), autocast_left(device) as entered:
         allocate_gradients(model)
         ways.around = entered
-        return fit(Trial(state.plan, state.chains, step, device), budget, ways)
+        return fit(Trial(state.plan, state.chains, partial(interruptible, step), device), budget, ways)
 
 
 def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:

@@ -14,21 +14,20 @@ from revwire._forwards.converted import converted, is_converted
 from revwire._forwards.install import prepared, put_on, take_all_off
 from revwire._plan.options import AUTO, Options
 from revwire._plan.plan import Forecast
+from revwire._surroundings.interrupts import let_through, uninterrupted
 from revwire._torch import disable_dynamo
 
 
 @disable_dynamo
 def rewire(model: nn.Module, example_inputs: Any, options: Options) -> None:
-    """Convert ``model``, which is as before where that fails.
+    """Convert ``model``, which is as before where that fails, or is interrupted.
 
     Raises:
         ConversionError: as for `revwire.convert`.
         BudgetError: no mix fits the memory budget.
     """
-    if options.whole == AUTO:
-        _rewire_better(model, example_inputs, options)
-    else:
-        _rewire_as(model, example_inputs, options)
+    how = _rewire_better if options.whole == AUTO else _rewire_as
+    uninterrupted(how, model, example_inputs, options)
 
 
 def _rewire_better(model: nn.Module, example_inputs: Any, options: Options) -> None:
@@ -57,7 +56,9 @@ def _rewire_better(model: nn.Module, example_inputs: Any, options: Options) -> N
 
 
 def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
-    state = put_on(model, prepared(model, example_inputs, options), strict=options.strict)
+    ready = prepared(model, example_inputs, options)
+    let_through()
+    state = put_on(model, ready, strict=options.strict)
     if state.chains and (options.chunks not in (None, 1) or options.budget is not None):
         try:
             spend_less(model, as_call(example_inputs), options)

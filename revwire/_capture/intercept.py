@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from revwire._surroundings.modes import transformed
+
 
 class Interceptor(Protocol):
     """What calls are routed through. ``quiet``: its own calls are not."""
@@ -56,8 +58,8 @@ _ORIGINALS: dict[str, Any] = {}
 
 @contextmanager
 def intercepted(recorder: Interceptor) -> Iterator[None]:
-    """Route module calls and opaque functions of this thread through the recorder. Several threads may record at
-    once.
+    """Route module calls and opaque functions of this thread through the recorder, but for those inside of a
+    `torch.func` transform, where tensors are not what they seem. Several threads may record at once.
     """
     previous = _STATE.active
     with _LOCK:
@@ -82,20 +84,20 @@ def _intercept() -> None:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         active = _STATE.active
-        if active is None or active.quiet:
+        if active is None or active.quiet or transformed():
             return module_call(self, *args, **kwargs)
         return active.module_call(module_call, self, args, kwargs)
 
     def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
         active = _STATE.active
-        if active is None or active.quiet:
+        if active is None or active.quiet or transformed():
             return script_call(self, *args, **kwargs)
         return active.opaque_call(lambda *a, **k: script_call(self, *a, **k), self, args, kwargs)
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         active = _STATE.active
         bound = super(torch.autograd.Function, cls).apply if apply is None else apply.__get__(None, cls)
-        if active is None or active.quiet:
+        if active is None or active.quiet or transformed():
             return bound(*args, **kwargs)
         if cls is CheckpointFunction:  # what it runs is what counts; it would show nothing of it
             function, _, *inputs = args

@@ -18,8 +18,9 @@ from revwire._capture.values import Values
 from revwire._capture.watch import Watch
 from revwire._structures import Ref, is_constant, mapped, tensors_in
 from revwire._surroundings.attributes import attributes_of, changed, containers_in, refilled
+from revwire._surroundings.interrupts import let_wait
 from revwire._surroundings.inventory import has_hooks, version_of
-from revwire._surroundings.modes import backward_hooks_left_out
+from revwire._surroundings.modes import backward_hooks_left_out, transformed
 from revwire._surroundings.randomness import python_random_state, same_random_state
 from revwire._torch import TorchDispatchMode, no_torch_function
 
@@ -68,13 +69,15 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def bookkeeping(self) -> Iterator[None]:
-        """The recorder's own calls and looks are no events."""
-        quiet, self.quiet = self.quiet, True
+        """The recorder's own calls and looks are no events, and not interrupted."""
+        waited, quiet = let_wait(True), self.quiet
         try:
+            self.quiet = True
             with no_torch_function():
                 yield
         finally:
             self.quiet = quiet
+            let_wait(waited)
 
     def open(self, target: Any, is_module: bool, args: Any, kwargs: Any) -> tuple[Event, list[tuple[Tensor, int]]]:
         versions = [(t, version_of(t)) for t in tensors_in((args, kwargs))]
@@ -113,7 +116,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.quiet or active() is not self:
+        if self.quiet or active() is not self or transformed():
             return func(*args, **kwargs)
         if func is torch.Tensor.__iter__:
             self.recording.reads.append(Read("shape", "__iter__", self.parent))

@@ -30,6 +30,7 @@ from revwire._errors import CaptureError
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.context import context_of_its_own
+from revwire._surroundings.interrupts import interruptible, uninterrupted
 from revwire._surroundings.modes import nothing_compiled
 from revwire._surroundings.randomness import accelerators_of
 
@@ -55,6 +56,12 @@ def record(
         CaptureError: the module has parameters that do not exist yet.
     """
     _refuse_lazy(module)
+    return uninterrupted(_recorded, module, args, kwargs, forward, gradients)
+
+
+def _recorded(
+    module: nn.Module, args: Any, kwargs: Any, forward: Callable[..., Any] | None, gradients: bool
+) -> Recording:
     tensors = [*tensors_in((args, kwargs)), *module.parameters()]
     devices = accelerators_of(tensors)
     with ExitStack() as stack:
@@ -72,10 +79,12 @@ def record(
         stack.enter_context(intercepted(recorder))
         context = context_of_its_own()
         if forward is None:
-            context.run(module, *args, **kwargs)
+            interruptible(context.run, module, *args, **kwargs)
         else:
             body = forward
-            context.run(recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True)
+            interruptible(
+                context.run, recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True
+            )
     return recorder.recording
 
 
@@ -123,4 +132,4 @@ def _refuse_lazy(module: nn.Module) -> None:
 
 
 def _dropped(_: Any) -> Tensor:
-    raise RuntimeError("internal: a backward pass through an observed run")
+    raise RuntimeError("a backward pass, or torch.autograd.grad, through a run that is observed")

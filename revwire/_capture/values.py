@@ -110,7 +110,10 @@ class Values:
         """Bytes that autograd keeps because of this tensor, once per tensor; weights are there anyway."""
         if t.layout != torch.strided or t.is_nested:
             return 0
-        if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
+        try:
+            if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
+                return 0
+        except RuntimeError:  # the wrapper of a `torch.func` transform has no memory of its own
             return 0
         sharing = self.memory.sharing.get(address_of(t) or 0)
         if sharing is not None and any(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -57,6 +59,19 @@ def take_off(module: nn.Module) -> None:
     vars(module).pop(REPLICATE, None)
     if forward.original is not None:
         vars(module)[_FORWARD] = forward.original
+
+
+@contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """Within this context all modules of a model run by the forwards that they had before."""
+    standing = [f for m in model.modules() if isinstance(f := standing_forward(m), InstanceForward)]
+    try:
+        for forward in standing:
+            take_off(forward.module)
+        yield
+    finally:
+        for forward in standing:
+            put_on(forward)
 
 
 class _Replicate:

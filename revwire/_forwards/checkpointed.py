@@ -5,14 +5,15 @@ Note [What checkpointing leaves to its caller]
     weights were written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own
     away), lets batch normalisation count a batch twice, and believes what comes out. Here weights are compared by their
     version counters, those that were lent are put back, the recompute writes to copies of the buffers and gets
-    containers as the forward found them; it runs to its end, and samples of its results must be those of the forward,
-    to the bit.
+    containers, settings and context variables as the forward found them; it runs to its end, and samples of its results
+    must be those of the forward, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from revwire._errors import ReconstructionError
 from revwire._forwards.base import InstanceForward, put_on, standing_forward
 from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, undisturbed
+from revwire._surroundings.context import context_kept, run_again
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, versions_of
 from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.settings import settings_now, settings_restored
 from revwire._surroundings.weights import Homes, lent, put_back
 from revwire._torch import TreeSpec, disable_dynamo, tree_flatten, tree_leaves, tree_unflatten
 
@@ -80,7 +83,7 @@ class _Run:
             self.glances = _glances(out)
             return out
         args, kwargs = tree_unflatten(leaves, self.structure)
-        out = self.forward.plain(*args, **kwargs)
+        out = run_again(self.context, partial(self.forward.plain, *args, **kwargs))
         if not same_glances(self.glances, _glances(out)):
             raise self._fault(
                 "it computed other values", "the same as in the forward pass: no change of inputs, attributes or mode"
@@ -97,6 +100,7 @@ class _Run:
         writers = [m for m in self.owned.writers if m.training]
         with undisturbed([*writers, *self.held.holders]):
             written = Written(writers, copied=True)
+            self.settings, self.context = settings_now(), context_kept()
             yield
             self.copies = written.copies()
             self.held.settle(self.forward.known, self.forward.module.training)
@@ -116,8 +120,9 @@ class _Run:
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
         exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
+        restored = settings_restored(self.settings)
         lent_out = put_back(lent(self.owned.tables, self.forward.homes))
-        with undisturbed([*holders, *self.held.holders]), lent_out, exchanged, self.held.found_again():
+        with undisturbed([*holders, *self.held.holders]), lent_out, exchanged, self.held.found_again(), restored:
             yield
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:

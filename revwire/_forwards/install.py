@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
-from revwire._capture.arguments import as_call
+from revwire._capture.arguments import Call, as_call, fresh_arguments
 from revwire._capture.run import fullest_recording
 from revwire._errors import ConversionError, RevwireError
 from revwire._forwards.base import InstanceForward, standing_forward, take_off
@@ -21,6 +23,7 @@ from revwire._plan.options import Options
 from revwire._plan.plan import Plan
 from revwire._plan.ready import refuse_unready
 from revwire._plan.survey import Planner, Prepared
+from revwire._surroundings.as_found import left_as_found
 
 
 def prepared(model: nn.Module, example_inputs: Any, options: Options) -> Prepared:
@@ -36,11 +39,28 @@ def prepared(model: nn.Module, example_inputs: Any, options: Options) -> Prepare
     except RevwireError:
         raise
     except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        if _runs(model, call):
+            raise ConversionError(
+                f"{type(model).__name__}: the model runs on the example inputs, but not while revwire observes it "
+                f"({said}); expected a forward without gradients taken inside (torch.autograd.grad, backward, "
+                "torch.func.grad ...), or whatever else that is; convert the parts of the model around it: "
+                "revwire.convert(model.part, inputs_of_that_part)"
+            ) from error
         raise ConversionError(
-            f"{type(model).__name__}: the model failed on the example inputs ({type(error).__name__}: {error}); pass "
-            "what its forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+            f"{type(model).__name__}: the model failed on the example inputs ({said}); pass what its forward takes: a "
+            "tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from error
     return Planner(recording, options).run()
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether ``model`` runs on its example where nobody looks on."""
+    args, kwargs = fresh_arguments((call.args, call.kwargs))
+    with left_as_found(model, (args, kwargs)), torch.enable_grad(), suppress(Exception):
+        model(*args, **kwargs)
+        return True
+    return False
 
 
 def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:

@@ -136,7 +136,12 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
         buffers=segment.buffers,
         stop=Stop() if _may_stop(segment) else None,
         surroundings=Surroundings(
-            segment.devices, {}, {kind: (on, dtype) for kind, on, dtype in segment.modes[2]}, segment.cache_enabled
+            segment.devices,
+            {},
+            {kind: (on, dtype) for kind, on, dtype in segment.modes[2]},
+            segment.cache_enabled,
+            segment.modes[3],
+            segment.context_kept,
         ),
         replay=replay,
         kind=kind_of(segment.x),

@@ -35,6 +35,7 @@ from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.buffers import buffers_exchanged, undisturbed
+from revwire._surroundings.context import run_again
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place, versions_of
 from revwire._surroundings.modes import NOTHING
@@ -216,9 +217,11 @@ def _recompute(
 def _branch_again(record: UnitRecord, x: Tensor) -> Tensor:
     """F_k(x), in the shape of ``x``."""
     if record.replay is None:
-        return evaluate(record.unit, record.host, x, tuple(map(recalled, record.extras)) if record.extras else ())[0]
+        extras = tuple(map(recalled, record.extras)) if record.extras else ()
+        f, _ = run_again(record.surroundings.context, evaluate, record.unit, record.host, x, extras)
+        return f
     with unfollowed():
-        f = record.replay(x)
+        f = run_again(record.surroundings.context, record.replay, x)
     return f if f.shape == x.shape else f.expand_as(x)
 
 

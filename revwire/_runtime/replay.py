@@ -18,20 +18,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from contextvars import Context
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revwire._structures import is_mapping, is_named_tuple, is_sequence, tensors_in
+from revwire._surroundings.context import run_again
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.holdings import Held
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.randomness import RandomStates, set_random_states
+from revwire._surroundings.settings import Settings, settings_restored
 
-CallModes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...]]
-"""(gradients enabled, inference mode, (device type, autocast enabled, its dtype) ...) around a call."""
+CallModes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...], Settings]
+"""(gradients enabled, inference mode, (device type, autocast enabled, its dtype) ..., settings) around a call."""
 
 
 class Made:
@@ -72,10 +76,11 @@ class Call:
         randomness: the generators' states before it, where they must be set.
         modes: those around it, where they are not those of the unit.
         held: what the module that is called, and those below it, held before it.
+        context: context variables around it, where they are not those of the unit.
         copies: numbers of the tensors among its arguments that it writes to and that outlive it (batch statistics).
     """
 
-    __slots__ = ("args", "copies", "function", "held", "kwargs", "makes", "modes", "needs", "randomness")
+    __slots__ = ("args", "context", "copies", "function", "held", "kwargs", "makes", "modes", "needs", "randomness")
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any, needs: list[int]) -> None:
         self.function, self.args, self.kwargs, self.needs = function, args, kwargs, needs
@@ -84,6 +89,7 @@ class Call:
         self.modes: CallModes | None = None
         self.copies: Sequence[int] = ()
         self.held: Held | None = None
+        self.context: Context | None = None
 
     def again(self, values: list[Any]) -> None:
         """Make the call again, on the values so far, and put down what it gives."""
@@ -95,7 +101,10 @@ class Call:
             NOTHING if self.modes is None else _under(self.modes),
             self.held.found_again() if self.held is not None and self.held.may_differ else NOTHING,
         ):
-            out = self.function(*args, **kwargs)
+            if self.context is None:
+                out = self.function(*args, **kwargs)
+            else:
+                out = run_again(self.context, partial(self.function, *args, **kwargs))
         makes = self.makes
         if type(out) is Tensor and len(makes) == 1:
             values[makes[0]] = out
@@ -146,6 +155,7 @@ def _under(modes: CallModes) -> ExitStack:
             stack.enter_context(torch.set_grad_enabled(modes[0]))
         for kind, enabled, dtype in modes[2]:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        stack.enter_context(settings_restored(modes[3], len(modes[2]) > 1))
         return stack.pop_all()
 
 

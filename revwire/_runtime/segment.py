@@ -9,6 +9,7 @@ Note [Cells]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,12 @@ from revwire._runtime.replay import Call, CallModes, Made, Replay
 from revwire._runtime.selective import Products
 from revwire._structures import tensors_in
 from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
+from revwire._surroundings.context import context_kept
 from revwire._surroundings.copies import Versions
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of
 from revwire._surroundings.randomness import accelerators_of
+from revwire._surroundings.settings import settings_now
 from revwire._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks
 
 if TYPE_CHECKING:
@@ -78,9 +81,10 @@ class Segment:
         self.whole = True  # whether all calls are in the branch
         self.devices = () if x.is_cpu else accelerators_of([x])
         self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
-        self.modes = modes_here(self.kinds)
+        self.modes, self.context = modes_here(self.kinds), copy_context()
         self.standing = run.unit.path, run.host.training
         self.draws = Draws(self.devices, quiet=rewinds and self.standing in chain.quiet)
+        self.context_kept = context_kept()
         self.cache_enabled = torch.is_autocast_cache_enabled()
         if rewinds:
             cells = self.cells
@@ -171,9 +175,11 @@ class Segment:
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
         self.draws.before(call)
-        modes = modes_here(self.kinds)
+        modes, context = modes_here(self.kinds), copy_context()
         if modes != self.modes:
             call.modes = modes
+        if context != self.context:
+            call.context = context_kept()
 
     def _put_down(self, call: Call, before: Sequence[tuple[Tensor, int]], out: Any) -> None:
         for t, version in before:
@@ -241,11 +247,11 @@ class Segment:
 
 
 def modes_here(kinds: Sequence[str]) -> CallModes:
-    """The modes around a call."""
+    """The modes and settings around a call."""
     if kinds is _CPU:
         casts: tuple[tuple[str, bool, torch.dtype], ...] = (
             ("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         )
     else:
         casts = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, settings_now(kinds is not _CPU)

@@ -41,7 +41,7 @@ class Written:
             for name, buffer, version, copy in buffers:
                 if version_of(buffer) != version:
                     old[name] = copy
-                elif module._buffers.get(name) is not buffer:  # another tensor took its place: it is a copy itself
+                elif _standing(module, name) is not buffer:  # another tensor took its place: it is a copy itself
                     old[name] = buffer
             loud = any(b.is_floating_point() for name, b, _, _ in buffers if name in old)
             found |= {
@@ -52,6 +52,11 @@ class Written:
             elif not (loud or quiet):
                 _QUIET.add(module)
         return found
+
+
+def _standing(module: nn.Module, name: str) -> Tensor | None:
+    """The buffer of that name (the table of a scripted module is no dict)."""
+    return next((b for n, b in module._buffers.items() if n == name), None)
 
 
 def statistics_of(modules: Iterable[nn.Module]) -> Copies:
@@ -143,7 +148,7 @@ def buffers_kept(root: nn.Module, *, alone: bool = True) -> Iterator[None]:
             yield
         finally:
             for module, name, buffer in kept:
-                if module._buffers.get(name) is copies[id(buffer)]:
+                if _standing(module, name) is copies[id(buffer)]:
                     module._buffers[name] = buffer
 
 

@@ -97,7 +97,7 @@ class Found(NamedTuple):
             [*owned.modules],
             owned.size,
             tuple(place for m in owned.modules.values() for place in _places(m)),
-            {i: frozenset((*vars(m), *m._buffers)) for i, m in owned.modules.items()},
+            {i: frozenset((*vars(m), *_buffers(m))) for i, m in owned.modules.items()},
             [g for kind in classes for g in generators_of_class(kind)],
             any(map(code_draws_from_all, classes)),
         )
@@ -139,9 +139,19 @@ def _places(module: nn.Module) -> Iterator[Place]:
             draws = next(generators_in(value), None) is not None
             if draws or may_change(value):
                 yield Place(id(module), False, name, draws)
-    for name, buffer in module._buffers.items():
+    for name, buffer in _buffers(module).items():
         if not isinstance(module, ModuleWithStatistics) or (buffer is not None and not is_written(buffer)):
             yield Place(id(module), True, name, False)
+
+
+def _table(module: nn.Module, is_buffer: bool) -> dict[str, Any]:
+    return _buffers(module) if is_buffer else vars(module)
+
+
+def _buffers(module: nn.Module) -> dict[str, Any]:
+    """Its buffers; those of a scripted module, whose table is no dict, are `buffers`' business alone."""
+    buffers = module._buffers
+    return buffers if isinstance(buffers, dict) else {}
 
 
 Standing = tuple[nn.Module, bool, str, Any]
@@ -174,7 +184,7 @@ class Held:
         values = list[Standing]()
         for number, is_buffer, name, draws in found.places:
             module = owned.modules[number]
-            value = (module._buffers if is_buffer else vars(module)).get(name, MISSING)
+            value = _table(module, is_buffer).get(name, MISSING)
             if draws or is_generator(value):
                 drawing.extend(generators_in(value))
             elif is_buffer and module.training and isinstance(value, Tensor) and value.is_floating_point():
@@ -204,10 +214,7 @@ class Held:
 
     def was_changed(self) -> bool:
         """Whether a run since drew from generators, or wrote to anything."""
-        values = (
-            (then, (m._buffers if is_buffer else vars(m)).get(name, MISSING))
-            for m, is_buffer, name, then in self.values
-        )
+        values = ((then, _table(m, is_buffer).get(name, MISSING)) for m, is_buffer, name, then in self.values)
         return bool(drawn_from(self.generators)) or any(was_changed(then, now) for then, now in values)
 
     @property
@@ -224,7 +231,7 @@ class Held:
         changed = [
             (module, is_buffer, name, again(then))
             for module, is_buffer, name, then in self.values
-            if differs(then, (module._buffers if is_buffer else vars(module)).get(name, MISSING))
+            if differs(then, _table(module, is_buffer).get(name, MISSING))
         ]
         with (
             generators_at(self.generators) if self.generators else NOTHING,
@@ -238,7 +245,7 @@ class Held:
             (module, is_buffer, name, MISSING)
             for number, module in self.owned.modules.items()
             for is_buffer in (False, True)
-            for name in (module._buffers if is_buffer else vars(module))
+            for name in _table(module, is_buffer)
             if name not in self.names[number] and name not in _STANDARD
         ]
 
@@ -246,7 +253,7 @@ class Held:
 @contextmanager
 def _standing(values: Sequence[Standing]) -> Iterator[None]:
     """Let values stand at their places, and put back what stood there."""
-    tables = [(m._buffers if is_buffer else vars(m), name, value) for m, is_buffer, name, value in values]
+    tables = [(_table(m, is_buffer), name, value) for m, is_buffer, name, value in values]
     now = [(table, name, table.get(name, MISSING)) for table, name, _ in tables]
     try:
         for table, name, value in tables:

@@ -62,12 +62,14 @@ class Inventory:
             table, buffers, below = module._parameters, module._buffers, module._modules
             size += len(module.__dict__) + len(buffers)
             if table:
-                tables.append((table, table.copy(), True))
+                if isinstance(table, dict):  # else it is that of a scripted module, whose weights nobody lends
+                    tables.append((table, table.copy(), True))
                 weights += [w for w in table.values() if w is not None]
             if buffers:
                 if any(map(is_written, buffers.values())):
                     writers.append(module)
-                tables.append((buffers, buffers.copy(), False))
+                if isinstance(buffers, dict):
+                    tables.append((buffers, buffers.copy(), False))
             if below:
                 todo += below.values()
         return cls(weights, versions_of(weights), writers, tables, seen, size)

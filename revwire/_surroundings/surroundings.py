@@ -1,4 +1,5 @@
-"""All that a recompute must reproduce: random state, autocast, weights, buffers. It leaves no trace in global state.
+"""All that a recompute must reproduce: random state, autocast, settings, context, weights, buffers. It leaves no trace
+in global state.
 
 Note [Weights that are exchanged]
     `torch.func.functional_call` lends a module other weights for the time of a forward. A recompute finds the module's
@@ -12,12 +13,18 @@ Note [Buffers that are read and written]
     the forward found them. Which they are is seen from version counters, module by module: where a forward moved that
     of a floating-point buffer, copies of what it wrote are kept; else none, and from the next forward on none are made.
     (Batch normalisation moves no such counter; its counter of batches is no floating-point number.)
+
+Note [What a caller sets around a forward]
+    A backward pass runs after, and perhaps on another thread: autocast, the default dtype and device, the choice of
+    kernels (`settings`) and context variables (`context`) may be others by then. They are looked at before each branch,
+    as a host may change them around one of its calls, and a recompute finds them as they were there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +32,10 @@ import torch
 from torch import Tensor
 
 from revwire._streams.kernels import same_bytes
-from revwire._surroundings.modes import AutocastState, autocast_state
+from revwire._surroundings.context import context_kept
+from revwire._surroundings.modes import NOTHING, AutocastState, autocast_state
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states, set_random_states
+from revwire._surroundings.settings import Settings, settings_now, settings_restored
 
 
 @dataclass(slots=True)
@@ -39,12 +48,15 @@ class Surroundings:
             so that a deterministic branch keeps none (a CPU state has 5 kB).
         autocast: (enabled, dtype) per device type.
         cache_enabled: whether autocast may cache its casts of weights.
+        settings, context: see Note [What a caller sets around a forward].
     """
 
     devices: tuple[torch.device, ...]
     randomness: RandomStates
     autocast: dict[str, AutocastState]
     cache_enabled: bool
+    settings: Settings
+    context: Context | None
 
     @classmethod
     def capture(cls, tensors: Iterable[Tensor]) -> Surroundings:
@@ -52,7 +64,8 @@ class Surroundings:
         others = [t for t in tensors if not t.is_cpu]
         devices = accelerators_of(others) if others else ()
         autocast = {"cpu": autocast_state("cpu"), **{d.type: autocast_state(d.type) for d in devices}}
-        return cls(devices, random_states(devices), autocast, torch.is_autocast_cache_enabled())
+        cached = torch.is_autocast_cache_enabled()
+        return cls(devices, random_states(devices), autocast, cached, settings_now(bool(devices)), context_kept())
 
     def settle(self) -> None:
         """After the branch ran: forget the generators it did not draw from.
@@ -67,7 +80,9 @@ class Surroundings:
         self.randomness = {d: s for d, s in self.randomness.items() if not same_bytes(s, after[d])}
 
     def restored(self) -> AbstractContextManager[None]:
-        """Run a recompute as the forward ran; afterwards the generators are as they were before it."""
+        """Run a recompute as the forward ran (but for context variables: see `run_again`); afterwards all is as it was
+        before it.
+        """
         return _Restored(self)
 
     def casts(self) -> list[tuple[str, bool, torch.dtype]]:
@@ -89,9 +104,10 @@ class _Restored:
         self.stack: ExitStack | None = None
         try:
             set_random_states(there.randomness)
-            casts = there.casts()
-            if casts:
+            casts, settings = there.casts(), settings_restored(there.settings, bool(there.devices))
+            if casts or settings is not NOTHING:
                 with ExitStack() as stack:
+                    stack.enter_context(settings)
                     for kind, enabled, dtype in casts:
                         stack.enter_context(
                             torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=there.cache_enabled)

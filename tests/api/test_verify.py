@@ -1,9 +1,14 @@
 """`verify` measures, and leaves no trace."""
 
+import math
+
 import pytest
 import torch
 
 import revwire
+from revwire._api.verify import _largest_error
+from revwire._forwards.base import standing_forward
+from revwire._forwards.converted import chains_of
 from toys import X, encoder, pre_norm, stack
 
 
@@ -93,3 +98,60 @@ def test_the_change_of_the_function_is_measured(coupling, least, most):
     assert check.function_change == pytest.approx(expected, rel=1e-4)
     assert least < check.function_change < most
     assert f"{check.function_change:.2%}" in str(check)
+
+
+@pytest.mark.parametrize("chunks", [None, 2])
+def test_the_change_of_the_function_does_not_depend_on_chunks(chunks):
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 16)
+    model = revwire.convert(encoder(3, dropout=0.1), x, chunks=chunks)
+    cuts = [chain.cuts for chain in chains_of(model)]
+    assert any(any(c) for c in cuts if c) == bool(chunks)
+    assert revwire.verify(model, x).function_change < 0.05  # other random numbers make it 0.2
+    assert [chain.cuts for chain in chains_of(model)] == cuts
+
+
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
+def test_the_rewired_network_is_the_original_under_the_ordinary_rule(coupling):
+    check = revwire.verify(converted(coupling=coupling), X)
+    assert check.original_error == 0
+    assert "(by 0 under its own rule)" in str(check)
+    assert check.to_dict()["original_error"] == 0
+
+
+def test_it_is_so_with_random_numbers_in_chunks_and_on_further_inputs():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 16)
+    model = revwire.convert(encoder(3, dropout=0.1), x, chunks=2)
+    check = revwire.verify(model, x, further_inputs=[x[:2], (torch.randn(1, 7, 16),), {"src": x}])
+    assert check.original_error == 0
+
+
+@pytest.mark.parametrize("others", [(), [X[:1]], [X, X[:1]]])
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_wrong_rewiring_shows_on_the_inputs_for_which_it_is_wrong(least, others, monkeypatch):
+    model = converted()
+    last = standing_forward(model.blocks[-1])
+    right = type(last).__call__
+
+    def wrong(self, x):
+        out = right(self, x)
+        return 1.01 * out if self is last and len(x) <= least else out
+
+    monkeypatch.setattr(type(last), "__call__", wrong)
+    check = revwire.verify(model, X, further_inputs=others)
+    assert check.bit_exact  # it is wrong in the same way each time
+    seen = any(len(x) <= least for x in (X, *others))
+    assert check.original_error == (pytest.approx(0.01, rel=1e-3) if seen else 0)
+    assert vars(model.blocks[-1])["forward"] is last
+
+
+def test_other_outputs_are_infinitely_wrong():
+    for others in ([X, X], [X.float()], [X[:1]], [X * math.nan]):
+        assert _largest_error(others, [X]) == math.inf
+    assert _largest_error([X], [X]) == 0
+
+
+def test_further_inputs_are_a_list():
+    with pytest.raises(revwire.ConversionError, match=r"got Tensor as further_inputs; expected a list .*pass \[inputs"):
+        revwire.verify(converted(), X, further_inputs=X)
