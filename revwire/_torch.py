@@ -237,7 +237,9 @@ push_function_mode: Callable[[Any], None] = _bound("torch._C._push_on_torch_func
 pop_function_mode: Callable[[], Any] = _bound("torch._C._pop_torch_function_stack", _FOLLOWED)
 function_modes: Callable[[], int] = _bound("torch._C._len_torch_function_stack", _FOLLOWED)
 function_mode: Callable[[int], Any] = _bound("torch._C._get_function_stack_at", _FOLLOWED)
-"""The stack of function modes: the one that follows a host's code is taken off while a module that it calls runs."""
+"""The stack of function modes: the one that follows a host's code is taken off while a module that it calls runs; one
+stands for the default device.
+"""
 
 # -- compilers, exporters and transforms -------------------------------------------------------------------------------
 
@@ -320,16 +322,13 @@ PRECISIONS: dict[tuple[str, str], _Setting] = {
 unless it is told otherwise. (The older names of the same raise where both are in use.)
 """
 
-_function_modes: Callable[[], int] = _bound("torch._C._len_torch_function_stack", "the default device of a recompute")
-_function_mode: Callable[[int], Any] = _bound("torch._C._get_function_stack_at", "the default device of a recompute")
-
 
 def default_device() -> torch.device | None:
     """The device that `torch.set_default_device`, or ``with torch.device(...)``, has put in force, each by a mode: the
     uppermost. None: there is none.
     """
-    for i in reversed(range(_function_modes())):
-        mode = _function_mode(i)
+    for i in reversed(range(function_modes())):
+        mode = function_mode(i)
         if isinstance(mode, _DeviceContext):
             return mode.device
     return None

@@ -32,7 +32,7 @@ from revwire._search.places import Layout
 from revwire._surroundings.modes import NOTHING, exporting
 from revwire._torch import disable_dynamo, inside_checkpoint
 
-_FLAGS = frozenset({bool, type(None)})
+_PLAIN = frozenset({Tensor, bool, type(None)})
 
 
 class LiveForward(RewiredForward):
@@ -60,8 +60,6 @@ class LiveForward(RewiredForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
-        if exporting() or any(map(_runs_by_program, self.slots)):
-            return super().__call__(*args, **kwargs)
         if self.straight and self._is_plain_call(args, kwargs):
             try:
                 program, leaves = self.program_of(args, kwargs)
@@ -69,6 +67,8 @@ class LiveForward(RewiredForward):
                 self.straight = False
             else:
                 return program(self.module, leaves)
+        if exporting() or any(map(_runs_by_program, self.slots)):
+            return super().__call__(*args, **kwargs)
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         if self.host is None or not self.host.is_current:
@@ -83,8 +83,10 @@ class LiveForward(RewiredForward):
 
     def _is_plain_call(self, args: Any, kwargs: Any) -> bool:
         """Whether it is given nothing but plain tensors and flags, and runs the code that is a straight line."""
-        given = (*args, *kwargs.values()) if kwargs else args
-        return type(self.module).forward is self.code and all(type(a) is Tensor or type(a) in _FLAGS for a in given)
+        for given in (*args, *kwargs.values()) if kwargs else args:
+            if type(given) not in _PLAIN:
+                return False
+        return type(self.module).forward is self.code
 
     def _names_of_arguments(self) -> tuple[str, ...]:
         original = self.original
