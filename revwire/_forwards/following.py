@@ -146,6 +146,10 @@ class Following(TorchFunctionMode):
             self.units.met(name_of(func), out)
         return out
 
+    def expects(self, args: Any, kwargs: Any) -> bool:
+        """Whether one of these arguments of a module that is opened is a part of a unit of the host, or begins one."""
+        return any(map(self.units.is_expected, tensors_of(args, kwargs)))
+
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a module by the host's own code."""
         host = self.host

@@ -134,6 +134,10 @@ class Host:
         found = [(place, p) for p in self.chains.get(id(chain), ()) if (place := p.unit.place(position)) is not None]
         return min(found, key=lambda f: (bool(users) and f[1].number not in users, f[0]), default=(0, None))[1]
 
+    def has_unit(self, chain: Chain, position: int) -> bool:
+        """Whether the unit at a place of a chain is its own."""
+        return (id(chain), position) in self._at
+
     def tell(self, unit: Unit, what: str) -> None:
         """Warn, once for each unit."""
         if unit.path not in self.told:

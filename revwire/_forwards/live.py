@@ -27,6 +27,7 @@ from revwire._forwards.rewired import RewiredForward
 from revwire._forwards.straight import is_straight
 from revwire._programs.calls import Slot
 from revwire._runtime.cells import kept_cell, opened_cell
+from revwire._runtime.follower import NOW
 from revwire._runtime.run import refuse_transforms
 from revwire._search.places import Layout
 from revwire._surroundings.modes import NOTHING, exporting
@@ -59,6 +60,8 @@ class LiveForward(RewiredForward):
     @disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
+            return self.plain(*args, **kwargs)
+        if NOW.follower is not None and NOW.follower.expects(args, kwargs):  # this is a part of a unit of that host
             return self.plain(*args, **kwargs)
         if self.straight and self._is_plain_call(args, kwargs):
             try:

@@ -184,6 +184,14 @@ class OpenUnits:
             return None
         return fork[1], t, None
 
+    def is_expected(self, t: Tensor) -> bool:
+        """Whether a tensor is a part of a unit of this host, or its next unit begins with it."""
+        fork = self.forks.get(id(t))
+        if (fork is not None and fork[0] is t) or any(one.segment.number(t) is not None for one in self.open):
+            return True
+        links = (link_of(t, units[0].slot.chain) for units in self.host.chains.values())
+        return any(link is not None and self.host.has_unit(link.tape.chain, link.tape.position) for link in links)
+
     def viewed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A view of a state before a unit, or behind it, as a view of both streams; None for any other call."""
         x = args[0] if args else None
