@@ -163,7 +163,7 @@ EFFECTS = [
     _s("self.history.append(h.detach())\nh = h + self.history[0].mean()", "self.history = []"),
     _s("STATE.step += 1\nh = h * (1.0 + 0.01 * STATE.step)"),
     _s("type(self).total += 1"),
-    _s("global TOTAL\nTOTAL += 1"),
+    _s("globals()['TOTAL'] += 1"),
     _s("h.tag = 'mine'\nLOG.append(getattr(h, 'tag', None))"),
     _s("x.tag = 'state'\nLOG.append(getattr(x, 'tag', None))"),
     _s("self.f.seen = self.f.seen + 1", "self.f.seen = 0"),

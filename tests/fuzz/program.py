@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,11 @@ class Root(nn.Module):
 
 SIGNATURE = "x, mask=None, lengths=None, cond=None, extra=None, sink=None, skip=False, scale=1.0"
 
+OUTSIDE = re.compile(
+    r"LOSSES|LOG|COUNTS|HOOKED|STATE\.|TOTAL|total|sink|self\.(log|history|losses|statistics|f\.seen)|generator"
+    r"|(?<!torch\.)\brandom\.|_random|np\."
+)
+
 OUTPUTS = {"x": "{}", "tuple": "{}, h.mean()", "dict": "{{'x': {}, 'side': h.mean()}}", "object": "Output({}, h.mean())"}
 
 RETURNED = {"x": "x", "list": "[x, *hidden]", "dict": "{'out': x, 'hidden': hidden}", "head": "self.head(x)"}
@@ -218,6 +224,16 @@ class Program:
                 f"(data(*({'(2, 8, size, 3)' if self.image else '(2, size, 8)'}), seed={i}).requires_grad_(),), kwargs\n"
             )
         return "\n".join(text)
+
+    def repeats(self, closed: Collection[str]) -> bool:
+        """Whether code that a recompute runs again, in blocks of these classes or in hooks, does what is no business of
+        tensors, attributes or torch's generators (docs/limits.md, "State outside of tensors").
+        """
+        for body in self.bodies:
+            for s in (s for n, s in (*body.statements, body.end) if n not in self.without):
+                if OUTSIDE.search(s.needs if "hook(" in s.needs else s.code if body.name in closed else ""):
+                    return True
+        return False
 
     def essence(self) -> str:
         """What may be left out, and is there."""
