@@ -118,6 +118,8 @@ OUTSIDE = re.compile(
     r"|(?<!torch\.)\brandom\.|_random|np\."
 )
 
+PURE_KINDS = ["pure", "in place", "reads", "modes", "early"]
+
 OUTPUTS = {"x": "{}", "tuple": "{}, h.mean()", "dict": "{{'x': {}, 'side': h.mean()}}", "object": "Output({}, h.mean())"}
 
 RETURNED = {"x": "x", "list": "[x, *hidden]", "dict": "{'out': x, 'hidden': hidden}", "head": "self.head(x)"}
@@ -287,12 +289,14 @@ class _Draw:
     def program(self) -> Program:
         r = self.random
         nested = r.random() < 0.2
-        bodies = [self.body("Inner", 1)] if nested else []
         sequential = r.random() < 0.12
         loop = "x = self.line(x)" if sequential else r.choice([code for code in LOOPS if "self.line" not in code])
+        # under the original's own checkpoint, effects happen twice: no oracle
+        kinds = PURE_KINDS if "checkpoint" in loop else list(KINDS)
+        bodies = [self.body("Inner", kinds, 1)] if nested else []
         simple = sequential or "checkpoint" in loop or "reduce" in loop
         output = "x" if simple or r.random() < 0.8 else r.choice(["tuple", "dict", "object"])
-        bodies.append(self.body("Block", r.choice([1, 2, 2, 3, 3, 4, 6]), output, nested))
+        bodies.append(self.body("Block", kinds, r.choice([1, 2, 2, 3, 3, 4, 6]), output, nested))
         depth = r.choice([2, 3, 3, 4])
         make = r.choice([f"return [Block() for _ in range({depth})]"] * 6 + [
             f"return [Block()] * {depth}", "a, b = Block(), Block()\n    return [a, b, a, b]",
@@ -317,13 +321,13 @@ class _Draw:
             r.choice(kinds),
         )
 
-    def body(self, name: str, odd: int, output: str = "x", nested: bool = False) -> Body:
+    def body(self, name: str, kinds: list[str], odd: int, output: str = "x", nested: bool = False) -> Body:
         r = self.random
         drawn = []
         if r.random() < 0.15:
             drawn.append(self.pick(STATE))
         drawn.append(self.pick(STARTS))
-        names, weights = list(KINDS), [w for _, w in KINDS.values()]
+        names, weights = kinds, [KINDS[k][1] for k in kinds]
         for kind in r.choices(names, weights, k=odd):
             drawn.append(self.pick(KINDS[kind][0]))
         if nested:
