@@ -31,7 +31,7 @@ class ReconstructionError(RevwireError, RuntimeError):
 
 
 class RangeError(RevwireError, OverflowError):
-    """A value left the range of the fixed-point streams, or is not finite."""
+    """A value left the range of the fixed-point streams, and it was known too late to scale them anew."""
 
 
 class UnsupportedTransformError(RevwireError, NotImplementedError):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ IMAGE = (2, WIDTH, 4, 4)  # (batch, channels, height, width)
 LARGE = (16, 64, WIDTH)  # as SHAPE, where bytes are counted
 STREAM = 16 * 64 * WIDTH * 4
 """Bytes of one state of the shape LARGE."""
+
+
+_SEEDS = count()
+
+
+def restless() -> torch.Generator:
+    """A generator that begins elsewhere each time: nobody can replay it."""
+    return torch.Generator().manual_seed(next(_SEEDS))
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:

@@ -18,6 +18,7 @@ from revwire._capture.arguments import as_call, fresh_arguments
 from revwire._forwards.converted import chains_of
 from revwire._runtime.chain import observed
 from revwire._runtime.observer import Key, Observer, Rebuilt
+from revwire._runtime.range import ranges_held
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import deterministic_kernels
@@ -121,7 +122,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Check:
     """
     report(model)
     witness = _Witness()
-    with deterministic_kernels(), left_as_found(model, example_inputs, backward=True):
+    ranges = ranges_held(chain.reach for chain in chains_of(model))
+    with deterministic_kernels(), left_as_found(model, example_inputs, backward=True), ranges:
         with stored_activations(model):
             true_out, true_grads = _step(model, example_inputs)
         with observed(chains_of(model), witness):

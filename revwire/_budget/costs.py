@@ -153,8 +153,8 @@ def _stopping(unit: UnitCost, at: Levels) -> Peaks:
     run = unit.run
     share = min(1.0, run.held / run.rebuilt) if run.rebuilt else 1.0  # of its largest chunk
     part = int(unit.state * share) if run.result and share < 1 else 0  # of x_{k-1}, which comes before its recompute
-    behind = unit.state if unit.ends else 0
-    forward = at.forward + (int(run.result * (1 - share)) if run.result else behind)
+    behind = unit.state if unit.ends and not run.result else 0
+    forward = max(at.forward, at.stepped + behind) + int(run.result * (1 - share))
     return Peaks(forward, max(at.complete, at.undone or at.backward) + part).moved(run.glances)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from revwire._budget.measured import Measured, Stretch
 
-_OWN = ("enter", "grad", "complete", "rebuilt", "undone")
+_OWN = ("enter", "step", "grad", "complete", "rebuilt", "undone")
 """Marks after which a stretch is a unit's own."""
 
 
@@ -48,6 +48,7 @@ class Levels:
     """Bytes of the stretches around one run: the beginning and peak of its forward, its rebuilding, its backward.
 
     Attributes:
+        stepped: the peak from the end of its branch on.
         grown: from the beginning of its forward to its end.
         again: by how much its rebuilding, or that of its last chunk, rose above what was there.
         complete: of its rebuilding until its gradient had all that it needed.
@@ -58,6 +59,7 @@ class Levels:
 
     start: int = 0
     forward: int = 0
+    stepped: int = 0
     grown: int = 0
     rebuild: int = 0
     backward: int = 0
@@ -71,6 +73,8 @@ class Levels:
         kind, peak = stretch.mark.kind, stretch.peak
         if kind == "enter":
             self.start, self.forward = stretch.level, peak
+        elif kind == "step":
+            self.forward, self.stepped = max(self.forward, peak), max(self.stepped, peak)
         elif kind in ("grad", "complete"):
             self.asked = stretch.level if self.asked is None else self.asked
             self.rebuild, self.again = max(self.rebuild, peak), max(self.again, peak - self.asked)
@@ -87,6 +91,7 @@ class Levels:
             self,
             start=self.start + by,
             forward=self.forward + by,
+            stepped=self.stepped + by,
             rebuild=self.rebuild + by,
             backward=self.backward + by,
             complete=self.complete + by,
@@ -172,7 +177,7 @@ class Reading:
         run = stretch.mark.run
         self.levels[run].note(stretch)
         self.spent[run] += stretch.seconds
-        if stretch.mark.kind == "enter":
+        if stretch.mark.kind in ("enter", "step"):
             self.recomputing[run] += stretch.seconds
 
 

@@ -16,7 +16,7 @@ from revwire._streams.base import Streams, stream_dtype
 from revwire._streams.samples import size_of_glance
 from revwire.couplings.base import Coupling
 
-Kind = Literal["begin", "enter", "leave", "turn", "grad", "complete", "rebuilt", "undone"]
+Kind = Literal["begin", "enter", "step", "leave", "turn", "grad", "complete", "rebuilt", "undone"]
 
 
 class Mark(NamedTuple):
@@ -169,6 +169,9 @@ class Marker(Observer):
         if out.requires_grad:
             out.register_hook(lambda _: self.grad(run))  # type: ignore[no-untyped-call]
         self.mark("leave", run)
+
+    def on_step(self) -> None:
+        self.mark("step", len(self.places) - 1)
 
     def on_drop(self, key: Key, state: Tensor) -> None:
         self.runs[key] = len(self.places) - 1

@@ -103,16 +103,14 @@ def _called(recording: Recording) -> set[int]:
 
 
 def _leaves_out(recording: Recording) -> bool:
-    """Whether a module was not called that has a sibling of the same kind which was."""
+    """Whether a module with weights was not called, and one was that differs from it in numbers in its name alone."""
     called = _called(recording)
-    for parent in recording.root.modules():
-        kinds: dict[type, set[bool]] = {}
-        for child in parent.children():
-            if next(child.children(), None) is not None:
-                kinds.setdefault(type(child), set()).add(id(child) in called)
-        if any(len(found) == 2 for found in kinds.values()):
-            return True
-    return False
+    groups: dict[str, set[bool]] = {}
+    for name, module in recording.root.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            alike = ".".join("#" if part.isdecimal() else part for part in name.split("."))
+            groups.setdefault(alike, set()).add(id(module) in called)
+    return any(len(found) == 2 for found in groups.values())
 
 
 def _refuse_lazy(module: nn.Module) -> None:

@@ -24,6 +24,7 @@ from revwire._errors import ReconstructionError
 from revwire._forwards.base import InstanceForward, put_on, standing_forward
 from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, undisturbed
+from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, versions_of
 from revwire._surroundings.modes import exporting, transformed
 from revwire._surroundings.weights import Homes, lent, put_back
@@ -41,6 +42,7 @@ class CheckpointedForward(InstanceForward):
         super().__init__(module, path, original)
         self.on = True
         self.homes = Homes()
+        self.known = Known()
         self.homes.note(module)
 
     @disable_dynamo
@@ -64,6 +66,7 @@ class _Run:
         self.call: Any = args, kwargs  # until it has run: then only tensors and objects are kept, by `checkpoint`
         self.structure = structure
         self.owned = Inventory.of([forward.module])
+        self.held = Held.by(forward.known, self.owned, (), forward.module.training)
         if not forward.homes:  # a copy, whose tensors are others
             forward.homes.note(forward.module)
         self.copies: Copies | None = None
@@ -92,10 +95,11 @@ class _Run:
     def first(self) -> Iterator[None]:
         """Around the forward."""
         writers = [m for m in self.owned.writers if m.training]
-        with undisturbed(writers):
+        with undisturbed([*writers, *self.held.holders]):
             written = Written(writers, copied=True)
             yield
             self.copies = written.copies()
+            self.held.settle(self.forward.known, self.forward.module.training)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -112,7 +116,8 @@ class _Run:
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
         exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
-        with put_back(lent(self.owned.tables, self.forward.homes)), exchanged:
+        lent_out = put_back(lent(self.owned.tables, self.forward.homes))
+        with undisturbed([*holders, *self.held.holders]), lent_out, exchanged, self.held.found_again():
             yield
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:

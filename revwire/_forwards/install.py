@@ -53,10 +53,11 @@ def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:
     if strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
-        if path in layouts:
-            install_live(model.get_submodule(path), path, slots, layouts[path])
-        else:
+        layout = layouts[path]
+        if layout is None:
             install(model.get_submodule(path), path, slots)
+        else:
+            install_live(model.get_submodule(path), path, slots, layout)
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
     parted = [
         Parted(

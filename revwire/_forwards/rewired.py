@@ -52,6 +52,15 @@ class RewiredForward(ProgramForward[Program]):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_recording():
             return self.plain(*args, **kwargs)
+        program, leaves = self.program_of(args, kwargs)
+        return program(self.module, leaves)
+
+    def program_of(self, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
+        """The program for such a call, and what it is given: captured now, if it is the first one.
+
+        Raises:
+            CaptureError: there can be none.
+        """
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         leaves = (
@@ -63,7 +72,7 @@ class RewiredForward(ProgramForward[Program]):
         if program is None:
             program = self.capture(args, kwargs)
             self.keep(program, args, kwargs, leaves)
-        return program(self.module, leaves)
+        return program, leaves
 
     def cannot_export(self) -> CaptureError:
         """The error that says that an exporter, which has no values to observe, can only write down a call that was met

@@ -60,7 +60,7 @@ class Prepared(NamedTuple):
     plan: Plan
     chains: list[Chain]
     hosts: dict[str, list[Slot]]
-    layouts: dict[str, Layout]
+    layouts: dict[str, Layout | None]
     cores: dict[str, InBranch]
     known: Known
 
@@ -75,12 +75,12 @@ class Planner:
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
         self.known: Known = {}
-        self.layouts: dict[str, Layout] = {}
+        self.layouts: dict[str, Layout | None] = {}
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
         while True:
-            self.found = {}
+            self.found, self.layouts = {}, {}
             search = find_chains(self.recording, self.refuse, whole=self.whole)
             units = self.unique(search)
             chains = [self.chain(i, chain) for i, chain in enumerate(units)]
@@ -238,12 +238,7 @@ class Planner:
                 cut = self.recording.of_call(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
                 self.opened |= {u.candidate.host + call for call in inline}
-                drops = [s.chain.couplings[s.index].drops_skip for s in held]
-                try:
-                    self.layouts[u.host_path] = layout(cut, again, inline, drops)
-                except UnseenError:
-                    self.layouts.pop(u.host_path, None)
-                    Program.of(build_graph(cut, inline), again, held)
+                self.layouts[u.host_path] = _layout(cut, again, inline, held)
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
                 failed.update(
@@ -270,6 +265,19 @@ class Planner:
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
         return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+
+
+def _layout(cut: Recording, units: list[Candidate], inline: set[int], held: list[Slot]) -> Layout | None:
+    """How the units of a host show in its code; None where that is not seen, and a program runs in its place.
+
+    Raises:
+        CaptureError: neither can be.
+    """
+    try:
+        return layout(cut, units, inline, [s.chain.couplings[s.index].drops_skip for s in held])
+    except UnseenError:
+        Program.of(build_graph(cut, inline), units, held)
+        return None
 
 
 def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:

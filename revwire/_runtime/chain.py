@@ -11,6 +11,7 @@ from torch import Tensor
 
 from revwire._runtime.chunks import Chunk, Cut
 from revwire._runtime.observer import Observer
+from revwire._runtime.range import Reach
 from revwire._runtime.unit import Mode
 from revwire._surroundings.weights import Homes
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
@@ -28,7 +29,8 @@ class Chain:
         coupling: the scheme, one for all units or one for each.
         exact: fixed-point streams (True) or float streams.
         length: number of units; after the last, the streams are merged.
-        largest: the largest magnitude met in the streams at conversion, or None if not known.
+        largest: the largest magnitude met in the streams at conversion, or None if not known; from then on `reach`
+            follows what forwards meet.
         keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `unit_run`).
 
     Attributes:
@@ -51,7 +53,7 @@ class Chain:
         self.couplings = (coupling,) * length if isinstance(coupling, Coupling) else tuple(coupling)
         self.exact = exact
         self.length = length
-        self.largest = largest
+        self.reach = Reach(largest)
         self.keeps_last = keeps_last
         self.set_anchors(None)
         self.run_whole: set[str] = set()  # units whose recompute was seen not to be comparable when it stops early
@@ -104,6 +106,11 @@ class Chain:
         """Hear of the relative error of a rebuilt state."""
         if self.adapts and self.spacing is not None and error > self.tolerance / 4:
             self.spacing = max(1, self.spacing // 2)
+
+    @property
+    def largest(self) -> float | None:
+        """The largest magnitude met in the streams at conversion, or None if not known."""
+        return self.reach.calibrated
 
     @property
     def coupling_name(self) -> str:

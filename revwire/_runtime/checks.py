@@ -19,10 +19,13 @@ from revwire._streams.samples import Fingerprint
 
 
 class Checks:
-    """The comparisons of one backward pass; where they are ``deferred``, they are read at its end."""
+    """The comparisons of one backward pass; where they are ``deferred``, they are read at its end.
 
-    def __init__(self, chain: Chain, streams: Streams, *, deferred: bool) -> None:
-        self.chain, self.streams, self.deferred = chain, streams, deferred
+    A ``spoiled`` forward has nothing to be compared with: its gradients are NaN.
+    """
+
+    def __init__(self, chain: Chain, streams: Streams, *, deferred: bool, spoiled: bool = False) -> None:
+        self.chain, self.streams, self.deferred, self.spoiled = chain, streams, deferred, spoiled
         self.pending: list[tuple[UnitRecord, Fingerprint, Tensor]] = []
 
     def compare(self, record: UnitRecord, previous: Tensor, again: Again, summary: Tensor | None = None) -> None:
@@ -32,7 +35,7 @@ class Checks:
             ReconstructionError: they differ.
         """
         assert record.fingerprint is not None
-        if again.f is None and not record.by_result:  # it was compared
+        if self.spoiled or (again.f is None and not record.by_result):  # then it was compared
             return
         if record.stop and not record.by_result:
             summary = record.fingerprint.state

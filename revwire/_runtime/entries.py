@@ -23,6 +23,7 @@ from revwire._runtime.unit import Unit
 from revwire._streams.samples import Fingerprint, Sample
 from revwire._surroundings.buffers import Copies
 from revwire._surroundings.copies import Versions
+from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, version_of
 from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import Rule
@@ -88,7 +89,7 @@ class UnitRecord:
     inputs: Versions
     owned: Inventory
     surroundings: Surroundings
-    attributes: Sequence[tuple[nn.Module, str, Any]] = ()  # that the branch assigns to, as it found them
+    held: Held  # what its modules hold besides, as it found it
     buffers: Copies | None = None  # that the branch reads and writes, as it found them
     saved: list[TensorMeta] = field(default_factory=list)
     witnesses: Sequence[int] = ()

@@ -105,7 +105,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
         tape = run.tape
         ctx.rule, ctx.dtype, ctx.share = run.rule, f.dtype, share
-        ctx.kept = run.kept
+        ctx.kept, ctx.range = run.kept, tape.range
         out = run.step(current, f)
         if tape.rewinds and ctx.kept is None:
             ctx.tape, ctx.position = tape, len(tape.records) - 1
@@ -119,6 +119,8 @@ class _Step(torch.autograd.Function):
             Rewind.of(ctx.tape).undo(ctx.position)
         ctx.kept = None
         rule, g = ctx.rule, grads[0]
+        if ctx.range.deferred and ctx.range.settle():
+            g = g * float("nan")  # see Note [Synchronisation] in `range`
         need = ctx.needs_input_grad
         branch = _scale(g, rule.c) if need[3] else None
         share = ctx.share

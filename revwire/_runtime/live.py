@@ -27,6 +27,7 @@ from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import laid_out
 from revwire._surroundings.copies import detached
+from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
 from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import checkpoint_stops_early
@@ -119,7 +120,7 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
             weights.append(t)
         else:
             replay.held[number] = detached(t, inputs)
-    owned = Inventory.of(segment.modules)
+    owned = Inventory.joined(segment.modules)
     for weight in weights:
         owned.note(weight)
     return UnitRecord(
@@ -131,7 +132,7 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
         extras=(),
         inputs=inputs,
         owned=owned,
-        attributes=segment.attributes,
+        held=Held.nothing(),
         buffers=segment.buffers,
         stop=Stop() if _may_stop(segment) else None,
         surroundings=Surroundings(
@@ -146,7 +147,7 @@ def _may_stop(segment: Segment) -> bool:
     """Whether the recompute may stop early; see Note [What need not be rebuilt] in `recompute`."""
     if not (segment.checkpoints and segment.may_skip and checkpoint_stops_early()):
         return False
-    return not any(has_hooks(m) for root in segment.modules for m in root.modules())
+    return not any(has_hooks(m) for owned in segment.modules for m in owned.modules.values())
 
 
 def _warn_stored(chain: Chain, unit: Unit) -> None:

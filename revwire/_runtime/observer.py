@@ -94,6 +94,9 @@ class Observer:
             must own no graph.
         """
 
+    def on_step(self) -> None:
+        """Its branch has run, or a chunk of it, and the step to the next state begins."""
+
     def on_drop(self, key: Key, state: Tensor) -> None:
         """It has run, or a chunk of it, and its state x_{k-1} is dropped."""
 

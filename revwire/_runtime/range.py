@@ -1,70 +1,260 @@
-"""Whether the values of a forward stay in the range of its streams.
+"""Whether the values of a forward stay in the range of its streams, and for which range the next one is scaled.
+
+Note [Out of range]
+    Where the value of x_{k+1} would leave the integers, the tape ends with unit k. Its record keeps x_{k-1}, as that of
+    a checkpointed unit does, so that nothing has to come back from x_{k+1}; x_{k+1} itself is computed in floating
+    point by the same node, whose gradient is what it always is; and the chain goes on in a new tape that x_k and
+    x_{k+1} enter as the input of a chain does, in streams scaled for what they are. It costs two more states, which
+    wait for their backward, and may happen any number of times. What is not finite fits no integers: from there on
+    streams are floats, each unit keeps its states, and gradients are the plain network's, NaN and all.
+
+Note [Following the range]
+    Once a forward has left the range, those after it are scaled for what it met (`Reach`); one that stays in it is
+    scaled for nothing but its input and the example, so what it computes does not depend on those before it. Scales are
+    local: a tape keeps its own, and ranks need not agree. A forward inside of a backward pass (activation checkpointing
+    runs one again) takes the scale of the one before.
 
 Note [Synchronisation]
     Reading one number from an accelerator stalls it. There, range checks and comparisons stay on the device, and are
     read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
     optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
     wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
-    a number.
+    a number, and ends in an error: nothing can be scaled anew when it is too late. Therefore, after a forward that came
+    near the end of the range, each unit is read for a while. Where the first value that does not fit is not finite
+    (`FixedStreams` leaves it so), the plain network has none either: there is no error, and all gradients are NaN.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from revwire._errors import RangeError
+from revwire._runtime.autograd_graph import NO_PASS, running_pass
 from revwire._runtime.unit import Unit
+from revwire._streams.base import Stepped
+
+_NEAR = 4
+"""A forward that came nearer than this factor to the end of the range may be followed by one that leaves it."""
+
+
+_UNUSED = 2.0**9
+"""A range is wider than needed where it ends at more than this many times what was met."""
+
+
+_NARROWER = 2.0**3
+"""By how much it narrows then."""
+
+
+_IDLE = 64
+"""Forwards in a row that must leave a range unused before it narrows."""
+
+
+_CAREFUL = 64
+"""Forwards in which each unit is read, also where that stalls."""
+
+
+@dataclass
+class Reach:
+    """The largest magnitude for which a chain scales its streams; see Note [Following the range].
+
+    Attributes:
+        calibrated: that of the example, below which it does not fall; None where it is not known.
+        largest: that of the present forward.
+        following: that of the next one.
+        held: nothing that forwards meet changes it.
+        careful: forwards that are still to be read unit by unit.
+        idle: forwards in a row that left the range unused.
+        warned: of which kinds of things a warning was given.
+    """
+
+    calibrated: float | None
+    largest: float = field(init=False)
+    following: float = field(init=False)
+    held: bool = False
+    careful: int = 0
+    idle: int = 0
+    warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.largest = self.following = self.calibrated or 0.0
+
+    def begin(self) -> float:
+        """A forward begins: for which magnitude its streams are scaled at least."""
+        if running_pass() == NO_PASS:
+            self.largest = self.following
+        return self.largest
+
+    def stay(self, met: float, bound: float) -> None:
+        """A forward has met magnitudes up to ``met`` in streams that end at ``bound``."""
+        if self.held:
+            return
+        self.careful = _CAREFUL if met * _NEAR > bound else max(self.careful - 1, 0)
+        floor = self.calibrated or 0.0
+        self.idle = self.idle + 1 if self.largest > floor and met * _UNUSED < bound else 0
+        if self.idle == _IDLE:
+            self.following, self.idle = max(floor, self.largest / _NARROWER), 0
+
+    def leave(self, met: float) -> None:
+        """A forward has left its range, by a value of magnitude ``met``."""
+        if not self.held and isfinite(met):
+            self.following, self.careful, self.idle = max(self.following, met), _CAREFUL, 0
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, once of each kind."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(message, stacklevel=3)
+
+
+@contextmanager
+def ranges_held(reaches: Iterable[Reach]) -> Iterator[None]:
+    """Let all forwards inside of this be scaled alike, so that they can be compared to the bit."""
+    before = [(reach, reach.held) for reach in reaches]
+    try:
+        for reach, _ in before:
+            reach.held = True
+        yield
+    finally:
+        for reach, held in before:
+            reach.held = held
+
+
+def magnitude(*tensors: Tensor) -> float:
+    """The largest magnitude in these tensors; not finite where one of them is not. It waits for the device."""
+    found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
+    return float(torch.stack(found).amax()) if found else 0.0
 
 
 class RangeCheck:
     """The range checks of one forward.
 
     Args:
-        chain: its name, for the error.
+        chain: its name, for what is said.
+        reach: that of the chain, which hears of it.
         bound: the magnitude below which every value must stay; None: there is nothing to check.
+        keep: whether gradients are recorded; else nobody is warned, and no forward is scaled for this one.
         deferred: whether they are read at the end; see Note [Synchronisation].
+
+    Attributes:
+        largest: the largest magnitude so far, as far as it was read (to a factor of 2).
+        spoiled: a deferred check found what is not finite: there are no gradients but NaN.
     """
 
-    __slots__ = ("bound", "chain", "deferred", "norms")
+    __slots__ = ("bound", "chain", "deferred", "error", "keep", "largest", "norms", "reach", "spoiled")
 
-    def __init__(self, chain: str, bound: float | None, *, deferred: bool) -> None:
-        self.chain, self.bound, self.deferred = chain, bound, deferred
+    def __init__(self, chain: str, reach: Reach, bound: float | None, *, keep: bool, deferred: bool) -> None:
+        self.chain, self.reach, self.bound, self.keep = chain, reach, bound, keep
+        self.deferred = deferred and not reach.careful
+        self.largest, self.spoiled = 0.0, False
+        self.error: RangeError | None = None
         self.norms: list[tuple[Unit, Tensor]] = []
 
-    def holds(self, out: Tensor) -> bool:
-        """Whether all values are in range, as far as that can be told without waiting for a device."""
-        if self.bound is None or self.deferred or not out.numel():
+    def holds(self, unit: Unit, stepped: Stepped) -> bool:
+        """Whether all values of a unit are in range, as far as that can be told without waiting for a device."""
+        if self.bound is None:
             return True
-        low, high = torch.aminmax(out)  # a NaN anywhere makes both NaN; many times faster than a vector norm
-        return -self.bound < float(low) and float(high) < self.bound
+        if self.deferred:
+            self._read_later(unit, stepped.value, self.bound)
+            return True
+        if stepped.in_range:
+            largest = stepped.largest
+        elif not stepped.value.numel():
+            return True
+        else:
+            low, high = torch.aminmax(stepped.value)  # a NaN anywhere makes both NaN; many times faster than a norm
+            largest = max(-float(low), float(high))
+            if not largest < self.bound:
+                return False
+        if largest > self.largest:
+            self.largest = largest
+        return True
 
-    def note(self, unit: Unit, out: Tensor) -> None:
-        """Where reading a number stalls, a value out of range becomes NaN, and the magnitude is read later."""
-        if self.bound is None or not self.deferred or not out.numel():
-            return
-        low, high = torch.aminmax(out)
-        norm = torch.maximum(-low, high)
-        self.norms.append((unit, norm))
-        out.mul_(torch.where(norm < self.bound, 1.0, float("nan")))
+    def _read_later(self, unit: Unit, out: Tensor, bound: float) -> None:
+        """A value out of range becomes NaN meanwhile."""
+        if out.numel():
+            low, high = torch.aminmax(out)
+            norm = torch.maximum(-low, high)
+            self.norms.append((unit, norm))
+            out.mul_(torch.where(norm < bound, 1.0, float("nan")))
 
-    def settle(self) -> None:
-        """Read the deferred checks: one synchronisation.
+    def settle(self) -> bool:
+        """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled.
 
         Raises:
             RangeError: a value left the range of the streams; names the first unit at which one did.
         """
         norms, self.norms = self.norms, []
-        if not norms or self.bound is None:
-            return
-        for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
-            if not norm < self.bound:
-                raise self.left(unit)
+        if norms and self.bound is not None:
+            for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
+                if not norm < self.bound:
+                    self._found_late(unit, norm, self.bound)
+                    break
+                self.largest = max(self.largest, norm)
+        if self.error is not None:
+            raise self.error
+        return self.spoiled
 
-    def left(self, unit: Unit) -> RangeError:
-        """The error that says that a value has left the range at this unit."""
-        return RangeError(
-            f"{unit.path} ({self.chain}): got a value that is not finite, or of magnitude {self.bound:.4g} or more; "
-            "expected the streams to stay within 2^5 times the range they were scaled for; convert with an example "
-            "whose values are of the magnitude you train on, lower the learning rate, or pass exact=False"
+    def _found_late(self, unit: Unit, norm: float, bound: float) -> None:
+        if not isfinite(norm):
+            self.spoiled = True
+            self._warn_of_what_is_not_finite(unit)
+            return
+        self.reach.leave(norm)
+        self.error = RangeError(f"{self._left(unit, bound, ' or more')}; {_TOO_LATE}")
+
+    def close(self) -> None:
+        """The forward is over.
+
+        Raises:
+            RangeError: see `settle`.
+        """
+        if not self.settle() and self.keep and self.bound is not None:
+            self.reach.stay(self.largest, self.bound)
+
+    def leave(self, unit: Unit, met: float) -> None:
+        """A value has left the range at this unit, and the chain goes on; see Note [Out of range]."""
+        if not isfinite(met):
+            self._warn_of_what_is_not_finite(unit)
+        elif self.keep:
+            self.reach.leave(met)
+            self.reach.warn("range", f"{self._left(unit, met)}; {_GOES_ON}")
+
+    def _warn_of_what_is_not_finite(self, unit: Unit) -> None:
+        if self.keep:
+            warn_of_what_is_not_finite(self.reach, self.chain, unit)
+
+    def _left(self, unit: Unit, met: float, more: str = "") -> str:
+        return (
+            f"{unit.path} ({self.chain}): got a value of magnitude {met:.4g}{more}; expected the streams to stay below "
+            f"{self.bound:.4g}, which leaves them 2^5 times the range they were scaled for"
         )
+
+
+_GOES_ON = (
+    "they are scaled anew from here on, and in the next forward. Outputs and gradients are right; two more states are "
+    "kept. Convert with an example whose values are of the magnitude you train on, or lower the learning rate, if that "
+    "is not meant"
+)
+
+
+_TOO_LATE = (
+    "here that is read when the chain is over, too late to scale them anew; the next forward is scaled for it. Convert "
+    "with an example whose values are of the magnitude you train on, lower the learning rate, or pass exact=False"
+)
+
+
+def warn_of_what_is_not_finite(reach: Reach, chain: str, unit: Unit) -> None:
+    """Say, once, that a NaN or an infinity has come into a chain."""
+    reach.warn(
+        "finite",
+        f"{unit.path} ({chain}): got a value that is not finite; expected numbers. Outputs and gradients are those "
+        "of the original network: skip the step, as torch.amp.GradScaler does. Lower the learning rate, or "
+        "look for the NaN in inputs and weights",
+    )

@@ -34,8 +34,7 @@ from revwire._runtime.kinds import dressed
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import glance, same_glances
-from revwire._surroundings.attributes import attributes_as_found
-from revwire._surroundings.buffers import buffers_exchanged
+from revwire._surroundings.buffers import buffers_exchanged, undisturbed
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place, versions_of
 from revwire._surroundings.modes import NOTHING
@@ -144,10 +143,12 @@ class _CheckpointWatch(TorchFunctionMode):
 
 @contextmanager
 def _modules_found(record: UnitRecord, gone: list[Place]) -> Iterator[None]:
+    writers, held = record.owned.writers, record.held
     with (
         put_back(gone) if gone else NOTHING,
-        buffers_exchanged(record.owned.writers, record.buffers) if record.owned.writers else NOTHING,
-        attributes_as_found(record.attributes) if record.attributes else NOTHING,
+        undisturbed([*writers, *held.holders]) if held.values else NOTHING,
+        buffers_exchanged(writers, record.buffers) if writers else NOTHING,
+        held.found_again() if held.may_differ else NOTHING,
     ):
         yield
 
@@ -156,7 +157,8 @@ def _modules_as_found(record: UnitRecord, gone: list[Place]) -> AbstractContextM
     """Let a recompute find weights, buffers and attributes as the forward did, where anything of these may be
     another.
     """
-    return _modules_found(record, gone) if gone or record.owned.writers or record.attributes else NOTHING
+    differ = gone or record.owned.writers or record.held.may_differ
+    return _modules_found(record, gone) if differ else NOTHING
 
 
 def evaluated_again(

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from revwire._structures import is_mapping, is_named_tuple, is_sequence, tensors_in
 from revwire._surroundings.copies import recalled
+from revwire._surroundings.holdings import Held
+from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.randomness import RandomStates, set_random_states
 
 CallModes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...]]
@@ -69,10 +71,11 @@ class Call:
         makes: the numbers of the tensors in its result, in order.
         randomness: the generators' states before it, where they must be set.
         modes: those around it, where they are not those of the unit.
+        held: what the module that is called, and those below it, held before it.
         copies: numbers of the tensors among its arguments that it writes to and that outlive it (batch statistics).
     """
 
-    __slots__ = ("args", "copies", "function", "kwargs", "makes", "modes", "needs", "randomness")
+    __slots__ = ("args", "copies", "function", "held", "kwargs", "makes", "modes", "needs", "randomness")
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any, needs: list[int]) -> None:
         self.function, self.args, self.kwargs, self.needs = function, args, kwargs, needs
@@ -80,6 +83,7 @@ class Call:
         self.randomness: RandomStates | None = None
         self.modes: CallModes | None = None
         self.copies: Sequence[int] = ()
+        self.held: Held | None = None
 
     def again(self, values: list[Any]) -> None:
         """Make the call again, on the values so far, and put down what it gives."""
@@ -87,11 +91,11 @@ class Call:
             set_random_states(self.randomness)
         args = [filled(a, values) for a in self.args]
         kwargs = {k: filled(a, values) for k, a in self.kwargs.items()} if self.kwargs else {}
-        if self.modes is None:
+        with (
+            NOTHING if self.modes is None else _under(self.modes),
+            self.held.found_again() if self.held is not None and self.held.may_differ else NOTHING,
+        ):
             out = self.function(*args, **kwargs)
-        else:
-            with _under(self.modes):
-                out = self.function(*args, **kwargs)
         makes = self.makes
         if type(out) is Tensor and len(makes) == 1:
             values[makes[0]] = out

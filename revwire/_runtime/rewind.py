@@ -35,7 +35,7 @@ class Rewind:
     """
 
     def __init__(self, tape: Tape, task: int) -> None:
-        tape.range.settle()
+        spoiled = tape.range.settle()
         self.tape = tape
         self.task = task
         self.retained = task == NO_PASS or bool(current_graph_task_keeps_graph())
@@ -44,7 +44,7 @@ class Rewind:
         self.previous, self.current = tape.intact_state()
         self.position = len(tape.records)
         self.cache: dict[int, tuple[Tensor, int]] = {}
-        self.checks = Checks(tape.chain, tape.streams, deferred=tape.deferred)
+        self.checks = Checks(tape.chain, tape.streams, deferred=tape.deferred, spoiled=spoiled)
         self.parts: list[tuple[Tensor, Tensor]] = []  # (x_{k-1}, x_k) of the chunks so far, from the last to the newest
         if not self.retained:
             tape.state = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from revwire._runtime.kinds import Kind, dressed, kind_of
 from revwire._runtime.kinds import plain as plain_tensor
 from revwire._runtime.links import Link, link_of, linked, linked_view
 from revwire._runtime.observer import Inputs, Outcome
+from revwire._runtime.range import magnitude, warn_of_what_is_not_finite
 from revwire._runtime.rewind import unpacker
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -61,7 +63,7 @@ def run(
 
     Raises:
         UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
-        RangeError: a value left the range of the fixed-point streams.
+        RangeError: a value left the range of the fixed-point streams, and it was known too late.
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
     refuse_transforms(chain.name)
@@ -139,9 +141,29 @@ def give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torc
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
-        tape.range.settle()
+        tape.range.close()
         return dressed((out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype), kind)
+    if tape.left:
+        tape, current, out = _scaled_anew(chain, tape, current, out)
     return linked(dressed(out.to(dtype), kind), tape, current, out)
+
+
+def _scaled_anew(chain: Chain, old: Tape, current: Tensor, out: Tensor) -> tuple[Tape, Tensor, Tensor]:
+    """A tape for the rest of the chain, and the values of x_k and x_{k+1} in it; see Note [Out of range] in `range`."""
+    streams = _streams_for(chain, magnitude(current, out), out.dtype)
+    states = streams.enter(current), streams.enter(out)
+    tape = Tape(chain, streams, states, position=old.position, keep=old.keep, unpacker=unpacker, plain=old.plain)
+    if isinstance(streams, FixedStreams):
+        current, out = enter(current, streams, states[0]), enter(out, streams, states[1])
+    return tape, current, out
+
+
+def _streams_for(chain: Chain, largest: float, dtype: torch.dtype) -> Streams:
+    """Integers for magnitudes up to ``largest``; floats, whose states are kept, where that is not finite."""
+    try:
+        return FixedStreams.for_range(largest, dtype)
+    except RangeError:
+        return FloatStreams(chain.tolerance, rebuilds=False)
 
 
 def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
@@ -167,9 +189,7 @@ def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor,
     kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
-    streams = (
-        FloatStreams(chain.tolerance) if plain or exported or not chain.exact else _fixed_if_finite(chain, unit, wide)
-    )
+    streams = FloatStreams(chain.tolerance) if plain or exported or not chain.exact else _begun(chain, unit, wide)
     state = streams.enter(wide)
     tape = Tape(
         chain,
@@ -190,8 +210,6 @@ def in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
     if not link.tape.keep and x.grad_fn is not None:
         raise _cut(chain, where)
     old = link.tape
-    if old.left_range is not None and torch.is_grad_enabled():
-        raise old.left_range
     tape = Tape(
         chain,
         old.streams,
@@ -212,22 +230,15 @@ def _cut(chain: Chain, where: str) -> ReconstructionError:
     )
 
 
-def _fixed_if_finite(chain: Chain, unit: Unit, x: Tensor) -> Streams:
-    try:
-        return _fixed(chain, unit, x)
-    except RangeError:
+def _begun(chain: Chain, unit: Unit, x: Tensor) -> Streams:
+    """The streams of a forward that enters the chain at this unit."""
+    largest, followed = magnitude(x), chain.reach.begin()
+    if not isfinite(largest):
         if torch.is_grad_enabled():
-            raise
-        return FloatStreams(chain.tolerance)  # nothing will be rebuilt
-
-
-def _fixed(chain: Chain, unit: Unit, x: Tensor) -> FixedStreams:
-    largest = float(torch.stack(torch.aminmax(x.detach())).abs().amax()) if x.numel() else 0.0
-    calibrated = largest * _HEADROOM_UNCALIBRATED if chain.largest is None else chain.largest
-    try:
-        return FixedStreams.for_range(max(largest, calibrated), x.dtype)
-    except RangeError as error:
-        raise RangeError(f"{unit.path} ({chain.name}): {error}") from None
+            warn_of_what_is_not_finite(chain.reach, chain.name, unit)
+        return FloatStreams(chain.tolerance, rebuilds=False)
+    least = largest if chain.reach.calibrated is not None else largest * _HEADROOM_UNCALIBRATED
+    return _streams_for(chain, max(least, followed), x.dtype)
 
 
 def result_dtype(unit: Unit, x: Tensor, f: Tensor) -> torch.dtype:

@@ -20,9 +20,9 @@ from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit, evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import can_be_sampled, glance
-from revwire._surroundings.attributes import MISSING
 from revwire._surroundings.buffers import Written, statistics_of, undisturbed
-from revwire._surroundings.copies import Versions, detached, held
+from revwire._surroundings.copies import Versions, detached
+from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.surroundings import Surroundings
@@ -91,6 +91,7 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
             products.settle(f)
             record.products = products
         record.surroundings.settle()
+        record.held.settle(call.unit.known, call.host.training)
         record.witnesses = [number for number, _ in last]
         record.sample = call.streams.sample(f, [t for _, t in last])
     finally:
@@ -103,7 +104,7 @@ def _record(call: Evaluation) -> UnitRecord:
     inputs: Versions = []
     extras = tuple([detached(e, inputs) for e in call.extras]) if call.extras else ()
     owned = Inventory.of(unit.modules(host))
-    modules = [(host.get_submodule(path), name) for path, name in unit.assigned] if unit.assigned else ()
+    assigned = [(host.get_submodule(path), name) for path, name in unit.assigned] if unit.assigned else ()
     return UnitRecord(
         unit=unit,
         host=host,
@@ -113,7 +114,7 @@ def _record(call: Evaluation) -> UnitRecord:
         extras=extras,
         inputs=inputs,
         owned=owned,
-        attributes=[(m, name, held(vars(m).get(name, MISSING), inputs)) for m, name in modules],
+        held=Held.by(unit.known, owned, assigned, host.training),
         chunk=call.chunk,
         kind=kind_of(x),
         stop=Stop() if _may_stop(call) else None,
@@ -130,10 +131,11 @@ def _may_stop(call: Evaluation) -> bool:
 
 def _evaluated(call: Evaluation, record: UnitRecord) -> tuple[Tensor, tuple[Any, ...]]:
     """Run the branch; of what it writes to buffers, the record keeps what was there."""
-    writers = [m for m in record.owned.writers if m.training] if record.owned.writers else None
-    if not writers:
+    writers = [m for m in record.owned.writers if m.training] if record.owned.writers else []
+    holders = record.held.holders if record.held.values else []
+    if not (writers or holders):
         return evaluate(call.unit, call.host, call.x, call.extras)
-    with undisturbed(writers):
+    with undisturbed([*writers, *holders]):
         written = Written(writers)
         statistics = statistics_of(writers) if record.stop else {}
         f, sides = evaluate(call.unit, call.host, call.x, call.extras)

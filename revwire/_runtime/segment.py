@@ -8,24 +8,24 @@ Note [Cells]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revwire._runtime.cells import Cell, keep, opened_cell
-from revwire._runtime.replay import Call, CallModes, Given, Made, Replay, recorded_dataclass
+from revwire._runtime.draws import Draws
+from revwire._runtime.numbers import Numbers
+from revwire._runtime.replay import Call, CallModes, Made, Replay
 from revwire._runtime.selective import Products
-from revwire._streams.kernels import same_bytes
-from revwire._structures import CONSTANTS, is_mapping, is_sequence, tensors_in
-from revwire._surroundings.attributes import MISSING
+from revwire._structures import tensors_in
 from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
-from revwire._surroundings.copies import Versions, held, snapshot
+from revwire._surroundings.copies import Versions
+from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of
-from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
+from revwire._surroundings.randomness import accelerators_of
 from revwire._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks
 
 if TYPE_CHECKING:
@@ -33,16 +33,12 @@ if TYPE_CHECKING:
     from revwire._runtime.links import Link
     from revwire._runtime.unit_run import UnitRun
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis)})
-
 _KEEPS_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
 
 _CPU = ("cpu",)
 
-_GENERATOR = torch.default_generator
-
-Assigned = dict[int, list[tuple[nn.Module, str]]]
-"""By the identity of a module that is called: the attributes that it, or those below it, assign to."""
+About = tuple[Known, Sequence[tuple[nn.Module, str]]]
+"""Of a module that is called: what it was found to hold, and the attributes that it, or those below it, assign to."""
 
 
 class Segment:
@@ -66,19 +62,17 @@ class Segment:
         self.may_skip = bool(tape.streams.witnesses) and run.unit.path not in chain.run_whole
         self.products = Products() if rewinds and chain.selects(run.place) and self.may_skip else None
         self.version = version_of(x)
-        self.randomness: RandomStates = {}
-        self.numbers: dict[int, tuple[ReferenceType[Tensor], int]] = {id(x): (ref(x), 0)}
-        self.size = 1
-        self.held: dict[int, tuple[Tensor, int]] = {}
+        self.values = Numbers(x)
+        self.number = self.values.number
         self.calls: list[Call] = []
         self.cells: list[Cell] = []
         self.ends: list[int] = []  # how many cells there were after each call
         self.wrote = False  # in place, to something that comes from the state
         self.effects: set[int] = set()  # the places of calls that wrote to something else
-        self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.inputs: Versions = []
         self.buffers: Copies = {}
-        self.modules: list[nn.Module] = []  # that were called
+        self.modules: list[Inventory] = []  # of those that were called
+        self.taken: Held | None = None  # what a module that is about to be called holds
         self.skip = x  # the state, or what came from it by calls without weights
         self.latest = x  # what came from the sum last
         self.whole = True  # whether all calls are in the branch
@@ -86,9 +80,7 @@ class Segment:
         self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
         self.modes = modes_here(self.kinds)
         self.standing = run.unit.path, run.host.training
-        self.quiet = rewinds and self.standing in chain.quiet
-        if self.quiet:
-            self.randomness = _states(self.devices)
+        self.draws = Draws(self.devices, quiet=rewinds and self.standing in chain.quiet)
         self.cache_enabled = torch.is_autocast_cache_enabled()
         if rewinds:
             cells = self.cells
@@ -99,49 +91,6 @@ class Segment:
                 return cell
 
             self.pack = pack
-
-    # -- values ----------------------------------------------------------------------------------------------------
-
-    def number(self, t: Tensor) -> int | None:
-        """The number of a tensor that comes from the state (0: the state), or None."""
-        found = self.numbers.get(id(t))
-        return None if found is None or found[0]() is not t or found[1] in self.held else found[1]
-
-    def _number_of(self, t: Tensor) -> int:
-        found = self.numbers.get(id(t))
-        if found is not None and found[0]() is t:
-            number = found[1]
-            if number not in self.held or self.held[number][1] == version_of(t):
-                return number
-        number = self._new(t)
-        self.held[number] = t, version_of(t)
-        return number
-
-    def _new(self, t: Tensor) -> int:
-        number, self.size = self.size, self.size + 1
-        self.numbers[id(t)] = ref(t), number
-        return number
-
-    def _noted(self, value: Any, needs: list[int]) -> Any:
-        """A value as a recorded argument."""
-        kind = type(value)
-        if kind in _PLAIN:
-            return value
-        if isinstance(value, Tensor):
-            number = self._number_of(value)
-            needs.append(number)
-            return Made(number)
-        if isinstance(value, (*CONSTANTS, nn.Module)):
-            return value
-        if is_sequence(value):
-            items = [self._noted(v, needs) for v in value]
-            return items if kind is list else kind(*items) if hasattr(value, "_fields") else tuple(items)
-        if is_mapping(value):
-            return kind((k, self._noted(v, needs)) for k, v in value.items())
-        if kind is slice:
-            return slice(*(self._noted(v, needs) for v in (value.start, value.stop, value.step)))
-        remade = recorded_dataclass(value, lambda v: self._noted(v, needs))
-        return Given(snapshot(value)) if remade is None else remade
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -154,8 +103,8 @@ class Segment:
             self._note_made(out)
             return out
         needs: list[int] = []
-        recorded = [self._noted(a, needs) for a in args]
-        named = {k: self._noted(a, needs) for k, a in kwargs.items()} if kwargs else None
+        recorded = [self.values.noted(a, needs) for a in args]
+        named = {k: self.values.noted(a, needs) for k, a in kwargs.items()} if kwargs else None
         call = Call(function, recorded, named, needs)
         before = [(t, version_of(t) if t.is_inference() else t._version) for t in tensors]
         self._look(call)
@@ -183,24 +132,26 @@ class Segment:
         kwargs: Any,
         run: Callable[..., Any],
         tensors: list[Tensor],
-        assigned: Assigned,
-        buffered: Container[nn.Module],
+        about: About,
     ) -> Any:
-        """As `make`, for a call of a module; ``buffered``: those that hold buffers."""
+        """As `make`, for a call of a module."""
         if not self.rewinds:
             return self.make(module, args, kwargs, run, tensors)
-        self.modules.append(module)
-        for m, name in assigned.get(id(module), ()) if assigned else ():
-            self.attributes.append((m, name, held(vars(m).get(name, MISSING), self.inputs)))
-        writers = [m for m in Inventory.of((module,)).writers if m.training] if module in buffered else None
-        if not writers:
-            return self.make(module, args, kwargs, run, tensors)
-        with undisturbed(writers):
-            written = Written(writers)
-            if self.checkpoints:  # batch statistics are compared
-                self.buffers.update(statistics_of(writers))
+        owned, training, (known, assigned) = Inventory.of((module,)), self.run.host.training, about
+        held = Held.by(known, owned, assigned, training)
+        self.modules.append(owned)
+        self.taken = held
+        writers = [m for m in owned.writers if m.training] if owned.writers else []
+        if not (writers or held.values):
             out = self.make(module, args, kwargs, run, tensors)
-            self.buffers.update(written.copies())
+        else:
+            with undisturbed([*writers, *held.holders]):
+                written = Written(writers)
+                if self.checkpoints:  # batch statistics are compared
+                    self.buffers.update(statistics_of(writers))
+                out = self.make(module, args, kwargs, run, tensors)
+                self.buffers.update(written.copies())
+        held.settle(known, training)
         return out
 
     def note_done(self, function: Callable[..., Any], args: Any, out: Any) -> None:
@@ -209,37 +160,20 @@ class Segment:
             self._note_made(out)
             return
         needs: list[int] = []
-        call = Call(function, [self._noted(a, needs) for a in args], None, needs)
+        call = Call(function, [self.values.noted(a, needs) for a in args], None, needs)
         self._look(call)
         self._put_down(call, (), out)
 
     def _note_made(self, out: Any) -> None:
         for t in tensors_in(out):
-            self._new(t)
+            self.values.made(t)
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
-        if not self.quiet:
-            self._settle()
-            call.randomness = self.randomness
+        self.draws.before(call)
         modes = modes_here(self.kinds)
         if modes != self.modes:
             call.modes = modes
-
-    def _settle(self) -> None:
-        """Look at the generators, and forget their states before the latest call, where nothing was drawn since."""
-        now = _states(self.devices)
-        if self.calls:
-            latest = self.calls[-1]
-            before = latest.randomness
-            if before is None:
-                pass
-            elif not self.devices:  # as below, in the common case
-                if same_bytes(before[None], now[None]):
-                    latest.randomness = None
-            elif all(same_bytes(s, now[d]) for d, s in before.items()):
-                latest.randomness = None
-        self.randomness = now
 
     def _put_down(self, call: Call, before: Sequence[tuple[Tensor, int]], out: Any) -> None:
         for t, version in before:
@@ -252,9 +186,10 @@ class Segment:
             given = [*call.args[1:3], *((call.kwargs or {}).get(n) for n in ("running_mean", "running_var"))]
             call.copies = [g.number for g in given if type(g) is Made]
         if type(out) is Tensor:
-            call.makes = (self._new(out),)
+            call.makes = (self.values.made(out),)
         else:
-            call.makes = [self._new(t) for t in tensors_in(out)]
+            call.makes = [self.values.made(t) for t in tensors_in(out)]
+        call.held, self.taken = self.taken, None
         self.calls.append(call)
         self.ends.append(len(self.cells))
 
@@ -272,7 +207,7 @@ class Segment:
                     return None
                 used.append(place)
                 wanted.update(call.needs)
-        held = {n: self.held[n] for n in wanted if n in self.held} if self.held else {}
+        held = {n: self.values.held[n] for n in wanted if n in self.values.held} if self.values.held else {}
         if any(version_of(t) != version for t, version in held.values()):
             return None
         used.reverse()
@@ -282,36 +217,27 @@ class Segment:
         else:
             cells = [c for p in used for c in self.cells[self.ends[p - 1] if p else 0 : self.ends[p]]]
         calls = [self.calls[p] for p in used]
-        return Replay(calls, {n: t for n, (t, _) in held.items()}, self.size, out), cells
+        return Replay(calls, {n: t for n, (t, _) in held.items()}, self.values.size, out), cells
 
     def settle(self) -> bool:
-        """After the last call: see Note [Random numbers of a replay] in `replay`."""
-        if not self.quiet:
-            self._settle()
-            if all(call.randomness is None for call in self.calls):
-                self.run.tape.chain.quiet.add(self.standing)
-            return True
-        now = _states(self.devices)
-        if all(same_bytes(state, now[d]) for d, state in self.randomness.items()):
-            return True
-        self.run.tape.chain.quiet.discard(self.standing)
-        return False
+        """After the last call: whether it is known what each of them drew."""
+        known, quiet = self.draws.settle(), self.run.tape.chain.quiet
+        if not known:
+            quiet.discard(self.standing)
+        elif not self.draws.quiet and all(call.randomness is None for call in self.calls):
+            quiet.add(self.standing)
+        return known
 
     def let_go(self) -> None:
         """Keep what is left of the cells, and nothing else."""
         self._let_go(0)
         del self.carriers
         self.calls.clear()
-        self.held.clear()
-        self.numbers.clear()
+        self.values.forget()
 
     def _let_go(self, start: int) -> None:
         keep(self.cells[start:])
         del self.cells[start:]
-
-
-def _states(devices: Sequence[torch.device]) -> RandomStates:
-    return random_states(devices) if devices else {None: _GENERATOR.get_state()}
 
 
 def modes_here(kinds: Sequence[str]) -> CallModes:

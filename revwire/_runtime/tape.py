@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revwire._errors import RangeError, ReconstructionError
+from revwire._errors import ReconstructionError
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
 from revwire._runtime.range import RangeCheck
-from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams
-from revwire._streams.floats import FloatStreams
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.modes import stalls
 
@@ -72,8 +70,8 @@ class Tape:
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
-        self.range = RangeCheck(chain.name, streams.bound, deferred=self.deferred)
-        self.left_range: RangeError | None = None  # why it went on in float streams
+        self.range = RangeCheck(chain.name, chain.reach, streams.bound, keep=keep, deferred=self.deferred)
+        self.left = False  # it ends where a value left the range; see Note [Out of range] in `range`
 
     def key(self, position: int) -> Key:
         """By which observers know the record at ``position`` again."""
@@ -166,15 +164,6 @@ class Tape:
             self.state, self.versions = state, _versions(state)
         else:
             self.records.clear()
-
-    def give_up_integers(self, unit: Unit) -> None:
-        """Without gradients nothing is rebuilt: a network whose values leave the range goes on in float streams."""
-        self.left_range = self.range.left(unit)
-        previous, current = self.intact_state()
-        self.state = self.streams.read(previous), self.streams.read(current)
-        self.versions = _versions(self.state)
-        self.streams = FloatStreams(self.chain.tolerance)
-        self.range.bound = None
 
 
 def _versions(state: tuple[Tensor, Tensor]) -> tuple[int, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from revwire._surroundings.holdings import Known
 
 Branch = Callable[..., tuple[Tensor, tuple[Any, ...]]]
 
@@ -24,6 +26,7 @@ class Unit:
         later: its further places in the chain, ascending, where the chain runs through the same unit again (shared
             weights).
         assigned: (module, attribute) of what the branch assigns to, by the module's name in the host.
+        known: what its modules were found to hold.
     """
 
     path: str
@@ -33,6 +36,7 @@ class Unit:
     modules: Callable[[nn.Module], Iterable[nn.Module]]
     later: tuple[int, ...] = ()
     assigned: tuple[tuple[str, str], ...] = ()
+    known: Known = field(default_factory=Known)
 
     def place(self, position: int) -> int | None:
         """The first of its places in the chain that a tape at ``position`` can still go to."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import Chunk, Cut, SharedDraws, joined, parts_of
 from revwire._runtime.entries import Anchor, Before, Result, UnitRecord
+from revwire._runtime.range import magnitude
 from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit, evaluate
@@ -68,7 +69,6 @@ class UnitRun:
         place = unit.place(tape.position)
         assert place is not None  # else the unit had begun a tape of its own
         self.tape, self.host, self.chunks, self.place = tape, host, chunks, place
-        self.unit: Unit
         self.rule: Rule
         self._whole_rule: Rule
         self.become(unit)
@@ -114,9 +114,9 @@ class UnitRun:
         self._chunk, self._record = chunk, None
         if chunk is not None:
             self.rule = chunk.rule(self._whole_rule)
-            extras = self._cut.extras(extras, chunk, tape.intact_state()[1].shape[chunk.dim])
+            extras = self.cut.extras(extras, chunk, tape.intact_state()[1].shape[chunk.dim])
         if not tape.rewinds:
-            return self._evaluated(x, extras)
+            return _evaluated(self, x, extras)
         if self.kept is not None:
             return evaluated_as_is(tape.chain, self.unit, self.host, x, extras)
         call = Evaluation(tape.chain, tape.streams, self.unit, self.place, self.host, self.rule, chunk, x, extras)
@@ -128,14 +128,14 @@ class UnitRun:
         """The branch has run on ``x``, and gave this."""
         tape = self.tape
         if tape.chain.modes is not None or tape.chain.observer:
-            record.narrow = self._is_narrow(f, sides)
+            record.narrow = _is_narrow(tape, f, sides)
         if tape.start is None and (x.requires_grad or f.requires_grad or record.saved):
             tape.start = len(tape.records)
         self._record = record
 
     def become(self, unit: Unit) -> None:
         """Run as this unit: a block, or a residual."""
-        self.unit = unit
+        self.unit: Unit = unit
         tape = self.tape
         _, current = tape.intact_state()
         self.rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
@@ -145,55 +145,31 @@ class UnitRun:
         """Let autograd keep what the branch saved."""
         self.kept = Kept()
 
-    def _evaluated(self, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """F_k(x_k) where nothing will be rebuilt; without gradients the branch alone runs chunk by chunk."""
-        if self.tape.keep or not self.chunks:
-            return evaluate(self.unit, self.host, x, extras)
-        cut, found, draws = self._cut, [], SharedDraws(x)
-        for chunk, part in zip(self.chunks, parts_of(x, self.chunks), strict=True):
-            draws.before(chunk)
-            f, sides = evaluate(self.unit, self.host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
-            found.append(f)
-        return torch.cat(found, self.chunks[0].dim), sides
-
     @property
-    def _cut(self) -> Cut:
+    def cut(self) -> Cut:
+        """How its unit is cut."""
         cuts = self.tape.chain.cuts
         assert cuts is not None
         cut = cuts[self.place]
         assert cut is not None
         return cut
 
-    def _is_narrow(self, f: Tensor, sides: tuple[Any, ...]) -> bool:
-        """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its
-        memory.
-        """
-        if not self.tape.streams.witnesses or sides or type(f) is not Tensor:
-            return False
-        return f.element_size() < self.tape.intact_state()[0].element_size()
-
     # -- its step --------------------------------------------------------------------------------------------------
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
-        """The float value of x_{k+1}, or of the chunk that has just run; ``x`` is that of x_k.
-
-        Raises:
-            RangeError: a value left the range of the streams.
-        """
+        """The float value of x_{k+1}, or of the chunk that has just run; ``x`` is that of x_k."""
         tape = self.tape
+        if tape.chain.observer:
+            tape.chain.observer.on_step()
         states = tape.intact_state()
         previous = states[0] if self._chunk is None else self._chunk.of(states[0])
         begins = states[0] is states[1]
         rebuilt = tape.rewinds and self.kept is None
-        anchored = tape.chain.anchored(self.place)
+        anchored = not tape.streams.rebuilds or tape.chain.anchored(self.place)
         undone = rebuilt and not begins and (not anchored or self._by_result())
         done = tape.streams.step(previous, x, f, self.rule, undone=undone)
-        if not (done.in_range or tape.range.holds(done.value)):
-            if tape.keep:
-                raise tape.range.left(self.unit)
-            tape.give_up_integers(self.unit)
-            return self.step(x, f)
-        tape.range.note(self.unit, done.value)
+        if not tape.range.holds(self.unit, done):
+            done = self._beyond(previous, x, f)
         if rebuilt:
             if tape.chain.observer:
                 tape.chain.observer.on_drop(tape.key(len(tape.records)), previous)
@@ -205,7 +181,10 @@ class UnitRun:
         """All chunks have been stepped, and give ``out``, the float value of x_{k+1}: the tape goes on."""
         tape = self.tape
         _, current = tape.intact_state()
-        if self._chunk is None:
+        if tape.left:
+            self._keep_whole()
+            state = current, current
+        elif self._chunk is None:
             state = current, self._parts[0]
         elif isinstance(tape.streams, FloatStreams):
             state = current, out.detach()
@@ -214,8 +193,25 @@ class UnitRun:
         if self.kept is None:
             tape.advance(state)
         else:
-            tape.pass_over(state, ends=self.place == tape.chain.length - 1)
+            tape.pass_over(state, ends=tape.left or self.place == tape.chain.length - 1)
         tape.position = self.place + 1
+
+    def _beyond(self, previous: Tensor, x: Tensor, f: Tensor) -> Stepped:
+        """A step whose values leave the range: no state, but the float value; the tape ends with it."""
+        tape = self.tape
+        out = FloatStreams().step(tape.streams.read(previous), x, f, self.rule).value
+        tape.range.leave(self.unit, magnitude(out))
+        tape.left = True
+        return Stepped(previous, out, None)
+
+    def _keep_whole(self) -> None:
+        """Nothing of a unit whose values left the range can come back from its result: it keeps x_{k-1}."""
+        tape = self.tape
+        states = tape.intact_state()
+        for record in tape.records[self._records :]:
+            if isinstance(record, UnitRecord):
+                record.by_result, record.result, record.bits = False, None, None
+                record.before = None if record.begins else Before(states[0], tape.versions[0])
 
     def _by_result(self) -> bool:
         """Whether the record keeps what the branch gave; see Note [Results in 16 bits]."""
@@ -248,3 +244,22 @@ class UnitRun:
         if record.stop and not record.by_result:
             return previous.new_empty(0)
         return self.tape.streams.summary(previous) if done.summary is None else done.summary
+
+
+def _evaluated(run: UnitRun, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """F_k(x_k) where nothing will be rebuilt; without gradients the branch alone runs chunk by chunk."""
+    if run.tape.keep or not run.chunks:
+        return evaluate(run.unit, run.host, x, extras)
+    cut, found, draws = run.cut, [], SharedDraws(x)
+    for chunk, part in zip(run.chunks, parts_of(x, run.chunks), strict=True):
+        draws.before(chunk)
+        f, sides = evaluate(run.unit, run.host, part, cut.extras(extras, chunk, x.shape[chunk.dim]))
+        found.append(f)
+    return torch.cat(found, run.chunks[0].dim), sides
+
+
+def _is_narrow(tape: Tape, f: Tensor, sides: tuple[Any, ...]) -> bool:
+    """Whether what a branch gave may be kept instead of a state, and takes less; side outputs may share its memory."""
+    if not tape.streams.witnesses or sides or type(f) is not Tensor:
+        return False
+    return f.element_size() < tape.intact_state()[0].element_size()

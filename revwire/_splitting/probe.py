@@ -38,7 +38,7 @@ from revwire._errors import ConversionError
 from revwire._runtime.chain import observed
 from revwire._runtime.chunks import BATCH, Cut, Windows
 from revwire._runtime.observer import Inputs, Observer
-from revwire._splitting.separable import Separable, cuts_batch, draws_numbers, separable, shared_draws
+from revwire._splitting.separable import Separable, cuts_batch, leaves_traces, separable, shared_draws
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
 
@@ -80,7 +80,7 @@ class Prober(Observer):
 
     def _look(self, keys: list[_Key], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
         if self.stage == "draws":
-            if any(key in self.found for key in keys) and draws_numbers(unit, host, x, extras):
+            if any(key in self.found for key in keys) and leaves_traces(unit, host, x, extras):
                 seen = next(self.found[key] for key in keys if key in self.found)
                 self.draws.update(dict.fromkeys(keys, shared_draws(unit, host, x, extras, seen, self.counts[-1])))
             return

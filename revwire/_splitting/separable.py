@@ -15,6 +15,7 @@ from revwire._runtime.unit import evaluate as evaluate_once
 from revwire._streams.base import canonical
 from revwire._streams.samples import alike
 from revwire._surroundings.copies import recalled
+from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
 from revwire._torch import TorchDispatchMode, tree_leaves
@@ -37,11 +38,12 @@ def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) ->
     return evaluate_once(unit, host, x, tuple(map(recalled, extras)))
 
 
-def draws_numbers(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
+def leaves_traces(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
+    """Whether the branch draws random numbers, or writes to what its modules hold."""
     devices = accelerators_of([x])
-    before = random_states(devices)
+    before, held = random_states(devices), Held.by(Known(), Inventory.of(unit.modules(host)), (), host.training)
     evaluate(unit, host, x, extras)
-    return not _same_states(before, random_states(devices))
+    return held.was_changed() or not _same_states(before, random_states(devices))
 
 
 def _same_states(before: RandomStates, after: RandomStates) -> bool:
@@ -56,7 +58,7 @@ def separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], c
     last, and only where nothing else may be cut: it takes two samples.
     """
     none, most = Separable(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
-    if unit.assigned or Inventory.of(unit.modules(host)).writers or draws_numbers(unit, host, x, extras):
+    if unit.assigned or Inventory.of(unit.modules(host)).writers or leaves_traces(unit, host, x, extras):
         return none
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves(evaluate(unit, host, x, extras)[1])):
         return none  # side outputs would have to be joined

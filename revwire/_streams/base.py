@@ -47,7 +47,8 @@ def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 class Stepped(NamedTuple):
     """The state of x_{k+1}, its float value, the bits that are kept to come back.
 
-    Besides, where they are known: the `Streams.summary` of the state of x_{k-1}, and that all values are in range.
+    Besides, where they are known: the `Streams.summary` of the state of x_{k-1}; that all values are in range, and the
+    largest magnitude, to a factor of 2.
     """
 
     state: Tensor
@@ -55,6 +56,7 @@ class Stepped(NamedTuple):
     bits: Tensor | None
     summary: Tensor | None = None
     in_range: bool = False
+    largest: float = 0.0
 
 
 class Undone(NamedTuple):
@@ -69,6 +71,9 @@ class Streams(ABC):
 
     witnesses: ClassVar[int] = 0
     """How many of the tensors that a branch saved last `sample` wants to see."""
+
+    rebuilds: bool = True
+    """Whether a state can come back from those after it; else each unit keeps it."""
 
     @property
     def bound(self) -> float | None:

@@ -19,7 +19,7 @@ from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
 
 HEADROOM_BITS = 5
-"""The streams may grow to 2^5 times the range they were scaled for before `RangeError`."""
+"""The streams may grow to 2^5 times the range they were scaled for before they are scaled anew."""
 
 
 _FEWER = 16
@@ -28,6 +28,9 @@ _FEWER = 16
 
 _SATURATES = platform.machine().lower() not in ("x86_64", "amd64", "i686")
 """Whether float-to-integer conversion on this CPU turns NaN into 0 instead of an integer out of range."""
+
+
+_INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ class FixedStreams(Streams):
             out.add_(previous, alpha=1 if rule.b > 0 else -1)
         else:
             out.addcmul_(previous, rule.signs.to(self.integer))
-        return Stepped(out, wide.copy_(out).mul_(2.0**-self.scale), bits)
+        return Stepped(out, self._value(wide, out), bits)
+
+    def _value(self, wide: Tensor, out: Tensor) -> Tensor:
+        """The float value of ``out``, in the place of the increment; where a number is read late, NaN stays visible."""
+        if _is_read_late(wide.device):
+            return wide.mul_(0.0).add_(out, alpha=2.0**-self.scale)
+        return wide.copy_(out).mul_(2.0**-self.scale)
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
@@ -173,5 +182,13 @@ def _rounded(wide: Tensor) -> Tensor:
     """
     wide.round_()
     if _SATURATES or wide.device.type != "cpu":
-        wide.nan_to_num_(nan=float("inf"))
+        wide.nan_to_num_(nan=_INF, posinf=_INF, neginf=-_INF)
     return wide
+
+
+def _is_read_late(device: torch.device) -> bool:
+    """Whether a range check is read when the increment is forgotten (see Note [Synchronisation] in `_runtime.range`).
+
+    On the CPU it is read at once, and a sum of two dtypes would need memory.
+    """
+    return device.type != "cpu"

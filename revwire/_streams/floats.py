@@ -22,10 +22,12 @@ class FloatStreams(Streams):
             error in the last bit of their input makes them round the other way.
         branch_tolerance: of what a branch computes from it, relative to its size (the mean over a sample); in 16 bits,
             five times that.
+        rebuilds: whether steps are undone; not so where values are not finite, which have no inverse.
     """
 
     tolerance: float = 1e-4
     branch_tolerance: float = 1e-2
+    rebuilds: bool = True
 
     def enter(self, x: Tensor) -> Tensor:
         return x.detach()

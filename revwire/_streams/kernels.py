@@ -37,8 +37,8 @@ beside it.
 
 
 class Advanced(NamedTuple):
-    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; and whether all is in range (else the rest
-    is undefined).
+    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; whether all is in range (else the rest is
+    undefined), and the largest magnitude, to a factor of 2.
     """
 
     state: Tensor
@@ -46,6 +46,7 @@ class Advanced(NamedTuple):
     bits: Tensor | None
     sums: Tensor | None
     in_range: bool
+    largest: float
 
 
 def available() -> bool:
@@ -81,7 +82,7 @@ def advance(
     sums = _no_sums() if keep else None
     tensors = (previous, x, f, state, value)
     numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
-    in_range = _in_parts(
+    reached = _in_parts(
         k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr())
     )
     bits = None
@@ -90,7 +91,7 @@ def advance(
         bits = torch.empty(size, dtype=torch.uint8)
         layout = layout_of(n, m)
         k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
-    return Advanced(state, value, bits, sums, in_range)
+    return Advanced(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
 
 
 def retreat(
@@ -169,19 +170,19 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(f.detach())
 
 
-def _in_parts(kernel: Callable[..., bool], numbers: tuple[float, ...], n: int, addresses: tuple[int, ...]) -> bool:
-    """Run a kernel on the segments of a stream, shared by threads if there is enough to do; whether it says True of
-    all.
+def _in_parts(
+    kernel: Callable[..., int], numbers: tuple[float, ...], n: int, addresses: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Run a kernel on the segments of a stream, shared by threads if there is enough to do; what it gives for each
+    share.
     """
     if n < 2 * _LEAST_PER_THREAD:
-        return kernel(*numbers, n, 0, SEGMENTS, *addresses)
+        return (kernel(*numbers, n, 0, SEGMENTS, *addresses),)
     threads = min(torch.get_num_threads(), n // _LEAST_PER_THREAD, SEGMENTS)
     if threads < 2:
-        return kernel(*numbers, n, 0, SEGMENTS, *addresses)
+        return (kernel(*numbers, n, 0, SEGMENTS, *addresses),)
     bounds = [SEGMENTS * i // threads for i in range(threads + 1)]
-    return all(
-        list(_pool(os.getpid(), threads).map(lambda part: kernel(*numbers, n, *part, *addresses), pairwise(bounds)))
-    )
+    return tuple(_pool(os.getpid(), threads).map(lambda part: kernel(*numbers, n, *part, *addresses), pairwise(bounds)))
 
 
 @lru_cache(maxsize=2)

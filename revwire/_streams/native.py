@@ -49,9 +49,13 @@ _at: Any = intrinsic(_pointer)
 
 @_compiled
 def advance(a, c, one, m, half, sign, n, first, last, previous, x, f, state, value, sums):
-    """The step of segments ``first`` to ``last`` of a stream of ``n`` elements; whether all values are in range."""
+    """The step of segments ``first`` to ``last`` of a stream of ``n`` elements.
+
+    Returns:
+        All bits that a magnitude of the new state has: less than twice the largest one. -1: a value is out of range.
+    """
     a, c, one = _float32(a), _float32(c), _float32(one)
-    m, half, sign, outside = _int32(m), _int32(half), _int32(sign), _int32(0)
+    m, half, sign, outside, reached = _int32(m), _int32(half), _int32(sign), _int32(0), _int32(0)
     all_olds, all_news = carray(_at(previous), n, _int32), carray(_at(state), n, _int32)
     all_xs, all_fs, all_values = (
         carray(_at(x), n, _float32),
@@ -74,12 +78,13 @@ def advance(a, c, one, m, half, sign, n, first, last, previous, x, f, state, val
             old = olds[j]
             out = _int32(rounded + _int32(sign * _int32(_int32(old + half) >> m)))
             outside |= _int32(not fits) | _int32(out >= _top) | _int32(out <= -_top)
+            reached |= _int32(out ^ _int32(out >> _int32(31)))
             total = _int32(total + old)
             news[j] = out
             values[j] = _float32(out) * one
         if sums:
             carray(_at(sums), SEGMENTS, _int32)[s] = total
-    return outside == 0
+    return _int32(-1) if outside else reached
 
 
 @_compiled

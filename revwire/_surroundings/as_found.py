@@ -11,6 +11,7 @@ from torch import nn
 from revwire._structures import tensors_in
 from revwire._surroundings.attributes import attributes_kept
 from revwire._surroundings.buffers import buffers_kept
+from revwire._surroundings.holdings import holdings_kept
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state, python_random_kept
 from revwire._surroundings.weights import gradients_put_aside, shards_kept
 
@@ -24,7 +25,8 @@ def left_as_found(
     Put back are the attributes of its modules (``training`` among them, and tables of parameters, buffers, hooks and
     modules below) and what the containers among them hold, the values of buffers, weights that FSDP2 has gathered, and
     the states of the random generators: PyTorch's on the CPU and on the devices of the model and its inputs, Python's
-    and NumPy's.
+    and NumPy's, and those that modules have of their own; so is what was written to tensors and arrays among the
+    attributes.
 
     Args:
         model: any module.
@@ -39,6 +41,7 @@ def left_as_found(
         stack.enter_context(python_random_kept())
         if attributes:
             stack.enter_context(attributes_kept(model))
+        stack.enter_context(holdings_kept(model, filled=attributes))
         stack.enter_context(shards_kept(model))
         stack.enter_context(buffers_kept(model, alone=not backward))
         if backward:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from revwire._structures import CONSTANTS
-from revwire._surroundings.copies import recalled
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def _contents(v: Any) -> Any:
-    """What a container holds, one level deep; None for anything else."""
+def contents_of(v: Any) -> Any:
+    """What a container holds; None for anything else."""
     if isinstance(v, dict):
         return list(v.items())
-    return list(v) if isinstance(v, (list, set)) else None
+    return list(v) if isinstance(v, (list, set, deque, bytearray)) else None
 
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """The attributes of a module, with the contents of the containers among them."""
-    return {k: (v, _contents(v)) for k, v in vars(module).items()}
+    return {k: (v, contents_of(v)) for k, v in vars(module).items()}
 
 
 def changed(before: dict[str, tuple[Any, Any]], module: nn.Module) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def changed(before: dict[str, tuple[Any, Any]], module: nn.Module) -> tuple[str,
 def _differences(name: str, before: tuple[Any, Any] | None, v: Any) -> list[str]:
     if before is None or not _same(before[0], v):
         return [name]
-    old, new = before[1], _contents(v)
+    old, new = before[1], contents_of(v)
     if old is None:
         return []
     if name not in _TABLES:
@@ -72,11 +72,17 @@ def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
         del now[k]
     for k, (v, contents) in before.items():
         now[k] = v
-        if isinstance(v, list):
-            v[:] = contents
-        elif isinstance(v, (dict, set)):
-            v.clear()
-            v.update(contents)
+        if contents is not None:
+            refill(v, contents)
+
+
+def refill(container: Any, contents: Any) -> None:
+    """Let a container hold what it held."""
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(contents)
+    else:
+        container.extend(contents)
 
 
 def containers_in(structure: Any) -> list[tuple[Any, Any]]:
@@ -86,7 +92,7 @@ def containers_in(structure: Any) -> list[tuple[Any, Any]]:
     while todo:
         item = todo.pop()
         if isinstance(item, (list, dict, set)):
-            out.append((item, _contents(item)))
+            out.append((item, contents_of(item)))
         if isinstance(item, (list, tuple)):
             todo.extend(item)
         elif isinstance(item, dict):
@@ -97,7 +103,7 @@ def containers_in(structure: Any) -> list[tuple[Any, Any]]:
 def refilled(before: list[tuple[Any, Any]]) -> bool:
     """Whether any of `containers_in` holds other things now."""
     for container, old in before:
-        new = _contents(container)
+        new = contents_of(container)
         if len(old) != len(new) or not all(map(_same_item, old, new)):
             return True
     return False
@@ -105,25 +111,3 @@ def refilled(before: list[tuple[Any, Any]]) -> bool:
 
 MISSING = object()
 """Stands for an attribute that is not there."""
-
-
-@contextmanager
-def attributes_as_found(attributes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Let a recompute find the attributes of modules that its branch assigns to as the forward found them, and leave no
-    trace.
-    """
-    now = [(m, name, vars(m).get(name, MISSING)) for m, name, _ in attributes]
-    try:
-        for m, name, value in attributes:
-            _set(m, name, recalled(value) if isinstance(value, (Tensor, list, tuple, dict)) else value)
-        yield
-    finally:
-        for m, name, value in now:
-            _set(m, name, value)
-
-
-def _set(module: nn.Module, name: str, value: Any) -> None:
-    if value is MISSING:
-        vars(module).pop(name, None)
-    else:
-        vars(module)[name] = value

@@ -73,11 +73,6 @@ def detached(value: Any, found: Versions) -> Any:
     return _copied(value)
 
 
-def held(value: Any, found: Versions) -> Any:
-    """As `detached`, for an attribute of a module: objects of other kinds are kept as they are."""
-    return detached(value, found) if isinstance(value, (Tensor, list, tuple, dict)) else value
-
-
 def recalled(value: Any) -> Any:
     """An extra input for one recompute: the kept tensors themselves, and copies of what the branch may write to."""
     if type(value) in (list, tuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -37,24 +37,30 @@ class Inventory:
         versions: the version counter of each at the time.
         writers: those that a forward may write buffers of.
         tables: where their parameters and buffers stand: (the table, what stood in it, whether it is of parameters).
+        modules: they and all below them, by identity, in order.
+        size: their `size_of`.
     """
 
     weights: list[Tensor]
     versions: list[int]
     writers: list[nn.Module]
     tables: list[tuple[Table, Table, bool]]
+    modules: dict[int, nn.Module]
+    size: int
 
     @classmethod
     def of(cls, roots: Iterable[nn.Module]) -> Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
         weights, writers, tables = list[Tensor](), list[nn.Module](), list[tuple[Table, Table, bool]]()
         todo: list[nn.Module | None] = list(roots)
-        seen = set[int]()
+        seen = dict[int, nn.Module]()
+        size = 0
         for module in todo:  # grows
             if module is None or id(module) in seen:
                 continue
-            seen.add(id(module))
+            seen[id(module)] = module
             table, buffers, below = module._parameters, module._buffers, module._modules
+            size += len(module.__dict__) + len(buffers)
             if table:
                 tables.append((table, table.copy(), True))
                 weights += [w for w in table.values() if w is not None]
@@ -64,12 +70,34 @@ class Inventory:
                 tables.append((buffers, buffers.copy(), False))
             if below:
                 todo += below.values()
-        return cls(weights, versions_of(weights), writers, tables)
+        return cls(weights, versions_of(weights), writers, tables, seen, size)
+
+    @classmethod
+    def joined(cls, several: Sequence[Inventory]) -> Inventory:
+        """That of modules that were taken stock of one after the other."""
+        if len(several) == 1:
+            return several[0]
+        modules = {number: module for one in several for number, module in one.modules.items()}
+        if len(modules) < sum(len(one.modules) for one in several):
+            return cls.of(modules.values())
+        return cls(
+            [w for one in several for w in one.weights],
+            [v for one in several for v in one.versions],
+            [m for one in several for m in one.writers],
+            [t for one in several for t in one.tables],
+            modules,
+            sum(one.size for one in several),
+        )
 
     def note(self, weight: Tensor) -> None:
         """Take up one that the branch uses, which no module of it owns."""
         self.weights.append(weight)
         self.versions.append(version_of(weight))
+
+
+def size_of(modules: Iterable[nn.Module]) -> int:
+    """How many attributes and buffers these modules have."""
+    return sum([len(m.__dict__) + len(m._buffers) for m in modules])
 
 
 def version_of(x: Tensor) -> int:

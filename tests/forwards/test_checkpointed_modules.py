@@ -236,10 +236,9 @@ class Add(nn.Module):
 
 
 class Scale(nn.Module):
-    factor = 1.0
-
     def __init__(self):
         super().__init__()
+        self.factor = 1.0
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x, scale=None, more=()):

@@ -2,6 +2,9 @@
 same bits.
 """
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import EXACT, each_case, each_exact_case, each_fast_case
 from revwire import RangeError, ReconstructionError
 from revwire._runtime import run as runner
+from revwire._runtime.range import Reach, ranges_held
 from revwire.testing import Step, check_gradients
 from toys import Attention, Dropped, Linear, PreNorm, Toy, attention_extras, inputs_of, stored, toy
 
@@ -18,6 +22,7 @@ SINGLE = pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.f
 @pytest.fixture(autouse=True)
 def deferred(monkeypatch):
     monkeypatch.setattr("revwire._runtime.tape.stalls", lambda device: True)
+    monkeypatch.setattr("revwire._streams.fixed._is_read_late", lambda device: True)
 
 
 @each_case
@@ -89,13 +94,62 @@ def test_the_unit_at_fault_is_named_first(case):
         torch.autograd.grad(out.sum(), list(model.parameters()))
 
 
+NOT_FINITE = r"branches\.3 \(chain 0\): got a value that is not finite; .*skip the step"
+
+
 @SINGLE
 def test_overflow_names_the_first_unit_at_the_end_of_the_chain(case):
+    """Then each unit is read for a while, and the range may be left again."""
     model = toy(case, Linear)
     with torch.no_grad():
         model.branches[3].weight.mul_(1e6)
-    with pytest.raises(RangeError, match=r"branches\.3 \(chain 0\): .*of magnitude"):
-        model(inputs_of(model, case))
+    x = inputs_of(model, case)
+    with pytest.raises(RangeError, match=r"branches\.3 \(chain 0\): .*of magnitude .* or more; .*too late"):
+        model(x)
+    assert model.chain.reach.careful
+    with ranges_held([model.chain.reach]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "branches")
+        step = check_gradients(model, (x,), tolerance=3 * case.stored, stored=stored)
+    assert all(g.isfinite().all() for g in step.gradients.values())
+
+
+@SINGLE
+def test_a_range_that_grows_is_left_without_an_error(case):
+    """After a forward that comes near its end, each unit is read."""
+    model = toy(case, Linear)
+
+    def train():
+        for _ in range(9):
+            Step.of(model, inputs_of(model, case))
+            with torch.no_grad():
+                model.branches[0].bias.add_(0.1).mul_(3)
+
+    with pytest.warns(UserWarning, match=r"branches\.\d \(chain 0\): got a value of magnitude .*scaled anew"):
+        train()
+    assert model.chain.reach.begin() > 2**5 * model.chain.largest
+
+
+@SINGLE
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_nan_as_in_the_original(case, value):
+    """An error would be one where the original network has none, and a scaler of gradients skips the step."""
+    model = toy(case, Linear)
+    with torch.no_grad():
+        model.branches[3].weight[0] = value
+    x = inputs_of(model, case)
+    with pytest.warns(UserWarning, match=NOT_FINITE):
+        out = model(x)
+    assert out.isnan().all()
+    assert all(g.isnan().all() for g in torch.autograd.grad(out.sum(), list(model.parameters())))
+    with torch.no_grad():
+        assert model(x).isnan().all()
+    assert model.chain.reach.begin() == model.chain.largest
+
+
+def early(model, x):
+    for unit, branch in list(zip(model.units, model.branches, strict=True))[:4]:
+        x, _ = runner.apply(model.chain, unit, branch, x)
+    return x
 
 
 @SINGLE
@@ -105,16 +159,18 @@ def test_a_value_out_of_range_never_passes_for_a_number(case, value):
     model = toy(case, Linear)
     with torch.no_grad():
         model.branches[3].weight[0] = value
-
-    def early(x):
-        for unit, branch in list(zip(model.units, model.branches, strict=True))[:4]:
-            x, _ = runner.apply(model.chain, unit, branch, x)
-        return x
-
-    with torch.no_grad():
-        assert early(inputs_of(model, case)).isnan().all()
-    with pytest.raises(RangeError, match=r"branches\.3 "):
-        early(inputs_of(model, case)).sum().backward()
+        assert early(model, inputs_of(model, case)).isnan().all()
+    for keep in (nullcontext(), stored(model)):
+        model.chain.reach = Reach(3.9)
+        with keep:
+            out = early(model, inputs_of(model, case)).sum()
+            if value == 1e6:
+                with pytest.raises(RangeError, match=r"branches\.3 "):
+                    out.backward()
+            else:
+                with pytest.warns(UserWarning, match=NOT_FINITE):
+                    found = torch.autograd.grad(out, list(model.branches[:4].parameters()))
+                assert all(g.isnan().all() for g in found)
 
 
 @SINGLE

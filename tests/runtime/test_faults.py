@@ -1,6 +1,7 @@
 """Every way in which a recompute can go wrong is injected, and seen. None ends in a gradient that is silently wrong."""
 
 from contextlib import nullcontext
+from itertools import count
 
 import pytest
 import torch
@@ -10,7 +11,20 @@ import revwire
 from cases import CASES, FAST, each_exact_case, each_fast_case
 from revwire import ReconstructionError
 from steps import faulty, gradients_of
-from toys import SHAPE, WIDTH, Convolution, Dropped, Linear, Toy, Weightless, coefficients, inputs_of, stored, toy
+from toys import (
+    SHAPE,
+    WIDTH,
+    Convolution,
+    Dropped,
+    Linear,
+    Toy,
+    Weightless,
+    coefficients,
+    inputs_of,
+    restless,
+    stored,
+    toy,
+)
 
 FLOAT = [c for c in FAST if not c.exact]
 
@@ -55,11 +69,10 @@ class Hidden(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
         nn.init.zeros_(self.down.weight)
-        self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, x):
         h = torch.relu(self.up(x))
-        return self.down(h * (torch.rand(h.shape, generator=self.generator) < 0.7))
+        return self.down(h * (torch.rand(h.shape, generator=restless()) < 0.7))
 
 
 @each_exact_case
@@ -70,14 +83,10 @@ def test_a_fault_that_a_zero_layer_hides(case):
 
 
 class Private(Linear):
-    """Drops elements with a generator of its own, whose state nobody can replay."""
-
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(0)
+    """Drops elements with a generator whose state nobody can replay."""
 
     def forward(self, x):
-        return super().forward(x) * (torch.rand(x.shape, generator=self.generator) < 0.9)
+        return super().forward(x) * (torch.rand(x.shape, generator=restless()) < 0.9)
 
 
 @each_fast_case
@@ -199,12 +208,11 @@ def test_after_a_fault_the_model_goes_on(case):
 
 @each_fast_case
 def test_a_branch_with_another_structure_the_second_time(case):
-    class Grows(Weightless):
-        calls = 0
+    calls = count()  # which is no state of a module
 
+    class Grows(Weightless):
         def forward(self, x):
-            self.calls += 1
-            return super().forward(x) if self.calls < 2 else super().forward(x).sin().cos()
+            return super().forward(x) if next(calls) < 3 else super().forward(x).sin().cos()
 
     model = Toy([Grows() for _ in range(3)], case)
     with faulty("its recompute saved"):

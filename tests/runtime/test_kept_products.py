@@ -266,9 +266,11 @@ def test_branches_of_all_kinds(case, kind):
 
 
 class Moody(PreNorm):
-    """A branch that decides on an attribute; ``how`` says what it does then."""
+    """A branch that decides on a setting, which no recompute puts back; ``how`` says what it does then."""
 
-    how = None
+    def __init__(self):
+        super().__init__()
+        self.how = ""
 
     def forward(self, x):
         h = self.norm(x)

@@ -14,7 +14,7 @@ from revwire._errors import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import saved_bytes
 from steps import SAMPLES, can_be_repeated, counted_runs, gradients, is_right, leaves_no_other_trace, records_of, same
-from toys import KINDS, LARGE, STREAM, WIDTH, Guarded, PreNorm, Toy, mixed, modes_of, stored
+from toys import KINDS, LARGE, STREAM, WIDTH, Guarded, PreNorm, Toy, mixed, modes_of, restless, stored
 
 MIXES = ["".join(letters) for letters in product("scr", repeat=4)]
 FLOAT = next(c for c in FAST if not c.exact)
@@ -126,7 +126,9 @@ class Scripted(PreNorm):
 class Scaled(PreNorm):
     """A branch that depends on a number, a change of which nothing shows but its values."""
 
-    scale = 1.0
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
 
     def forward(self, x):
         return self.down(torch.nn.functional.gelu(self.up(self.norm(x) * self.scale)))
@@ -165,28 +167,27 @@ def test_it_can_be_forbidden_as_for_checkpointing(case, monkeypatch):
 
 
 class Private(PreNorm):
-    """A branch that ends in what a generator of its own decides; ``how`` says in which way."""
+    """A branch that ends in what a generator decides that nobody can replay; ``how`` says in which way."""
 
     how = "mask"
-    numbers = torch.Generator()
 
     def forward(self, x):
         y = super().forward(x)
         if self.how == "mask":
-            return y * (torch.rand(y.shape, generator=self.numbers) < 0.5)
+            return y * (torch.rand(y.shape, generator=restless()) < 0.5)
         if self.how == "number":
-            return y * torch.rand((), generator=self.numbers)
+            return y * torch.rand((), generator=restless())
         if self.how == "permutation":
-            return y.gather(0, torch.argsort(torch.rand(y.shape, generator=self.numbers), 0))
+            return y.gather(0, torch.argsort(torch.rand(y.shape, generator=restless()), 0))
         if self.how == "where":
-            return torch.where(torch.rand(y.shape, generator=self.numbers) < 0.5, y, x)
-        return y[torch.randperm(len(y), generator=self.numbers)]
+            return torch.where(torch.rand(y.shape, generator=restless()) < 0.5, y, x)
+        return y[torch.randperm(len(y), generator=restless())]
 
 
 @pytest.mark.parametrize("how", ["mask", "number", "permutation", "where", "index"])
 @pytest.mark.parametrize("mix", ["rrcr", "rrrr", "cccc"])
 @pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
-def test_what_a_generator_of_its_own_decides_is_not_forgotten(case, mix, how):
+def test_what_a_generator_decides_that_begins_elsewhere_is_not_forgotten(case, mix, how):
     model, x = mixed(case, mix, Private), torch.randn(LARGE, requires_grad=True)
     for branch in model.branches:
         branch.how = how

@@ -109,7 +109,18 @@ def test_one_changed_bit_changes_the_fingerprint(size):
     for at in {0, size // 2, size - 1}:
         other = state.clone()
         other[at] ^= 1
-        assert streams.difference(before, streams.fingerprint(other, f, []))[0] > 0
+        difference = streams.difference(before, streams.fingerprint(other, f, []))
+        assert difference[0] > streams.allowed(before)[0]
+        assert difference[1] == 0
+
+
+def test_one_changed_element_of_a_sample_is_not_allowed():
+    streams, state, f = fixed(), torch.zeros(64, dtype=torch.int32), torch.zeros(64)
+    before = streams.fingerprint(state, f, [])
+    f[7] = 1e-30
+    difference = streams.difference(before, streams.fingerprint(state, f, []))
+    assert difference[0] == 0
+    assert difference[1] > streams.allowed(before)[1]
 
 
 def test_a_permutation_across_the_state_changes_the_fingerprint():

@@ -1,0 +1,148 @@
+"""A host, as its own code is followed: the units that it holds, and the modules that it may call."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from revwire._forwards.base import standing_forward
+from revwire._forwards.leaf import is_leaf, make_leaf
+from revwire._forwards.rewired import RewiredForward
+from revwire._programs.calls import Slot
+from revwire._runtime.chain import Chain
+from revwire._runtime.segment import About
+from revwire._runtime.unit import Unit
+from revwire._search.places import Layout, Place
+from revwire._surroundings.holdings import Known
+
+
+class Planned:
+    """A unit of a host: its slot, and how it shows in the host's code."""
+
+    __slots__ = ("number", "place", "slot", "unit")
+
+    def __init__(self, number: int, slot: Slot, place: Place) -> None:
+        self.number, self.slot, self.place = number, slot, place
+        self.unit = Unit(
+            slot.path,
+            slot.index,
+            "block" if place.block else "residual",
+            _no_branch,
+            partial(_modules_of, place.modules),
+            slot.later,
+        )
+
+    def as_block(self) -> Unit:
+        """The unit, where what lies behind its sum is part of it."""
+        return self.unit if self.unit.kind == "block" else replace(self.unit, kind="block")
+
+
+def _no_branch(*_: Any) -> Any:
+    raise NotImplementedError("internal: this unit is run by its host's own code; please report this")
+
+
+def _modules_of(names: tuple[str, ...], host: nn.Module) -> list[nn.Module]:
+    return [host.get_submodule(name) for name in names]
+
+
+class Host:
+    """One host, with all that is looked up by identity: a copy of the module has another.
+
+    Attributes:
+        planned: its units, in order.
+        chains: its units of each chain, by the identity of that.
+        by_call: those that begin with the result of a call, by (its name, the number of such calls before).
+        names: of the modules below it, by identity, with a dot in front.
+        opened: those whose code is followed as its own, by identity.
+    """
+
+    def __init__(self, module: nn.Module, slots: list[Slot], layout: Layout) -> None:
+        self.module = module
+        self.told: set[str] = set()
+        self.planned = [Planned(i, s, p) for i, (s, p) in enumerate(zip(slots, layout.places, strict=True))]
+        self.chains = {
+            id(p.slot.chain): [q for q in self.planned if q.slot.chain is p.slot.chain] for p in self.planned
+        }
+        self._at = {(id(p.slot.chain), i): p for p in self.planned for i in (p.slot.index, *p.slot.later)}
+        self.by_call: dict[tuple[str, int], list[Planned]] = {}
+        for p in self.planned:
+            if p.place.origin is not None and p.place.origin.call is not None:
+                self.by_call.setdefault((p.place.origin.call, p.place.origin.number), []).append(p)
+        self._learn(layout)
+
+    def _learn(self, layout: Layout) -> None:
+        """Learn its modules, and make them leaves."""
+        self.names = {id(module): f".{name}" for name, module in self.module.named_modules()}
+        at = {name[1:]: i for i, name in self.names.items()}
+        self.opened = {at[name] for name in layout.opened if name in at}
+        opened = [self.module, *(self.module.get_submodule(n) for n in layout.opened if n in at)]
+        self._tables = [m._modules for m in opened if m._modules]
+        self._users: dict[int, set[int]] = {}
+        self._assigned: dict[int, list[tuple[nn.Module, str]]] = {}
+        for p in self.planned:
+            for name in p.place.modules:
+                self._users.setdefault(at.get(name, -1), set()).add(p.number)
+            for called, name, attribute in p.place.assigned:
+                if called in at and name in at:
+                    found = self._assigned.setdefault(at[called], [])
+                    pair = self.module.get_submodule(name), attribute
+                    if pair not in found:
+                        found.append(pair)
+        self._heavy = {id(m) for m in self.module.modules() if next(m.parameters(), None) is not None}
+        self._known: dict[int, About] = {}
+        self._passing: dict[int, bool] = {}
+        make_leaves(self.module)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what its code may call are leaves: modules may be exchanged, or compiled, at any time."""
+        return all(is_leaf(m) for table in self._tables for m in table.values() if m is not None)
+
+    def passes(self, module: nn.Module) -> bool:
+        """Whether a module holds units of the same chains: a state that it is given goes on inside."""
+        found = self._passing.get(id(module))
+        if found is None:
+            forwards = (standing_forward(m) for m in module.modules())
+            found = any(isinstance(f, RewiredForward) and self._shares_chain(f) for f in forwards)
+            self._passing[id(module)] = found
+        return found
+
+    def _shares_chain(self, other: RewiredForward) -> bool:
+        return any(id(slot.chain) in self.chains for slot in other.slots)
+
+    def about(self, module: nn.Module) -> About:
+        """What is known of a module that its code calls."""
+        found = self._known.get(id(module))
+        if found is None:
+            found = self._known[id(module)] = Known(), self._assigned.get(id(module), ())
+        return found
+
+    def is_light(self, function: Any) -> bool:
+        """Whether what is called has no weights."""
+        return id(function) not in self._heavy
+
+    def next_unit(self, chain: Chain, position: int, module: nn.Module | None) -> Planned | None:
+        """The unit of a chain that comes first behind a position: of those that call ``module``, if there are any."""
+        users = self._users.get(id(module), ()) if module is not None else ()
+        expected = self._at.get((id(chain), position))
+        if expected is not None and (not users or expected.number in users):
+            return expected
+        found = [(place, p) for p in self.chains.get(id(chain), ()) if (place := p.unit.place(position)) is not None]
+        return min(found, key=lambda f: (bool(users) and f[1].number not in users, f[0]), default=(0, None))[1]
+
+    def tell(self, unit: Unit, what: str) -> None:
+        """Warn, once for each unit."""
+        if unit.path not in self.told:
+            self.told.add(unit.path)
+            warnings.warn(f"{unit.path}: {what}", stacklevel=2)
+
+
+def make_leaves(host: nn.Module) -> None:
+    """Make all modules below a host leaves."""
+    for module in host.modules():
+        if module is not host:
+            make_leaf(module)

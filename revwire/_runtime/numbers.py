@@ -1,0 +1,89 @@
+"""The tensors of a branch, by numbers: 0 is the state, the others are results of calls, or come from elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from revwire._runtime.replay import Given, Made, recorded_dataclass
+from revwire._structures import CONSTANTS, is_mapping, is_sequence
+from revwire._surroundings.copies import snapshot
+from revwire._surroundings.inventory import version_of
+
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis)})
+
+
+class Numbers:
+    """Numbers of tensors, which are held as long as somebody else holds them.
+
+    Attributes:
+        size: how many there are.
+        held: by number, those that come from elsewhere, with their version counters.
+    """
+
+    __slots__ = ("_known", "held", "size")
+
+    def __init__(self, x: Tensor) -> None:
+        self._known: dict[int, tuple[ReferenceType[Tensor], int]] = {id(x): (ref(x), 0)}
+        self.size = 1
+        self.held: dict[int, tuple[Tensor, int]] = {}
+
+    def is_state(self, x: Tensor) -> None:
+        """Another tensor stands for the state, too."""
+        self._known[id(x)] = ref(x), 0
+
+    def forget(self) -> None:
+        """Hold nothing any more."""
+        self.held.clear()
+        self._known.clear()
+
+    def number(self, t: Tensor) -> int | None:
+        """The number of a tensor that comes from the state (0: the state), or None."""
+        found = self._known.get(id(t))
+        return None if found is None or found[0]() is not t or found[1] in self.held else found[1]
+
+    def number_of(self, t: Tensor) -> int:
+        """The number of an argument."""
+        found = self._known.get(id(t))
+        if found is not None and found[0]() is t:
+            number = found[1]
+            if number not in self.held or self.held[number][1] == version_of(t):
+                return number
+        number = self.new(t)
+        self.held[number] = t, version_of(t)
+        return number
+
+    def made(self, t: Tensor) -> int:
+        """The number of a result: its own, where a call hands back what it was given."""
+        known = self.number(t)
+        return self.new(t) if known is None else known
+
+    def new(self, t: Tensor) -> int:
+        """A number for a tensor."""
+        number, self.size = self.size, self.size + 1
+        self._known[id(t)] = ref(t), number
+        return number
+
+    def noted(self, value: Any, needs: list[int]) -> Any:
+        """A value as a recorded argument."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if isinstance(value, Tensor):
+            number = self.number_of(value)
+            needs.append(number)
+            return Made(number)
+        if isinstance(value, (*CONSTANTS, nn.Module)):
+            return value
+        if is_sequence(value):
+            items = [self.noted(v, needs) for v in value]
+            return items if kind is list else kind(*items) if hasattr(value, "_fields") else tuple(items)
+        if is_mapping(value):
+            return kind((k, self.noted(v, needs)) for k, v in value.items())
+        if kind is slice:
+            return slice(*(self.noted(v, needs) for v in (value.start, value.stop, value.step)))
+        remade = recorded_dataclass(value, lambda v: self.noted(v, needs))
+        return Given(snapshot(value)) if remade is None else remade

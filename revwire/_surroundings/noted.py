@@ -1,0 +1,182 @@
+"""A value among the attributes or buffers of a module, as a forward found it: told from another, and given back."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from copy import copy
+from itertools import islice
+from typing import Any, NamedTuple
+from weakref import ref
+
+from torch import Tensor, nn
+
+from revwire._surroundings.inventory import version_of
+
+_SMALL = 2**16
+"""Elements of a tensor that is copied before a forward that may write to it."""
+
+_SHORT = 256
+"""Items of a list or dict that is copied before a forward."""
+
+_DEPTH = 3
+"""How many containers may stand in one another."""
+
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+_CONTAINERS = frozenset((*_DICTS, list, set, deque, bytearray))  # exact types: what others do when copied is unknown
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is one of NumPy's arrays."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def is_container(value: Any) -> bool:
+    """Whether this can be filled, and copied."""
+    return type(value) in _CONTAINERS
+
+
+def may_change(value: Any) -> bool:
+    """Whether a forward may put something in its place, or write to it."""
+    if isinstance(value, nn.Parameter):
+        return False
+    return value is None or isinstance(value, Tensor) or type(value) in _CONTAINERS or is_array(value)
+
+
+class _Writes(dict[int, tuple["ref[Tensor]", bool]]):
+    """Tensors that were seen, by identity: whether any forward wrote to them."""
+
+    def note(self, t: Tensor, written: bool) -> None:
+        number = id(t)
+        if self.of(t) is None or written:  # one write is enough
+            self[number] = ref(t, lambda _: self.pop(number, None)), written
+
+    def of(self, t: Tensor) -> bool | None:
+        known = self.get(id(t))
+        return known[1] if known and known[0]() is t else None
+
+
+_WRITES = _Writes()
+
+
+def note_write(t: Tensor) -> None:
+    """A forward was seen to write to this tensor."""
+    _WRITES.note(t, True)
+
+
+class HeldTensor:
+    """A tensor as a forward found it."""
+
+    __slots__ = ("alias", "clone", "original", "requires_grad", "version")
+
+    def __init__(self, t: Tensor) -> None:
+        self.original, self.alias = ref(t), t.detach()  # it owns no graph
+        self.requires_grad, self.version = t.requires_grad, version_of(t)
+        written = _WRITES.of(t)
+        copied = t.numel() <= _SMALL if written is None else written
+        self.clone = self.alias.clone() if copied else None
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote to it since, as far as can be told."""
+        return self.version == -1 or version_of(self.alias) != self.version
+
+    def differs(self, now: Any) -> bool:
+        """Whether another one stands there now, or this one was written to."""
+        original, written = self.original(), self.written
+        if original is not None:
+            _WRITES.note(original, written)
+        return written or now is None or now is not original
+
+    def again(self) -> Tensor:
+        """A tensor for one recompute; one that the forward wrote to is a copy, which the recompute may write to."""
+        now = self.original()
+        if self.written:
+            return (self.alias if self.clone is None else self.clone).clone().requires_grad_(self.requires_grad)
+        return now if now is not None and now.is_leaf else self.alias.detach().requires_grad_(self.requires_grad)
+
+
+class HeldContainer(NamedTuple):
+    """A long list or dict as a forward found it: what was added since stands at its end."""
+
+    container: Any
+    length: int
+
+    def again(self) -> Any:
+        """A copy without what was added."""
+        if isinstance(self.container, list):
+            return self.container[: self.length]
+        out = copy(self.container)
+        for key in [*islice(out, self.length, None)]:
+            del out[key]
+        return out
+
+
+def noted(value: Any, depth: int = _DEPTH) -> Any:
+    """A value as the forward finds it."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else HeldTensor(value)
+    if is_array(value):
+        return value.copy()
+    if not depth or type(value) not in _CONTAINERS:
+        return value
+    if len(value) > _SHORT and type(value) in (list, *_DICTS):
+        return HeldContainer(value, len(value))
+    return _filled(value, lambda item: noted(item, depth - 1))
+
+
+def differs(then: Any, now: Any) -> bool:
+    """Whether a recompute must not find, or must not write to, what stands there now."""
+    if isinstance(then, HeldTensor):
+        return then.differs(now)
+    if isinstance(then, HeldContainer):
+        return now is not then.container or len(now) != then.length
+    return now is not then  # always so for copies
+
+
+def was_changed(then: Any, now: Any) -> bool:
+    """As `differs`, but not for containers and arrays that hold the same."""
+    if is_array(then):
+        return type(now) is not type(then) or now.tobytes() != then.tobytes()
+    if type(then) not in _CONTAINERS:
+        return differs(then, now)
+    if type(now) is not type(then) or len(now) != len(then):
+        return True
+    if isinstance(then, dict):
+        return then.keys() != now.keys() or any(was_changed(v, now[k]) for k, v in then.items())
+    if isinstance(then, (list, deque)):
+        return any(map(was_changed, then, now))
+    return bool(then != now)
+
+
+def again(value: Any, depth: int = _DEPTH) -> Any:
+    """A value that was noted, for one recompute to find."""
+    if isinstance(value, (HeldTensor, HeldContainer)):
+        return value.again()
+    if is_array(value):
+        return value.copy()
+    if not depth or type(value) not in _CONTAINERS:
+        return value
+    return _filled(value, lambda item: again(item, depth - 1))
+
+
+def _filled(container: Any, item: Callable[[Any], Any]) -> Any:
+    """A container of the same kind with ``item`` of what it holds."""
+    out = copy(container)
+    if isinstance(out, dict):
+        for key, value in out.items():
+            out[key] = item(value)
+    elif isinstance(out, (list, deque)):
+        for i, value in enumerate(out):
+            out[i] = item(value)
+    return out
+
+
+def held_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """A value, and what it holds, in containers of a few levels."""
+    yield value
+    if depth and isinstance(value, (dict, list, tuple, deque)):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from held_in(item, depth - 1)
