@@ -77,7 +77,11 @@ def summary(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
         "finished three calls": sum(o.calls == 3 for o in outcomes),
         "raised by the original": dict(Counter(o.raised.split(":")[0] for o in outcomes if o.raised)),
         "faults": [
-            {"kind": k, "count": n, "seeds": [o.seed for o in outcomes if o.fault is not None and o.fault.kind == k][:8]}
+            {
+                "kind": k,
+                "count": n,
+                "seeds": [o.seed for o in outcomes if o.fault is not None and o.fault.kind == k][:8],
+            }
             for k, n in kinds.most_common()
         ],
     }

@@ -67,13 +67,21 @@ PURE = [
     _s("h = self.batch(h.transpose(1, 2)).transpose(1, 2)", "self.batch = nn.BatchNorm1d(8)", tokens=True),
     _s("h = self.batch(h.flatten(0, 1)).view_as(x)", "self.batch = nn.BatchNorm1d(8)", tokens=True),
     _s("h = h.reshape(len(h), -1).tanh().reshape(x.shape)"),
-    _s("b, n, c = x.shape\nh = h.view(b, n, 2, c // 2).transpose(1, 2).reshape(b, 2, n, c // 2).transpose(1, 2).reshape(b, n, c)",
-       tokens=True),
-    _s("q, k, v = self.qkv(h).chunk(3, C)\nh = F.scaled_dot_product_attention(q, k, v)", "self.qkv = layer(24)",
-       tokens=True),
+    _s(
+        "b, n, c = x.shape\nh = h.view(b, n, 2, c // 2).transpose(1, 2).reshape(b, 2, n, c // 2).transpose(1, 2).reshape(b, n, c)",
+        tokens=True,
+    ),
+    _s(
+        "q, k, v = self.qkv(h).chunk(3, C)\nh = F.scaled_dot_product_attention(q, k, v)",
+        "self.qkv = layer(24)",
+        tokens=True,
+    ),
     _s("w = (h @ h.transpose(1, 2) * 0.1).softmax(-1)\nh = w @ h", tokens=True),
-    _s("h, w = self.attn(h, h, h, need_weights=True)\nLOG.append(float(w.detach().mean()))",
-       "self.attn = nn.MultiheadAttention(8, 2, batch_first=True)", tokens=True),
+    _s(
+        "h, w = self.attn(h, h, h, need_weights=True)\nLOG.append(float(w.detach().mean()))",
+        "self.attn = nn.MultiheadAttention(8, 2, batch_first=True)",
+        tokens=True,
+    ),
     _s("h = (lambda t: t)(h) if h.dim() > 1 else h"),
     _s("h = sum([h, h * 0.5])"),
     _s("h = torch.stack([h, h.tanh()]).mean(0)"),
@@ -120,20 +128,26 @@ STATE = [  # what is done to the state, before the branch
 RANDOM = [
     _s("h = h * torch.rand(len(x), *ONES, dtype=x.dtype)"),
     _s("h = h + 0.1 * torch.randn_like(h)"),
-    _s("h = h * (torch.rand(x.shape, generator=self.generator, dtype=x.dtype) > 0.3)",
-       "self.generator = torch.Generator()\nself.generator.manual_seed(3)"),
+    _s(
+        "h = h * (torch.rand(x.shape, generator=self.generator, dtype=x.dtype) > 0.3)",
+        "self.generator = torch.Generator()\nself.generator.manual_seed(3)",
+    ),
     _s("h = h * (0.5 + random.random())"),
     _s("h = h * float(np.random.rand())"),
     _s("h = h * float(self.numpy_random.rand())", "self.numpy_random = np.random.RandomState(5)"),
     _s("h = h * self.python_random.choice([0.5, 1.0])", "self.python_random = random.Random(5)"),
-    _s("with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(3)\n    noise = torch.rand_like(h)\nh = h * noise"),
+    _s(
+        "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(3)\n    noise = torch.rand_like(h)\nh = h * noise"
+    ),
     _s("with torch.random.fork_rng(devices=[]):\n    h = F.dropout(h, 0.2)"),
     _s("if self.training and torch.rand(()) < 0.5:\n    h = self.g(h).tanh()"),
     _s("order = torch.randperm(x.shape[1])\nh = h[:, order]"),
     _s("h = h * torch.bernoulli(torch.full((len(x), *ONES), 0.8, dtype=x.dtype)) if self.training else h"),
     _s("keep = torch.empty(len(x), *ONES, dtype=x.dtype).bernoulli_(0.7)\nh = h.div(0.7) * keep"),
-    _s("h = h + torch.empty_like(h).normal_(generator=self.generator) * 0.1",
-       "self.generator = torch.Generator()\nself.generator.manual_seed(3)"),
+    _s(
+        "h = h + torch.empty_like(h).normal_(generator=self.generator) * 0.1",
+        "self.generator = torch.Generator()\nself.generator.manual_seed(3)",
+    ),
     _s("state = torch.get_rng_state()\nh = F.dropout(h, 0.5)\ntorch.set_rng_state(state)\nh = F.dropout(h, 0.5)"),
     _s("h = F.rrelu(h, training=self.training)"),
 ]
@@ -151,10 +165,15 @@ EFFECTS = [
     _s("self.last = h.detach()", "self.last = None"),
     _s("self.last_input = x.detach().clone()"),
     _s("self.kept = h", "self.kept = None"),
-    _s("if self.cache is None or self.cache.shape != h.shape:\n    self.cache = torch.ones_like(h).detach()\nh = h * self.cache",
-       "self.cache = None"),
-    _s("if self.previous is not None and self.previous.shape == h.shape:\n    h = h + 0.1 * self.previous\n"
-       "self.previous = h.detach()", "self.previous = None"),
+    _s(
+        "if self.cache is None or self.cache.shape != h.shape:\n    self.cache = torch.ones_like(h).detach()\nh = h * self.cache",
+        "self.cache = None",
+    ),
+    _s(
+        "if self.previous is not None and self.previous.shape == h.shape:\n    h = h + 0.1 * self.previous\n"
+        "self.previous = h.detach()",
+        "self.previous = None",
+    ),
     _s("if sink is not None:\n    sink.append(h.mean())"),
     _s("if sink is not None:\n    sink.append(x.detach())\n    h = h * len(sink) * 0.2"),
     _s("if sink is not None and sink:\n    h = h + sink[-1].mean() * 0.1"),
@@ -226,22 +245,37 @@ READS = [
 BUFFERS = [
     _s("self.count += 1\nh = h / self.count.clamp(max=3.0)", "self.register_buffer('count', torch.zeros(()))"),
     _s("self.count = self.count + 1", "self.register_buffer('count', torch.zeros(()))"),
-    _s("if self.training:\n    with torch.no_grad():\n        self.ema.mul_(0.9).add_(h.detach().mean(AXES), alpha=0.1)\n"
-       "h = h - self.ema.clone().reshape(VEC)", "self.register_buffer('ema', torch.zeros(8))"),
-    _s("if self.training:\n    self.ema = 0.9 * self.ema + 0.1 * h.detach().mean(AXES)\nh = h - self.ema.reshape(VEC)",
-       "self.register_buffer('ema', torch.zeros(8))"),
-    _s("if self.memory is None:\n    self.memory = torch.zeros(8, dtype=x.dtype)\n"
-       "self.memory = self.memory + h.detach().mean(AXES)\nh = h + self.memory.reshape(VEC) * 0.1",
-       "self.register_buffer('memory', None)"),
-    _s("self.steps.add_(1)\nif self.steps > 2:\n    h = h * 0.5",
-       "self.register_buffer('steps', torch.zeros((), dtype=torch.long))"),
-    _s("self.ring[int(self.at) % 4] = h.detach().mean()\nself.at += 1\nh = h + self.ring.mean()",
-       "self.register_buffer('ring', torch.zeros(4))\nself.register_buffer('at', torch.zeros((), dtype=torch.long))"),
-    _s("t = F.batch_norm(h.transpose(1, C), self.mean, self.var, training=self.training)\nh = t.transpose(1, C)",
-       "self.register_buffer('mean', torch.zeros(8))\nself.register_buffer('var', torch.ones(8))"),
+    _s(
+        "if self.training:\n    with torch.no_grad():\n        self.ema.mul_(0.9).add_(h.detach().mean(AXES), alpha=0.1)\n"
+        "h = h - self.ema.clone().reshape(VEC)",
+        "self.register_buffer('ema', torch.zeros(8))",
+    ),
+    _s(
+        "if self.training:\n    self.ema = 0.9 * self.ema + 0.1 * h.detach().mean(AXES)\nh = h - self.ema.reshape(VEC)",
+        "self.register_buffer('ema', torch.zeros(8))",
+    ),
+    _s(
+        "if self.memory is None:\n    self.memory = torch.zeros(8, dtype=x.dtype)\n"
+        "self.memory = self.memory + h.detach().mean(AXES)\nh = h + self.memory.reshape(VEC) * 0.1",
+        "self.register_buffer('memory', None)",
+    ),
+    _s(
+        "self.steps.add_(1)\nif self.steps > 2:\n    h = h * 0.5",
+        "self.register_buffer('steps', torch.zeros((), dtype=torch.long))",
+    ),
+    _s(
+        "self.ring[int(self.at) % 4] = h.detach().mean()\nself.at += 1\nh = h + self.ring.mean()",
+        "self.register_buffer('ring', torch.zeros(4))\nself.register_buffer('at', torch.zeros((), dtype=torch.long))",
+    ),
+    _s(
+        "t = F.batch_norm(h.transpose(1, C), self.mean, self.var, training=self.training)\nh = t.transpose(1, C)",
+        "self.register_buffer('mean', torch.zeros(8))\nself.register_buffer('var', torch.ones(8))",
+    ),
     _s("self.f.hits += 1", "self.f.register_buffer('hits', torch.zeros(()))"),
-    _s("with torch.no_grad():\n    self.frozen.lerp_(self.gamma, 0.1)\nh = h * (1.0 + self.frozen.clone())",
-       "self.register_buffer('frozen', torch.zeros(VEC))"),
+    _s(
+        "with torch.no_grad():\n    self.frozen.lerp_(self.gamma, 0.1)\nh = h * (1.0 + self.frozen.clone())",
+        "self.register_buffer('frozen', torch.zeros(VEC))",
+    ),
 ]
 
 MODES = [
@@ -253,8 +287,11 @@ MODES = [
     _s("with torch.set_grad_enabled(self.training):\n    h = self.g(h).tanh()"),
     _s("h = h.float().tanh().to(x.dtype)", precision=1e-5),
     _s("h = h.bfloat16().tanh().to(x.dtype)", precision=3e-2),
-    _s("with torch.autocast('cpu', dtype=torch.bfloat16):\n    t = self.g(h.float() if h.dtype is torch.float32 else h)\n"
-       "h = t.to(x.dtype).tanh()", precision=3e-2),
+    _s(
+        "with torch.autocast('cpu', dtype=torch.bfloat16):\n    t = self.g(h.float() if h.dtype is torch.float32 else h)\n"
+        "h = t.to(x.dtype).tanh()",
+        precision=3e-2,
+    ),
     _s("with torch.autocast('cpu', enabled=False):\n    h = self.g(h.to(x.dtype)).tanh()"),
     _s("h = stopped(h)"),
     _s("h = Double.apply(h)"),
@@ -293,8 +330,8 @@ EARLY = [
 ]
 
 ENDS = [
-    *[_s("out = x + h")] * 6,
-    *[_s("out = h + x")] * 2,
+    *[_s("out = x + h")] * 24,
+    *[_s("out = h + x")] * 8,
     _s("x = x + h\nout = x"),
     _s("h = h * 1.0\nh += x\nout = h"),
     _s("x = x.clone()\nx += h\nout = x"),
@@ -358,7 +395,7 @@ KINDS = {
 """Statements by kind, and how often each kind is drawn."""
 
 LOOPS = [  # how the root runs its blocks
-    *["for block in self.blocks:\n    x = block(x, ARGS)"] * 5,
+    *["for block in self.blocks:\n    x = block(x, ARGS)"] * 14,
     "for i, block in enumerate(self.blocks):\n    x = block(x, ARGS)\n    hidden.append(x)",
     "for block in self.blocks:\n    if not (self.training and torch.rand(()) < 0.3):\n        x = block(x, ARGS)",
     "for block in self.blocks:\n    if not (self.training and random.random() < 0.3):\n        x = block(x, ARGS)",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from fuzz.grammar import EARLY, ENDS, HOOKS, KINDS, LOOPS, STARTS, STATE, Statement
 
-PRELUDE = '''
+PRELUDE = """
 import contextlib, functools, operator, random, warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,9 +19,9 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
-'''
+"""
 
-GLOBALS = '''
+GLOBALS = """
 GAIN, MODE, LIMIT, TOTAL = 0.9, "a", 4, 0
 SETTINGS = SimpleNamespace(deep=SimpleNamespace(gain=[0.9, 1.1]))
 CONFIG, DEFAULTS, STATE = {"scale": 0.8, "on": True}, {}, SimpleNamespace(step=0)
@@ -72,9 +72,9 @@ class Condition:
 class Output:
     x: torch.Tensor
     side: torch.Tensor
-'''
+"""
 
-PARTS = '''
+PARTS = """
     scale = 1.1
     total = 0
 
@@ -85,9 +85,9 @@ PARTS = '''
         self.norm, self.drop = norm(), nn.Dropout(0.25)
         self.mlp = nn.Sequential(layer(16), nn.GELU(), nn.Dropout(0.1), layer(8, 16))
         self.gamma = nn.Parameter(torch.full(VEC, 0.7))
-'''
+"""
 
-METHODS = '''
+METHODS = """
     @property
     def factor(self):
         return self.table[-1]
@@ -97,9 +97,9 @@ METHODS = '''
 
     def join(self, x, f):
         return x + f
-'''
+"""
 
-ROOT = '''
+ROOT = """
 class Root(nn.Module):
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Root(nn.Module):
         self.blocks = nn.ModuleList(make())
         self.line = nn.Sequential(*self.blocks)
         self.cut = 10
-'''
+"""
 
 SIGNATURE = "x, mask=None, lengths=None, cond=None, extra=None, sink=None, skip=False, scale=1.0"
 
@@ -120,7 +120,12 @@ OUTSIDE = re.compile(
 
 PURE_KINDS = ["pure", "in place", "reads", "modes", "early"]
 
-OUTPUTS = {"x": "{}", "tuple": "{}, h.mean()", "dict": "{{'x': {}, 'side': h.mean()}}", "object": "Output({}, h.mean())"}
+OUTPUTS = {
+    "x": "{}",
+    "tuple": "{}, h.mean()",
+    "dict": "{{'x': {}, 'side': h.mean()}}",
+    "object": "Output({}, h.mean())",
+}
 
 RETURNED = {"x": "x", "list": "[x, *hidden]", "dict": "{'out': x, 'hidden': hidden}", "head": "self.head(x)"}
 
@@ -195,14 +200,16 @@ class Program:
     def precision(self) -> float:
         """To which the plain rule gives the original, relative to the largest number."""
         used = [s.precision for b in self.bodies for n, s in (*b.statements, b.end) if n not in self.without]
-        return max(used + [1e-9 if self.dtype == "torch.float64" else 1e-4])
+        return max([*used, 1e-9 if self.dtype == "torch.float64" else 1e-4])
 
     def text(self) -> str:
         layer = "nn.Conv2d(i, o, 1)" if self.image else "nn.Linear(i, o)"
-        axes = '1, (0, 2, 3), (8, 1, 1), (1, 1, 1)' if self.image else '-1, (0, 1), (8,), (1, 1)'
+        axes = "1, (0, 2, 3), (8, 1, 1), (1, 1, 1)" if self.image else "-1, (0, 1), (8,), (1, 1)"
         loop = LOOPS[0] if self.loop[0] in self.without else self.loop[1]
         loop = loop.replace("(x, ARGS)", f"(x, {', '.join(self.arguments)})").replace("(t, ARGS)", "(t)")
-        loop = loop.replace("x, ARGS)", f"x, {', '.join(self.arguments)})").replace("(x, )", "(x)").replace("x, )", "x)")
+        loop = (
+            loop.replace("x, ARGS)", f"x, {', '.join(self.arguments)})").replace("(x, )", "(x)").replace("x, )", "x)")
+        )
         if self.bodies[-1].output != "x":
             loop = loop.replace("block(x", "FIRST(block(x").replace("run_layer(block", "FIRST(run_layer(block")
             loop = _closed(loop)
@@ -348,12 +355,12 @@ class _Draw:
     def call(self, i: int, names: list[str]) -> tuple[tuple[int, str], ...]:
         r = self.random
         made = {
-            "mask": f"kwargs['mask'] = data(2, *ONES, seed={i + 5}).sigmoid(){'.requires_grad_()' if r.random() < .4 else ''}",
+            "mask": f"kwargs['mask'] = data(2, *ONES, seed={i + 5}).sigmoid(){'.requires_grad_()' if r.random() < 0.4 else ''}",
             "lengths": f"kwargs['lengths'] = torch.tensor([{r.randint(1, 4)}, {r.randint(1, 4)}])",
-            "cond": f"kwargs['cond'] = Condition(data(2, *ONES, seed=7).sigmoid().requires_grad_(), {r.random() < .5})",
+            "cond": f"kwargs['cond'] = Condition(data(2, *ONES, seed=7).sigmoid().requires_grad_(), {r.random() < 0.5})",
             "extra": "kwargs['extra'] = {'scale': data(2, *ONES, seed=8), 'pair': (1, data(2, *ONES, seed=9))}",
             "sink": "kwargs['sink'] = []",
-            "skip": f"kwargs['skip'] = {r.random() < (.1, .3, .3)[i]}",
+            "skip": f"kwargs['skip'] = {r.random() < (0.1, 0.3, 0.3)[i]}",
             "scale": f"kwargs['scale'] = {r.choice([1.0, 0.7, 0.9])}",
         }
         lines = [made[n] for n in names if i == 0 or r.random() < 0.9]

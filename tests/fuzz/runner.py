@@ -30,7 +30,7 @@ SECONDS = 30
 EXACT = ("bdia:1/2", "re2tal")
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """A converted model does something else; ``kind`` names what, without numbers and paths."""
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -54,7 +54,7 @@ class Outcome:
     units: int = 0
     calls: int = 0
     raised: str = ""
-    fault: Fault | None = None
+    fault: FaultError | None = None
     told: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -66,7 +66,7 @@ class Model:
         linecache.cache[name] = len(text), None, text.splitlines(True), name
         self.globals: dict[str, Any] = {"__name__": f"fuzz_{program.seed}"}
         exec(compile(text, name, "exec", dont_inherit=True), self.globals)
-        self.left: Fault | None = None  # by a conversion, that is not as before
+        self.left: FaultError | None = None  # by a conversion, that is not as before
         self.root: nn.Module = self.globals["Root"]().to(self.globals["DTYPE"])
 
     def arguments(self, call: int) -> tuple[Any, Any]:
@@ -90,7 +90,7 @@ class Model:
                 self.globals[kind].total = 0
         try:
             differ("convert leaves", before, self.state(), 0)
-        except Fault as fault:
+        except FaultError as fault:
             self.left = fault
         for restore, state in drawn:
             restore(state)
@@ -201,7 +201,8 @@ def flat(name: str, value: Any, found: dict[str, Any]) -> None:
     """Put down the plain data in a value: tensors as copies."""
     if isinstance(value, Tensor):
         found[name] = value.detach().clone()
-        found[f"{name}'s kind"] = value.dtype, tuple(value.shape), tuple(value.stride()), value.requires_grad, type(value)
+        kind = value.dtype, tuple(value.shape), tuple(value.stride()), value.requires_grad, type(value)
+        found[f"{name}'s kind"] = kind
     elif value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype)):
         found[name] = value
     elif isinstance(value, dict):
@@ -232,9 +233,11 @@ def differ(kind: str, want: dict[str, Any], got: dict[str, Any], precision: floa
         if name in ("raised", "during"):
             continue
         if name not in want or name not in got:
-            raise Fault(f"{kind}: {_what(name)} {'is gone' if name in want else 'is there'}", name)
+            raise FaultError(f"{kind}: {_what(name)} {'is gone' if name in want else 'is there'}", name)
         if not _same(want[name], got[name], precision):
-            raise Fault(f"{kind}: {_what(name)}", f"{name}: got {_short(got[name])}, expected {_short(want[name])}")
+            raise FaultError(
+                f"{kind}: {_what(name)}", f"{name}: got {_short(got[name])}, expected {_short(want[name])}"
+            )
 
 
 def _differ_in_errors(kind: str, want: dict[str, Any], got: dict[str, Any]) -> None:
@@ -242,11 +245,12 @@ def _differ_in_errors(kind: str, want: dict[str, Any], got: dict[str, Any]) -> N
     if right is None:
         where = "".join(traceback.format_exception(wrong)[-12:])
         text = re.sub(r"\(chain \d+\)|[\w.]*blocks[\w.]*|line\.\d[\w.]*|0x\w+|[\d.]+(e-?\d+)?", "#", str(wrong))[:160]
-        raise Fault(f"{kind}: raises {type(wrong).__name__} in {got['during']}: {text}", where)
+        raise FaultError(f"{kind}: raises {type(wrong).__name__} in {got['during']}: {text}", where)
     if wrong is None and want["during"] == "forward":
-        raise Fault(f"{kind}: does not raise {type(right).__name__}", str(right))
+        raise FaultError(f"{kind}: does not raise {type(right).__name__}", str(right))
     if wrong is not None and want["during"] == "forward" and type(right) is not type(wrong):
-        raise Fault(f"{kind}: raises another error: {type(wrong).__name__} for {type(right).__name__}", f"{wrong} for {right}")
+        what = f"raises another error: {type(wrong).__name__} for {type(right).__name__}"
+        raise FaultError(f"{kind}: {what}", f"{wrong} for {right}")
 
 
 def _what(name: str) -> str:
@@ -299,10 +303,10 @@ def check(program: Program) -> Outcome:
         warnings.simplefilter("always")
         try:
             _check(program, outcome)
-        except Fault as fault:
+        except FaultError as fault:
             outcome.fault = fault
         except TimeoutError as error:
-            outcome.fault = Fault("time", str(error))
+            outcome.fault = FaultError("time", str(error))
     outcome.told = sorted({str(w.message) for w in told})
     return outcome
 
@@ -331,7 +335,7 @@ def _converted(program: Program, kind: str, **options: Any) -> Model:
     model = Model(program)
     try:
         model.convert(**options)
-    except (Fault, TimeoutError):
+    except (FaultError, TimeoutError):
         raise
     except Exception as error:  # noqa: BLE001 (any error is a fault)
         _differ_in_errors(f"{kind}: convert", {"raised": None}, {"raised": error, "during": "convert"})
@@ -383,7 +387,7 @@ def _reverted(model: Model, original: Model) -> None:
     kept = [set(vars(m)) for m in original.root.modules()], [set(vars(m)) for m in model.root.modules()]
     for (name, _), before, after in zip(original.root.named_modules(), *kept, strict=True):
         if before != after:
-            raise Fault(f"revert leaves {sorted(before ^ after)}", name)
+            raise FaultError(f"revert leaves {sorted(before ^ after)}", name)
     with torch.no_grad():
         for m, o in zip(model.root.modules(), original.root.modules(), strict=True):
             for t, s in zip(leaves(vars(m)), leaves(vars(o)), strict=True):
