@@ -18,14 +18,16 @@ class Draws:
 
     Args:
         quiet: the calls of this branch were seen to draw nothing: they are looked at only before and after all.
+
+    Attributes:
+        drew: whether anything was drawn since the first call, by the calls or between them.
     """
 
-    __slots__ = ("_latest", "_states", "devices", "quiet")
+    __slots__ = ("_states", "devices", "drew", "quiet")
 
     def __init__(self, devices: Sequence[torch.device], *, quiet: bool) -> None:
-        self.devices, self.quiet = devices, quiet
+        self.devices, self.quiet, self.drew = devices, quiet, False
         self._states = self._now() if quiet else {}
-        self._latest: Call | None = None
 
     def _now(self) -> RandomStates:
         return random_states(self.devices) if self.devices else {None: _GENERATOR.get_state()}
@@ -33,15 +35,19 @@ class Draws:
     def before(self, call: Call) -> None:
         """A call is about to be made."""
         if not self.quiet:
-            self._look()
-            call.randomness, self._latest = self._states, call
+            call.randomness = self._look()
 
-    def _look(self) -> None:
-        """Forget the states before the latest call, where nothing was drawn since."""
-        now, latest = self._now(), self._latest
-        if latest is not None and _same(self._states, now):
-            latest.randomness = None
-        self._states = now
+    def after(self, call: Call) -> None:
+        """It was made. (Code may set a generator back before its next call: what a call drew is only seen here.)"""
+        if not self.quiet:
+            before, now = self._states, self._look()
+            if _same(before, now):
+                call.randomness = None
+
+    def _look(self) -> RandomStates:
+        before, self._states = self._states, self._now()
+        self.drew = self.drew or (bool(before) and not _same(before, self._states))
+        return self._states
 
     def settle(self) -> bool:
         """After the last call: whether it is known what each of them drew."""

@@ -182,6 +182,7 @@ class Segment:
             call.context = context_kept()
 
     def _put_down(self, call: Call, before: Sequence[tuple[Tensor, int]], out: Any) -> None:
+        self.draws.after(call)
         for t, version in before:
             if version >= 0 and t._version != version:
                 if self.number(t) is None:
@@ -230,7 +231,7 @@ class Segment:
         known, quiet = self.draws.settle(), self.run.tape.chain.quiet
         if not known:
             quiet.discard(self.standing)
-        elif not self.draws.quiet and all(call.randomness is None for call in self.calls):
+        elif not self.draws.quiet and not self.draws.drew:
             quiet.add(self.standing)
         return known
 

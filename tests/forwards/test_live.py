@@ -161,6 +161,27 @@ def test_numbers_that_the_code_draws_between_the_calls_of_a_branch():
     assert_to_the_bit(model, X)
 
 
+def dropped_twice_alike(self, x):
+    h, state = self.f(x), torch.get_rng_state()
+    h = F.dropout(h, 0.5)
+    torch.set_rng_state(state)
+    return x + F.dropout(h, 0.5)
+
+
+def dropped_in_a_fork(self, x):
+    h = self.f(x)
+    with torch.random.fork_rng(devices=[]):
+        h = F.dropout(h, 0.5)
+    return x + self.g(h)
+
+
+@pytest.mark.parametrize("forward", [dropped_twice_alike, dropped_in_a_fork])
+def test_a_generator_that_the_code_sets_back(forward):
+    model = rewound(forward)
+    for _ in range(2):
+        assert_to_the_bit(model, X)
+
+
 def test_a_generator_of_its_own_in_the_code():
     def forward(self, x):
         mask = torch.rand(x.shape, generator=self.generator, dtype=x.dtype) > 0.3

@@ -1,0 +1,3 @@
+"""Seeds whose faults are open, each with a reason."""
+
+KNOWN: dict[int, str] = {}
