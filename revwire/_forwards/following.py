@@ -40,17 +40,19 @@ class Following(TorchFunctionMode):
         for p in self.host.planned:
             if p.place.origin is not None and p.place.origin.call is None:
                 self.units.expect(p, self._argument(p.place.origin, args, kwargs))
+        try:
+            return self._finished(self._called(args, kwargs))
+        finally:
+            self.units.let_go()
+
+    def _called(self, args: Any, kwargs: Any) -> Any:
         before, NOW.follower = NOW.follower, self
         push_function_mode(self)
         try:
-            try:
-                out = self.plain(*args, **kwargs)
-            finally:
-                pop_function_mode()
-                NOW.follower = before
-            return self._finished(out)
+            return self.plain(*args, **kwargs)
         finally:
-            self.units.let_go()
+            pop_function_mode()
+            NOW.follower = before
 
     def closed(self, args: Any, kwargs: Any) -> Any:
         """Run a host that is one unit, as one call."""
@@ -93,6 +95,9 @@ class Following(TorchFunctionMode):
                     "a call of its host did not come to its residual add as the example did; it ran as in the original "
                     "network, and its activations are kept",
                 )
+        if self.units.instead:
+            out = self.units.renamed(out)
+            self.units.write()
         return out
 
     def _argument(self, origin: Origin, args: Any, kwargs: Any) -> Any:
@@ -116,7 +121,7 @@ class Following(TorchFunctionMode):
         if NOW.follower is not self:
             return func(*args, **kwargs)
         if self.units.instead:
-            args, kwargs = self.units.renamed(args, kwargs)
+            args, kwargs = self.units.renamed((args, kwargs))
         is_property = type(func) is _METHOD_WRAPPER
         if is_property and func.__name__ == "__set__":
             self.units.leave(args)
@@ -169,7 +174,7 @@ class Following(TorchFunctionMode):
     def _leaf_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         host = self.host
         if self.units.instead:
-            args, kwargs = self.units.renamed(args, kwargs)
+            args, kwargs = self.units.renamed((args, kwargs))
         given = tensors_of(args, kwargs)
         owner = None if host.passes(module) else self.units.owner(given, module)
         if owner is None:

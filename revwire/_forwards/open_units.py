@@ -20,6 +20,8 @@ from revwire._search.places import found_at
 from revwire._structures import mapped, tensors_of
 from revwire._torch import storage_id
 
+_IN_PLACE = ("add_", "__iadd__")
+
 _COPYING_VIEWS = frozenset({"reshape", "flatten", "contiguous", "reshape_as"})
 
 
@@ -49,6 +51,8 @@ class OpenUnit:
         first, second = args
         numbers = segment.number(first), segment.number(second)
         summed = self.posts < 0 and None not in numbers and first is not second
+        if numbers[0] == 0 and name_of(func) in _IN_PLACE:  # it writes over the state, which the step needs
+            summed = False
         if summed and (0 in numbers or not place.literal):
             self.adds += 1
             if self.adds == place.adds and _keeps_shape(segment.x, first, second):
@@ -68,8 +72,8 @@ class OpenUnit:
             new = self.step(f, unit, _strides_of_sum(segment.x, *args))
             if new is None:
                 return func(*args)
-            if args[0] is f and name_of(func) in ("add_", "__iadd__"):
-                self.units.instead[id(f)] = ref(f), ref(new)
+            if args[0] is f and name_of(func) in _IN_PLACE:
+                self.units.instead[id(f)] = ref(f), new
             return new
         if place.drops:
             out = segment.make(writable, (f,), {}, writable, [f]) if place.writes else f
@@ -98,7 +102,12 @@ class OpenUnit:
             return out
         self.posts += 1
         if out is segment.latest and self.f is not None:
-            return self._close(self.f, self.planned.unit) if self.posts >= self.planned.place.idle else out
+            if self.posts < self.planned.place.idle:
+                return out
+            new = self._close(self.f, self.planned.unit)
+            if new is not out:  # the code holds the sum, too
+                self.units.instead[id(out)] = ref(out), new
+            return new
         self.f = None
         if not _has_shape_of(segment.x, out):
             return out
@@ -132,7 +141,8 @@ class OpenUnits:
         forks: tensors with which chains may begin, by identity.
         counts: calls so far, by name.
         views: how many views of a state may still come, by the identity of its chain.
-        instead: the new states that stand for tensors over which sums were to be written, by the identity of these.
+        instead: the new states that stand for sums which the code holds under other names, by the identity of these; as
+            long as somebody holds them.
         gradients: whether they were enabled when the host was called.
     """
 
@@ -142,7 +152,7 @@ class OpenUnits:
         self.forks: dict[int, tuple[Tensor, Planned]] = {}
         self.counts: dict[str, int] = {}
         self.views = {i: n for i, units in host.chains.items() if (n := units[0].place.views[0])}
-        self.instead: dict[int, tuple[ReferenceType[Tensor], ReferenceType[Tensor]]] = {}
+        self.instead: dict[int, tuple[ReferenceType[Tensor], Tensor]] = {}
         self.gradients = torch.is_grad_enabled()
 
     def let_go(self) -> None:
@@ -257,16 +267,26 @@ class OpenUnits:
                 one.segment.let_go()
                 self.host.tell(one.planned.unit, "its host sets an attribute of a tensor that its branch uses")
 
-    def renamed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def renamed(self, structure: Any) -> Any:
         """A sum that was to be written over a tensor is the new state, under that tensor's name too."""
+        for number in [n for n, (old, _) in self.instead.items() if old() is None]:
+            del self.instead[number]
+        if not self.instead:
+            return structure
 
         def new(leaf: Any) -> Any:
             found = self.instead.get(id(leaf))
-            if found is None or found[0]() is not leaf:
-                return leaf
-            return leaf if (state := found[1]()) is None else state
+            return leaf if found is None or found[0]() is not leaf else found[1]
 
-        return mapped((args, kwargs), new)  # type: ignore[no-any-return]
+        return mapped(structure, new)
+
+    def write(self) -> None:
+        """At the end of the call: who still holds a tensor over which a sum was to be written finds it there."""
+        for old, new in self.instead.values():
+            tensor = old()
+            if tensor is not None:
+                tensor.copy_(new)
+        self.instead.clear()
 
 
 def _strides_of_sum(x: Tensor, first: Tensor, second: Tensor) -> tuple[int, ...] | None:

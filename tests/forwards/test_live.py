@@ -437,3 +437,37 @@ def test_a_model_of_python_random_numbers_draws_what_it_would():
     with revwire.stored_activations(model):
         got = step(model, X)
     torch.testing.assert_close(got, step(reference, X), **TOLERANCE)
+
+
+# -- sums in place -----------------------------------------------------------------------------------------------------
+
+
+def written(self, x):
+    h = self.f(x)
+    h.add_(x)
+    return h
+
+
+def under_another_name(self, x):
+    y = h = self.f(x)
+    h += x
+    return y
+
+
+def kept_elsewhere(self, x):
+    self.seen = h = self.f(x)
+    h += x
+    return h
+
+
+@pytest.mark.parametrize("forward", [written, under_another_name, kept_elsewhere])
+def test_a_sum_that_is_written_over_its_branch_is_found_by_every_name(forward):
+    model, reference = twin(stack(forward))
+    assert len(revwire.report(model).units) == 3
+    assert_same_step(model, reference, X)
+    if forward is kept_elsewhere:
+        model(X), reference(X)
+        for mine, theirs in zip(model.blocks, reference.blocks, strict=True):
+            torch.testing.assert_close(mine.seen, theirs.seen, **TOLERANCE)
+            assert mine.seen.requires_grad
+    assert_to_the_bit(rewound(forward), X)
