@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from revwire._capture.reads import kind_of, name_of
 from revwire._forwards.host import Host
 from revwire._forwards.open_units import OpenUnits, may_begin
+from revwire._runtime.cells import kept_cell, opened_cell
 from revwire._runtime.follower import NOW
 from revwire._runtime.links import link_of
 from revwire._search.places import Origin, found_at
 from revwire._structures import mapped, tensors_in, tensors_of
-from revwire._torch import function_mode, function_modes, pop_function_mode, push_function_mode
+from revwire._surroundings.modes import NOTHING
+from revwire._torch import function_mode, function_modes, inside_checkpoint, pop_function_mode, push_function_mode
 
 _ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 
@@ -120,6 +124,18 @@ class Following(TorchFunctionMode):
         kwargs = kwargs or {}
         if NOW.follower is not self:
             return func(*args, **kwargs)
+        with self._kept_from_checkpoint():
+            return self._torch_call(func, args, kwargs)
+
+    def _kept_from_checkpoint(self) -> AbstractContextManager[Any]:
+        """`torch.utils.checkpoint` in the host's code runs again what it holds, without the steps that were made: what
+        is saved behind one is kept from it.
+        """
+        if self.units.stepped_inside and inside_checkpoint():
+            return saved_tensors_hooks(kept_cell, opened_cell)
+        return NOTHING
+
+    def _torch_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.units.instead:
             args, kwargs = self.units.renamed((args, kwargs))
         is_property = type(func) is _METHOD_WRAPPER
@@ -151,6 +167,18 @@ class Following(TorchFunctionMode):
             self.units.met(name_of(func), out)
         return out
 
+    def opaque_call(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of the host's own code that no function mode sees."""
+        if self.units.instead:
+            args, kwargs = self.units.renamed((args, kwargs))
+        given = tensors_of(args, kwargs)
+        owner = self.units.owner(given, None)
+        if owner is None:
+            return call(*args, **kwargs)
+        if owner.raw is not owner.segment.x:
+            args, kwargs, given = self.units.with_state(owner, args, kwargs, given)
+        return owner.after(call, given, owner.segment.make(call, args, kwargs, call, given))
+
     def expects(self, args: Any, kwargs: Any) -> bool:
         """Whether one of these arguments of a module that is opened is a part of a unit of the host, or begins one."""
         return any(map(self.units.is_expected, tensors_of(args, kwargs)))
@@ -165,7 +193,8 @@ class Following(TorchFunctionMode):
             pop_function_mode()
         NOW.follower = None
         try:
-            return self._leaf_call(module, call, args, kwargs)
+            with self._kept_from_checkpoint():
+                return self._leaf_call(module, call, args, kwargs)
         finally:
             NOW.follower = self
             if popped:

@@ -18,7 +18,6 @@ from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import install_parts
 from revwire._forwards.leaf import unmake_leaf
 from revwire._forwards.live import install_live
-from revwire._forwards.rewired import install
 from revwire._plan.options import Options
 from revwire._plan.plan import Plan
 from revwire._plan.ready import refuse_unready
@@ -73,11 +72,7 @@ def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:
     if strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():
-        layout = layouts[path]
-        if layout is None:
-            install(model.get_submodule(path), path, slots)
-        else:
-            install_live(model.get_submodule(path), path, slots, layout)
+        install_live(model.get_submodule(path), path, slots, layouts[path])
     checkpointed = [install_checkpoint(model.get_submodule(path), path) for path in found.checkpointed]
     parted = [
         Parted(

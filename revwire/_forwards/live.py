@@ -22,7 +22,7 @@ from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
 from revwire._forwards.following import Following
 from revwire._forwards.host import Host, make_leaves
-from revwire._forwards.own_checkpoints import look_through_checkpoints
+from revwire._forwards.opaque_calls import look_through_checkpoints, make_known
 from revwire._forwards.rewired import RewiredForward
 from revwire._forwards.straight import is_straight
 from revwire._programs.calls import Slot
@@ -78,6 +78,8 @@ class LiveForward(RewiredForward):
             look_through_checkpoints()
             self.note_homes()
             self.host = Host(self.module, self.slots, self.layout)
+        if self.layout.opaque:
+            make_known()
         follower = Following(self.host, self.plain, self._names_of_arguments())
         # `torch.utils.checkpoint` would run this call again, which it must not with a part of a chain: what the host's
         # code saves is kept from it

@@ -18,7 +18,7 @@ from revwire._runtime.segment import Segment
 from revwire._runtime.unit import Unit
 from revwire._search.places import found_at
 from revwire._structures import mapped, tensors_of
-from revwire._torch import storage_id
+from revwire._torch import inside_checkpoint, storage_id
 
 _IN_PLACE = ("add_", "__iadd__")
 
@@ -124,6 +124,7 @@ class OpenUnit:
     def step(self, value: Tensor, unit: Unit, strides: tuple[int, ...] | None = None) -> Tensor | None:
         """The next state, of these strides; None where the unit cannot be stepped, and runs on as it was written."""
         self.units.open.remove(self)
+        self.units.stepped_inside |= inside_checkpoint()
         new = ended(self.segment, value, unit, strides)
         self.units.views[id(self.planned.slot.chain)] = self.planned.place.views[1]
         if new is None:
@@ -144,6 +145,7 @@ class OpenUnits:
         instead: the new states that stand for sums which the code holds under other names, by the identity of these; as
             long as somebody holds them.
         gradients: whether they were enabled when the host was called.
+        stepped_inside: a step was made inside of the code's own checkpointing, which would run again without it.
     """
 
     def __init__(self, host: Host) -> None:
@@ -154,6 +156,7 @@ class OpenUnits:
         self.views = {i: n for i, units in host.chains.items() if (n := units[0].place.views[0])}
         self.instead: dict[int, tuple[ReferenceType[Tensor], Tensor]] = {}
         self.gradients = torch.is_grad_enabled()
+        self.stepped_inside = False
 
     def let_go(self) -> None:
         """What is still open keeps its activations."""

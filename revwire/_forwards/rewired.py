@@ -12,7 +12,7 @@ from revwire._capture.intercept import is_recording
 from revwire._capture.recording import ASSIGNS
 from revwire._capture.run import record
 from revwire._errors import CaptureError, RevwireError
-from revwire._forwards.base import put_on, standing_forward
+from revwire._forwards.base import standing_forward
 from revwire._forwards.cached import ProgramForward
 from revwire._programs.assembly import Program
 from revwire._programs.build import build_graph, input_leaves
@@ -156,13 +156,6 @@ class RewiredForward(ProgramForward[Program]):
         following = {place for place, s in enumerate(self.slots) if s.index > 0}
         units, inline = find_units(recording, [(s.key, s.posts) for s in self.slots], followed, following)
         return Program.of(build_graph(recording, inline), units, self.slots)
-
-
-def install(host: nn.Module, path: str, slots: list[Slot]) -> RewiredForward:
-    """Put the rewired forward on a host."""
-    rewired = RewiredForward(host, path, slots, standing_forward(host))
-    put_on(rewired)
-    return rewired
 
 
 def rewired_of(module: nn.Module) -> RewiredForward | None:

@@ -15,13 +15,12 @@ from revwire._plan.options import STAYS, Options
 from revwire._plan.outside import Outside, name_of, outside_of_chains
 from revwire._plan.plan import Plan, PlannedChain, PlannedUnit
 from revwire._plan.stays import Skipped
-from revwire._programs.assembly import Program, pattern_of
-from revwire._programs.build import build_graph
+from revwire._programs.assembly import pattern_of
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._search.chains import Search, find_chains
 from revwire._search.dataflow import Flow
-from revwire._search.places import Layout, UnseenError, layout
+from revwire._search.places import Layout, layout
 from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._splitting.core_relations import Known
@@ -60,7 +59,7 @@ class Prepared(NamedTuple):
     plan: Plan
     chains: list[Chain]
     hosts: dict[str, list[Slot]]
-    layouts: dict[str, Layout | None]
+    layouts: dict[str, Layout]
     cores: dict[str, InBranch]
     known: Known
 
@@ -75,7 +74,7 @@ class Planner:
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
         self.known: Known = {}
-        self.layouts: dict[str, Layout | None] = {}
+        self.layouts: dict[str, Layout] = {}
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
@@ -238,7 +237,7 @@ class Planner:
                 cut = self.recording.of_call(u.candidate.host)
                 again, inline = find_units(cut, [(s.key, s.posts) for s in held])
                 self.opened |= {u.candidate.host + call for call in inline}
-                self.layouts[u.host_path] = _layout(cut, again, inline, held)
+                self.layouts[u.host_path] = layout(cut, again, inline, [s.drops_skip for s in held])
             except CaptureError as error:
                 reason = f"{u.host_path or 'the model'} {error}"
                 failed.update(
@@ -265,19 +264,6 @@ class Planner:
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
         return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
-
-
-def _layout(cut: Recording, units: list[Candidate], inline: set[int], held: list[Slot]) -> Layout | None:
-    """How the units of a host show in its code; None where that is not seen, and a program runs in its place.
-
-    Raises:
-        CaptureError: neither can be.
-    """
-    try:
-        return layout(cut, units, inline, [s.chain.couplings[s.index].drops_skip for s in held])
-    except UnseenError:
-        Program.of(build_graph(cut, inline), units, held)
-        return None
 
 
 def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:

@@ -26,6 +26,11 @@ class Slot:
     path: str
     later: tuple[int, ...] = ()
 
+    @property
+    def drops_skip(self) -> bool:
+        """Whether its coupling drops the skip of a post-activation unit."""
+        return self.chain.couplings[self.index].drops_skip
+
 
 class UnitCall:
     """What the program of a host calls for one unit."""

@@ -23,25 +23,29 @@ class Draws:
         drew: whether anything was drawn since the first call, by the calls or between them.
     """
 
-    __slots__ = ("_states", "devices", "drew", "quiet")
+    __slots__ = ("_sets_back", "_states", "devices", "drew", "quiet")
 
     def __init__(self, devices: Sequence[torch.device], *, quiet: bool) -> None:
         self.devices, self.quiet, self.drew = devices, quiet, False
         self._states = self._now() if quiet else {}
+        self._sets_back = False
 
     def _now(self) -> RandomStates:
         return random_states(self.devices) if self.devices else {None: _GENERATOR.get_state()}
 
-    def before(self, call: Call) -> None:
-        """A call is about to be made."""
+    def before(self, call: Call, *, sets_back: bool) -> None:
+        """A call is about to be made, which may set generators back itself: then what it drew does not show."""
+        self._sets_back = sets_back
         if not self.quiet:
             call.randomness = self._look()
+        elif sets_back:
+            call.randomness = self._now()
 
     def after(self, call: Call) -> None:
         """It was made. (Code may set a generator back before its next call: what a call drew is only seen here.)"""
         if not self.quiet:
             before, now = self._states, self._look()
-            if _same(before, now):
+            if _same(before, now) and not self._sets_back:
                 call.randomness = None
 
     def _look(self) -> RandomStates:

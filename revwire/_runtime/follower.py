@@ -16,6 +16,9 @@ class Follower(Protocol):
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Make a call of a module by the host's own code."""
 
+    def opaque_call(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make a call that shows nothing of what it does inside."""
+
     def expects(self, args: Any, kwargs: Any) -> bool:
         """Whether one of these arguments of a module that is opened is a part of a unit of the host, or begins one."""
 

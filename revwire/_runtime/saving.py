@@ -90,7 +90,8 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
         if products:
             products.settle(f)
             record.products = products
-        record.surroundings.settle()
+        if not record.held.sets_back:
+            record.surroundings.settle()
         record.held.settle(call.unit.known, call.host.training)
         record.witnesses = [number for number, _ in last]
         record.sample = call.streams.sample(f, [t for _, t in last])

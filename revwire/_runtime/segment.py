@@ -64,8 +64,7 @@ class Segment:
         self.checkpoints = rewinds and chain.checkpoints(run.place)
         self.may_skip = bool(tape.streams.witnesses) and run.unit.path not in chain.run_whole
         self.products = Products() if rewinds and chain.selects(run.place) and self.may_skip else None
-        self.version = version_of(x)
-        self.values = Numbers(x)
+        self.version, self.values = version_of(x), Numbers(x)
         self.number = self.values.number
         self.calls: list[Call] = []
         self.cells: list[Cell] = []
@@ -174,7 +173,7 @@ class Segment:
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
-        self.draws.before(call)
+        self.draws.before(call, sets_back=self.taken is not None and self.taken.sets_back)
         modes, context = modes_here(self.kinds), copy_context()
         if modes != self.modes:
             call.modes = modes

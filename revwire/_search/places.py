@@ -19,11 +19,6 @@ from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_mapping, is_sequence, refs
 from revwire._surroundings.inventory import has_hooks
 
-
-class UnseenError(CaptureError):
-    """The own code of a host makes calls that a run of it does not show; a program of the example may hold them."""
-
-
 Path = tuple[Any, ...]
 """Keys, indices and names of fields that lead to a tensor in a structure."""
 
@@ -81,11 +76,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How all units of a host show: in order, with the names of the modules whose code is followed like the host's."""
+    """How all units of a host show: in order, with the names of the modules whose code is followed like the host's.
+
+    Attributes:
+        whole: it is one unit, and its code stays closed.
+        opaque: its code makes calls that no function mode sees.
+    """
 
     places: tuple[Place, ...]
     opened: tuple[str, ...]
     whole: bool = False
+    opaque: bool = False
 
 
 def layout(recording: Recording, units: Sequence[Candidate], inline: set[int], drops: Sequence[bool]) -> Layout:
@@ -106,7 +107,8 @@ def layout(recording: Recording, units: Sequence[Candidate], inline: set[int], d
     seen.refuse_hooks()
     seen.refuse_what_is_not_seen()
     places = tuple(seen.place(c, drop) for c, drop in zip(units, drops, strict=True))
-    return Layout(places, tuple(dict.fromkeys(seen.name(recording.events[n]) for n in sorted(inline))))
+    opened = tuple(dict.fromkeys(seen.name(recording.events[n]) for n in sorted(inline)))
+    return Layout(places, opened, opaque=seen.has_opaque_calls)
 
 
 def _whole(recording: Recording, c: Candidate) -> Place:
@@ -138,13 +140,20 @@ class _Seen:
         return names[0] if names else "?"
 
     def refuse_what_is_not_seen(self) -> None:
-        """State of tensors that is changed, and calls that do not show in a function mode."""
+        """State of tensors that is changed, and calls that nothing sees."""
+        for e in self.events:
+            if not e.is_module and any(self.recording.values[r.value].custom for r in refs(e.out)):
+                raise CaptureError(
+                    "calls a custom autograd function by a name bound to its apply; call Function.apply itself"
+                )
         for read in self.recording.reads:
             if read.parent in self.code and read.kind == "state":
                 raise CaptureError(HIDDEN["state"].format(read.name))
-        for e in self.events:
-            if e.opaque or any(self.recording.values[r.value].custom for r in refs(e.out)):
-                raise UnseenError("calls a custom autograd function or a scripted one in its own code")
+
+    @property
+    def has_opaque_calls(self) -> bool:
+        """Whether there are calls that do not show in a function mode."""
+        return any(e.opaque for e in self.events)
 
     def refuse_hooks(self) -> None:
         for n in self.inline:

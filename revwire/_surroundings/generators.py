@@ -66,6 +66,15 @@ def code_draws_from_all(kind: type) -> bool:
     return False
 
 
+_SET_BACK = frozenset({"fork_rng", "set_rng_state", "manual_seed"})
+
+
+def code_sets_back(kind: type) -> bool:
+    """Whether a method of a class names what sets torch's generators: then it may not show that it drew from them."""
+    methods = filter(lambda v: isinstance(v, FunctionType), vars(kind).values())
+    return any(not _SET_BACK.isdisjoint(method.__code__.co_names) for method in methods)
+
+
 def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return list(value.values())

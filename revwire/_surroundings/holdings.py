@@ -28,6 +28,7 @@ from revwire._surroundings.code import classes_of, is_of_torch, named_by, names_
 from revwire._surroundings.generators import (
     States,
     code_draws_from_all,
+    code_sets_back,
     drawn_from,
     generators_at,
     generators_in,
@@ -80,6 +81,7 @@ class Found(NamedTuple):
         names: all names of attributes and buffers, by the identity of the module.
         generators: those of classes, and of the code of their methods.
         draws: whether this code names what draws from the generators of Python and NumPy.
+        sets_back: whether it names what sets torch's generators.
     """
 
     modules: list[int]
@@ -88,6 +90,7 @@ class Found(NamedTuple):
     names: dict[int, frozenset[str]]
     generators: list[Any]
     draws: bool
+    sets_back: bool
 
     @classmethod
     def of(cls, owned: Inventory) -> Found:
@@ -100,6 +103,7 @@ class Found(NamedTuple):
             {i: frozenset((*vars(m), *_buffers(m))) for i, m in owned.modules.items()},
             [g for kind in classes for g in generators_of_class(kind)],
             any(map(code_draws_from_all, classes)),
+            any(map(code_sets_back, classes)),
         )
 
     def is_of(self, owned: Inventory) -> bool:
@@ -167,19 +171,21 @@ class Held:
         names: of all that they had.
         values: what stood where, as `noted`.
         generators: those that may draw, with their states.
+        sets_back: whether it may set torch's generators back, so that it does not show what it drew from them.
     """
 
     owned: Inventory
     names: dict[int, frozenset[str]]
     values: Sequence[Standing]
     generators: States
+    sets_back: bool = False
 
     @classmethod
     def by(cls, known: Known, owned: Inventory, assigned: Sequence[tuple[nn.Module, str]], training: bool) -> Held:
         """What the modules of a branch hold now; ``assigned``: attributes that it was seen to assign to."""
         found, drawn = known.found(owned), known.draws[training]
         if drawn is False and not (found.generators or found.places or assigned):  # the usual case
-            return cls(owned, found.names, (), ())
+            return cls(owned, found.names, (), (), found.sets_back)
         drawing = [*found.generators, *(() if drawn is False else generators_of_all())]
         values = list[Standing]()
         for number, is_buffer, name, draws in found.places:
@@ -191,7 +197,7 @@ class Held:
                 continue
             values.append((module, is_buffer, name, noted(value)))
         values += [(m, False, name, noted(vars(m).get(name, MISSING))) for m, name in assigned]
-        return cls(owned, found.names, values, states_of(drawing) if drawing else [])
+        return cls(owned, found.names, values, states_of(drawing) if drawing else [], found.sets_back)
 
     @classmethod
     def nothing(cls) -> Held:

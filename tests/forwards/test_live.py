@@ -471,3 +471,51 @@ def test_a_sum_that_is_written_over_its_branch_is_found_by_every_name(forward):
             torch.testing.assert_close(mine.seen, theirs.seen, **TOLERANCE)
             assert mine.seen.requires_grad
     assert_to_the_bit(rewound(forward), X)
+
+
+class Forking(nn.Module):
+    """Draws from a generator that it sets back."""
+
+    def forward(self, x):
+        with torch.random.fork_rng(devices=[]):
+            return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda self, x: x + self.fork(self.f(x)), lambda self, x: x + self.fork(self.f(x)) * float(x.dim())]
+)
+def test_a_module_that_sets_the_generator_back_after_it_drew(forward):
+    def make(self):
+        self.fork = Forking()
+
+    for example in (X, X):
+        assert_to_the_bit(rewound(forward, make), example)
+    model = rewound(forward, make)
+    for _ in range(3):
+        assert_to_the_bit(model, X)
+
+
+class Checkpointing(nn.Module):
+    """Its own code holds the sums, inside of its own checkpointing, and something behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        def part(x):
+            for f in self.f:
+                x = x + f(x).tanh()
+            return x.tanh() * x.sigmoid()
+
+        return checkpoint(part, x, use_reentrant=False)
+
+
+def test_a_hosts_own_checkpointing_around_its_sums():
+    torch.manual_seed(0)
+    model, reference = twin(Checkpointing().double())
+    assert len(revwire.report(model).units) == 3
+    assert_same_step(model, reference, X)
+    torch.manual_seed(0)
+    got, want = grads_both_ways(revwire.convert(Checkpointing().double(), X, coupling="bdia:1/2"), X)
+    torch.testing.assert_close(got, want, **TOLERANCE)  # sums of gradients have another order there
