@@ -12,6 +12,7 @@ Note [The host's own code runs]
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ class LiveForward(RewiredForward):
             except CaptureError:  # this call is followed, and all others
                 self.straight = False
             else:
-                return program(self.module, leaves)
+                with _kept_from_checkpoint():
+                    return program(self.module, leaves)
         if exporting() or any(map(_runs_by_program, self.slots)):
             return super().__call__(*args, **kwargs)
         refuse_transforms(self.path or type(self.module).__name__)
@@ -81,9 +83,7 @@ class LiveForward(RewiredForward):
         if self.layout.opaque:
             make_known()
         follower = Following(self.host, self.plain, self._names_of_arguments())
-        # `torch.utils.checkpoint` would run this call again, which it must not with a part of a chain: what the host's
-        # code saves is kept from it
-        with saved_tensors_hooks(kept_cell, opened_cell) if inside_checkpoint() else NOTHING:
+        with _kept_from_checkpoint():
             return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
 
     def _is_plain_call(self, args: Any, kwargs: Any) -> bool:
@@ -97,6 +97,13 @@ class LiveForward(RewiredForward):
         original = self.original
         code = getattr(type(self.module).forward if original is None else original, "__code__", None)
         return () if code is None else code.co_varnames[original is None : code.co_argcount]
+
+
+def _kept_from_checkpoint() -> AbstractContextManager[Any]:
+    """`torch.utils.checkpoint` would run a call of a host again, which it must not with a part of a chain: what the
+    host's code saves is kept from it.
+    """
+    return saved_tensors_hooks(kept_cell, opened_cell) if inside_checkpoint() else NOTHING
 
 
 def _runs_by_program(slot: Slot) -> bool:

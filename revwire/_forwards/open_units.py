@@ -66,7 +66,7 @@ class OpenUnit:
         """The residual add."""
         segment, place, unit = self.segment, self.planned.place, self.planned.unit
         f = args[1] if numbers[0] == 0 else args[0]
-        if place.idle:
+        if place.idle and not place.block:
             self.f = f
         elif not place.block and not place.posts:
             new = self.step(f, unit, _strides_of_sum(segment.x, *args))
@@ -101,10 +101,10 @@ class OpenUnit:
         if not any((segment.number(t) or -1) >= self.since for t in given):
             return out
         self.posts += 1
-        if out is segment.latest and self.f is not None:
-            if self.posts < self.planned.place.idle:
+        if out is segment.latest and (self.f is not None or self.planned.place.block):
+            if self.posts < self.planned.place.posts + self.planned.place.idle:
                 return out
-            new = self._close(self.f, self.planned.unit)
+            new = self._close(out if self.f is None else self.f, self.planned.unit)
             if new is not out:  # the code holds the sum, too
                 self.units.instead[id(out)] = ref(out), new
             return new

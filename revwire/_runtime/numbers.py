@@ -8,7 +8,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from revwire._runtime.replay import Given, Made, recorded_dataclass
+from revwire._runtime.replay import Drawing, Given, Made, recorded_dataclass
 from revwire._structures import CONSTANTS, is_mapping, is_sequence
 from revwire._surroundings.copies import snapshot
 from revwire._surroundings.inventory import version_of
@@ -76,6 +76,8 @@ class Numbers:
             number = self.number_of(value)
             needs.append(number)
             return Made(number)
+        if isinstance(value, torch.Generator):
+            return Drawing(value.clone_state())
         if isinstance(value, (*CONSTANTS, nn.Module)):
             return value
         if is_sequence(value):

@@ -56,6 +56,15 @@ class Given:
         self.value = value
 
 
+class Drawing:
+    """In the recorded arguments of a call: a generator, as it was before the call."""
+
+    __slots__ = ("generator",)
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+
 class Remade:
     """In the recorded arguments of a call: a dataclass instance that holds tensors."""
 
@@ -122,6 +131,8 @@ def filled(recorded: Any, values: list[Any]) -> Any:
         return recorded
     if kind is Given:
         return recalled(recorded.value)
+    if kind is Drawing:
+        return recorded.generator.clone_state()
     if kind is Remade:
         out = copy.copy(recorded.like)
         for name, value in recorded.values.items():

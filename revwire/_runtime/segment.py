@@ -81,7 +81,7 @@ class Segment:
         self.devices = () if x.is_cpu else accelerators_of([x])
         self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
         self.modes, self.context = modes_here(self.kinds), copy_context()
-        self.standing = run.unit.path, run.host.training
+        self.standing = run.place, run.unit.path, run.host.training
         self.draws = Draws(self.devices, quiet=rewinds and self.standing in chain.quiet)
         self.context_kept = context_kept()
         self.cache_enabled = torch.is_autocast_cache_enabled()

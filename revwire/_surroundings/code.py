@@ -72,7 +72,7 @@ def _functions(classes: Iterable[type]) -> Iterator[FunctionType]:
     seen = set[int]()
     methods = [v for kind in classes for v in vars(kind).values() if isinstance(v, FunctionType)]
     for function in (*methods, *(v for m in methods for v in named(m) if isinstance(v, FunctionType))):
-        if id(function) not in seen and not function.__module__.startswith("torch."):
+        if id(function) not in seen and not (function.__module__ or "").startswith("torch."):
             seen.add(id(function))
             yield function
 
