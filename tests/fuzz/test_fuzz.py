@@ -7,7 +7,7 @@ from fuzz.program import Program
 from fuzz.runner import check
 
 CHUNK, SEEDS = 30, 300
-SHARE_THAT_IS_REWIRED = 0.8
+SHARE_THAT_IS_REWIRED = 0.7  # of all seeds so far it is 0.83; chunks are small
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
