@@ -65,8 +65,6 @@ class Chain:
         self.original = False  # run as the original network, with ordinary autograd
         self.warned = False  # that something came between two units
         self.quiet: set[tuple[int, str, bool]] = set()  # (place, unit, in training) that drew no random number
-            set()
-        )  # places (their units; in training or not) that were seen to draw no random number
         self.told: set[str] = set()  # units of which it was said that their activations are kept
         self.observer: Observer | None = None
 
