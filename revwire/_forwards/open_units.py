@@ -87,24 +87,32 @@ class OpenUnit:
         return out if self.planned.place.posts or self.planned.place.idle else self._close(out, self.planned.unit)
 
     def after(self, function: Any, given: list[Tensor], out: Any) -> Any:
-        """A call of a unit was made: it may be the last one behind the sum, or one on the way of the skip."""
-        segment = self.segment
+        """A call of a unit was made: it may be its sum, one on the way of the skip, or the last one behind the sum."""
         if self.posts < 0:
-            if self.planned.place.spelled is not None and name_of(function) == self.planned.place.spelled:
-                self.adds += 1
-                if self.adds == self.planned.place.adds and _has_shape_of(segment.x, out):
-                    return self._summed(out)
-            skips = given and given[0] is segment.skip and self.units.host.is_light(function)
-            if skips and _has_shape_of(segment.x, out):
-                segment.skip = out
-            return out
-        if not any((segment.number(t) or -1) >= self.since for t in given):
-            return out
-        self.posts += 1
-        if out is segment.latest and (self.f is not None or self.planned.place.block):
-            if self.posts < self.planned.place.posts + self.planned.place.idle:
+            return self._on_the_way(function, given, out)
+        if any((self.segment.number(t) or -1) >= self.since for t in given):
+            self.posts += 1
+            return self._behind_the_sum(out)
+        return out
+
+    def _on_the_way(self, function: Any, given: list[Tensor], out: Any) -> Any:
+        segment, place = self.segment, self.planned.place
+        if place.spelled is not None and name_of(function) == place.spelled:
+            self.adds += 1
+            if self.adds == place.adds and _has_shape_of(segment.x, out):
+                return self._summed(out)
+        skips = given and given[0] is segment.skip and self.units.host.is_light(function)
+        if skips and _has_shape_of(segment.x, out):
+            segment.skip = out
+        return out
+
+    def _behind_the_sum(self, out: Any) -> Any:
+        segment, place, unit = self.segment, self.planned.place, self.planned.unit
+        last = self.posts >= place.posts + place.idle
+        if out is segment.latest and (self.f is not None or place.block):  # it was handed back
+            if not last:
                 return out
-            new = self._close(out if self.f is None else self.f, self.planned.unit)
+            new = self._close(out if self.f is None else self.f, unit)
             if new is not out:  # the code holds the sum, too
                 self.units.instead[id(out)] = ref(out), new
             return new
@@ -112,8 +120,7 @@ class OpenUnit:
         if not _has_shape_of(segment.x, out):
             return out
         segment.latest = out
-        unit = self.planned.as_block() if self.planned.place.idle else self.planned.unit
-        return self._close(out, unit) if self.posts >= self.planned.place.posts + self.planned.place.idle else out
+        return self._close(out, self.planned.as_block() if place.idle else unit) if last else out
 
     def _close(self, value: Tensor, unit: Unit) -> Any:
         """End a unit by ``value``: F(x), or the block's; in place of what the code would go on with."""
