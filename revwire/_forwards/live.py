@@ -15,6 +15,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -72,8 +73,10 @@ class LiveForward(RewiredForward):
             else:
                 with _kept_from_checkpoint():
                     return program(self.module, leaves)
-        if exporting() or any(map(_runs_by_program, self.slots)):
+        if any(map(_runs_by_program, self.slots)):
             return super().__call__(*args, **kwargs)
+        if exporting() and torch.is_grad_enabled():
+            raise self.cannot_export()
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         if self.host is None or not self.host.is_current:

@@ -128,7 +128,7 @@ def test_the_order_does_not_matter(how: str) -> None:
 @refused(STACK, "`fullgraph=True` around a converted model", "compile the branches with `fullgraph=True` instead")
 def test_full_graph() -> None:
     model = converted(Transformer)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"RewiredForward\.__call__"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"LiveForward\.__call__"):
         torch.compile(model, backend="eager", fullgraph=True)(Transformer.example())
     for block in model.blocks:
         block.mlp.compile(backend="aot_eager", fullgraph=True)
