@@ -437,7 +437,6 @@ def test_what_checkpointing_the_same_blocks_would_need_is_estimated(make, coupli
     needed = peak_bytes(training_step(checkpointed(make().train(), plan), INPUTS))
     assert plan.forecast.checkpoint.peak_bytes == pytest.approx(needed, rel=0.1)
     assert "torch.utils.checkpoint around the same blocks: about " in str(plan)
-    assert plan.forecast.checkpoint.seconds < plan.forecast.reversible.seconds
 
 
 def test_the_plan_says_where_checkpointing_would_need_less():
