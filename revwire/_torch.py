@@ -174,10 +174,11 @@ pop_saved_tensors_hooks: Callable[[], None] = _bound("torch._C._autograd._pop_sa
 
 def inside_checkpoint() -> bool:
     """Whether the saved-tensor hooks in force are those of non-reentrant activation checkpointing, of whichever
-    library.
+    library, or of its recompute.
     """
     hooks = top_saved_tensors_hooks(False)
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    name = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
+    return "checkpoint" in name or "recomputation" in name
 
 
 def checkpoint_stops_early() -> bool:

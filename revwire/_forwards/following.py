@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from revwire._capture.reads import kind_of, name_of
 from revwire._forwards.host import Host
 from revwire._forwards.open_units import OpenUnits, may_begin
-from revwire._runtime.cells import kept_cell, opened_cell
+from revwire._runtime.cells import kept_from_checkpoint
 from revwire._runtime.follower import NOW
 from revwire._runtime.links import link_of
 from revwire._search.places import Origin, found_at
 from revwire._structures import mapped, tensors_in, tensors_of
 from revwire._surroundings.modes import NOTHING
-from revwire._torch import function_mode, function_modes, inside_checkpoint, pop_function_mode, push_function_mode
+from revwire._torch import function_mode, function_modes, pop_function_mode, push_function_mode
 
 _ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 
@@ -124,16 +122,8 @@ class Following(TorchFunctionMode):
         kwargs = kwargs or {}
         if NOW.follower is not self:
             return func(*args, **kwargs)
-        with self._kept_from_checkpoint():
+        with kept_from_checkpoint() if self.units.stepped_inside else NOTHING:
             return self._torch_call(func, args, kwargs)
-
-    def _kept_from_checkpoint(self) -> AbstractContextManager[Any]:
-        """`torch.utils.checkpoint` in the host's code runs again what it holds, without the steps that were made: what
-        is saved behind one is kept from it.
-        """
-        if self.units.stepped_inside and inside_checkpoint():
-            return saved_tensors_hooks(kept_cell, opened_cell)
-        return NOTHING
 
     def _torch_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.units.instead:
@@ -193,7 +183,7 @@ class Following(TorchFunctionMode):
             pop_function_mode()
         NOW.follower = None
         try:
-            with self._kept_from_checkpoint():
+            with kept_from_checkpoint() if self.units.stepped_inside else NOTHING:
                 return self._leaf_call(module, call, args, kwargs)
         finally:
             NOW.follower = self

@@ -12,12 +12,10 @@ Note [The host's own code runs]
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._capture.intercept import is_recording
 from revwire._errors import CaptureError
@@ -28,12 +26,12 @@ from revwire._forwards.opaque_calls import look_through_checkpoints, make_known
 from revwire._forwards.rewired import RewiredForward
 from revwire._forwards.straight import is_straight
 from revwire._programs.calls import Slot
-from revwire._runtime.cells import kept_cell, opened_cell
+from revwire._runtime.cells import kept_from_checkpoint
 from revwire._runtime.follower import NOW
 from revwire._runtime.run import refuse_transforms
 from revwire._search.places import Layout
-from revwire._surroundings.modes import NOTHING, exporting
-from revwire._torch import disable_dynamo, inside_checkpoint
+from revwire._surroundings.modes import exporting
+from revwire._torch import disable_dynamo
 
 _PLAIN = frozenset({Tensor, bool, type(None)})
 
@@ -42,7 +40,7 @@ class LiveForward(RewiredForward):
     """The forward of a host whose own code runs; see Note [The host's own code runs].
 
     Units that run in chunks need their branch before the host's code comes to it: a host that holds such a unit runs
-    the program of its example (`RewiredForward`), and so does one that an exporter writes down.
+    the program of its example (`RewiredForward`), and so does one whose code is a straight line.
     """
 
     def __init__(self, host: nn.Module, path: str, slots: list[Slot], layout: Layout, original: Any = None) -> None:
@@ -68,10 +66,10 @@ class LiveForward(RewiredForward):
         if self.straight and self._is_plain_call(args, kwargs):
             try:
                 program, leaves = self.program_of(args, kwargs)
-            except CaptureError:  # this call is followed, and all others
-                self.straight = False
+            except CaptureError:  # this call is followed, and all others; but an exporter has no values to observe
+                self.straight = exporting()
             else:
-                with _kept_from_checkpoint():
+                with kept_from_checkpoint():
                     return program(self.module, leaves)
         if any(map(_runs_by_program, self.slots)):
             return super().__call__(*args, **kwargs)
@@ -86,7 +84,7 @@ class LiveForward(RewiredForward):
         if self.layout.opaque:
             make_known()
         follower = Following(self.host, self.plain, self._names_of_arguments())
-        with _kept_from_checkpoint():
+        with kept_from_checkpoint():
             return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
 
     def _is_plain_call(self, args: Any, kwargs: Any) -> bool:
@@ -100,13 +98,6 @@ class LiveForward(RewiredForward):
         original = self.original
         code = getattr(type(self.module).forward if original is None else original, "__code__", None)
         return () if code is None else code.co_varnames[original is None : code.co_argcount]
-
-
-def _kept_from_checkpoint() -> AbstractContextManager[Any]:
-    """`torch.utils.checkpoint` would run a call of a host again, which it must not with a part of a chain: what the
-    host's code saves is kept from it.
-    """
-    return saved_tensors_hooks(kept_cell, opened_cell) if inside_checkpoint() else NOTHING
 
 
 def _runs_by_program(slot: Slot) -> bool:

@@ -8,9 +8,14 @@ branch, and a class of its own would be felt.)
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revwire._surroundings.modes import NOTHING
+from revwire._torch import inside_checkpoint
 
 Cell = list[Any]
 
@@ -25,6 +30,13 @@ def keep(cells: Iterable[Cell]) -> None:
 def kept_cell(tensor: Tensor) -> Cell:
     """The hook that saves a tensor in a cell for good."""
     return [tensor.detach(), tensor._version, None]
+
+
+def kept_from_checkpoint() -> AbstractContextManager[Any]:
+    """Inside of `torch.utils.checkpoint`, a context in which it does not see what is saved. It would run a part of a
+    chain again as it was written: without the steps, and on a state that is not the streams'.
+    """
+    return saved_tensors_hooks(kept_cell, opened_cell) if inside_checkpoint() else NOTHING
 
 
 def opened_cell(cell: Cell) -> Tensor:

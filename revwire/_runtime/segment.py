@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revwire._runtime.cells import Cell, keep, opened_cell
+from revwire._runtime.cells import Cell, keep, kept_from_checkpoint, opened_cell
 from revwire._runtime.draws import Draws
 from revwire._runtime.numbers import Numbers
 from revwire._runtime.replay import Call, CallModes, Made, Replay
@@ -102,7 +102,8 @@ class Segment:
     ) -> Any:
         """Make a call by ``run``, and put it down as one of ``function``; ``tensors``: those among its arguments."""
         if not self.rewinds:
-            out = run(*args, **kwargs)
+            with kept_from_checkpoint():
+                out = run(*args, **kwargs)
             self._note_made(out)
             return out
         needs: list[int] = []

@@ -1,5 +1,5 @@
 """Seeds whose faults are open, each with a reason."""
 
 KNOWN: dict[int, str] = {
-    54: "stored activations under the model's own checkpoint() around a host of hosts: a CheckpointError",
+    54: "a part of a chain is run again by checkpoint() around code that is no host: refused, also when stored",
 }
