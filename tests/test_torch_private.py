@@ -159,8 +159,10 @@ def saved_tensor_hooks_are_seen():
 @canary("inside_checkpoint", breaks="the refusal of checkpointing under functional_call")
 def hooks_of_checkpointing_are_known():
     inside = []
-    checkpoint(lambda x: inside.append(_torch.inside_checkpoint()) or x.exp(), leaf(), use_reentrant=False)
+    y = checkpoint(lambda x: inside.append(_torch.inside_checkpoint()) or x.exp(), leaf(), use_reentrant=False)
     assert inside == [True], "checkpointing is not known by its hooks"
+    y.sum().backward()
+    assert inside == [True, True], "its recompute is not known by its hooks"
     with saved_tensors_hooks(same, same):
         assert not _torch.inside_checkpoint()
 

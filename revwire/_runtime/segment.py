@@ -130,13 +130,7 @@ class Segment:
         return out
 
     def make_module(
-        self,
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        run: Callable[..., Any],
-        tensors: list[Tensor],
-        about: About,
+        self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any], tensors: list[Tensor], about: About
     ) -> Any:
         """As `make`, for a call of a module."""
         if not self.rewinds:
