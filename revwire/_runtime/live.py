@@ -18,9 +18,8 @@ from revwire._runtime.entries import Stop, UnitRecord
 from revwire._runtime.functions import later, step
 from revwire._runtime.kinds import kind_of
 from revwire._runtime.links import Link
-from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.replay import Replay
-from revwire._runtime.run import begin, give_out, in_grad_mode, outside_inference_mode, relayout, result_dtype
+from revwire._runtime.run import entered, left, outside_inference_mode, relayout, result_dtype
 from revwire._runtime.saving import given_up, packer, seen
 from revwire._runtime.segment import Segment
 from revwire._runtime.unit import Unit
@@ -35,15 +34,8 @@ from revwire._torch import checkpoint_stops_early
 
 def begun(chain: Chain, unit: Unit, host: nn.Module, x: Tensor, link: Link | None) -> Segment:
     """Begin a unit on the tensor ``x``; where it had no link, a chain begins, and the segment has another ``x``."""
-    if chain.observer:
-        chain.observer.on_enter(chain, unit)
-    if link is None:
-        x, link = begin(chain, unit, host, x)
-    elif link.tape.keep != torch.is_grad_enabled():
-        link = in_grad_mode(chain, unit.path, link, x)
+    x, link = entered(chain, unit, host, x, link, ())
     previous, current = link.carriers(x)
-    if chain.observer:
-        chain.observer.on_inputs(Inputs(chain, unit, host, x, ()))
     run = UnitRun(link.tape, unit, host, ())
     previous, share = later(run, previous)
     return Segment(run, x, link, (previous, current, share))
@@ -69,11 +61,7 @@ def ended(segment: Segment, value: Tensor, unit: Unit, strides: tuple[int, ...] 
             out = step(run, previous, current, f, share)
         run.join(out)
     del previous  # where the chain ends, its streams are merged: as few tensors as can be are there meanwhile
-    with outside_inference_mode():
-        out = give_out(chain, segment.link, out, current, result_dtype(run.unit, x, f), kind_of(x))
-    if chain.observer:
-        place = tape.position - 1
-        chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
+    out = left(segment.link, out, current, result_dtype(run.unit, x, f), kind_of(x))
     return out if strides is None else relayout(chain, partial(laid_out, strides=strides), out)
 
 

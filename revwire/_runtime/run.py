@@ -67,24 +67,37 @@ def run(
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
     refuse_transforms(chain.name)
-    if chain.observer:
-        chain.observer.on_enter(chain, unit)
-    link = link_of(x, chain, unit)
-    if link is None:
-        x, link = begin(chain, unit, host, x)
-    elif link.tape.keep != torch.is_grad_enabled():
-        link = in_grad_mode(chain, unit.path, link, x)
+    x, link = entered(chain, unit, host, x, link_of(x, chain, unit), extras)
     previous, current = link.carriers(x)
-    if chain.observer:
-        chain.observer.on_inputs(Inputs(chain, unit, host, x, extras))
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
     out, dtype, sides = _run(UnitRun(link.tape, unit, host, chunks), x, extras, previous, current)
-    with outside_inference_mode():
-        out = give_out(chain, link, out, current, dtype, kind_of(x))
+    return left(link, out, current, dtype, kind_of(x)), sides
+
+
+def entered(
+    chain: Chain, unit: Unit, host: nn.Module, x: Tensor, link: Link | None, extras: tuple[Any, ...]
+) -> tuple[Tensor, Link]:
+    """A unit is called on ``x``: what it runs on, and its link. Without a link, a chain begins."""
     if chain.observer:
-        tape, place = link.tape, link.tape.position - 1
+        chain.observer.on_enter(chain, unit)
+    if link is None:
+        x, link = _begin(chain, unit, host, x)
+    elif link.tape.keep != torch.is_grad_enabled():
+        link = _in_grad_mode(chain, unit.path, link, x)
+    if chain.observer:
+        chain.observer.on_inputs(Inputs(chain, unit, host, x, extras))
+    return x, link
+
+
+def left(link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
+    """What a unit hands on, whose float value is ``out``; ``current``: that of its input."""
+    tape, chain = link.tape, link.tape.chain
+    place = tape.position - 1
+    with outside_inference_mode():
+        out = _give_out(chain, link, out, current, dtype, kind)
+    if chain.observer:
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
-    return out, sides
+    return out
 
 
 @_eager
@@ -93,7 +106,7 @@ def relayout(chain: Chain, view: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     link = link_of(x, chain)
     y = view(x)
     if link is not None and link.tape.keep != torch.is_grad_enabled():
-        link = in_grad_mode(chain, chain.name, link, x)
+        link = _in_grad_mode(chain, chain.name, link, x)
     if link is None or not link.tape.relayout(view):
         return y
     return linked_view(y, link, view)
@@ -137,7 +150,7 @@ def outside_inference_mode() -> AbstractContextManager[None]:
     return recording_nothing() if torch.is_inference_mode_enabled() else NOTHING
 
 
-def give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
+def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
     tape = link.tape
     link.spend()
     if tape.position == chain.length:
@@ -166,7 +179,7 @@ def _streams_for(chain: Chain, largest: float, dtype: torch.dtype) -> Streams:
         return FloatStreams(chain.tolerance, rebuilds=False)
 
 
-def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
+def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
     if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
         raise ConversionError(
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
@@ -205,7 +218,7 @@ def begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor,
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
 
-def in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
+def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
     """The streams behind ``x`` in a tape of the present grad mode; see Note [Grad mode]."""
     if not link.tape.keep and x.grad_fn is not None:
         raise _cut(chain, where)
