@@ -43,6 +43,14 @@ class Memory:
         self.sharing[address] = (token, alive if known and alive else [*alive, reference])
         return token
 
+    def storage_at(self, address: int | None) -> int:
+        """The number of the memory at an address: that of the tensors that are alive there, or a new one."""
+        token, sharing = self.sharing.get(address, (-1, [])) if address is not None else (-1, [])
+        if any(r() is not None for r in sharing):
+            return token
+        self.count += 1
+        return self.count
+
     def aliases(self, t: Tensor) -> list[Tensor]:
         """All known tensors that are alive and share the memory of ``t``, itself first."""
         address = address_of(t)

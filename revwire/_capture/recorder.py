@@ -90,6 +90,7 @@ class Recorder(TorchFunctionMode):
             self.values.noted(kwargs),
         )
         event.modes = modes_now(self.device_types)
+        self.values.kept.pop(event.number, None)  # of a call that raised
         self.values.mark_custom((args, kwargs))
         self.recording.events.append(event)
         return event, versions
@@ -112,6 +113,7 @@ class Recorder(TorchFunctionMode):
         event.writes = tuple(writes.values())
         self.values.mark_custom(out)
         event.out = self.values.noted_output(out, event, dynamic)
+        self.values.count_saved(event)
         event.end = len(self.recording.events)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -246,7 +248,9 @@ class Recorder(TorchFunctionMode):
         with self.bookkeeping():
             if self.recording.events:
                 event = self.open_events[-1] if self.open_events else self.recording.events[-1]
-                event.saved += self.values.newly_saved(t)
+                self.values.note_saved(t, event)
+                if not self.open_events:
+                    self.values.count_saved(event)
 
 
 def _hooked_call(recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ class Value:
     names in the root, where it existed before. ``storage`` is equal for tensors that share memory. ``dynamic``: its
     shape may depend on the values of other tensors. ``custom``: a custom autograd function that was not seen gave it
     another gradient than its producer would. ``largest`` is its largest magnitude, measured for what enters or
-    leaves an addition.
+    leaves an addition. ``wants``: a backward pass brings it a gradient.
     """
 
     number: int
@@ -74,6 +74,7 @@ class Value:
     dynamic: bool = False
     custom: bool = False
     largest: float = 0.0
+    wants: bool = False
 
 
 @dataclass
@@ -83,7 +84,8 @@ class Event:
     ``parent`` is the module call around it (-1: none). A module call ends before event ``end``. ``writes`` holds
     (value before, value after) for each tensor that was written in place, under each of its names. ``view``: the result
     is a re-reading of the input's storage with all its elements, or a copy of them in another shape or layout.
-    ``saved``: bytes that autograd would keep for it.
+    ``keeps``: the memory that autograd would keep for it, as numbers of storages; ``saved``: bytes of it which no event
+    before keeps.
     ``dynamic``: some kernel makes a shape out of values (``nonzero``, a boolean index). ``modes`` are those it ran
     under.
     ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
@@ -103,6 +105,7 @@ class Event:
     kernels: list[Any] = field(default_factory=list)
     view: bool = False
     saved: int = 0
+    keeps: list[int] = field(default_factory=list)
     modes: Modes = (True, False, ())
     dynamic: bool = False
     opaque: bool = False
@@ -180,13 +183,14 @@ class Read:
 
 @dataclass
 class Recording:
-    """All that one run did. ``events[0]`` is the call of the root module."""
+    """All that one run did. ``events[0]`` is the call of the root module; ``storages`` has the bytes of each memory."""
 
     root: nn.Module
     module_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    storages: dict[int, int] = field(default_factory=dict)
 
     def of_call(self, call: int) -> Recording:
         """The recording of one module call, as if its module had been the root."""

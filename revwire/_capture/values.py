@@ -25,7 +25,8 @@ class Values:
         memory: which tensors share memory, and their numbers.
         names: of the tensors that the modules hold, by identity.
         owned: the addresses of their storages.
-        counted: what `newly_saved` has counted.
+        kept: what autograd keeps for the events that still run.
+        counted: the storages that it keeps so far.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -33,7 +34,8 @@ class Values:
         self.memory = Memory()
         self.names: dict[int, tuple[str, ...]] = {}
         self.owned: set[int] = set()
-        self.counted: set[tuple[int, int]] = set()
+        self.kept: dict[int, list[Tensor]] = {}
+        self.counted: set[int] = set()
 
     def name_all(self) -> None:
         """Learn the qualified names of the root's modules and of all tensors they hold (as they are during the run)."""
@@ -62,7 +64,9 @@ class Values:
         number = len(self.recording.values)
         existing, names = (t, self.names.get(id(t), ())) if event < 0 else (None, ())
         storage = self.memory.bind(t, number)
-        self.recording.values.append(Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic))
+        self.recording.storages.setdefault(storage, _size(t))
+        value = Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic, wants=t.requires_grad)
+        self.recording.values.append(value)
         return number
 
     def noted(self, structure: Any) -> Any:
@@ -106,25 +110,35 @@ class Values:
                 value = self.recording.values[self.number_of(t)]
                 value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
 
-    def newly_saved(self, t: Tensor) -> int:
-        """Bytes that autograd keeps because of this tensor, once per tensor; weights are there anyway."""
+    def note_saved(self, t: Tensor, event: Event) -> None:
+        """Note that autograd keeps this tensor for an event that still runs; weights are there anyway."""
         if t.layout != torch.strided or t.is_nested:
-            return 0
+            return
         try:
             if address_of(t) is not None and t.untyped_storage().data_ptr() in self.owned:
-                return 0
+                return
         except RuntimeError:  # the wrapper of a `torch.func` transform has no memory of its own
-            return 0
-        sharing = self.memory.sharing.get(address_of(t) or 0)
-        if sharing is not None and any(
-            r() is not None for r in sharing[1]
-        ):  # else the memory was another tensor's before
-            key = (sharing[0], t.numel())
-            if key in self.counted:
-                return 0
-            self.counted.add(key)
-        return t.numel() * t.element_size()
+            return
+        self.kept.setdefault(event.number, []).append(t)
+
+    def count_saved(self, event: Event) -> None:
+        """Find out, when its results are known, what memory autograd keeps for an event, and what is new of it."""
+        for t in self.kept.pop(event.number, ()):
+            storage = self.memory.storage_at(address_of(t))
+            if storage not in event.keeps:
+                event.keeps.append(storage)
+            if storage not in self.counted:
+                self.counted.add(storage)
+                self.recording.storages[storage] = _size(t)
+                event.saved += _size(t)
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
     return (-1,) * t.dim() if t.is_nested else tuple(t.shape)
+
+
+def _size(t: Tensor) -> int:
+    """Bytes of the memory that a tensor lies in."""
+    if t.layout != torch.strided or t.is_nested:
+        return 0
+    return t.numel() * t.element_size() if address_of(t) is None else t.untyped_storage().nbytes()

@@ -224,7 +224,8 @@ class OpenUnits:
         if storage_id(y.untyped_storage()) != storage_id(x.untyped_storage()) and name_of(func) not in _COPYING_VIEWS:
             return None
         self.views[id(link.tape.chain)] -= 1
-        return relayout(link.tape.chain, lambda t: func(t, *args[1:], **kwargs), x)
+        others = args[1:]  # what is made of them here must not hold x
+        return relayout(link.tape.chain, lambda t: func(t, *others, **kwargs), x)
 
     def begun(self, p: Planned, x: Tensor, link: Link | None) -> OpenUnit:
         """Begin a unit on a tensor."""

@@ -1,0 +1,185 @@
+"""The bytes of a training step, event by event, from one run without a backward pass.
+
+Note [A step on paper]
+    Backward passes visit the events of a run in reverse. At an event there is: what the events up to it keep for their
+    backward, and the gradients that wait (`Step.waiting`): one for each value whose consumers have had their turn and
+    whose producer has not. A gradient that goes through a view, a sum or an alias lies in the memory of the one that it
+    comes from; several gradients of one value are summed up, in place where nothing else holds the first. Gradients of
+    weights are there for the moment in which they are added to ``.grad``. Scratch memory inside of a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+
+from revwire._capture.recording import Event, Recording
+from revwire._structures import refs
+
+
+class _Buffer:
+    """The memory of a gradient: its bytes, and how many values hold it."""
+
+    __slots__ = ("held", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size, self.held = size, 0
+
+
+class Step:
+    """Bytes of a step, by event; see Note [A step on paper].
+
+    Attributes:
+        gradients: at most alive during the backward of an event.
+        waiting: alive when the backward of an event begins, and (the last) when the backward pass does.
+        passing: alive during the forward of an event, and kept by nothing.
+        sizes: of each storage that is not there before the run.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.values, self.events = recording.values, recording.events
+        there = {v.storage for v in self.values if v.event < 0}
+        self.sizes = {s: size for s, size in recording.storages.items() if s not in there}
+        self.calls = [e.number for e in self.events if not e.is_module]
+        self.gradients = [0] * len(self.events)
+        self.waiting = [0] * (len(self.events) + 1)
+        self._pending: dict[int, _Buffer] = {}
+        self._alive = 0
+        self._go_back()
+        self.passing = self._passing()
+
+    def keeps(self, event: int) -> Iterator[int]:
+        """The storages that autograd keeps for an event, beside what is there before the run."""
+        return (s for s in self.events[event].keeps if s in self.sizes)
+
+    def size_of(self, value: int) -> int:
+        """Bytes of a value by its own elements."""
+        v = self.values[value]
+        return abs(prod(v.shape)) * v.dtype.itemsize
+
+    # -- backward --------------------------------------------------------------------------------------------------
+
+    def _go_back(self) -> None:
+        for ref in refs(self.events[0].out):
+            if self.values[ref.value].wants and ref.value not in self._pending:
+                self._hold(ref.value, _Buffer(self.size_of(ref.value)))
+        self.waiting[-1] = self._alive
+        for event in reversed(self.events):
+            if not event.is_module:
+                self._undo(event)
+            self.waiting[event.number] = self._alive
+
+    def _undo(self, event: Event) -> None:
+        """The backward of one event."""
+        given = [v for v in self._results(event) if v in self._pending]
+        self.gradients[event.number] = self._alive
+        if not given:
+            return
+        buffers = [self._pending.pop(v) for v in given]
+        wanted = self._wanted(event, given)
+        shared = len(given) == 1 and _passes_on(event)
+        weights = sum(self.size_of(v) for v in wanted if self.values[v].event < 0)
+        new: list[tuple[int, _Buffer]] = []
+        for v in (v for v in wanted if self.values[v].event >= 0):
+            same = shared and self.size_of(v) == buffers[0].size
+            new.append((v, buffers[0] if same else _Buffer(self.size_of(v))))
+        self._alive += sum(b.size for _, b in new if b is not buffers[0])
+        self.gradients[event.number] = self._alive + weights
+        for v, buffer in new:
+            buffer.held += 1
+        for buffer in buffers:
+            self._let_go(buffer)
+        for v, buffer in new:
+            buffer.held -= 1
+            self._add(event, v, buffer)
+
+    def _results(self, event: Event) -> list[int]:
+        """What an event made: what it only hands on has its gradient already."""
+        taken = {r.value for r in refs((event.args, event.kwargs))}
+        made = [r.value for r in refs(event.out) if r.value not in taken]
+        return [*dict.fromkeys([*made, *(after for _, after in event.writes)])]
+
+    def _wanted(self, event: Event, given: list[int]) -> list[int]:
+        """The values to which an event gives a gradient."""
+        before = {b: a for b, a in event.writes}
+        inputs = dict.fromkeys(r.value for r in refs((event.args, event.kwargs)))
+        return [v for v in inputs if v not in given and (self.values[v].wants or before.get(v) in given)]
+
+    def _add(self, event: Event, value: int, buffer: _Buffer) -> None:
+        """A gradient comes to a value, which may have one already."""
+        there = self._pending.get(value)
+        if there is None:
+            self._pending[value] = buffer
+            buffer.held += 1
+            return
+        if there is buffer:
+            return
+        if there.held == 1:  # summed up in place
+            if buffer.held == 0:
+                self._alive -= buffer.size
+            return
+        total = _Buffer(there.size)
+        self._alive += total.size
+        self.gradients[event.number] = max(self.gradients[event.number], self._alive)
+        self._pending[value] = total
+        total.held = 1
+        self._let_go(there)
+        if buffer.held == 0:
+            self._alive -= buffer.size
+
+    def _hold(self, value: int, buffer: _Buffer) -> None:
+        self._pending[value] = buffer
+        buffer.held += 1
+        self._alive += buffer.size
+
+    def _let_go(self, buffer: _Buffer) -> None:
+        buffer.held -= 1
+        if buffer.held == 0:
+            self._alive -= buffer.size
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def _passing(self) -> list[int]:
+        """Bytes of the results that a later event, or the caller, still takes, and that nothing keeps."""
+        last: dict[int, int] = {}
+        first: dict[int, int] = {}
+        saved: dict[int, int] = {}
+        for event in self.events:
+            for r in refs((event.args, event.kwargs, event.out)):
+                storage = self.values[r.value].storage
+                if storage in self.sizes:
+                    first.setdefault(storage, event.number)
+                    last[storage] = max(last.get(storage, 0), event.number)
+            for storage in event.keeps:
+                saved.setdefault(storage, event.number)
+        for r in refs(self.events[0].out):
+            last[self.values[r.value].storage] = len(self.events) - 1
+        change = [0] * (len(self.events) + 1)
+        for storage, begin in first.items():
+            end = min(last[storage] + 1, saved.get(storage, len(self.events)))
+            if end > begin:
+                change[begin] += self.sizes[storage]
+                change[end] -= self.sizes[storage]
+        alive, out = 0, []
+        for by in change[:-1]:
+            alive += by
+            out.append(alive)
+        return out
+
+
+_SUMS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, torch.ops.aten.alias.default})
+
+
+def _passes_on(event: Event) -> bool:
+    """Whether the gradient of the result is that of the inputs, in the same memory."""
+    if event.view or event.is_addition:
+        return True
+    return bool(event.kernels) and all(_is_view(k) for k in event.kernels)
+
+
+def _is_view(kernel: object) -> bool:
+    schema = getattr(kernel, "_schema", None)
+    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
