@@ -12,7 +12,7 @@ from revwire._errors import NothingToRewireWarning
 from revwire._forwards.converted import converted
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.install import refuse_converted, take_all_off
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, options_of
+from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, Rewire, options_of
 from revwire._plan.stays import why_nothing
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
@@ -35,6 +35,7 @@ def convert(
     checkpoint: Patterns = None,
     strict: bool = False,
     memory_budget: Budget = None,
+    rewire: Rewire = None,
 ) -> M:
     """Rewire the residual chains of ``model`` into reversible ones, in place, and return it.
 
@@ -67,6 +68,7 @@ def convert(
         chunks,
         checkpoint,
         memory_budget,
+        rewire,
     )
     refuse_converted(model)
     if example_inputs is None:

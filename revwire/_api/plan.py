@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from revwire._budget.rewire import rewire
+from revwire._budget.rewire import rewire as convert_as
 from revwire._forwards.converted import converted
 from revwire._forwards.install import prepared, refuse_converted, take_all_off
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Patterns, options_of
+from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Patterns, Rewire, options_of
 from revwire._plan.plan import Plan
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
@@ -29,6 +29,7 @@ def plan(
     chunks: Chunks | None = None,
     checkpoint: Patterns = None,
     memory_budget: Budget = None,
+    rewire: Rewire = None,
 ) -> Plan:
     """What `convert` would do, without doing it.
 
@@ -88,11 +89,12 @@ def plan(
         chunks=chunks,
         checkpoint=checkpoint,
         budget=memory_budget,
+        rewire=rewire,
     )
     if memory_budget is None and chunks in (None, 1):  # nothing has to run
         return prepared(model, example_inputs, options).plan
     refuse_converted(model)
-    rewire(model, example_inputs, options)
+    convert_as(model, example_inputs, options)
     found = converted(model).plan
     take_all_off(model)
     return found

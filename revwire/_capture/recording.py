@@ -75,6 +75,7 @@ class Value:
     custom: bool = False
     largest: float = 0.0
     wants: bool = False
+    strides: tuple[int, ...] = ()
 
 
 @dataclass

@@ -65,7 +65,8 @@ class Values:
         existing, names = (t, self.names.get(id(t), ())) if event < 0 else (None, ())
         storage = self.memory.bind(t, number)
         self.recording.storages.setdefault(storage, _size(t))
-        value = Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic, wants=t.requires_grad)
+        value = Value(number, event, _shape(t), t.dtype, existing, names, storage, dynamic)
+        value.wants, value.strides = t.requires_grad, _strides(t)
         self.recording.values.append(value)
         return number
 
@@ -135,6 +136,10 @@ class Values:
 
 def _shape(t: Tensor) -> tuple[int, ...]:
     return (-1,) * t.dim() if t.is_nested else tuple(t.shape)
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    return t.stride() if t.layout == torch.strided and not t.is_nested else ()
 
 
 def _size(t: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The peak of a step in which some module calls are checkpointed."""
+"""The peak of a step in which some module calls are checkpointed, and some chains rewired."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from revwire._paper.chain import ChainOnPaper
-from revwire._paper.step import Step
+from revwire._paper.step import NONE, Bytes, Step, inner_height
 from revwire._structures import refs
 
 
@@ -22,7 +22,7 @@ class Cut(NamedTuple):
     begin: int
     end: int
     inputs: frozenset[int]
-    inner: int
+    inner: Bytes
 
 
 def cut_of(step: Step, call: int) -> Cut:
@@ -35,40 +35,12 @@ def cut_of(step: Step, call: int) -> Cut:
         for r in refs((e.args, e.kwargs))
         if 0 <= values[r.value].event < call
     }
-    kept = {s for s in inputs if s in step.sizes}
-    return Cut(call, end, frozenset(kept), inner_peak(step, range(call, end), kept))
+    kept = frozenset(s for s in inputs if s in step.sizes)
+    return Cut(call, end, kept, inner_height(step, range(call, end), kept))
 
 
-def inner_peak(step: Step, events: range, there: set[int]) -> int:
-    """At most alive in the backward of some events that have to run again first, beyond what is there."""
-    saved, most, seen = 0, 0, set(there)
-    for e in events:
-        for s in step.keeps(e):
-            if s not in seen:
-                seen.add(s)
-                saved += step.sizes[s]
-        most = max(most, saved + step.gradients[e], saved + step.passing[e] + step.waiting[events.stop])
-    return most
-
-
-def peak(step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper] = ()) -> int:
-    """Bytes at the peak of a step with these calls checkpointed and these chains reversible; they do not overlap."""
-    book = _Book(step)
-    at: dict[int, Cut | ChainOnPaper] = {c.begin: c for c in (*cuts, *chains)}
-    event = 0
-    while event < len(step.events):
-        found = at.get(event)
-        if found is None:
-            book.store(event)
-            event += 1
-        else:
-            book.skip(found) if isinstance(found, Cut) else book.rebuild(found)
-            event = found.end
-    return book.most
-
-
-class _Book:
-    """What is kept so far in a forward pass, and the most that its backward will need on top.
+class Book:
+    """What is kept so far in a forward pass, and the most that its backward will need.
 
     Attributes:
         kept: storages.
@@ -79,35 +51,56 @@ class _Book:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.kept: set[int] = set()
-        self.total = self.most = 0
+        self.total = 0
+        self.most = NONE
 
-    def keep(self, storages: Iterable[int]) -> None:
+    def keep(self, storages: Iterable[int], more: int = 0) -> None:
+        """Keep these, and so many bytes besides."""
         for s in storages:
             if s not in self.kept:
                 self.kept.add(s)
                 self.total += self.step.sizes[s]
-
-    def note(self, more: int) -> None:
-        """At some time there is so much more than what is kept so far."""
-        self.most = max(self.most, self.total + more)
+        self.total += more
 
     def store(self, event: int) -> None:
+        """Keep all that autograd does for an event."""
         self.keep(self.step.keeps(event))
-        self.note(max(self.step.gradients[event], self.step.passing[event]))
+        self.most = self.most.or_more(self.step.height(event, self.total))
 
-    def skip(self, cut: Cut) -> None:
+    def checkpoint(self, cut: Cut) -> None:
+        """Keep what is kept for a checkpointed call."""
         self.keep(cut.inputs)
-        self.note(cut.inner)
+        self.most = self.most.or_more(cut.inner.over(self.total))
 
-    def rebuild(self, chain: ChainOnPaper) -> None:
+    def rewire(self, chain: ChainOnPaper) -> None:
+        """Keep what is kept for a chain."""
         units = iter(chain.units)
         unit = next(units, None)
         for event in range(chain.begin, chain.end):
             if event not in chain.own:
                 self.store(event)
             if unit is not None and event + 1 == unit.end:
-                self.keep(unit.inputs)
-                self.total += unit.bits
-                self.note(chain.states + unit.inner)
+                self.keep(unit.inputs, unit.kept)
+                self.most = self.most.or_more(unit.inner.over(self.total + chain.states))
                 unit = next(units, None)
         self.total += chain.states
+
+
+def peak(step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper] = ()) -> Bytes:
+    """At the peak of a step with these calls checkpointed and these chains rewired; they do not overlap."""
+    book = Book(step)
+    at: dict[int, Cut | ChainOnPaper] = {cut.begin: cut for cut in cuts}
+    at.update({chain.begin: chain for chain in chains})
+    event = 0
+    while event < len(step.events):
+        found = at.get(event)
+        if found is None:
+            book.store(event)
+            event += 1
+            continue
+        if isinstance(found, Cut):
+            book.checkpoint(found)
+        else:
+            book.rewire(found)
+        event = found.end
+    return book.most

@@ -7,18 +7,21 @@ Note [The leanest layout]
     those whose own peak stays below the bound. The lowest bound that can be kept is found by bisection. No part runs
     more than twice, so a step costs one more forward at most.
 
-    A chain that is rewired is another function, if only by a little. It has to pay: without it, the peak would be
-    higher by `PAYS`. And a call at the end of the step is checkpointed only if its activations raised the peak.
+    The gradients of weights do not grow with the input, and may hide all else where the example is small. So among the
+    layouts of the lowest peak, the one is taken that has the lowest peak without them.
+
+    A chain that is rewired is another function, if only by a little. It has to pay: without it, either peak would be
+    higher by `PAYS`. A call at the end of the step is checkpointed only if its activations raised the peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from revwire._paper.chain import ChainOnPaper
-from revwire._paper.cuts import Cut, cut_of, peak
-from revwire._paper.step import Step
+from revwire._paper.cuts import Book, Cut, cut_of, peak
+from revwire._paper.step import Bytes, Step
 
 PAYS = 1.03
 """A chain that lowers the peak by less than this factor is not rewired."""
@@ -26,8 +29,10 @@ PAYS = 1.03
 _SMALLEST = 1 / 200
 """A call that saves less than this part of the whole is not worth a checkpoint."""
 
-_ROUNDS = 14
-"""Bisections: the bound is found to within a part of 2^14 of the stored step."""
+_ROUNDS = 12
+"""Bisections: a bound is found to within a part of 2^12 of the stored step."""
+
+_ENDLESS = 1 << 62
 
 
 class Layout(NamedTuple):
@@ -35,51 +40,41 @@ class Layout(NamedTuple):
 
     cuts: tuple[Cut, ...]
     chains: tuple[int, ...]
-    peak: int
+    peak: Bytes
+
+    def is_clearly_below(self, other: Layout) -> bool:
+        """Whether this one pays, beside another."""
+        lower = [a * PAYS <= b for a, b in zip(self.peak, other.peak, strict=True)]
+        return self.peak.all <= other.peak.all and any(lower)
 
 
-class _Jump(NamedTuple):
-    """Some events that go as one: stored, checkpointed, or a chain. Storages are bits of a number.
-
-    Attributes:
-        end: the event after them.
-        kept: the storages that are kept for them.
-        more: bytes that are kept beside.
-        peak: at most alive in their backward, beyond what was kept before.
-    """
-
-    end: int
-    kept: int
-    more: int
-    peak: int
-    cut: Cut | None = None
-    chain: int | None = None
-
-
-def cuts_of(step: Step, calls: Sequence[int]) -> list[Cut]:
+def cuts_of(step: Step, calls: Iterable[int]) -> list[Cut]:
     """Those of some module calls that are worth a checkpoint, each as one."""
     before = [0]
     for event in step.events:
         before.append(before[-1] + event.saved)
     least = before[-1] * _SMALLEST
-    large = [c for c in calls if before[step.events[c].end] - before[c] > least]
-    return [cut_of(step, c) for c in large]
+    return [cut_of(step, c) for c in calls if before[step.events[c].end] - before[c] > least]
 
 
-def leanest(step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper], must: Sequence[int] = ()) -> Layout:
+def leanest(
+    step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper], bars: Callable[[int, Cut], bool]
+) -> Layout:
     """The layout with the lowest peak; see Note [The leanest layout].
 
     Args:
         step: the step.
         cuts: what may be checkpointed.
         chains: what may be rewired.
-        must: places of the chains that have to be.
+        bars: whether the chain at a place, if it is rewired, bars a cut.
     """
-    paths = _Paths(step, cuts, chains, frozenset(must))
-    chosen = paths.best(frozenset(range(len(chains))))
-    for chain in sorted(set(chosen.chains) - set(must), reverse=True):
-        without = paths.best(frozenset(chosen.chains) - {chain})
-        if without.peak < chosen.peak * PAYS:
+    paths = _Paths(step, cuts, chains, bars)
+    chosen, plain = paths.best(range(len(chains))), paths.best(())
+    if not chosen.is_clearly_below(plain):
+        chosen = plain
+    for chain in reversed(chosen.chains):
+        without = paths.best([c for c in chosen.chains if c != chain])
+        if not chosen.is_clearly_below(without):
             chosen = without
     return _shortened(step, chains, chosen)
 
@@ -90,44 +85,80 @@ def _shortened(step: Step, chains: Sequence[ChainOnPaper], found: Layout) -> Lay
     few, many = 0, len(found.cuts)
     while few < many:
         half = (few + many) // 2
-        if peak(step, found.cuts[:half], rewired) <= found.peak:
+        tried = peak(step, found.cuts[:half], rewired)
+        if tried.all <= found.peak.all and tried.growing <= found.peak.growing:
             many = half
         else:
             few = half + 1
-    return Layout(found.cuts[:many], found.chains, found.peak)
+    return found._replace(cuts=found.cuts[:many])
+
+
+class _Jump(NamedTuple):
+    """Some events that go as one: stored, checkpointed, or as a chain.
+
+    Attributes:
+        end: the event after them.
+        kept: the storages that are kept for them, as bits of a number.
+        more: bytes that are kept beside.
+        height: at most alive in their backward, beyond what was kept before.
+        cut, chain: what it is, if it is not stored.
+    """
+
+    end: int
+    kept: int
+    more: int
+    height: Bytes
+    cut: Cut | None = None
+    chain: int | None = None
+
+
+class _Reached(NamedTuple):
+    """How an event was reached: what is kept, and by which jump from where."""
+
+    total: int
+    kept: int
+    before: int
+    jump: _Jump | None
 
 
 class _Paths:
     """The ways through a step."""
 
     def __init__(
-        self, step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper], must: frozenset[int]
+        self, step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper], bars: Callable[[int, Cut], bool]
     ) -> None:
-        self.step, self.chains, self.must = step, chains, must
-        self.sizes: list[int] = []
-        self.places: dict[int, int] = {}
-        self.stop = len(step.events)
-        self.cuts: dict[int, list[_Jump]] = {}
-        for cut in cuts:
-            jump = _Jump(cut.end, self.mask(cut.inputs), 0, self.size(self.mask(cut.inputs)) + cut.inner, cut=cut)
-            self.cuts.setdefault(cut.begin, []).append(jump)
-        self.rewired: dict[int, list[_Jump]] = {}
+        self.step, self.chains = step, chains
+        self.sizes: list[int] = []  # of storages, by bit
+        self.bits: dict[int, int] = {}
+        self.jumps: dict[int, list[_Jump]] = {}
+        self.barred = [{cut.begin for cut in cuts if bars(number, cut)} for number in range(len(chains))]
         for number, chain in enumerate(chains):
-            self.rewired.setdefault(chain.begin, []).append(self.chain(number, chain))
-        ends = {c.end for c in (*cuts, *chains)}
-        self.marks = sorted({0, self.stop, *self.cuts, *self.rewired, *ends})
-        self.stored = {a: self.run(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)}
+            book = Book(step)
+            book.rewire(chain)
+            self.add(chain.begin, chain.end, book, chain=number)
+        for cut in cuts:
+            book = Book(step)
+            book.checkpoint(cut)
+            self.add(cut.begin, cut.end, book, cut=cut)
+        self.marks = sorted({0, len(step.events), *self.jumps, *(j.end for many in self.jumps.values() for j in many)})
+        for a, b in zip(self.marks, self.marks[1:], strict=False):
+            book = Book(step)
+            for event in range(a, b):
+                book.store(event)
+            self.add(a, b, book)
 
-    def mask(self, storages: frozenset[int] | set[int]) -> int:
-        out = 0
-        for s in storages:
-            if s not in self.places:
-                self.places[s] = len(self.sizes)
+    def add(self, begin: int, end: int, book: Book, cut: Cut | None = None, chain: int | None = None) -> None:
+        mask, size = 0, 0
+        for s in book.kept:
+            if s not in self.bits:
+                self.bits[s] = len(self.sizes)
                 self.sizes.append(self.step.sizes[s])
-            out |= 1 << self.places[s]
-        return out
+            mask |= 1 << self.bits[s]
+            size += self.step.sizes[s]
+        self.jumps.setdefault(begin, []).append(_Jump(end, mask, book.total - size, book.most, cut, chain))
 
     def size(self, mask: int) -> int:
+        """Bytes of some storages."""
         total = 0
         while mask:
             low = mask & -mask
@@ -135,96 +166,57 @@ class _Paths:
             mask ^= low
         return total
 
-    def run(self, begin: int, end: int) -> _Jump:
-        """Events that are stored."""
-        kept: set[int] = set()
-        total = most = 0
-        for event in range(begin, end):
-            for s in self.step.keeps(event):
-                if s not in kept:
-                    kept.add(s)
-                    total += self.step.sizes[s]
-            most = max(most, total + self.step.gradients[event], total + self.step.passing[event])
-        return _Jump(end, self.mask(kept), 0, most)
-
-    def chain(self, number: int, chain: ChainOnPaper) -> _Jump:
-        """A chain that is rewired."""
-        kept: set[int] = set()
-        total = most = 0
-        units = iter(chain.units)
-        unit = next(units, None)
-        for event in range(chain.begin, chain.end):
-            new = [] if event in chain.own else [*self.step.keeps(event)]
-            ends = unit is not None and event + 1 == unit.end
-            for s in (*new, *(unit.inputs if ends and unit is not None else ())):
-                if s not in kept:
-                    kept.add(s)
-                    total += self.step.sizes[s]
-            if new:
-                most = max(most, total + self.step.gradients[event])
-            if ends and unit is not None:
-                total += unit.bits
-                most = max(most, total + chain.states + unit.inner)
-                unit = next(units, None)
-        return _Jump(chain.end, self.mask(kept), sum(u.bits for u in chain.units) + chain.states, most, chain=number)
-
-    def best(self, allowed: frozenset[int]) -> Layout:
+    def best(self, rewired: Iterable[int]) -> Layout:
         """The layout of the lowest peak in which no other chains are rewired."""
-        cuts: tuple[Cut, ...] = ()
-        high = max(peak(self.step, ()), 1)
-        low, found = 0, self.within(None, allowed)
-        assert found is not None
-        high = max(high, found.peak)
+        allowed = frozenset(rewired)
+        lowest = peak(self.step, ())
+        found = self.lowered(Layout((), (), lowest), lambda bound: Bytes(bound, _ENDLESS), 0, allowed)
+        return self.lowered(found, lambda bound: Bytes(found.peak.all, bound), 1, allowed)
+
+    def lowered(self, found: Layout, bounds: Callable[[int], Bytes], kind: int, allowed: frozenset[int]) -> Layout:
+        """The layout within the lowest of some bounds, or ``found``, if that has a lower peak (of this kind)."""
+        low, high = 0, found.peak[kind]
         for _ in range(_ROUNDS):
+            if low >= high:
+                break
             bound = (low + high) // 2
-            tried = self.within(bound, allowed)
+            tried = self.within(bounds(bound), allowed)
             if tried is None:
                 low = bound + 1
             else:
-                high, found = min(bound, tried.peak), tried
-            if low >= high:
-                break
-        rewired = [self.chains[c] for c in found.chains]
-        cuts = found.cuts
-        return Layout(cuts, found.chains, peak(self.step, cuts, rewired))
+                found, high = tried, min(bound, tried.peak[kind])
+        return found
 
-    def within(self, bound: int | None, allowed: frozenset[int]) -> Layout | None:
-        """A layout whose peak stays within a bound, or None; without a bound, what keeps least."""
-        # position: (bytes kept, their storages, peak, the position before, the jump from there)
-        reached: dict[int, tuple[int, int, int, int, _Jump | None]] = {0: (0, 0, 0, 0, None)}
-        inside = [(self.chains[c].begin, self.chains[c].end) for c in self.must]
-        for mark in self.marks:
+    def within(self, bound: Bytes, allowed: frozenset[int]) -> Layout | None:
+        """A layout whose peak stays within a bound, or None."""
+        barred = set[int]().union(*(self.barred[c] for c in allowed))
+        reached = {0: _Reached(0, 0, 0, None)}
+        for mark in self.marks[:-1]:
             here = reached.get(mark)
-            if here is None or mark == self.stop:
+            if here is None:
                 continue
-            total, kept, most, _, _ = here
-            for jump in self.jumps(mark, allowed):
-                if jump.chain not in self.must and any(a <= mark < b or mark < a < jump.end for a, b in inside):
+            for jump in self.jumps.get(mark, ()):
+                high = jump.height.over(here.total)
+                if high.all > bound.all or high.growing > bound.growing:
                     continue
-                high = total + jump.peak
-                if bound is not None and high > bound:
+                if jump.chain not in allowed if jump.chain is not None else jump.cut and jump.cut.begin in barred:
                     continue
-                new = jump.kept & ~kept
-                after = total + self.size(new) + jump.more
+                new = jump.kept & ~here.kept
+                total = here.total + self.size(new) + jump.more
                 there = reached.get(jump.end)
-                if there is None or after < there[0]:
-                    reached[jump.end] = (after, kept | new, max(most, high), mark, jump)
-        return self.traced(reached) if self.stop in reached else None
+                if there is None or total < there.total:
+                    reached[jump.end] = _Reached(total, here.kept | new, mark, jump)
+        if self.marks[-1] not in reached:
+            return None
+        jumps = [*self.traced(reached)]
+        cuts = tuple(j.cut for j in reversed(jumps) if j.cut is not None)
+        rewired = tuple(j.chain for j in reversed(jumps) if j.chain is not None)
+        return Layout(cuts, rewired, peak(self.step, cuts, [self.chains[c] for c in rewired]))
 
-    def jumps(self, mark: int, allowed: frozenset[int]) -> list[_Jump]:
-        """What may go as one from here."""
-        chains = [j for j in self.rewired.get(mark, ()) if j.chain in allowed]
-        return [*chains, *self.cuts.get(mark, ()), self.stored[mark]]
-
-    def traced(self, reached: dict[int, tuple[int, int, int, int, _Jump | None]]) -> Layout:
-        cuts, chains = list[Cut](), list[int]()
-        at = self.stop
+    def traced(self, reached: dict[int, _Reached]) -> Iterator[_Jump]:
+        """The jumps of the way to the end, from the last."""
+        at = self.marks[-1]
         while at:
-            _, _, _, before, jump = reached[at]
+            _, _, at, jump = reached[at]
             assert jump is not None
-            if jump.cut is not None:
-                cuts.append(jump.cut)
-            if jump.chain is not None:
-                chains.append(jump.chain)
-            at = before
-        return Layout(tuple(reversed(cuts)), tuple(reversed(chains)), reached[self.stop][2])
+            yield jump

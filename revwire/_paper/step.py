@@ -5,18 +5,38 @@ Note [A step on paper]
     backward, and the gradients that wait (`Step.waiting`): one for each value whose consumers have had their turn and
     whose producer has not. A gradient that goes through a view, a sum or an alias lies in the memory of the one that it
     comes from; several gradients of one value are summed up, in place where nothing else holds the first. Gradients of
-    weights are there for the moment in which they are added to ``.grad``. Scratch memory inside of a kernel is not seen.
+    weights are there for the moment in which they are added to ``.grad``, and scratch memory while a kernel runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
+from typing import NamedTuple
 
 import torch
 
 from revwire._capture.recording import Event, Recording
+from revwire._paper.scratch import scratch_of
 from revwire._structures import refs
+
+
+class Bytes(NamedTuple):
+    """Bytes at some time: all, and without the gradients of weights, which do not grow with the input."""
+
+    all: int
+    growing: int
+
+    def over(self, kept: int) -> Bytes:
+        """On top of so much more."""
+        return Bytes(self.all + kept, self.growing + kept)
+
+    def or_more(self, other: Bytes) -> Bytes:
+        """The larger of both, each for itself."""
+        return Bytes(max(self.all, other.all), max(self.growing, other.growing))
+
+
+NONE = Bytes(0, 0)
 
 
 class _Buffer:
@@ -32,7 +52,8 @@ class Step:
     """Bytes of a step, by event; see Note [A step on paper].
 
     Attributes:
-        gradients: at most alive during the backward of an event.
+        gradients: at most alive during the backward of an event, but for those of weights.
+        weights: bytes of the gradients of weights that it gives, and of the scratch memory of its kernels.
         waiting: alive when the backward of an event begins, and (the last) when the backward pass does.
         passing: alive during the forward of an event, and kept by nothing.
         sizes: of each storage that is not there before the run.
@@ -45,15 +66,24 @@ class Step:
         self.sizes = {s: size for s, size in recording.storages.items() if s not in there}
         self.calls = [e.number for e in self.events if not e.is_module]
         self.gradients = [0] * len(self.events)
+        self.weights = [0] * len(self.events)
         self.waiting = [0] * (len(self.events) + 1)
         self._pending: dict[int, _Buffer] = {}
         self._alive = 0
+        self._scratch = scratch_of(recording)
         self._go_back()
         self.passing = self._passing()
 
     def keeps(self, event: int) -> Iterator[int]:
         """The storages that autograd keeps for an event, beside what is there before the run."""
         return (s for s in self.events[event].keeps if s in self.sizes)
+
+    def height(self, event: int, kept: int, waiting: int = 0) -> Bytes:
+        """At most alive in the forward and the backward of an event whose forward ends with so much kept, while some
+        gradients wait.
+        """
+        back = kept + self.gradients[event]
+        return Bytes(back + self.weights[event], back).or_more(NONE.over(kept + self.passing[event] + waiting))
 
     def size_of(self, value: int) -> int:
         """Bytes of a value by its own elements."""
@@ -87,8 +117,11 @@ class Step:
             same = shared and self.size_of(v) == buffers[0].size
             new.append((v, buffers[0] if same else _Buffer(self.size_of(v))))
         self._alive += sum(b.size for _, b in new if b is not buffers[0])
-        self.gradients[event.number] = self._alive + weights
-        for v, buffer in new:
+        self.gradients[event.number], self.weights[event.number] = (
+            self._alive,
+            weights + self._scratch.get(event.number, 0),
+        )
+        for _, buffer in new:
             buffer.held += 1
         for buffer in buffers:
             self._let_go(buffer)
@@ -104,7 +137,7 @@ class Step:
 
     def _wanted(self, event: Event, given: list[int]) -> list[int]:
         """The values to which an event gives a gradient."""
-        before = {b: a for b, a in event.writes}
+        before = dict(event.writes)
         inputs = dict.fromkeys(r.value for r in refs((event.args, event.kwargs)))
         return [v for v in inputs if v not in given and (self.values[v].wants or before.get(v) in given)]
 
@@ -183,3 +216,16 @@ def _passes_on(event: Event) -> bool:
 def _is_view(kernel: object) -> bool:
     schema = getattr(kernel, "_schema", None)
     return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def inner_height(step: Step, events: Iterable[int], there: Iterable[int]) -> Bytes:
+    """At most alive in the backward of some events that have to run again first, beyond what is there."""
+    events = [*events]
+    saved, most, seen = 0, NONE, set(there)
+    for e in events:
+        for s in step.keeps(e):
+            if s not in seen:
+                seen.add(s)
+                saved += step.sizes[s]
+        most = most.or_more(step.height(e, saved, step.waiting[events[-1] + 1]))
+    return most

@@ -96,6 +96,12 @@ class Choice:
         chosen = first_match(names, self.globs, self.default)
         return BY_PATTERN[pattern] if chosen is None else chosen
 
+    @property
+    def asks_for_all(self) -> bool:
+        """Whether the caller chose couplings that mean a network of their own, or anchors in chains."""
+        chosen = [coupling for _, coupling in self.globs] + ([self.default] if self.default else [])
+        return self.anchors is not None or any(not c.is_consistent for c in chosen)
+
     def refuse_idle_globs(self, names: Iterable[str]) -> None:
         """`refuse_idle_globs` for those of the couplings."""
         refuse_idle_globs("coupling", [glob for glob, _ in self.globs], names)
@@ -182,6 +188,10 @@ AUTO: Literal["auto"] = "auto"
 STAYS = "stays"
 
 
+Rewire = Literal["leanest", "everywhere"] | None
+"""Which chains: those that lower the peak of a step, or all. None: as the other options say (`options_of`)."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the caller of `plan` or `convert` wants."""
@@ -193,7 +203,8 @@ class Options:
     chunks: Chunks | None = None
     budget: Budget = None
     whole: tuple[str, ...] | Literal["auto"] | None = ()  # None: every host that can be
-    checkpoint: tuple[str, ...] | None = None  # None: what stays, if a budget asks for it
+    checkpoint: tuple[str, ...] | None = None  # None: what lowers the peak; or what stays, if a budget asks for it
+    everywhere: bool = True
 
 
 def options_of(
@@ -205,11 +216,13 @@ def options_of(
     chunks: Chunks | None = None,
     checkpoint: Patterns = None,
     budget: Budget = None,
+    rewire: Rewire = None,
 ) -> Options:
-    """What the caller wrote, checked.
+    """What the caller wrote, checked. Where it says which units are wanted, or that the network of a paper is, all are
+    rewired unless ``rewire`` says otherwise.
 
     Raises:
-        ConversionError: what is no glob, no number of chunks, or neither True nor False.
+        ConversionError: what is no glob, no number of chunks, neither True nor False, or no way to rewire.
         BudgetError: what is no budget.
     """
     if not isinstance(strict, bool):
@@ -236,4 +249,16 @@ def options_of(
             "whole: got 'auto' without a memory_budget; expected a budget to choose by, or globs over names of modules"
         )
     kept = None if checkpoint is None else listed("checkpoint", checkpoint)
-    return Options(choice, listed("include", include), listed("exclude", exclude), strict, chunks, budget, wish, kept)
+    wanted = listed("include", include)
+    asks = wanted or wish or strict or budget is not None or chunks not in (None, 1) or choice.asks_for_all
+    everywhere = _everywhere(rewire, bool(asks))
+    return Options(choice, wanted, listed("exclude", exclude), strict, chunks, budget, wish, kept, everywhere)
+
+
+def _everywhere(rewire: Rewire, asks: bool) -> bool:
+    if rewire not in (None, "leanest", "everywhere"):
+        raise ConversionError(
+            f"rewire: got {rewire!r}; expected 'leanest' (the chains that lower the peak of a step), 'everywhere', or "
+            "None (the leanest, unless other options ask for units)"
+        )
+    return asks if rewire is None else rewire == "everywhere"

@@ -1,9 +1,8 @@
-"""Modules outside of chains: which are checkpointed, and which could be."""
+"""Modules outside of chains: which may be checkpointed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from revwire._capture.recording import Recording
 from revwire._plan.globs import idle_glob, matches
@@ -13,19 +12,10 @@ from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate, can_run_twice
 
 
-class Outside(NamedTuple):
-    """What lies outside of chains: names of the modules that are to be checkpointed, or may be; and the bytes that
-    other blocks keep which could be.
-    """
-
-    names: tuple[str, ...]
-    left_bytes: int
-
-
 def outside_of_chains(
     recording: Recording, wish: Iterable[str], rejected: Sequence[Candidate], hosts: set[int]
-) -> Outside:
-    """What lies outside of the chains of some hosts.
+) -> tuple[str, ...]:
+    """The names of the modules outside of the chains of some hosts that are to be checkpointed, or may be.
 
     Args:
         recording: of the example.
@@ -36,7 +26,7 @@ def outside_of_chains(
     Raises:
         ConversionError: a glob finds no module that can be checkpointed.
     """
-    calls, events = _Calls(recording, hosts), recording.events
+    calls = _Calls(recording, hosts)
     left = [c.host for c in rejected if not c.inside and not (c.reason or "").startswith(CALLER)]
     found: dict[str, None] = {}
     for glob in wish:
@@ -51,9 +41,7 @@ def outside_of_chains(
                 "tensors",
             )
         found.update({name_of(recording, call): None for call in good})
-    names = _outermost(found)
-    others = {c for c in left if hosts and calls.can_be_checkpointed(c) and name_of(recording, c) not in names}
-    return Outside(names, sum(e.saved for call in others for e in events[call : events[call].end]))
+    return _outermost(found)
 
 
 def _outermost(names: Iterable[str]) -> tuple[str, ...]:
@@ -77,9 +65,14 @@ class _Calls:
     def can_be_checkpointed(self, call: int) -> bool:
         """Whether it has a name, holds no chain and lies in none, and gives the same when it runs again."""
         calls = {call, *self.recording.calls_around(call)}
-        if not name_of(self.recording, call) or call in self.around or not calls.isdisjoint(self.rewired):
+        if call in self.around or not calls.isdisjoint(self.rewired):
             return False
-        return can_run_twice(self.flow, call)
+        return can_be_checkpointed(self.flow, call)
+
+
+def can_be_checkpointed(flow: Flow, call: int) -> bool:
+    """Whether the module of a call has a name, and gives the same when it runs again."""
+    return bool(name_of(flow.recording, call)) and can_run_twice(flow, call)
 
 
 def name_of(recording: Recording, call: int) -> str:

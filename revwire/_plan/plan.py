@@ -70,6 +70,35 @@ class PlannedChain:
 
 
 @dataclass(frozen=True)
+class Peaks:
+    """Bytes at the peak of a step on the example above rest (weights, ``.grad``, inputs), found on paper from the one
+    run that was observed: of the model alone, without a loss, and without the scratch memory of kernels.
+
+    Attributes:
+        stored: as the network was.
+        checkpointing: with activation checkpointing around each of its blocks.
+        planned: with this plan.
+    """
+
+    stored: int
+    checkpointing: int
+    planned: int
+
+    def __str__(self) -> str:
+        return (
+            f"peak of a step: {spelled(self.stored)} as it was, {spelled(self.checkpointing)} with each block "
+            f"checkpointed, {spelled(self.planned)} with this plan{self._verdict()}"
+        )
+
+    def _verdict(self) -> str:
+        if self.planned < 0.97 * self.checkpointing:
+            return f" ({self.planned / self.checkpointing:.2f} of checkpointing)"
+        if self.checkpointing < 0.97 * self.stored:
+            return ": revwire gains nothing here, use checkpointing"
+        return ": neither gains anything here, use the network as it was"
+
+
+@dataclass(frozen=True)
 class Point:
     """What a step is predicted to cost: bytes at its peak above rest (``.grad`` allocated), and seconds."""
 
@@ -134,7 +163,7 @@ class Plan:
         skipped: the residual adds that stay.
         forecast: what a memory budget was planned with.
         checkpointed: qualified names of the modules outside of chains that are checkpointed.
-        left_bytes: bytes that autograd keeps in the example for other blocks that stay and could be checkpointed.
+        peaks: of a step on the example, by what a user could do; None where the example does not tell.
 
     Example:
         >>> import torch, revwire
@@ -149,7 +178,7 @@ class Plan:
     skipped: tuple[Skipped, ...]
     forecast: Forecast | None = None
     checkpointed: tuple[str, ...] = ()
-    left_bytes: int = 0
+    peaks: Peaks | None = None
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -174,9 +203,10 @@ class Plan:
         return {**asdict(self), "coverage": self.coverage, "bytes_saved": sum(c.bytes_saved for c in self.chains)}
 
     def __str__(self) -> str:
+        last = [str(self.peaks)] if self.peaks else []
         if not self.chains:
-            head = f"{self.model}: no chain of residual units found; nothing to rewire: {why_nothing(self.skipped)}"
-            return "\n".join([head, *self._checkpointed_lines(), *stays_lines(self.skipped)])
+            head = f"{self.model}: nothing is rewired: {why_nothing(self.skipped)}"
+            return "\n".join([head, *self._checkpointed_lines(), *stays_lines(self.skipped), *last])
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
         more = [("modes", _modes)] if self.forecast else []
         more += [("chunks", _chunks)] if any(u.chunks > 1 or u.parts > 1 for u in self.units) else []
@@ -185,33 +215,12 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        total = sum(c.bytes_saved for c in self.chains)
         head = (
-            f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, coverage {self.coverage:.0%}, saves "
-            f"{spelled(total)}"
+            f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, {self.coverage:.0%} of the residual "
+            "adds"
         )
-        forecast = [str(self.forecast)] if self.forecast else self._advice()
-        return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *stays_lines(self.skipped)])
-
-    def _advice(self) -> list[str]:
-        """One line per chain whose streams and bits cost most of what they spare: too shallow to be worth a
-        recompute.
-        """
-        lines = []
-        for chain in self.chains:
-            stored = sum(u.saved_bytes for u in chain.units)
-            if chain.bytes_saved < stored / 4:
-                hosts = [*dict.fromkeys(u.host for u in chain.units)]
-                lines.append(
-                    f"{chain.name}: {len(chain.units)} units save {spelled(chain.bytes_saved)} of {spelled(stored)}: "
-                    f"little for the price of a recompute; consider exclude={hosts!r}, or a memory_budget"
-                )
-        if self.left_bytes > sum(u.saved_bytes for u in self.units) / 10:
-            lines.append(
-                f"the blocks that stay keep {spelled(self.left_bytes)}: consider checkpoint='stays', which recomputes "
-                "them"
-            )
-        return lines
+        forecast = [str(self.forecast)] if self.forecast else []
+        return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *stays_lines(self.skipped), *last])
 
     def _checkpointed_lines(self) -> list[str]:
         some = ", ".join(self.checkpointed[:8]) + (" ..." if len(self.checkpointed) > 8 else "")

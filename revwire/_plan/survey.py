@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
+from revwire._plan.leanest import DOES_NOT_PAY, OnPaper
 from revwire._plan.options import STAYS, Options
-from revwire._plan.outside import Outside, name_of, outside_of_chains
+from revwire._plan.outside import name_of, outside_of_chains
 from revwire._plan.plan import Plan, PlannedChain, PlannedUnit
 from revwire._plan.stays import Skipped
 from revwire._programs.assembly import pattern_of
@@ -78,6 +79,33 @@ class Planner:
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
+        search, units, chains, slots = self.all_that_can_be()
+        _refuse_idle_globs(self.recording, self.options, units, map(self.place, search.rejected))
+        planned = [*map(self.planned, units, chains)]
+        names = self.outside(search, units)
+        paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
+        if paper.tells and not self.options.everywhere:
+            chosen = paper.choose(checkpoints=self.options.checkpoint is None)
+            search.rejected += _rejected(units, chosen.chains)
+            units = [units[i] for i in chosen.chains]
+            names = (*names, *chosen.checkpointed)
+            chains = [self.chain(i, several) for i, several in enumerate(units)]
+            slots, planned = self.slots(units, chains), [*map(self.planned, units, chains)]
+            self.layouts = {path: self.layouts[path] for path in slots}
+            paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
+        peaks = paper.peaks(names) if paper.tells and self.options.chunks in (None, 1) else None
+        plan = Plan(
+            type(self.recording.root).__name__,
+            tuple(planned),
+            self.skipped(search),
+            checkpointed=names,
+            peaks=peaks,
+        )
+        self.mark_last(units, chains, plan)
+        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
+
+    def all_that_can_be(self) -> tuple[Search, list[list[_Found]], list[Chain], dict[str, list[Slot]]]:
+        """The chains of all that can be rewired, and what is to be installed for them."""
         while True:
             self.found, self.layouts = {}, {}
             search = find_chains(self.recording, self.refuse, whole=self.whole)
@@ -86,14 +114,7 @@ class Planner:
             slots = self.slots(units, chains)
             failed = self.failures(units, slots)
             if not failed:
-                _refuse_idle_globs(self.recording, self.options, units, map(self.place, search.rejected))
-                plan = Plan(
-                    type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search)
-                )
-                self.mark_last(units, chains, plan)
-                outside = self.outside(search, units)
-                plan = replace(plan, checkpointed=outside.names, left_bytes=outside.left_bytes)
-                return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
+                return search, units, chains, slots
             self.banned.update(failed)
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -148,7 +169,7 @@ class Planner:
         calls = self.recording.calls_around(c.add) if wish else ()
         return [call for call in calls if matches([self.name(call)], wish)]
 
-    def outside(self, search: Search, units: list[list[_Found]]) -> Outside:
+    def outside(self, search: Search, units: list[list[_Found]]) -> tuple[str, ...]:
         """The modules outside of chains that are to be checkpointed, or may be."""
         wish = self.options.checkpoint
         if wish is None and self.options.budget is not None and units:
@@ -264,6 +285,15 @@ class Planner:
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
         return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+
+
+def _rejected(units: list[list[_Found]], chosen: Iterable[int]) -> list[Candidate]:
+    """The units of the chains that are not among the chosen ones, with the reason."""
+    kept = set(chosen)
+    left = [u.candidate for i, several in enumerate(units) if i not in kept for u in several]
+    for c in left:
+        c.reason = DOES_NOT_PAY
+    return left
 
 
 def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:

@@ -10,7 +10,7 @@ from modules import HOUSE, MODULES, ROOT, imported, needed, syntax
 
 ORDER = (
     *("_errors", "_structures", "_torch", "couplings", "_streams", "_surroundings", "measure"),
-    *("_capture", "_runtime", "_search", "_programs", "_splitting", "_plan", "_forwards", "_budget", "_api"),
+    *("_capture", "_runtime", "_search", "_programs", "_splitting", "_paper", "_plan", "_forwards", "_budget", "_api"),
     *("revwire", "testing", "lightning", "demo", "cli"),
 )
 """From the ground up: a package imports from itself and from those before it. `revwire` is its own `__init__`."""

@@ -1,0 +1,124 @@
+"""What the backward of convolutions needs for itself, measured on one of each kind.
+
+Note [Scratch memory]
+    Some kernels unfold their input, or lay their weights out anew: a 3x3x3 convolution on the CPU may take 27 times
+    its input for a while. No run of a forward shows that. So the largest convolution of each kind (kernel, stride,
+    groups, dtype) runs once by itself, on zeros, forward and backward. The others of its kind are taken to need as much
+    in proportion to what explains the measured one better, their unfolded input or their weights.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from revwire._capture.recording import Event, Recording, Value
+from revwire._structures import Ref, leaves_of, mapped, refs
+from revwire.measure._trace import Mark, traced
+
+_CONVOLUTION = torch.ops.aten.convolution
+
+_NEGLIGIBLE = 1 << 16
+
+
+class _Sizes(NamedTuple):
+    """Bytes of the unfolded input of a convolution, and of its weights."""
+
+    unfolded: int
+    weights: int
+
+
+def scratch_of(recording: Recording) -> dict[int, int]:
+    """Bytes that the backward of a convolution needs beside its results, by event; see Note [Scratch memory]."""
+    kinds: dict[Any, list[tuple[Event, _Sizes]]] = {}
+    for event in recording.events:
+        if any(getattr(k, "overloadpacket", None) is _CONVOLUTION for k in event.kernels):
+            found = _kind(recording, event)
+            if found is not None:
+                kinds.setdefault(found[0], []).append((event, found[1]))
+    largest = [max(several, key=lambda one: sum(one[1])) for several in kinds.values()]
+    out: dict[int, int] = {}
+    for several, (_, sizes), scratch in zip(kinds.values(), largest, _measured(recording, largest), strict=True):
+        if scratch > _NEGLIGIBLE:
+            by = 0 if _misses(sizes.unfolded, scratch) < _misses(sizes.weights, scratch) else 1
+            out.update({event.number: scratch * one[by] // max(1, sizes[by]) for event, one in several})
+    return out
+
+
+def _misses(size: int, scratch: int) -> float:
+    """By which factor a size is larger, or smaller."""
+    return max(size, scratch) / max(1, min(size, scratch))
+
+
+def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
+    """What tells a convolution from others, and its sizes; None where it is called in another way than by tensors."""
+    values = [recording.values[r.value] for r in refs((event.args, event.kwargs))]
+    results = [recording.values[r.value] for r in refs(event.out)]
+    if len(values) < 2 or len(results) != 1 or not any(v.wants for v in values):
+        return None
+    x, weight, *_ = values
+    settings = [leaf for leaf in leaves_of((event.args, event.kwargs)) if not isinstance(leaf, Ref)]
+    groups = "depthwise" if weight.shape[1] == 1 else weight.shape[0] if "groups" in settings else 0
+    order = sorted(range(len(x.strides)), key=lambda d: -x.strides[d])  # of its layout
+    kind = (event.target, weight.shape[2:], repr(settings), groups, (*order,), x.dtype, x.wants, event.modes)
+    unfolded = prod(x.shape[:2]) * prod(weight.shape[2:]) * prod(results[0].shape[2:]) * x.dtype.itemsize
+    return kind, _Sizes(unfolded, prod(weight.shape) * weight.dtype.itemsize)
+
+
+def _measured(recording: Recording, some: list[tuple[Event, _Sizes]]) -> list[int]:
+    """What each of these convolutions needs beside its results; nothing where it does not run by itself."""
+    if not some:
+        return []
+    device = _device(recording)
+    needed: list[int] = []
+
+    def run(mark: Mark) -> None:
+        for event, _ in some:
+            out, inputs = _forward(recording, event, device)
+            mark()
+            if out is None:
+                needed.append(0)
+            else:
+                given = torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
+                needed.append(sum(g.untyped_storage().nbytes() for g in given if g is not None) + out.nbytes)
+            mark()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        stretches = traced(run, device)[1::2]
+    return [max(0, s.peak - s.begin - size) for s, size in zip(stretches, needed, strict=True)]
+
+
+def _forward(recording: Recording, event: Event, device: torch.device) -> tuple[Tensor | None, list[Tensor]]:
+    """The result of a convolution of zeros, and what is given a gradient."""
+    made: dict[int, Tensor] = {}
+
+    def fill(leaf: Any) -> Any:
+        if not isinstance(leaf, Ref):
+            return leaf
+        if leaf.value not in made:
+            made[leaf.value] = _zeros(recording.values[leaf.value], device)
+        return made[leaf.value]
+
+    try:
+        with ExitStack() as stack:
+            for kind, on, dtype in event.modes[2]:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
+            out = event.target(*mapped(event.args, fill), **(mapped(event.kwargs, fill) or {}))
+    except (TypeError, ValueError, RuntimeError):  # it takes more than its arguments show
+        return None, []
+    wanted = [t for t in made.values() if t.requires_grad]
+    return (out, wanted) if isinstance(out, Tensor) and wanted else (None, [])
+
+
+def _zeros(value: Value, device: torch.device) -> Tensor:
+    t = torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=device).zero_()
+    return t.requires_grad_(value.wants)
+
+
+def _device(recording: Recording) -> torch.device:
+    there = (v.existing.device for v in recording.values if v.existing is not None)
+    return next((d for d in there if d.type != "cpu"), torch.device("cpu"))

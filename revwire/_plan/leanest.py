@@ -1,0 +1,92 @@
+"""Which chains are rewired and what is checkpointed so that a step needs least, and the peaks that a plan tells of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from revwire._capture.recording import Recording
+from revwire._paper.chain import ChainOnPaper, chain_on_paper
+from revwire._paper.cuts import Cut, cut_of, peak
+from revwire._paper.leanest import cuts_of, leanest
+from revwire._paper.step import Step
+from revwire._plan.blocks import every_block
+from revwire._plan.outside import can_be_checkpointed, name_of
+from revwire._plan.plan import Peaks, PlannedChain
+from revwire._search.dataflow import Flow
+from revwire._search.residuals import Candidate
+
+DOES_NOT_PAY = (
+    "its chain would not lower the peak of a step below that of activation checkpointing, and stays what it is; "
+    "rewire='everywhere' rewires it all the same"
+)
+
+
+class Chosen(NamedTuple):
+    """What is rewired, by the places of chains, and the names of the modules that are checkpointed."""
+
+    chains: tuple[int, ...]
+    checkpointed: tuple[str, ...]
+
+
+class OnPaper:
+    """A step of the model in a recording, laid out on paper.
+
+    Args:
+        recording: of the example.
+        units: those of each chain that can be rewired.
+        planned: the same chains, with what each unit keeps.
+    """
+
+    def __init__(
+        self, recording: Recording, units: Sequence[Sequence[Candidate]], planned: Sequence[PlannedChain]
+    ) -> None:
+        self.recording, self.units, self.step = recording, units, Step(recording)
+        self.chains: list[ChainOnPaper] = [
+            chain_on_paper(self.step, several, [u.kept_bytes for u in chain.units])
+            for several, chain in zip(units, planned, strict=True)
+        ]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the example shows what a step keeps: not where all is frozen, or checkpoints itself already."""
+        return not self.units or any(self.recording.events[e].saved for c in self.chains for e in c.own)
+
+    def choose(self, *, checkpoints: bool) -> Chosen:
+        """The leanest layout; see Note [The leanest layout] in `_paper.leanest`."""
+        cuts = self._cuts() if checkpoints else []
+        while True:
+            found = leanest(self.step, cuts, self.chains, self._bars)
+            chosen = {cut.begin for cut in found.cuts}
+            modules = {id(self.recording.events[call].target) for call in chosen}
+            others = self._calls_of(modules) - chosen
+            if not others:  # else a module is checkpointed in all of its calls, or in none
+                return Chosen(found.chains, tuple(dict.fromkeys(name_of(self.recording, c) for c in sorted(chosen))))
+            half = {id(self.recording.events[call].target) for call in others}
+            cuts = [cut for cut in cuts if id(self.recording.events[cut.begin].target) not in half]
+
+    def peaks(self, checkpointed: Collection[str]) -> Peaks:
+        """Those of a step as it was, with each block checkpointed, and with all chains rewired and some modules
+        checkpointed.
+        """
+        stored = peak(self.step, ()).all
+        blocks = peak(self.step, self._named(every_block(self.recording)))
+        return Peaks(stored, blocks.all, peak(self.step, self._named(checkpointed), self.chains).all)
+
+    def _cuts(self) -> list[Cut]:
+        flow = Flow(self.recording)
+        calls = [e.number for e in self.recording.events[1:] if e.is_module]
+        return [c for c in cuts_of(self.step, calls) if can_be_checkpointed(flow, c.begin)]
+
+    def _named(self, names: Collection[str]) -> list[Cut]:
+        found = [e.number for e in self.recording.events[1:] if e.is_module]
+        return [cut_of(self.step, call) for call in found if name_of(self.recording, call) in names]
+
+    def _calls_of(self, modules: set[int]) -> set[int]:
+        return {e.number for e in self.recording.events if e.is_module and id(e.target) in modules}
+
+    def _bars(self, chain: int, cut: Cut) -> bool:
+        """Whether what is to be checkpointed runs in the code that holds a chain, before it or behind it."""
+        if cut.end > self.chains[chain].begin and cut.begin < self.chains[chain].end:
+            return False  # one takes the place of the other
+        return not {c.host for c in self.units[chain]}.isdisjoint(self.recording.calls_around(cut.begin))
