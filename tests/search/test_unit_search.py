@@ -191,6 +191,28 @@ def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
     assert near < 0.1
 
 
+def gate_of_a_viewed_mean(self, x):
+    y = x * 0.9 + self.f(x).tanh()
+    return y.transpose(1, 2).contiguous().transpose(1, 2) * torch.sigmoid(y.mean((0, 1)).view(8))
+
+
+def view_of_a_layout(self, x):
+    """The view is one of the example, whose channels lie last, and would be none of a tensor laid out by its shape."""
+    y = x * 0.9 + self.f(x.transpose(1, 2)).transpose(1, 2).tanh()
+    return nn.functional.layer_norm(y.transpose(1, 2).view(-1, 8), (8,)).view(2, 5, 8).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("forward", "example"),
+    [(gate_of_a_viewed_mean, X), (view_of_a_layout, X.transpose(1, 2))],
+    ids=["of a part", "of another layout"],
+)
+def test_views_that_do_not_fit_the_numbers_of_the_elements(forward, example):
+    model, reference = twin(stack(forward), example)
+    assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
+    assert_same_step(model, reference, example)
+
+
 def test_what_follows_the_sum_may_lie_outside_of_its_module():
     torch.manual_seed(0)
     blocks = [
