@@ -14,12 +14,13 @@ from revwire._search.residuals import Candidate, can_run_twice
 
 
 class Outside(NamedTuple):
-    """What lies outside of chains: names of the modules that are to be checkpointed, or may be; and the bytes that
-    other blocks keep which could be.
+    """What lies outside of chains: names of the modules that are to be checkpointed, or may be; the bytes that other
+    blocks keep which could be, and the calls of these.
     """
 
     names: tuple[str, ...]
     left_bytes: int
+    others: frozenset[int]
 
 
 def outside_of_chains(
@@ -52,8 +53,9 @@ def outside_of_chains(
             )
         found.update({name_of(recording, call): None for call in good})
     names = _outermost(found)
-    others = {c for c in left if hosts and calls.can_be_checkpointed(c) and name_of(recording, c) not in names}
-    return Outside(names, sum(e.saved for call in others for e in events[call : events[call].end]))
+    others = {c for c in left if calls.can_be_checkpointed(c) and name_of(recording, c) not in names}
+    saved = sum(e.saved for call in others for e in events[call : events[call].end])
+    return Outside(names, saved, frozenset(others))
 
 
 def _outermost(names: Iterable[str]) -> tuple[str, ...]:

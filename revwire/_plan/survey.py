@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from revwire._capture.lines import shown
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
@@ -25,6 +26,13 @@ from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
+
+UNREGISTERED = (
+    "its host is not registered below the model; make it an attribute of a module, or an item of an nn.ModuleList"
+)
+
+
+USED_TWICE = "its module is used a second time, in another chain; give each of them a module of its own"
 
 
 @dataclass
@@ -87,12 +95,15 @@ class Planner:
             failed = self.failures(units, slots)
             if not failed:
                 _refuse_idle_globs(self.recording, self.options, units, map(self.place, search.rejected))
+                outside = self.outside(search, units)
                 plan = Plan(
-                    type(self.recording.root).__name__, tuple(map(self.planned, units, chains)), self.skipped(search)
+                    type(self.recording.root).__name__,
+                    tuple(map(self.planned, units, chains)),
+                    self.skipped(search, outside),
+                    checkpointed=outside.names,
+                    left_bytes=outside.left_bytes if units else 0,
                 )
                 self.mark_last(units, chains, plan)
-                outside = self.outside(search, units)
-                plan = replace(plan, checkpointed=outside.names, left_bytes=outside.left_bytes)
                 return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
             self.banned.update(failed)
 
@@ -131,14 +142,11 @@ class Planner:
         if self.options.include or self.options.exclude:
             names = (self.path(c, self.key(c)), self.name(c.host))
             if matches(names, self.options.exclude):
-                return "excluded by the caller"
+                return "excluded by the caller; let it through by include= and exclude="
             if self.options.include and not matches(names, self.options.include):
-                return "excluded: not among the caller's include patterns"
-        return (
-            None
-            if self.recording.module_names.get(id(self.recording.events[c.host].target))
-            else "its host is not registered below the model"
-        )
+                return "excluded: not among the caller's include patterns; let it through by include="
+        known = self.recording.module_names.get(id(self.recording.events[c.host].target))
+        return None if known else UNREGISTERED
 
     def whole(self, c: Candidate) -> list[int]:
         """The calls around a residual add that the caller would have as one unit, the outermost first."""
@@ -184,7 +192,7 @@ class Planner:
                 out.append(units)
             elif owners != {next(iter(owners))} or identity != [(u.host_path, u.key) for u in out[next(iter(owners))]]:
                 for c in chain:
-                    c.reason = "its module is used a second time, in another chain"
+                    c.reason = USED_TWICE
                     search.rejected.append(c)
         return out
 
@@ -261,9 +269,18 @@ class Planner:
         saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
         return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, 0)
 
-    def skipped(self, search: Search) -> tuple[Skipped, ...]:
-        rejected = sorted(search.rejected, key=lambda c: c.add)
-        return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+    def skipped(self, search: Search, outside: Outside) -> tuple[Skipped, ...]:
+        events = self.recording.events
+        return tuple(
+            Skipped(self.place(c).path, _reason(c, outside), c.computed_shortcut, c.inside, shown(events[c.add].line))
+            for c in sorted(search.rejected, key=lambda c: c.add)
+        )
+
+
+def _reason(c: Candidate, outside: Outside) -> str:
+    """Why a residual add stays, and what would help, as far as that depends on the whole plan."""
+    helps = "; checkpoint='stays' recomputes its block" if c.host in outside.others and not c.inside else ""
+    return f"{c.reason or ''}{helps}"
 
 
 def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:
