@@ -53,7 +53,7 @@ def current_line(depth: int = 1) -> Line | None:
 
 
 def shown(line: Line | None) -> str:
-    """A line as users read it, ``timm/models/resnet.py:215``: the file as its package names it; "" for None."""
+    """A line as users read it, ``package/models/net.py:215``: the file as its package names it; "" for None."""
     if line is None:
         return ""
     code, number, module = line

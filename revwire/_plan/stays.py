@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from revwire._search.chains import PART_OF_WHOLE
+
 _SHOWN = 8
 """How many names of one line are shown."""
 
@@ -26,7 +28,7 @@ class Skipped:
         reason: why it stays, and what would help.
         computed_shortcut: neither operand is the input itself (a projection).
         inside_unit: it lies in the branch of a unit that is rewired, and is recomputed with it.
-        line: of the code that makes the add, ``timm/models/resnet.py:215``; "" where it is not known.
+        line: of the code that makes the add, ``package/models/net.py:215``; "" where it is not known.
     """
 
     path: str
@@ -34,6 +36,11 @@ class Skipped:
     computed_shortcut: bool = False
     inside_unit: bool = False
     line: str = ""
+
+    @property
+    def in_closed_block(self) -> bool:
+        """Whether it is a part of a block whose code cannot be taken apart, and which is rewired as a whole."""
+        return self.reason.startswith(PART_OF_WHOLE)
 
     @property
     def kind(self) -> str:
@@ -55,7 +62,14 @@ def stays_lines(skipped: Iterable[Skipped]) -> list[str]:
     total, inside = sum(map(len, by_kind.values())), sum(s.inside_unit for s in skipped)
     lines = [f"stays: {total} residual adds"] if total else []
     lines += [_line(several) for several in by_kind.values()]
-    return lines + ([f"{inside} more lie inside the branches of rewired units"] if inside else [])
+    closed: dict[str, list[Skipped]] = {}
+    for s in skipped:
+        if s.inside_unit and s.in_closed_block:
+            closed.setdefault(s.kind, []).append(s)
+    count = sum(map(len, closed.values()))
+    whole = f", {count} of them in blocks that are rewired as a whole" if count else ""
+    lines += [f"{inside} more lie inside the branches of rewired units{whole}"] if inside else []
+    return lines + [_line(several) for kind, several in closed.items() if kind != PART_OF_WHOLE]
 
 
 def _line(several: Sequence[Skipped]) -> str:

@@ -95,11 +95,12 @@ class Planner:
             failed = self.failures(units, slots)
             if not failed:
                 _refuse_idle_globs(self.recording, self.options, units, map(self.place, search.rejected))
+                stay = sorted(search.rejected, key=lambda c: c.add)
                 outside = self.outside(search, units)
                 plan = Plan(
                     type(self.recording.root).__name__,
                     tuple(map(self.planned, units, chains)),
-                    self.skipped(search, outside),
+                    tuple(_skipped(self.place(c), self.recording, outside) for c in stay),
                     checkpointed=outside.names,
                     left_bytes=outside.left_bytes if units else 0,
                 )
@@ -269,18 +270,13 @@ class Planner:
         saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
         return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, 0)
 
-    def skipped(self, search: Search, outside: Outside) -> tuple[Skipped, ...]:
-        events = self.recording.events
-        return tuple(
-            Skipped(self.place(c).path, _reason(c, outside), c.computed_shortcut, c.inside, shown(events[c.add].line))
-            for c in sorted(search.rejected, key=lambda c: c.add)
-        )
 
-
-def _reason(c: Candidate, outside: Outside) -> str:
-    """Why a residual add stays, and what would help, as far as that depends on the whole plan."""
+def _skipped(u: _Found, recording: Recording, outside: Outside) -> Skipped:
+    """A residual add that stays, with what would help as far as that depends on the whole plan."""
+    c = u.candidate
     helps = "; checkpoint='stays' recomputes its block" if c.host in outside.others and not c.inside else ""
-    return f"{c.reason or ''}{helps}"
+    line = shown(recording.events[c.add].line)
+    return Skipped(u.path, f"{c.reason or ''}{helps}", c.computed_shortcut, c.inside, line)
 
 
 def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:

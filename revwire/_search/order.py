@@ -18,7 +18,8 @@ def keeps_layout(flow: Flow, c: Candidate, out: int, post: tuple[int, ...]) -> b
     """Whether ``out`` has the shape of the fork of ``c``, and element i of the skip arrives at place i of it.
 
     Where a view leads from the fork to ``out``, the views are tried on the numbers of the elements. Other calls are
-    taken to keep the order. A value without all the elements (a mean, by which a norm divides) has no numbers.
+    taken to keep the order. A value without all the elements (a mean, by which a norm divides) has no numbers, nor has
+    one that was written to under another name.
     """
     events, values = flow.recording.events, flow.recording.values
     shape = values[c.fork].shape
@@ -44,9 +45,6 @@ def _carry(flow: Flow, event: Event, numbers: dict[int, Tensor]) -> None:
     were put together), where they have as many elements.
     """
     values, latest = flow.recording.values, next(reversed(numbers.values()))
-    for before, after in event.writes:
-        if before in numbers:
-            numbers.setdefault(after, numbers[before])
     given = [r.value for r in refs((event.args, event.kwargs))]
     for result in (r.value for r in refs(event.out)):
         elements = torch.Size(values[result].shape).numel()

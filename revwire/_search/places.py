@@ -27,6 +27,7 @@ INSIDE_A_MODULE = (
 WITHOUT_GRADIENTS = "makes a residual add without gradients{}; make it outside of torch.no_grad()"
 TO_ITS_INPUT = "adds in place to its own input{}; write x = x + f(x)"
 TO_ANOTHER_NAME = "adds in place to a tensor that is used again under another name{}; write x = x + f(x)"
+WRITTEN_UNDER_ANOTHER_NAME = "goes on with a tensor that is written to under another name{}; write to a clone"
 NOT_ITS_OWN = "writes in place to a tensor that is not its branch's own{}; write to a clone"
 """Why units cannot be taken out of a host's code, with the line of the code, and what would help."""
 
@@ -271,7 +272,7 @@ class _Seen:
         call = self.recording.events[self.shown(producer)]
         path = path_to(call.out, value)
         if path is None:
-            raise CaptureError(INSIDE_A_MODULE.format(call.at))
+            raise CaptureError((INSIDE_A_MODULE if call.is_module else WRITTEN_UNDER_ANOTHER_NAME).format(call.at))
         target = self.target(call)
         before = sum(self.target(e) == target for e in self.events if e.number < call.number)
         return Origin(path, target, before)

@@ -137,11 +137,13 @@ def test_a_model_without_residuals_is_returned_as_it_is():
 
 def test_the_warning_says_the_commonest_reason_and_names_the_callers_line():
     apart = nn.Sequential(*[m for b in stack(pre_norm).blocks for m in (b, nn.Linear(8, 8))]).double()
-    message = "of 3 residual adds, 3 stay because: stands alone.*; deeper stages would have chains; checkpoint='stays'"
+    message = (
+        r"of 3 residual adds, 3 stay, at toys\.py:\d+, because: stands alone.*; checkpoint='stays' recomputes its block"
+    )
     with pytest.warns(revwire.NothingToRewireWarning, match=message) as seen:
         revwire.convert(apart, X)
     assert seen[0].filename == __file__
-    with pytest.warns(revwire.NothingToRewireWarning, match=r"excluded by the caller; let more through by include="):
+    with pytest.warns(revwire.NothingToRewireWarning, match=r"excluded by the caller; let it through by include="):
         revwire.convert(stack(pre_norm), X, exclude="*")
 
 

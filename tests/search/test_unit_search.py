@@ -103,7 +103,8 @@ def test_an_operand_from_nowhere_is_reported():
 
     found = plan(stack(lambda self, x, held: x + self.f(held.tensor)), (X, Held(X * 2)))
     assert {s.reason for s in found.skipped} == {
-        "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds"
+        "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds; hand it "
+        "to the module as an argument, as a tensor; checkpoint='stays' recomputes its block"
     }
 
 
