@@ -32,6 +32,8 @@ def keeps_layout(flow: Flow, c: Candidate, out: int, post: tuple[int, ...]) -> b
     numbers = {c.fork: start}
     for event in skip:
         _carry(flow, event, numbers)
+    if skip and not any(r.value in numbers for r in refs((events[c.add].args, events[c.add].kwargs))):
+        return False
     if not c.whole:
         _carry(flow, events[c.add], numbers)
     numbers.setdefault(c.result, start)

@@ -322,7 +322,7 @@ def test_an_identity_of_somebody_else_still_begins_a_new_chain():
     model.blocks[1].register_full_backward_hook(lambda *_: None)
     model.blocks[1].register_forward_pre_hook(lambda m, args: Reversed.apply(args[0]))
     with pytest.warns(
-        UserWarning, match=r"blocks\.1\.f \(chain 0\): got a tensor that something between .* \(ReversedBackward\)"
+        UserWarning, match=r"blocks\.1\.f \(chain 0, \S+\): got a tensor that something between .* \(ReversedBackward\)"
     ):
         model(X.clone().requires_grad_())
 
