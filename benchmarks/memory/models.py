@@ -41,14 +41,14 @@ def _timm(name: str, batch: int, side: int, **options: Any) -> Made:
     return timm.create_model(name, **options), _images(batch, side)
 
 
-def _torchvision(name: str, frames: int, side: int, **options: Any) -> Made:
+def _torchvision(name: str, frames: int, side: int) -> Made:
     from torchvision.models import video
 
-    return getattr(video, name)(weights=None, **options), _clip(frames, side)
+    return getattr(video, name)(weights=None), _clip(frames, side)
 
 
-def _pytorchvideo(name: str) -> Made:
-    built = find("pytorchvideo_models", name).build()
+def _of_the_zoo(zoo: str, name: str) -> Made:
+    built = find(zoo, name).build()
     return built.model, built.example
 
 
@@ -91,13 +91,13 @@ MODELS: dict[str, Make] = {
     "timm swin_tiny": partial(_timm, "swin_tiny_patch4_window7_224", 1, 224),
     "timm maxvit_tiny": partial(_timm, "maxvit_tiny_tf_224", 1, 224),
     "timm caformer_s18": partial(_timm, "caformer_s18", 2, 128),
-    "torchvision swin3d_t, 16 frames": partial(_torchvision, "swin3d_t", 16, 112),
-    "torchvision swin3d_t, 32 frames": partial(_torchvision, "swin3d_t", 32, 112),
+    "torchvision swin3d_t, 16 frames": partial(_torchvision, "swin3d_t", 16, 64),
+    "torchvision swin3d_t, 32 frames": partial(_torchvision, "swin3d_t", 32, 64),
     "torchvision r2plus1d_18": partial(_torchvision, "r2plus1d_18", 8, 64),
     "torchvision r3d_18": partial(_torchvision, "r3d_18", 8, 64),
-    "torchvision mvit_v2_s": partial(_torchvision, "mvit_v2_s", 8, 96, spatial_size=(96, 96), temporal_size=8),
-    "pytorchvideo slowfast_r50": partial(_pytorchvideo, "slowfast_r50"),
-    "pytorchvideo x3d_m": partial(_pytorchvideo, "x3d_m"),
+    "torchvision mvit_v2_s": partial(_of_the_zoo, "torchvision_models", "mvit_v2_s"),
+    "pytorchvideo slowfast_r50": partial(_of_the_zoo, "pytorchvideo_models", "slowfast_r50"),
+    "pytorchvideo x3d_m": partial(_of_the_zoo, "pytorchvideo_models", "x3d_m"),
     "Hugging Face ViT": partial(
         _huggingface,
         "ViTModel",
