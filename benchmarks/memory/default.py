@@ -31,6 +31,8 @@ from revwire.measure import paired_seconds, peak_bytes
 
 NAME = "default"
 STORED, RIVAL, PLAIN = "stored", "rival", "plain"
+MOST_SECONDS = 20
+"""For the timed rounds of a model: one that is slow has fewer."""
 
 
 def measured(name: str, rounds: int) -> Row:
@@ -40,7 +42,7 @@ def measured(name: str, rounds: int) -> Row:
             *(f"{variant}_bytes" for variant in (STORED, RIVAL, PLAIN)),
             *(f"{variant}_seconds" for variant in (STORED, RIVAL, PLAIN)),
             *("to_stored", "to_rival", "forecast_bytes", "rival", "blocks", "units", "coverage"),
-            *("convert_seconds", "observe_seconds", "reason"),
+            *("convert_seconds", "observe_seconds", "rounds", "reason"),
         )
     )
     row = {"model": name, **row}
@@ -69,7 +71,8 @@ def _fill(row: Row, model: nn.Module, example: Any, rounds: int) -> None:
         for p in net.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     row.update({f"{variant}_bytes": peak_bytes(run) for variant, run in steps.items()})
-    timings = paired_seconds(steps, rounds)
+    row["rounds"] = min(rounds, max(1, int(MOST_SECONDS / _seconds(lambda: [run() for run in steps.values()]))))
+    timings = paired_seconds(steps, row["rounds"])
     row.update({f"{variant}_seconds": asdict(timings.seconds(variant)) for variant in steps})
     row.update({f"to_{base}": asdict(timings.ratio(PLAIN, base)) for base in (STORED, RIVAL)})
 
