@@ -8,6 +8,7 @@ from revwire._api.plan import plan
 from revwire._api.profile import Profile, profile
 from revwire._api.report import report
 from revwire._api.revert import revert
+from revwire._api.rival import Rival, rival
 from revwire._api.schedule import CouplingSchedule, set_coupling
 from revwire._api.stored_activations import stored_activations
 from revwire._api.verify import Check, verify
@@ -49,6 +50,7 @@ __all__ = [
     "Re2TAL",
     "ReconstructionError",
     "RevwireError",
+    "Rival",
     "UnsupportedTorchError",
     "UnsupportedTransformError",
     "convert",
@@ -58,6 +60,7 @@ __all__ = [
     "profile",
     "report",
     "revert",
+    "rival",
     "set_coupling",
     "stored_activations",
     "verify",

@@ -43,6 +43,29 @@ def conversion(rows: list[Row]) -> Table:
     return [head, *([r["model"], f"{r['seconds']:.1f}", str(r["units"]), *(mib(r[k]) for k in sizes)] for r in rows)]
 
 
+def default(rows: list[Row]) -> Table:
+    """The plain call against stored activations and the checkpointing that a user would pick, by model."""
+    head = [
+        *("model", "units", "checkpointing", "peak MiB: stored", "checkpointing", "revwire", "× checkpointing"),
+        *("seconds × checkpointing", "seconds × stored", "forecast MiB (off)", "convert s (observing)"),
+    ]
+    return [head, *([row["model"], *_default(row)] for row in rows)]
+
+
+def _default(row: Row) -> list[str]:
+    if row["reason"]:
+        return ["–"] * 9 + [f"failed: {row['reason']}".replace("|", "\\|")]
+    how = "own switch" if not row["blocks"] else f"{row['blocks']} blocks"
+    sizes = [row[f"{variant}_bytes"] for variant in ("stored", "rival", "plain")]
+    forecast = row["forecast_bytes"]
+    return [
+        *(str(row["units"]), how, *map(mib, sizes), f"{sizes[2] / sizes[1]:.2f}"),
+        *(quartiles(row[k], 2) for k in ("to_rival", "to_stored")),
+        f"{mib(forecast)} ({forecast / sizes[2] - 1:+.1%})" if forecast else "–",
+        f"{row['convert_seconds']:.1f} ({row['observe_seconds']:.1f})",
+    ]
+
+
 def peaks(rows: list[Row]) -> Table:
     """Peak bytes by method (rows) and case (columns); beside them, their ratio to checkpointing per block in the same
     case.
@@ -200,6 +223,7 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "vit_depth": vit_depth,
     "step_time": step_time,
     "conversion": conversion,
+    "default": default,
     **{f"memory_{name}": peaks for name in _SWEEPS},
     "memory_fit": fit,
     "memory_hollow": hollow,

@@ -57,6 +57,7 @@ def empty(case: Case) -> Row:
         "adds_nested",
         "units",
         "inside",
+        "closed",
         "chains",
         "patterns",
         "skipped",
@@ -122,14 +123,17 @@ class _Probe:
     def plan(self) -> None:
         plan = revwire.report(self.model)
         self.row["units"] = len(plan.units)
-        parts = [s.path for s in plan.skipped if s.reason.startswith("a part of a block")]
+        parts = [s.path for s in plan.skipped if s.in_closed_block]
         wholes = sum(any(f"{path}.".startswith(f"{u.path}.") for path in parts) for u in plan.units)
         self.row["missing"] = max(0, self.row["missing"] - len(plan.units) - max(0, len(parts) - wholes))
         self.row["chains"] = len(plan.chains)
         self.row["patterns"] = dict(Counter(u.pattern for u in plan.units))
         self.row["inside"] = sum(s.inside_unit for s in plan.skipped)
-        reasons = Counter((s.reason, s.path) for s in plan.skipped if not s.inside_unit)
-        self.row["skipped"] = [{"path": path, "reason": reason, "times": n} for (reason, path), n in reasons.items()]
+        self.row["closed"] = len(parts)
+        reasons = Counter((s.reason, s.path, s.line) for s in plan.skipped if not s.inside_unit)
+        self.row["skipped"] = [
+            {"path": path, "reason": reason, "line": line, "times": n} for (reason, path, line), n in reasons.items()
+        ]
 
     def verify(self, coupling: str) -> None:
         check = revwire.verify(self.model, self._fresh())

@@ -29,7 +29,7 @@ SHORT = {
 
 def summary() -> Table:
     """One line per zoo."""
-    head = ["zoo", "models", "adds found", "in chains", "of these outermost", "rewired", "share"]
+    head = ["zoo", "models", "adds found", "in chains", "of these outermost", "rewired", "share", "in closed blocks"]
     table = [[*head, "bit-exact and gradients bit-equal", "reverted equal", "failures"]]
     for record in (record for zoo in ZOOS for record in read(zoo)):
         rows = record.results or []
@@ -38,7 +38,7 @@ def summary() -> Table:
         found, chained = (sum(row[key] or 0 for row in rows) for key in ("adds", "adds_in_chains"))
         exact = sum(all(row[check] for check in CHECKS[:4]) for row in rows)
         equal = sum(bool(row["revert_equal"]) for row in rows)
-        figures = [len(rows), found, chained, outer, rewired, f"{rewired / outer:.1%}" if outer else "–"]
+        figures = [len(rows), found, chained, outer, rewired, f"{rewired / outer:.1%}" if outer else "–", _closed(rows)]
         cells = [
             *figures,
             f"{exact} of {len(rows)}",
@@ -67,6 +67,12 @@ def models(rows: list[Row]) -> Table:
 
 def _order(row: Row) -> tuple[bool, bool, int, str]:
     return not row["failures"], all(row[check] for check in CHECKS), -(row["missing"] or 0), row["model"]
+
+
+def _closed(rows: list[Row]) -> str:
+    """How many adds lie in blocks that are rewired as a whole; not known of records from before they were counted."""
+    known = all("closed" in row for row in rows)
+    return str(sum(row["closed"] or 0 for row in rows)) if known else _text(None)
 
 
 def _outermost(row: Row) -> int:
@@ -124,14 +130,15 @@ def _remarks(row: Row) -> str:
         reasons[_short(skipped["reason"])] += skipped["times"]
     failures = [f"**{stage}: {reason}**" for stage, reason in row["failures"].items()]
     varying = sorted({name for coupling in COUPLINGS for name in row[f"unstable_{coupling}"] or []})
+    closed = [f"{row['closed']} in closed blocks"] if row.get("closed") else []
     notes = [f"gradients vary with stored activations too: {', '.join(varying)}"] if varying else []
-    text = "; ".join([*failures, *notes, *(f"{n} {reason}" for reason, n in reasons.items())])
+    text = "; ".join([*failures, *notes, *closed, *(f"{n} {reason}" for reason, n in reasons.items())])
     return text.replace("|", "\\|")
 
 
 def _short(reason: str) -> str:
     known = next((short for part, short in SHORT.items() if part in reason), None)
-    return known or re.sub(r"\S*\d\S*", "…", reason)
+    return known or re.sub(r"\S*\d\S*", "…", reason.partition(";")[0])
 
 
 TABLES = dict.fromkeys(ZOOS, models)

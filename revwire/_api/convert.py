@@ -37,14 +37,14 @@ def convert(
     memory_budget: Budget = None,
     rewire: Rewire = None,
 ) -> M:
-    """Rewire the residual chains of ``model`` into reversible ones, in place, and return it.
+    """Rewire the residual chains of ``model`` into reversible ones, where that pays, in place, and return it.
 
     Its class, methods, parameters and ``state_dict`` keys stay as they are. Source: Re2TAL (arXiv 2211.14053) for the
     rewiring, BDIA (arXiv 2407.09093) for the default coupling.
 
     Args:
         model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, checkpoint,
-            memory_budget: as for `plan`. Without ``example_inputs``, the first call of the model is the example.
+            memory_budget, rewire: as for `plan`. Without ``example_inputs``, the first call of the model is the example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
     Warns:

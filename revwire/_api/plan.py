@@ -58,17 +58,23 @@ def plan(
             run by heads, or queries. None: whole units, or under a memory budget, as few as fit it.
         checkpoint: globs over the qualified names of modules outside of chains that run under activation checkpointing,
             the outermost that match; ``"stays"``: the blocks whose residual adds stay, such as those that change shape.
-            Their batch statistics count once. None: none, or under a memory budget, those that stay if it is better so;
-            ``[]``: none in any case.
+            Their batch statistics count once. None: as ``rewire`` decides, or under a memory budget, those that stay if
+            it is better so; ``[]``: none in any case.
         memory_budget: bytes that a step (forward and backward on the example) may take above rest, where rest holds
             weights, ``.grad`` and inputs: an int, ``"6GiB"``, ``"512MiB"``, or ``"least"`` for the fastest mix that
             needs least. A few steps are measured, with the mean square of the outputs as loss, in the mode that the
             model is in; then each unit is stored, checkpointed (with or without what its products gave) or reversible,
-            so that the step is fastest within the budget. ``plan.forecast`` has the prediction. None: every unit is
-            reversible.
+            so that the step is fastest within the budget. ``plan.forecast`` has the prediction. None: ``rewire``
+            decides.
+        rewire: ``"leanest"``: of all layouts that cost one more forward at most, the one whose step needs least on the
+            example, found on paper: for each chain reversible units, checkpointed blocks or stored ones, and for each
+            module outside of chains whether it is checkpointed. A chain that does not pay stays what it was.
+            ``"everywhere"``: every chain. None: the leanest, unless other options say which units are wanted
+            (``include``, ``whole``, ``anchors``, ``chunks``, ``memory_budget``, ``strict``) or mean a network of their
+            own (``coupling="re2tal"``): then everywhere.
 
     Returns:
-        The plan: chains, units, and each residual add that stays, with its reason.
+        The plan: chains, units, each residual add that stays, with its reason, and the peaks of a step.
 
     Raises:
         ConversionError: the model is converted already, or fails on the example.

@@ -1,25 +1,23 @@
-"""`profile`: what a training step of a converted model costs, beside the same step with stored activations and with
-checkpointing.
+"""`profile`: what a training step of a converted model costs, beside the original network: with stored activations, and
+under the checkpointing that a user would pick.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from revwire._api.report import report
-from revwire._api.revert import revert
+from revwire._api.rival import EVERY_BLOCK, Rival, original, rival
 from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call
 from revwire._errors import ConversionError
+from revwire._forwards.converted import converted
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 from revwire.measure._training_step import (
@@ -33,7 +31,7 @@ from revwire.measure._training_step import (
 )
 from revwire.measure.sizes import MIB
 
-REVWIRE, STORED, CHECKPOINT = "revwire", "stored activations", "checkpoint per block"
+ORIGINAL, REVWIRE, STORED = "original", "revwire", "revwire, stored"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Cost:
         saved_bytes: alive between forward and backward because of the forward pass, above the level at rest.
         peak_bytes: the most at any time of the step, above the level at rest, with ``.grad`` already allocated.
         seconds: wall clock of a whole step.
-        time_ratio: seconds over those of stored activations, round by round.
+        time_ratio: seconds over those of the original network, round by round.
     """
 
     saved_bytes: int
@@ -55,26 +53,47 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Costs of one training step, by variant; ``str()`` is a table."""
+    """Costs of one training step, by variant; ``str()`` is a table.
 
-    costs: dict[str, Cost]
+    Attributes:
+        costs: by the name of the variant; None where it failed.
+        device: where the step ran.
+        repeats: how many rounds were timed.
+        rival: the name of the variant under checkpointing, which says how: ``"checkpoint (own switch)"`` or
+            ``"checkpoint every block"``.
+        reasons: why variants of the original network failed, by name.
+    """
+
+    costs: dict[str, Cost | None]
     device: str
     repeats: int
+    rival: str = EVERY_BLOCK
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def revwire(self) -> Cost:
         """The converted model as it is."""
-        return self.costs[REVWIRE]
+        return self._sure(REVWIRE)
 
     @property
     def stored(self) -> Cost:
         """The same function by ordinary autograd."""
-        return self.costs[STORED]
+        return self._sure(STORED)
 
     @property
-    def checkpoint(self) -> Cost:
-        """The original wiring, with `torch.utils.checkpoint` around each block that revwire rewired."""
-        return self.costs[CHECKPOINT]
+    def original(self) -> Cost | None:
+        """The original network, with stored activations."""
+        return self.costs[ORIGINAL]
+
+    @property
+    def checkpoint(self) -> Cost | None:
+        """The original network under checkpointing: by its own switch, or else of every block. See `rival`."""
+        return self.costs[self.rival]
+
+    def _sure(self, name: str) -> Cost:
+        cost = self.costs[name]
+        assert cost is not None
+        return cost
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -85,10 +104,13 @@ class Profile:
         rows = [head, *(_row(name, cost) for name, cost in self.costs.items())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"{name} failed: {reason}" for name, reason in self.reasons.items()]
         return "\n".join([*lines, f"bytes above rest, .grad allocated; {self.repeats} paired rounds on {self.device}"])
 
 
-def _row(name: str, cost: Cost) -> tuple[str, ...]:
+def _row(name: str, cost: Cost | None) -> tuple[str, ...]:
+    if cost is None:
+        return (name, *["–"] * 4)
     s = cost.seconds
     return (
         name,
@@ -100,10 +122,12 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
 
 
 def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Loss | None = None) -> Profile:
-    """Measure a training step of a converted model: revwire, stored activations, and checkpointing per block.
+    """Measure a training step of a converted model, as it is and with stored activations; and of the original network,
+    with stored activations and under the checkpointing that a user would pick (see `rival`).
 
     The model is measured in the mode it is in (``train()`` or ``eval()``), on the device it is on, and is left as it
-    was: weights, buffers, ``.grad`` and random state.
+    was: weights, buffers, ``.grad`` and random state. The original network is measured on a copy that shares its
+    weights; where that cannot be made, or fails, its costs are None, and the profile says why.
 
     Args:
         model: a converted model.
@@ -120,32 +144,59 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     """
     if type(repeats) is not int or repeats < 1:
         raise ConversionError(f"profile: got repeats={repeats!r}; expected a number of rounds from 1")
+    converted(model)
     criterion = loss or mean_square
-    original = _checkpointed_twin(model)
     call = as_call(example_inputs)
     leaves = own_leaves((call.args, call.kwargs))
+    reasons: dict[str, str] = {}
+    plain = _tried(ORIGINAL, reasons, lambda: original(model))
+    other = _tried(EVERY_BLOCK, reasons, lambda: rival(model, example_inputs)) or Rival(model, EVERY_BLOCK)
 
     def forward(net: nn.Module) -> Tensor:
         with entered():
             return criterion(run_model(net, leaves))
 
     forwards: dict[str, Callable[[], Tensor]] = {
+        ORIGINAL: lambda: forward(plain or model),
+        other.name: lambda: forward(other.model),
         REVWIRE: lambda: forward(model),
         STORED: lambda: _stored(model, lambda: forward(model)),
-        CHECKPOINT: lambda: forward(original),
     }
-    steps = {name: partial(_step, run) for name, run in forwards.items()}
     device = device_of(model, leaves)
+    found: dict[str, tuple[int, int] | None] = dict.fromkeys(forwards)
     with ExitStack() as stack:
-        for net in (model, original):  # they share weights and buffers, each in tables of its own
-            stack.enter_context(left_as_found(net, leaves, backward=True))
+        for net in (plain, other.model, model):  # they share weights and buffers, each in tables of its own
+            stack.enter_context(left_as_found(net or model, leaves, backward=True))
         allocate_gradients(model)
         entered = stack.enter_context(autocast_left(device))
-        peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-        saved = {name: saved_bytes(run, device) for name, run in forwards.items()}
+        for name in (n for n in forwards if n not in reasons):
+            measure = partial(_bytes, forwards[name], device)
+            found[name] = measure() if name in (REVWIRE, STORED) else _tried(name, reasons, measure)
+        steps = {name: partial(_step, forwards[name]) for name, sizes in found.items() if sizes}
         timings = paired_seconds(steps, repeats, device)
-    costs = {n: Cost(saved[n], peaks[n], timings.seconds(n), timings.ratio(n, STORED)) for n in steps}
-    return Profile(costs, str(device), repeats)
+    over = ORIGINAL if found[ORIGINAL] else STORED
+    costs = {
+        name: sizes and Cost(*sizes, timings.seconds(name), timings.ratio(name, over)) for name, sizes in found.items()
+    }
+    return Profile(costs, str(device), repeats, other.name, reasons)
+
+
+T = TypeVar("T")
+
+
+def _tried(name: str, reasons: dict[str, str], make: Callable[[], T]) -> T | None:
+    """What is made; where that fails, None, and the reason is noted."""
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 - whatever it is: a profile says what the rewired model costs
+        reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return None
+
+
+def _bytes(forward: Callable[[], Tensor], device: torch.device) -> tuple[int, int]:
+    """Saved and peak bytes."""
+    peak = peak_bytes(partial(_step, forward), device)
+    return saved_bytes(forward, device), peak
 
 
 def _step(forward: Callable[[], Tensor]) -> None:
@@ -155,21 +206,3 @@ def _step(forward: Callable[[], Tensor]) -> None:
 def _stored(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
     with stored_activations(model):
         return forward()
-
-
-def _checkpointed_twin(model: nn.Module) -> nn.Module:
-    """The original wiring on the very same weights and buffers, each rewired host checkpointed.
-
-    Where a host holds other hosts, the inner ones are the blocks.
-    """
-    hosts = report(model).hosts
-    tensors: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    twin: nn.Module = revert(copy.deepcopy(model, tensors))
-    for path in hosts:
-        if not any(other != path and other.startswith(f"{path}." if path else "") for other in hosts):
-            host = twin.get_submodule(path)
-            host.forward = partial(checkpoint, host.forward, use_reentrant=False)
-    for path in report(model).checkpointed:
-        module = twin.get_submodule(path)
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    return twin

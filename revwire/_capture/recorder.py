@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from revwire._capture.aliasing import is_view
 from revwire._capture.intercept import active
+from revwire._capture.lines import Line, current_line
 from revwire._capture.reads import kind_of, name_of, state_change
 from revwire._capture.recording import ASSIGNS, Event, Modes, Read, Recording, Value
 from revwire._capture.values import Values
@@ -89,7 +90,7 @@ class Recorder(TorchFunctionMode):
             self.values.noted(args),
             self.values.noted(kwargs),
         )
-        event.modes = modes_now(self.device_types)
+        event.modes, event.line = modes_now(self.device_types), current_line(2)
         self.values.kept.pop(event.number, None)  # of a call that raised
         self.values.mark_custom((args, kwargs))
         self.recording.events.append(event)
@@ -132,14 +133,14 @@ class Recorder(TorchFunctionMode):
             out = func(*args, **kwargs)
         except BaseException:
             self.recording.events.pop()  # a call that raises made nothing; what caught the error decided on it
-            self.note_read(func, args)
+            self.note_read(func, args, event.line)
             raise
         finally:
             self.open_events.pop()
-        self.note_state(func)
+        self.note_state(func, event.line)
         if next(tensors_in(out), None) is None and all(version_of(t) == version for t, version in versions):
             self.recording.events.pop()
-            self.note_read(func, args)
+            self.note_read(func, args, event.line)
             return out
         self.close(event, versions, out)
         event.view = not event.writes and is_view(args, out, event.kernels)
@@ -194,13 +195,13 @@ class Recorder(TorchFunctionMode):
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
-    def note_read(self, func: Any, args: Any) -> None:
+    def note_read(self, func: Any, args: Any, line: Line | None) -> None:
         kind = kind_of(func)
         values = [self.recording.values[self.values.number_of(t)] for t in tensors_in(args)]
         if kind == "free" or not values or getattr(func, "__name__", "") == "__set__":
             return
         unseen = any(v.dynamic or self.is_foreign(v) for v in values)
-        self.recording.reads.append(Read("data" if unseen else kind, name_of(func), self.parent))
+        self.recording.reads.append(Read("data" if unseen else kind, name_of(func), self.parent, line))
 
     def is_foreign(self, v: Value) -> bool:
         """Neither an argument, nor the model's own, nor computed: inside an object (a cache), or made unseen."""
@@ -211,10 +212,10 @@ class Recorder(TorchFunctionMode):
         top = self.recording.events[0]
         return [leaf.value for leaf in _flat((top.args, top.kwargs)) if isinstance(leaf, Ref)]
 
-    def note_state(self, func: Any) -> None:
+    def note_state(self, func: Any, line: Line | None) -> None:
         change = state_change(func)
         if change is not None:
-            self.recording.reads.append(Read("state", change, self.parent))
+            self.recording.reads.append(Read("state", change, self.parent, line))
 
     def note_draws(self) -> None:
         now = python_random_state()
@@ -224,7 +225,7 @@ class Recorder(TorchFunctionMode):
 
     def note_look(self, obj: Any, name: str) -> None:
         if not self.quiet and active() is self:
-            self.recording.reads.append(Read("object", type(obj).__name__, self.parent))
+            self.recording.reads.append(Read("object", type(obj).__name__, self.parent, current_line()))
 
     def watch_objects(self, event: Event, arguments: Any) -> None:
         for leaf in _objects(arguments):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revwire._capture.lines import Line, shown
 from revwire._capture.products import PRODUCTS
 from revwire._structures import Ref, refs, renumbered
 from revwire._surroundings.inventory import has_hooks
@@ -45,8 +46,17 @@ HIDDEN = {
 """The kinds of `Read` that a graph cannot hold, and how to say so."""
 
 
+HOOKED = "must open a {} on which hooks are registered, and they would not run"
+"""A module whose code would be a part of another one's graph."""
+
+
 ASSIGNS = "assigns to its attribute"
 """How the entries of `Event.changes` begin that are about attributes."""
+
+
+def at(line: Line | None) -> str:
+    """A line, as it is put behind what is said of it; nothing where it is not known."""
+    return f" ({shown(line)})" if line else ""
 
 
 Modes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...]]
@@ -91,7 +101,7 @@ class Event:
     under.
     ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
     around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides
-    tensors: attributes, containers; ``assigned`` holds the attributes.
+    tensors: attributes, containers; ``assigned`` holds the attributes. ``line``: of the code that made it.
     """
 
     number: int
@@ -113,6 +123,12 @@ class Event:
     hooked: bool = False
     changes: tuple[str, ...] = ()
     assigned: tuple[tuple[nn.Module, str], ...] = ()
+    line: Line | None = None
+
+    @property
+    def at(self) -> str:
+        """Its line, as it is put behind what is said of it: `` (model.py:12)``."""
+        return at(self.line)
 
     @property
     def is_addition(self) -> bool:
@@ -180,6 +196,7 @@ class Read:
     kind: str
     name: str
     parent: int
+    line: Line | None = None
 
 
 @dataclass
@@ -223,13 +240,13 @@ class Recording:
         _, *others = calls = sorted(calls)
         for read in self.reads:
             if read.parent in calls and read.kind in HIDDEN:
-                return HIDDEN[read.kind].format(read.name)
+                return f"{HIDDEN[read.kind].format(read.name)}{at(read.line)}"
         for event in (self.events[n] for n in calls):
             if event.changes:
                 return event.changes[0]
-        for module in (self.events[n].target for n in others):
-            if has_hooks(module):
-                return f"must open a {type(module).__name__} on which hooks are registered, and they would not run"
+        for call in (self.events[n] for n in others):
+            if has_hooks(call.target):
+                return f"{HOOKED.format(type(call.target).__name__)}{call.at}"
         return None
 
     def calls_around(self, number: int) -> tuple[int, ...]:

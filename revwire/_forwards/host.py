@@ -34,6 +34,7 @@ class Planned:
             _no_branch,
             partial(_modules_of, place.modules),
             slot.later,
+            line=place.line,
         )
 
     def as_block(self) -> Unit:
@@ -142,7 +143,7 @@ class Host:
         """Warn, once for each unit."""
         if unit.path not in self.told:
             self.told.add(unit.path)
-            warnings.warn(f"{unit.path}: {what}", stacklevel=2)
+            warnings.warn(f"{unit.where()}: {what}", stacklevel=2)
 
 
 def make_leaves(host: nn.Module) -> None:

@@ -122,7 +122,10 @@ def refuse_converted(model: nn.Module) -> None:
 def _refuse_skipped(found: Plan) -> None:
     left = [s for s in found.skipped if not s.inside_unit and not s.reason.startswith("excluded")]
     if left or not found.chains:
-        what = "; ".join(f"{s.path}: {s.reason}" for s in left[:5]) or "no chain of residual units was found"
+        what = (
+            "; ".join(f"{s.path}{f', at {s.line}' if s.line else ''}: {s.reason}" for s in left[:5])
+            or "no chain of residual units was found"
+        )
         raise ConversionError(
             f"{found.model}: strict=True, and {len(left)} residual adds would stay: {what}; exclude them, or pass "
             "strict=False"

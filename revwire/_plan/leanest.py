@@ -16,11 +16,6 @@ from revwire._plan.plan import Peaks, PlannedChain
 from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate
 
-DOES_NOT_PAY = (
-    "its chain would not lower the peak of a step below that of activation checkpointing, and stays what it is; "
-    "rewire='everywhere' rewires it all the same"
-)
-
 
 class Chosen(NamedTuple):
     """What is rewired, by the places of chains, and the names of the modules that are checkpointed."""
@@ -52,8 +47,13 @@ class OnPaper:
         """Whether the example shows what a step keeps: not where all is frozen, or checkpoints itself already."""
         return not self.units or any(self.recording.events[e].saved for c in self.chains for e in c.own)
 
-    def choose(self, *, checkpoints: bool) -> Chosen:
-        """The leanest layout; see Note [The leanest layout] in `_paper.leanest`."""
+    def choose(self, asked: Collection[str], *, checkpoints: bool) -> Chosen:
+        """The leanest layout; see Note [The leanest layout] in `_paper.leanest`.
+
+        Args:
+            asked: names of the modules that are to be checkpointed in any case.
+            checkpoints: whether others may be.
+        """
         cuts = self._cuts() if checkpoints else []
         while True:
             found = leanest(self.step, cuts, self.chains, self._bars)
@@ -61,17 +61,16 @@ class OnPaper:
             modules = {id(self.recording.events[call].target) for call in chosen}
             others = self._calls_of(modules) - chosen
             if not others:  # else a module is checkpointed in all of its calls, or in none
-                return Chosen(found.chains, tuple(dict.fromkeys(name_of(self.recording, c) for c in sorted(chosen))))
+                names = [name_of(self.recording, c) for c in sorted(chosen)]
+                return Chosen(found.chains, tuple(dict.fromkeys([*asked, *names])))
             half = {id(self.recording.events[call].target) for call in others}
             cuts = [cut for cut in cuts if id(self.recording.events[cut.begin].target) not in half]
 
-    def peaks(self, checkpointed: Collection[str]) -> Peaks:
-        """Those of a step as it was, with each block checkpointed, and with all chains rewired and some modules
-        checkpointed.
-        """
-        stored = peak(self.step, ()).all
-        blocks = peak(self.step, self._named(every_block(self.recording)))
-        return Peaks(stored, blocks.all, peak(self.step, self._named(checkpointed), self.chains).all)
+    def peaks(self, chosen: Chosen) -> Peaks:
+        """Those of a step as it was, with each block checkpointed, and as it is chosen."""
+        blocks = self._named(every_block(self.recording))
+        planned = self._named(chosen.checkpointed), [self.chains[c] for c in chosen.chains]
+        return Peaks(peak(self.step, ()).all, peak(self.step, blocks).all, peak(self.step, *planned).all)
 
     def _cuts(self) -> list[Cut]:
         flow = Flow(self.recording)

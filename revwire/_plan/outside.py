@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from revwire._capture.recording import Recording
 from revwire._plan.globs import idle_glob, matches
@@ -12,10 +13,19 @@ from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate, can_run_twice
 
 
+class Outside(NamedTuple):
+    """What lies outside of chains: the names of the modules that are to be checkpointed, and the calls of other blocks
+    that could be.
+    """
+
+    names: tuple[str, ...]
+    others: frozenset[int]
+
+
 def outside_of_chains(
     recording: Recording, wish: Iterable[str], rejected: Sequence[Candidate], hosts: set[int]
-) -> tuple[str, ...]:
-    """The names of the modules outside of the chains of some hosts that are to be checkpointed, or may be.
+) -> Outside:
+    """What lies outside of the chains of some hosts.
 
     Args:
         recording: of the example.
@@ -41,7 +51,9 @@ def outside_of_chains(
                 "tensors",
             )
         found.update({name_of(recording, call): None for call in good})
-    return _outermost(found)
+    names = _outermost(found)
+    others = {c for c in left if calls.can_be_checkpointed(c) and name_of(recording, c) not in names}
+    return Outside(names, frozenset(others))
 
 
 def _outermost(names: Iterable[str]) -> tuple[str, ...]:

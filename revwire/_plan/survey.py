@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from revwire._capture.lines import shown
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
-from revwire._plan.leanest import DOES_NOT_PAY, OnPaper
+from revwire._plan.leanest import Chosen, OnPaper
+from revwire._plan.names import Names, Placed
 from revwire._plan.options import STAYS, Options
-from revwire._plan.outside import name_of, outside_of_chains
+from revwire._plan.outside import Outside, outside_of_chains
 from revwire._plan.plan import Plan, PlannedChain, PlannedUnit
-from revwire._plan.stays import Skipped
-from revwire._programs.assembly import pattern_of
+from revwire._plan.stays import DOES_NOT_PAY, Skipped
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._search.chains import Search, find_chains
 from revwire._search.dataflow import Flow
 from revwire._search.places import Layout, layout
 from revwire._search.residuals import Candidate
-from revwire._search.units import WHOLE, UnitKey, find_units, unit_keys
+from revwire._search.units import WHOLE, UnitKey, find_units
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
 
+UNREGISTERED = (
+    "its host is not registered below the model; make it an attribute of a module, or an item of an nn.ModuleList"
+)
 
-@dataclass
-class _Found:
-    """A unit of the search, named and placed."""
 
-    candidate: Candidate
-    host_path: str
-    key: UnitKey
-    path: str
-    pattern: str
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """By which globs find it."""
-        return self.path, self.host_path
+USED_TWICE = "its module is used a second time, in another chain; give each of them a module of its own"
 
 
 class InBranch(NamedTuple):
@@ -72,42 +63,39 @@ class Planner:
         self.recording = recording
         self.options = options
         self.banned: dict[int, str] = {}
-        self.keys: dict[int, dict[int, UnitKey]] = {}
-        self.found: dict[int, _Found] = {}
+        self.names = Names(recording)
         self.known: Known = {}
         self.layouts: dict[str, Layout] = {}
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
         search, units, chains, slots = self.all_that_can_be()
-        _refuse_idle_globs(self.recording, self.options, units, map(self.place, search.rejected))
+        _refuse_idle_globs(self.recording, self.options, units, map(self.names.place, search.rejected))
         planned = [*map(self.planned, units, chains)]
-        names = self.outside(search, units)
+        outside = self.outside(search, units)
         paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
+        chosen = Chosen(tuple(range(len(units))), outside.names)
         if paper.tells and not self.options.everywhere:
-            chosen = paper.choose(checkpoints=self.options.checkpoint is None)
+            chosen = paper.choose(outside.names, checkpoints=self.options.checkpoint is None)
             search.rejected += _rejected(units, chosen.chains)
             units = [units[i] for i in chosen.chains]
-            names = (*names, *chosen.checkpointed)
             chains = [self.chain(i, several) for i, several in enumerate(units)]
-            slots, planned = self.slots(units, chains), [*map(self.planned, units, chains)]
-            self.layouts = {path: self.layouts[path] for path in slots}
-            paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
-        peaks = paper.peaks(names) if paper.tells and self.options.chunks in (None, 1) else None
+            slots, planned, self.layouts = self.slots(units, chains), [*map(self.planned, units, chains)], {}
+            self.failures(units, slots)
         plan = Plan(
             type(self.recording.root).__name__,
             tuple(planned),
-            self.skipped(search),
-            checkpointed=names,
-            peaks=peaks,
+            tuple(self.skipped(self.names.place(c), outside) for c in sorted(search.rejected, key=lambda c: c.add)),
+            checkpointed=chosen.checkpointed,
+            peaks=paper.peaks(chosen) if paper.tells and self.options.chunks in (None, 1) else None,
         )
         self.mark_last(units, chains, plan)
         return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
 
-    def all_that_can_be(self) -> tuple[Search, list[list[_Found]], list[Chain], dict[str, list[Slot]]]:
+    def all_that_can_be(self) -> tuple[Search, list[list[Placed]], list[Chain], dict[str, list[Slot]]]:
         """The chains of all that can be rewired, and what is to be installed for them."""
         while True:
-            self.found, self.layouts = {}, {}
+            self.names, self.layouts = Names(self.recording), {}
             search = find_chains(self.recording, self.refuse, whole=self.whole)
             units = self.unique(search)
             chains = [self.chain(i, chain) for i, chain in enumerate(units)]
@@ -117,49 +105,17 @@ class Planner:
                 return search, units, chains, slots
             self.banned.update(failed)
 
-    # -- names -----------------------------------------------------------------------------------------------------
-
-    def name(self, call: int) -> str:
-        return name_of(self.recording, call)
-
-    def place(self, c: Candidate) -> _Found:
-        if c.add not in self.found:
-            key, pattern = self.key(c), pattern_of(c, self.recording.events)
-            self.found[c.add] = _Found(c, self.name(c.host), key, self.path(c, key), pattern)
-        return self.found[c.add]
-
-    def key(self, c: Candidate) -> UnitKey:
-        """Which of the residual adds of its host it is."""
-        if c.host not in self.keys:
-            self.keys[c.host] = unit_keys(self.recording.of_call(c.host))
-        return self.keys[c.host].get(c.add - c.host, ((), -1))
-
-    def path(self, c: Candidate, key: UnitKey) -> str:
-        """The host's name and that of its largest child in the branch (or the number of the add in it)."""
-        sizes: dict[str, int] = {}
-        for number in c.region:
-            around = self.recording.calls_around(number)
-            if c.host in around and around[-1] != c.host:
-                child = self.recording.events[around[around.index(c.host) + 1]].target
-                name = next(iter(self.recording.module_names.get(id(child), ())), "")
-                if name:
-                    sizes[name] = max(1, sum(p.numel() for p in child.parameters()))
-        return max(sizes, key=lambda n: sizes[n]) if sizes else f"{self.name(c.host)}#{key[1]}"
-
     def refuse(self, c: Candidate) -> str | None:
         if c.add in self.banned:
             return self.banned[c.add]
         if self.options.include or self.options.exclude:
-            names = (self.path(c, self.key(c)), self.name(c.host))
+            names = (self.names.path(c, self.names.key(c)), self.names.name(c.host))
             if matches(names, self.options.exclude):
-                return "excluded by the caller"
+                return "excluded by the caller; let it through by include= and exclude="
             if self.options.include and not matches(names, self.options.include):
-                return "excluded: not among the caller's include patterns"
-        return (
-            None
-            if self.recording.module_names.get(id(self.recording.events[c.host].target))
-            else "its host is not registered below the model"
-        )
+                return "excluded: not among the caller's include patterns; let it through by include="
+        known = self.recording.module_names.get(id(self.recording.events[c.host].target))
+        return None if known else UNREGISTERED
 
     def whole(self, c: Candidate) -> list[int]:
         """The calls around a residual add that the caller would have as one unit, the outermost first."""
@@ -167,16 +123,16 @@ class Planner:
         if wish is None:
             return [c.host]
         calls = self.recording.calls_around(c.add) if wish else ()
-        return [call for call in calls if matches([self.name(call)], wish)]
+        return [call for call in calls if matches([self.names.name(call)], wish)]
 
-    def outside(self, search: Search, units: list[list[_Found]]) -> tuple[str, ...]:
+    def outside(self, search: Search, units: list[list[Placed]]) -> Outside:
         """The modules outside of chains that are to be checkpointed, or may be."""
         wish = self.options.checkpoint
         if wish is None and self.options.budget is not None and units:
             wish = (STAYS,)
         return outside_of_chains(self.recording, wish or (), search.rejected, _hosts(self.recording, units))
 
-    def cores(self, units: list[list[_Found]]) -> dict[str, InBranch]:
+    def cores(self, units: list[list[Placed]]) -> dict[str, InBranch]:
         """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
         if self.options.chunks == 1 or (self.options.chunks is None and self.options.budget is None):
             return {}
@@ -186,18 +142,18 @@ class Planner:
         for number, members in enumerate(units):
             for place, u in enumerate(members):
                 for call, sizes in calls_with_cores(flow, u.candidate.host, u.candidate.region, self.known).items():
-                    if self.name(call) and id(events[call].target) not in hosts and call not in self.opened:
-                        found.setdefault(self.name(call), InBranch(number, place, sizes))
+                    if self.names.name(call) and id(events[call].target) not in hosts and call not in self.opened:
+                        found.setdefault(self.names.name(call), InBranch(number, place, sizes))
         return found
 
     # -- chains ----------------------------------------------------------------------------------------------------
 
-    def unique(self, search: Search) -> list[list[_Found]]:
+    def unique(self, search: Search) -> list[list[Placed]]:
         """Chains as lists of placed units; a chain that runs through the same hosts again is the same chain."""
-        out: list[list[_Found]] = []
+        out: list[list[Placed]] = []
         seen: dict[tuple[str, UnitKey], int] = {}
         for chain in search.chains:
-            units = [self.place(c) for c in chain]
+            units = [self.names.place(c) for c in chain]
             identity = [(u.host_path, u.key) for u in units]
             owners = {seen[i] for i in identity if i in seen}
             if not owners:
@@ -205,11 +161,11 @@ class Planner:
                 out.append(units)
             elif owners != {next(iter(owners))} or identity != [(u.host_path, u.key) for u in out[next(iter(owners))]]:
                 for c in chain:
-                    c.reason = "its module is used a second time, in another chain"
+                    c.reason = USED_TWICE
                     search.rejected.append(c)
         return out
 
-    def chain(self, number: int, units: list[_Found]) -> Chain:
+    def chain(self, number: int, units: list[Placed]) -> Chain:
         choice, name = self.options.choice, f"chain {number}"
         couplings = [choice.coupling((u.path, u.host_path), u.pattern) for u in units]
         exact, spacing = choice.arithmetic(f"{name} ({units[0].path} .. {units[-1].path})", couplings)
@@ -217,7 +173,7 @@ class Planner:
         chain.set_anchors(spacing, adapts=choice.anchors == "auto", tolerance=choice.tolerance)
         return chain
 
-    def mark_last(self, units: list[list[_Found]], chains: list[Chain], plan: Plan) -> None:
+    def mark_last(self, units: list[list[Placed]], chains: list[Chain], plan: Plan) -> None:
         """Let the chain whose backward comes first keep what its last unit saves, where that does not raise the peak.
 
         What the model saves behind that chain has gone when the unit's backward begins, so it only counts as far as it
@@ -232,7 +188,7 @@ class Planner:
         own = plan.chains[last].units[-1].saved_bytes
         chains[last].keeps_last = own + behind <= max(own * 5 // 4, *(u.saved_bytes for u in plan.units))
 
-    def slots(self, units: list[list[_Found]], chains: list[Chain]) -> dict[str, list[Slot]]:
+    def slots(self, units: list[list[Placed]], chains: list[Chain]) -> dict[str, list[Slot]]:
         """For each host, its units; a unit through which its chain runs several times has several places."""
         out: dict[str, list[Slot]] = {}
         for chain, members in zip(chains, units, strict=True):
@@ -245,7 +201,7 @@ class Planner:
                 out.setdefault(u.host_path, []).append(slot)
         return out
 
-    def failures(self, units: list[list[_Found]], slots: dict[str, list[Slot]]) -> dict[int, str]:
+    def failures(self, units: list[list[Placed]], slots: dict[str, list[Slot]]) -> dict[int, str]:
         """Build every host once, from what was observed; what cannot be built stays, with the reason."""
         failed: dict[int, str] = {}
         tried: set[str] = set()
@@ -268,7 +224,7 @@ class Planner:
 
     # -- the plan --------------------------------------------------------------------------------------------------
 
-    def planned(self, units: list[_Found], chain: Chain) -> PlannedChain:
+    def planned(self, units: list[Placed], chain: Chain) -> PlannedChain:
         first = self.recording.values[units[0].candidate.fork]
         width = 8 if first.dtype.itemsize == 8 else 4
         streams = 2 * prod(first.shape) * width
@@ -277,17 +233,21 @@ class Planner:
         )
         return with_costs(bare, chain)
 
-    def planned_unit(self, u: _Found) -> PlannedUnit:
+    def planned_unit(self, u: Placed) -> PlannedUnit:
         c, events = u.candidate, self.recording.events
         saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
         return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, 0)
 
-    def skipped(self, search: Search) -> tuple[Skipped, ...]:
-        rejected = sorted(search.rejected, key=lambda c: c.add)
-        return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+    def skipped(self, u: Placed, outside: Outside) -> Skipped:
+        """A residual add that stays, with what would help as far as that depends on the whole plan."""
+        c = u.candidate
+        could = self.options.everywhere and c.host in outside.others and not c.inside
+        helps = "; checkpoint='stays' recomputes its block" if could else ""
+        line = shown(self.recording.events[c.add].line)
+        return Skipped(u.path, f"{c.reason or ''}{helps}", c.computed_shortcut, c.inside, line)
 
 
-def _rejected(units: list[list[_Found]], chosen: Iterable[int]) -> list[Candidate]:
+def _rejected(units: list[list[Placed]], chosen: Iterable[int]) -> list[Candidate]:
     """The units of the chains that are not among the chosen ones, with the reason."""
     kept = set(chosen)
     left = [u.candidate for i, several in enumerate(units) if i not in kept for u in several]
@@ -296,18 +256,18 @@ def _rejected(units: list[list[_Found]], chosen: Iterable[int]) -> list[Candidat
     return left
 
 
-def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:
+def _hosts(recording: Recording, units: list[list[Placed]]) -> set[int]:
     """Ids of the modules that hold units."""
     return {id(recording.events[u.candidate.host].target) for members in units for u in members}
 
 
-def _largest(recording: Recording, units: list[_Found]) -> float:
+def _largest(recording: Recording, units: list[Placed]) -> float:
     """The largest magnitude in the states of a chain."""
     return max(max(recording.values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
 
 
 def _refuse_idle_globs(
-    recording: Recording, options: Options, units: list[list[_Found]], stay: Iterable[_Found]
+    recording: Recording, options: Options, units: list[list[Placed]], stay: Iterable[Placed]
 ) -> None:
     """Raise where a glob of the caller's finds nothing: it has a typing error. ``stay``: what is not rewired."""
     rewired = [name for members in units for u in members for name in u.names]
@@ -319,7 +279,7 @@ def _refuse_idle_globs(
         refuse_idle_globs(option, globs, names, "unit, host or module")
 
 
-def _refuse_idle_wholes(globs: Iterable[str], units: list[list[_Found]]) -> None:
+def _refuse_idle_wholes(globs: Iterable[str], units: list[list[Placed]]) -> None:
     """Raise where a glob of ``whole`` made no module one unit."""
     hosts = {u.host_path: u.key == WHOLE for members in units for u in members}
     for glob in globs:

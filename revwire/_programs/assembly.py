@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from revwire._capture.lines import shown
 from revwire._capture.recording import Event
 from revwire._errors import CaptureError
 from revwire._programs.calls import Slot, UnitCall, ViewCall, writable
@@ -17,6 +18,7 @@ from revwire._programs.host_graph import HostGraph
 from revwire._programs.writes import Excerpt, check_order_of_writes, check_own_memory
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
+from revwire._search.places import INSIDE_A_MODULE
 from revwire._search.residuals import Candidate
 
 
@@ -81,7 +83,7 @@ class _Assembly:
     def _excerpt(self, c: Candidate, slot: Slot, nodes: list[fx.Node]) -> Excerpt:
         events, node_of = self.host.recording.events, self.host.node_of
         if any(value not in node_of for value in (c.fork, c.out, c.result)):
-            raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
+            raise CaptureError(INSIDE_A_MODULE.format(events[c.add].at))
         fork, out, add = node_of[c.fork], node_of[c.out], node_of[c.result]
         branch = node_of.get(c.branch) if c.branch is not None else None
         pattern = pattern_of(c, events)
@@ -174,6 +176,7 @@ class _Assembly:
             modules,
             excerpt.slot.later,
             self._assigned(excerpt),
+            line=shown(self.host.recording.events[excerpt.candidate.add].line),
         )
 
     def _assigned(self, excerpt: Excerpt) -> tuple[tuple[str, str], ...]:

@@ -93,7 +93,7 @@ class _Builder:
             return
         if not event.is_module and any(self.recording.values[r.value].custom for r in refs(event.out)):
             raise CaptureError(
-                "calls a custom autograd function by a name bound to its apply; call Function.apply itself"
+                f"calls a custom autograd function by a name bound to its apply{event.at}; call Function.apply itself"
             )
         args, kwargs = self.argument(event.args), self.argument(event.kwargs or {})
         node = self.module_node(event, args, kwargs) if event.is_module else self.function_node(event, args, kwargs)
@@ -129,7 +129,7 @@ class _Builder:
 
     def moded(self, event: Event, call: Callable[..., Any], name: str) -> Spelled:
         if event.modes[1] != self.top.modes[1]:
-            raise CaptureError("enters or leaves inference_mode")
+            raise CaptureError(f"enters or leaves inference_mode{event.at}; use torch.no_grad()")
         return Spelled(in_modes(event.modes, self.top.modes, call), name)
 
     def makes_something(self, event: Event) -> bool:

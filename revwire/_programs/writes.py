@@ -18,6 +18,7 @@ from revwire._programs.calls import Slot
 from revwire._programs.compiled import after
 from revwire._programs.host_graph import HostGraph
 from revwire._runtime.unit import Unit
+from revwire._search.places import NOT_ITS_OWN, TO_ANOTHER_NAME, TO_ITS_INPUT, WITHOUT_GRADIENTS
 from revwire._search.residuals import Candidate
 
 
@@ -48,18 +49,18 @@ def check_own_memory(host: HostGraph, order: dict[fx.Node, int], excerpt: Excerp
     events, storage_of = host.recording.events, host.storage_of
     add = events[excerpt.candidate.add]
     if add.modes[:2] != events[0].modes[:2]:
-        raise CaptureError("makes a residual add without gradients")
+        raise CaptureError(WITHOUT_GRADIENTS.format(add.at))
     if any(u.target is after and u.args[1] is excerpt.add for u in excerpt.add.users):
-        raise CaptureError("adds in place to a tensor that is used again under another name")
+        raise CaptureError(TO_ANOTHER_NAME.format(add.at))
     if excerpt.add in host.writes and storage_of[excerpt.fork] in host.writes[excerpt.add]:
-        raise CaptureError("adds in place to its own input")
+        raise CaptureError(TO_ITS_INPUT.format(add.at))
     if not events[0].modes[0]:  # without gradients nothing is computed twice
         return
     inside = set(excerpt.all_nodes)
-    for storage in {s for n in excerpt.all_nodes for s in host.writes.get(n, ())}:
+    for storage, writer in {s: n for n in excerpt.all_nodes for s in host.writes.get(n, ())}.items():
         holders = [n for n, s in storage_of.items() if s == storage]
         if holders and min(holders, key=order.__getitem__) not in inside:
-            raise CaptureError("writes in place to a tensor that is not its branch's own")
+            raise CaptureError(NOT_ITS_OWN.format(line_of(host, writer)))
 
 
 def check_order_of_writes(
@@ -76,4 +77,12 @@ def check_order_of_writes(
             continue
         readers = {u for s in storages for h in holders.get(s, ()) for u in h.users if u is not node}
         if any((order[r] < order[node]) != (position[r] < position[node]) for r in readers):
-            raise CaptureError("writes in place to a tensor that is read elsewhere while its residual unit runs")
+            raise CaptureError(
+                "writes in place to a tensor that is read elsewhere while its residual unit runs"
+                f"{line_of(host, node)}; write to a clone"
+            )
+
+
+def line_of(host: HostGraph, node: fx.Node) -> str:
+    """The line of the call that a node stands for, as it is put behind what is said of it."""
+    return host.recording.events[host.event_of[node]].at if node in host.event_of else ""

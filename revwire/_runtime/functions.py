@@ -31,6 +31,7 @@ from revwire._runtime.autograd_graph import nodes_behind
 from revwire._runtime.chain import Chain
 from revwire._runtime.faults import fault
 from revwire._runtime.rewind import Rewind
+from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import Streams
@@ -40,16 +41,20 @@ from revwire.couplings.base import Factor
 
 
 class _Enter(torch.autograd.Function):
-    """``x`` as the streams hold it; rounding passes the gradient straight through."""
+    """``x`` as the streams hold it; rounding passes the gradient straight through. Where a chain begins, its tape lets
+    go of the states when the gradient has come so far.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, streams: Streams, state: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
+    def forward(ctx: Any, x: Tensor, streams: Streams, state: Tensor, tape: Tape | None) -> Tensor:
+        ctx.dtype, ctx.tape = x.dtype, tape
         return streams.read(state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].to(ctx.dtype), None, None
+        if ctx.tape is not None:
+            Rewind.of(ctx.tape).let_go()
+        return grads[0].to(ctx.dtype), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -164,9 +169,9 @@ def comes_from_chain(x: Tensor, chain: Chain, most: int = 8) -> bool:
     return any(node.tape is not None and node.tape.chain is chain for node in steps)
 
 
-def enter(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
-    """Differentiable entry of ``x`` into the streams, which hold it as ``state``."""
-    return _Enter.apply(x, streams, state)  # type: ignore[no-any-return]
+def enter(x: Tensor, streams: Streams, state: Tensor, tape: Tape | None = None) -> Tensor:
+    """Differentiable entry of ``x`` into the streams, which hold it as ``state``; ``tape``: which begins with it."""
+    return _Enter.apply(x, streams, state, tape)  # type: ignore[no-any-return]
 
 
 def later(run: UnitRun, previous: Tensor) -> tuple[Tensor, Share | None]:

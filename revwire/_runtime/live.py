@@ -147,7 +147,7 @@ def _warn_stored(chain: Chain, unit: Unit) -> None:
     if unit.path not in chain.told:
         chain.told.add(unit.path)
         warnings.warn(
-            f"{unit.path} ({chain.name}): got a branch that writes in place to a tensor from outside of it, and so "
+            f"{unit.where(chain.name)}: got a branch that writes in place to a tensor from outside of it, and so "
             "cannot be run twice; expected writes to its own tensors. Its activations are kept, with right gradients; "
             "write to a clone to have them rebuilt",
             stacklevel=2,

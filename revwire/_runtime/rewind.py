@@ -75,6 +75,14 @@ class Rewind:
             self.tape.shorten(self.position, (self.previous, self.current))
         self.checks.settle()
 
+    def let_go(self) -> None:
+        """The walk is over, and all gradients behind it are there: free the states before the pass ends."""
+        done = self.tape.start is not None and self.position <= self.tape.start
+        if done and not self.retained and not self.parts and self.task != NO_PASS:
+            self.previous, self.current = self.previous.new_empty(0), None
+            self.cache.clear()
+            self.tape.records.clear()
+
     # -- walking ---------------------------------------------------------------------------------------------------
 
     def undo(self, position: int) -> None:

@@ -191,7 +191,7 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         made_by = edge_behind(x)[0].name()  # raises where FSDP2 might have made it, and its nodes are not known
         chain.warned = True
         warnings.warn(
-            f"{unit.path} ({chain.name}): got a tensor that something between two units made ({made_by}); expected the "
+            f"{unit.where(chain.name)}: got a tensor that something between two units made ({made_by}); expected the "
             "output of the unit before, as at conversion. The chain begins anew here: gradients are right, but it "
             "keeps two more streams, and computes another function than planned. Usual causes: a hook that returns "
             "another tensor, or dropout between blocks in a model that was converted in eval mode (convert it in train "
@@ -213,7 +213,7 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         unpacker=unpacker,
         plain=plain,
     )
-    carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state)
+    carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state, tape)
     outward = dressed(carrier.to(x.dtype), kind)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 

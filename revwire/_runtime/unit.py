@@ -27,6 +27,7 @@ class Unit:
             weights).
         assigned: (module, attribute) of what the branch assigns to, by the module's name in the host.
         known: what its modules were found to hold.
+        line: of the code that makes its residual add, where that is known.
     """
 
     path: str
@@ -37,6 +38,12 @@ class Unit:
     later: tuple[int, ...] = ()
     assigned: tuple[tuple[str, str], ...] = ()
     known: Known = field(default_factory=Known)
+    line: str = ""
+
+    def where(self, chain: str = "") -> str:
+        """Its path, its chain and its line, for warnings: ``blocks.1.mlp (chain 0, model.py:12)``."""
+        more = ", ".join(filter(None, (chain, self.line)))
+        return f"{self.path} ({more})" if more else self.path
 
     def place(self, position: int) -> int | None:
         """The first of its places in the chain that a tape at ``position`` can still go to."""

@@ -92,7 +92,7 @@ def _found(
     alone = asked - {c.add for chain in chains for c in chain}
     if alone:
         return Search(), alone
-    rejected = _rejected(candidates, chains)
+    rejected = _rejected(recording, candidates, chains)
     opened_calls(flow, [c for chain in chains for c in chain])  # a host that another one opens gives its units to that
     return Search(chains, rejected), alone
 
@@ -116,7 +116,7 @@ def _wholes(flow: Flow, candidates: list[Candidate], calls: Iterable[int], refus
     return [w for w in wholes if w is not None and refuse(w) is None]
 
 
-def _rejected(candidates: list[Candidate], chains: list[list[Candidate]]) -> list[Candidate]:
+def _rejected(recording: Recording, candidates: list[Candidate], chains: list[list[Candidate]]) -> list[Candidate]:
     """The residual adds that are in no chain, each with its reason."""
     units = [c for chain in chains for c in chain]
     taken = {add for c in units for add in (c.add, *c.absorbed, *c.post)}
@@ -128,7 +128,9 @@ def _rejected(candidates: list[Candidate], chains: list[list[Candidate]]) -> lis
             continue
         c.inside = True
         if c.reason != PART_AS_ASKED:
-            c.reason = PART_OF_WHOLE if outer.whole else INSIDE
+            host = f"{_name(recording, c.host)} "
+            cause = f": it {c.reason.removeprefix(host)}" if c.reason and c.reason.startswith(host) else ""
+            c.reason = f"{PART_OF_WHOLE}{cause}" if outer.whole else INSIDE
     return rejected
 
 
@@ -140,11 +142,15 @@ def _refused(recording: Recording, c: Candidate, refuse: Callable[[Candidate], s
     c.reason = refuse(c)
     if c.reason is None or c.reason.startswith(CALLER):
         return []
-    own = next(iter(recording.module_names.get(id(recording.events[c.host].target), ())), "") or "the model"
-    if c.reason.startswith(f"{own} "):
+    if c.reason.startswith(f"{_name(recording, c.host)} "):
         return [c.host]
     c.reason, c.widens = None, False
     return []
+
+
+def _name(recording: Recording, call: int) -> str:
+    """The module of a call, as reasons name it."""
+    return next(iter(recording.module_names.get(id(recording.events[call].target), ())), "") or "the model"
 
 
 def _absorb_sums(candidates: list[Candidate]) -> None:

@@ -10,14 +10,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from revwire._capture.lines import shown
 from revwire._capture.reads import name_of
-from revwire._capture.recording import HIDDEN, Event, Recording
+from revwire._capture.recording import HIDDEN, HOOKED, Event, Recording, at
 from revwire._errors import CaptureError
 from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate
 from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_mapping, is_sequence, refs
 from revwire._surroundings.inventory import has_hooks
+
+INSIDE_A_MODULE = (
+    "keeps a part of a residual unit inside a module that is called for something else{}; make the sum in the block's "
+    "own forward, or name the block in whole="
+)
+WITHOUT_GRADIENTS = "makes a residual add without gradients{}; make it outside of torch.no_grad()"
+TO_ITS_INPUT = "adds in place to its own input{}; write x = x + f(x)"
+TO_ANOTHER_NAME = "adds in place to a tensor that is used again under another name{}; write x = x + f(x)"
+WRITTEN_UNDER_ANOTHER_NAME = "goes on with a tensor that is written to under another name{}; write to a clone"
+NOT_ITS_OWN = "writes in place to a tensor that is not its branch's own{}; write to a clone"
+"""Why units cannot be taken out of a host's code, with the line of the code, and what would help."""
+
 
 Path = tuple[Any, ...]
 """Keys, indices and names of fields that lead to a tensor in a structure."""
@@ -54,6 +67,7 @@ class Place:
         drops: the skip is dropped.
         views: how many views of the state may lie before it, and behind it.
         origin: of the tensor that it begins with.
+        line: of the code that makes its add.
         modules: that its branch calls, by their names in the host.
         assigned: (module that is called, module, attribute) of what they assign to.
         out: for a host that is one unit, where its output is in what the host returns.
@@ -72,6 +86,7 @@ class Place:
     modules: tuple[str, ...]
     assigned: tuple[tuple[str, str, str], ...]
     out: Path | None = None
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ def _whole(recording: Recording, c: Candidate) -> Place:
     top = recording.events[0]
     start, out = path_to((top.args, top.kwargs), c.fork), path_to(top.out, c.out)
     if start is None or out is None:
-        raise CaptureError("hides the stream in an object")
+        raise CaptureError("hides the stream in an object; hand it on as a tensor, or in a tuple, list or dict")
     assigned = _assigned(recording, top, "")
     return Place(True, False, None, 1, 0, 0, False, False, (0, 0), Origin(start), ("",), assigned, out)
 
@@ -144,11 +159,11 @@ class _Seen:
         for e in self.events:
             if not e.is_module and any(self.recording.values[r.value].custom for r in refs(e.out)):
                 raise CaptureError(
-                    "calls a custom autograd function by a name bound to its apply; call Function.apply itself"
+                    f"calls a custom autograd function by a name bound to its apply{e.at}; call Function.apply itself"
                 )
         for read in self.recording.reads:
             if read.parent in self.code and read.kind == "state":
-                raise CaptureError(HIDDEN["state"].format(read.name))
+                raise CaptureError(f"{HIDDEN['state'].format(read.name)}{at(read.line)}; do so outside of the block")
 
     @property
     def has_opaque_calls(self) -> bool:
@@ -157,10 +172,10 @@ class _Seen:
 
     def refuse_hooks(self) -> None:
         for n in self.inline:
-            module = self.recording.events[n].target
-            if has_hooks(module):
-                kind = type(module).__name__
-                raise CaptureError(f"must open a {kind} on which hooks are registered, and they would not run")
+            call = self.recording.events[n]
+            if has_hooks(call.target):
+                kind = type(call.target).__name__
+                raise CaptureError(f"{HOOKED.format(kind)}{call.at}; remove them before it is converted")
 
     def place(self, c: Candidate, drops: bool) -> Place:
         events = self.recording.events
@@ -187,29 +202,30 @@ class _Seen:
             origin=self.origin(c.fork),
             modules=tuple(dict.fromkeys(self.name(e) for e in called)),
             assigned=tuple(a for e in called for a in _assigned(self.recording, e, self.name(e))),
+            line=shown(events[c.add].line),
         )
 
     def check(self, c: Candidate) -> None:
         events, values = self.recording.events, self.recording.values
         add = events[c.add]
         if add.parent not in self.code:
-            raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
+            raise CaptureError(INSIDE_A_MODULE.format(add.at))
         if add.modes[:2] != events[0].modes[:2]:
-            raise CaptureError("makes a residual add without gradients")
+            raise CaptureError(WITHOUT_GRADIENTS.format(add.at))
         if any(values[before].storage == values[c.fork].storage for before, _ in add.writes):
-            raise CaptureError("adds in place to its own input")
+            raise CaptureError(TO_ITS_INPUT.format(add.at))
         written = {after for _, after in add.writes if after != c.result}
         if any(r.value in written for e in events[c.add + 1 :] for r in refs((e.args, e.kwargs))):
-            raise CaptureError("adds in place to a tensor that is used again under another name")
+            raise CaptureError(TO_ANOTHER_NAME.format(add.at))
         inside = {self.shown(e) for e in (*c.region, c.add, *c.post)}
         given = {r.value for r in refs((events[0].args, events[0].kwargs))}
         for number in inside:
-            for e in events[number : max(events[number].end, number + 1)]:
+            for e in reversed(events[number : max(events[number].end, number + 1)]):  # a call, before the module around
                 for before, _ in e.writes:
                     first = next(v for v in values if v.storage == values[before].storage)
                     made = first.event >= 0 and self.shown(first.event) not in inside
                     if first.number in given or made:
-                        raise CaptureError("writes in place to a tensor that is not its branch's own")
+                        raise CaptureError(NOT_ITS_OWN.format(e.at))
 
     def adds(self, c: Candidate, literal: bool, spelled: str | None) -> int:
         count = 0
@@ -256,7 +272,7 @@ class _Seen:
         call = self.recording.events[self.shown(producer)]
         path = path_to(call.out, value)
         if path is None:
-            raise CaptureError("keeps a part of a residual unit inside a module that is called for something else")
+            raise CaptureError((INSIDE_A_MODULE if call.is_module else WRITTEN_UNDER_ANOTHER_NAME).format(call.at))
         target = self.target(call)
         before = sum(self.target(e) == target for e in self.events if e.number < call.number)
         return Origin(path, target, before)

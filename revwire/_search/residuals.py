@@ -24,6 +24,9 @@ CLIMB = 64
 """How many calls a skip, or a post-activation path, may be long."""
 
 
+PROJECTION = "both operands are computed from the input (a projection shortcut), which itself is not carried on"
+
+
 @dataclass
 class Candidate:
     """A residual add, and what was found out about it.
@@ -124,7 +127,10 @@ def _is_unseen(flow: Flow, first: int, second: int) -> bool:
 
 def _unseen(flow: Flow, event: Event, fork: int) -> Candidate:
     host = flow.recording.calls_around(event.number)[-1]
-    reason = "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds"
+    reason = (
+        "one operand comes from a tensor that was made by a call that cannot be seen, or that an object holds; hand it "
+        "to the module as an argument, as a tensor"
+    )
     return Candidate(
         event.number, fork, None, fork, host, frozenset(), result=next(refs(event.out)).value, reason=reason
     )
@@ -139,16 +145,13 @@ def _candidate(
     c = Candidate(event.number, fork, branch, result, host, frozenset(region - {event.number}), result=result)
     if branch is None and not light and not _light_skip(flow, event, fork):
         c.computed_shortcut = True
-        c.reason = (
-            f"both operands are computed from {_shape(values[fork].shape)} (a projection shortcut): the input is not "
-            "carried on"
-        )
+        c.reason = PROJECTION
     elif flow.recording.events[host].hooked:
-        c.reason = "lies in a hook of its module, at least in part"
+        c.reason = "lies in a hook of its module, at least in part; make the sum in the module's forward"
     elif values[fork].shape != values[result].shape:
-        c.reason = f"the shortcut changes shape: {_shape(values[fork].shape)} -> {_shape(values[result].shape)}"
+        c.reason = f"the shortcut changes shape ({_shape(values[fork].shape)} -> {_shape(values[result].shape)})"
     elif not values[result].dtype.is_floating_point:
-        c.reason = f"adds {values[result].dtype}, not floating point"
+        c.reason = f"adds {values[result].dtype}, not floating point; streams are of real floating-point numbers"
     elif branch is not None and values[branch].shape != values[result].shape:
         c.branch = None
     return c

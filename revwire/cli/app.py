@@ -176,12 +176,12 @@ def profile_command(
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds")] = 3,
     json_: Json = False,
 ) -> None:
-    """Convert, then measure memory and time against stored activations and checkpointing."""
+    """Convert, then measure memory and time against the original network, and that under checkpointing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
         options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
         _convert(network, inputs, options)
-        with _working(f"measuring three variants, {repeats} rounds"):
+        with _working(f"measuring four variants, {repeats} rounds"):
             profile = revwire.profile(network, inputs, repeats=repeats)
     _show(profile, json_)
 

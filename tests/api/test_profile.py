@@ -1,4 +1,4 @@
-"""`revwire.profile`: three variants of one step, and a model left as it was."""
+"""`revwire.profile`: four variants of one step, and a model left as it was."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import revwire
+from revwire._torch import inside_checkpoint
 from toys import encoder
 
 
@@ -30,8 +31,9 @@ def test_reversible_holds_less_than_stored_activations(profile):
     assert profile.revwire.peak_bytes < profile.stored.peak_bytes / 2
 
 
-def test_checkpointing_is_around_each_host(profile):
-    assert profile.revwire.saved_bytes < profile.checkpoint.saved_bytes < profile.stored.saved_bytes / 2
+def test_checkpointing_is_around_each_block_of_the_original(profile):
+    assert profile.revwire.saved_bytes < profile.checkpoint.saved_bytes < profile.original.saved_bytes / 2
+    assert profile.original.saved_bytes == pytest.approx(profile.stored.saved_bytes, rel=0.1)
 
 
 def test_saved_bytes_do_not_depend_on_depth(profile):
@@ -40,15 +42,62 @@ def test_saved_bytes_do_not_depend_on_depth(profile):
     assert per_unit < INPUTS.nbytes / 8  # checksums, no activation
 
 
-def test_table_and_dict_name_all_three(profile):
+def test_table_and_dict_name_all_four(profile):
     data = json.loads(json.dumps(profile.to_dict()))
-    assert set(data["costs"]) == {"revwire", "stored activations", "checkpoint per block"}
+    assert list(data["costs"]) == ["original", "checkpoint every block", "revwire", "revwire, stored"]
+    assert data["rival"] == "checkpoint every block"
     assert all(name in str(profile) for name in data["costs"])
-    assert profile.stored.time_ratio.median == 1
+    assert profile.original.time_ratio.median == 1
+
+
+class Fussy(nn.Module):
+    """A block that fails where its activations are packed, as checkpointing does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x):
+        if inside_checkpoint():
+            raise ValueError("not inside of a checkpoint")
+        return x + self.linear(x)
+
+
+class Uncopied(nn.Module):
+    """What cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("it is one of a kind")
+
+
+@pytest.mark.parametrize(
+    ("block", "reason", "failed"),
+    [
+        (Fussy, "ValueError: not inside of a checkpoint", ["checkpoint every block"]),
+        (Uncopied, "TypeError: it is one of a kind", ["original", "checkpoint every block"]),
+    ],
+)
+def test_what_fails_has_no_costs_and_a_reason(block, reason, failed):
+    model = revwire.convert(nn.Sequential(*(block() for _ in range(3))).train(), INPUTS, rewire="everywhere")
+    found = revwire.profile(model, INPUTS, repeats=1)
+    assert found.checkpoint is None
+    assert [name for name, cost in found.costs.items() if cost is None] == failed
+    assert found.reasons == dict.fromkeys(failed, reason)
+    assert f"checkpoint every block failed: {reason}" in str(found)
+    assert found.revwire.peak_bytes > 0
+    assert json.loads(json.dumps(found.to_dict()))["costs"]["checkpoint every block"] is None
+    assert revwire.verify(model, INPUTS).bit_exact
 
 
 def test_the_model_is_left_as_found():
-    model = revwire.convert(network(2, dropout=0.1), INPUTS)
+    model = revwire.convert(network(2, dropout=0.1), INPUTS, rewire="everywhere")
     model[1].layers[0].eval()
     model(INPUTS).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
@@ -72,13 +121,13 @@ def test_the_caller_chooses_the_loss():
         seen.append(output.shape)
         return output.sum()
 
-    revwire.profile(revwire.convert(network(2), INPUTS), INPUTS, repeats=1, loss=loss)
+    revwire.profile(revwire.convert(network(2), INPUTS, rewire="everywhere"), INPUTS, repeats=1, loss=loss)
     assert set(seen) == {INPUTS.shape}
 
 
 def test_inputs_that_need_gradients_keep_their_own():
     x = INPUTS.clone().requires_grad_()
-    revwire.profile(revwire.convert(network(2), x), (x,), repeats=1)
+    revwire.profile(revwire.convert(network(2), x, rewire="everywhere"), (x,), repeats=1)
     assert x.grad is None
 
 

@@ -58,7 +58,7 @@ def test_a_model_of_the_zoos(pattern):
     zoo, name, units = SAMPLE[pattern]
     model, example = _built(zoo, name)
     before = _evaluated(model, example)
-    revwire.convert(model, example)
+    revwire.convert(model, example, rewire="everywhere")
     assert len(revwire.report(model).units) >= units
     assert revwire.verify(model, example).bit_exact
     revwire.revert(model)
@@ -164,10 +164,12 @@ def test_count_says_where():
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def measured(run, example=None) -> dict[str, Any]:
+def measured(run, example=None, more=None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     x = torch.randn(3, 5, 8) if example is None else example
-    probe.measure(Case("toy", "toys", lambda: Built(Net(run), x)), lambda row: rows.append(json.loads(json.dumps(row))))
+    net = Net(run)
+    net.more = more
+    probe.measure(Case("toy", "toys", lambda: Built(net, x)), lambda row: rows.append(json.loads(json.dumps(row))))
     return rows[-1]
 
 
@@ -183,6 +185,29 @@ def test_a_row_of_an_exact_model():
     )
     assert all(row[check] for check in (*coverage.CHECKS, "eval_forward"))
     assert all(row[f"{method}_{kind}_bytes"] > 0 for method in probe.METHODS for kind in ("saved", "peak"))
+
+
+def test_a_row_counts_what_lies_in_closed_blocks():
+    class Closed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            made = x * 0.5
+            x = x + self.a(x)
+            made += x  # memory that the second branch would write to, and which is none of its own
+            return x + self.b(made)
+
+    row = measured(lambda net, x: net.norm(net.more(x)), more=nn.Sequential(Closed(), Closed(), Closed()))
+    assert row["failures"] == {}
+    assert (row["units"], row["closed"], row["skipped"]) == (3, 9, [])
+    table = coverage.models([row])
+    assert "9 in closed blocks" in table[1][-1]
+    old = {key: value for key, value in row.items() if key != "closed"}
+    assert coverage._closed([row, row]) == "18"
+    assert coverage._closed([row, old]) == "–"
+    assert "closed" not in coverage.models([old])[1][-1]
 
 
 def test_a_row_of_a_model_that_fails():

@@ -44,7 +44,7 @@ def test_quick_demo_passes(capsys):
         "units in",
         "top-1 unchanged",
         "bit-exact",
-        "checkpoint per block",
+        "checkpoint every block",
         "the loss went down; the same to the bit",
     ):
         assert line in out
