@@ -175,7 +175,7 @@ def assert_same_step(model: nn.Module, reference: nn.Module, *args: Any, seed: i
 def twin(model: nn.Module, example: Any = X, **options: Any) -> tuple[nn.Module, nn.Module]:
     """(the model converted with `Plain`, a copy that is not)."""
     reference = copy.deepcopy(model)
-    return revwire.convert(model, example, coupling=Plain(), exact=False, **options, rewire="everywhere"), reference
+    return revwire.convert(model, example, coupling=Plain(), exact=False, **options), reference
 
 
 def twin_that_stays(model: nn.Module, example: Any = X, **options: Any) -> tuple[nn.Module, nn.Module]:

@@ -128,7 +128,7 @@ def test_a_conversion_in_eval_mode_writes_no_buffer():
             return x + self.linear(x - self.average)
 
     model = nn.Sequential(Block(), Block(), Block()).eval()
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     assert not any(b.any() for b in model.buffers())
 
 
@@ -143,7 +143,7 @@ def test_verify_leaves_what_the_model_notes_of_its_calls():
             self.calls += 1
             return self.body(x)
 
-    model = revwire.convert(Counting(), X, rewire="everywhere")
+    model = revwire.convert(Counting(), X)
     model(X)
     assert revwire.verify(model, X).bit_exact
     revwire.profile(model, X, repeats=1)

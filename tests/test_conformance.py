@@ -99,7 +99,7 @@ def test_saved_bytes_are_counted_once_and_without_parameters():
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia"])
 def test_a_converted_model_conforms(coupling):
     x = INPUT.repeat(4, 8, 1)
-    model = revwire.convert(network(), x, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(network(), x, coupling=coupling)
     check_gradients(model, x)
     check_modes(model, x)
     held, before = check_saved_bytes(model, x)
@@ -108,7 +108,7 @@ def test_a_converted_model_conforms(coupling):
 
 def test_the_bytes_of_a_model_that_stores_are_found():
     x = INPUT.repeat(4, 8, 1)
-    model = revwire.convert(network(), x, rewire="everywhere")
+    model = revwire.convert(network(), x)
     with revwire.stored_activations(model), pytest.raises(AssertionError, match="fewer were promised"):
         check_saved_bytes(model, x)
 

@@ -36,7 +36,7 @@ class Regression(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.body = encoder(2, 8, 2, 16, dropout=0.0)
-        revwire.convert(self.body, DATA[0][0][None], coupling=coupling, **options, rewire="everywhere")
+        revwire.convert(self.body, DATA[0][0][None], coupling=coupling, **options)
         self.ran = []
 
     def training_step(self, batch):

@@ -883,7 +883,7 @@ def renamed(monkeypatch):
 
 
 def sharded(mesh):
-    model = revwire.convert(stack(pre_norm), X, rewire="everywhere")
+    model = revwire.convert(stack(pre_norm), X)
     for block in (*model.blocks, model):
         fully_shard(block, mesh=mesh)
     return model

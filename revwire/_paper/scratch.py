@@ -24,6 +24,9 @@ _CONVOLUTION = torch.ops.aten.convolution
 
 _NEGLIGIBLE = 1 << 16
 
+_SMALL = 1 << 20
+"""Bytes that a forward must save for this to be worth the time."""
+
 
 class _Sizes(NamedTuple):
     """Bytes of the unfolded input of a convolution, and of its weights."""
@@ -35,6 +38,8 @@ class _Sizes(NamedTuple):
 def scratch_of(recording: Recording) -> dict[int, int]:
     """Bytes that the backward of a convolution needs beside its results, by event; see Note [Scratch memory]."""
     kinds: dict[Any, list[tuple[Event, _Sizes]]] = {}
+    if sum(event.saved for event in recording.events) < _SMALL:
+        return {}
     for event in recording.events:
         if any(getattr(k, "overloadpacket", None) is _CONVOLUTION for k in event.kernels):
             found = _kind(recording, event)

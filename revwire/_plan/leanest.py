@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from revwire._capture.recording import Recording
 from revwire._paper.chain import ChainOnPaper, chain_on_paper
 from revwire._paper.cuts import Cut, cut_of, peak
 from revwire._paper.leanest import cuts_of, leanest
-from revwire._paper.step import Step
+from revwire._paper.step import Bytes, Step
 from revwire._plan.blocks import every_block
 from revwire._plan.outside import can_be_checkpointed, name_of
 from revwire._plan.plan import Peaks, PlannedChain
 from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate
+
+
+_TELLING = 1 << 20
+"""Bytes that a step on the example must take at least to tell which layout is the leanest."""
 
 
 class Chosen(NamedTuple):
@@ -44,8 +49,16 @@ class OnPaper:
 
     @property
     def tells(self) -> bool:
-        """Whether the example shows what a step keeps: not where all is frozen, or checkpoints itself already."""
-        return not self.units or any(self.recording.events[e].saved for c in self.chains for e in c.own)
+        """Whether the example shows what a step keeps: not where it is tiny, all is frozen, or the model checkpoints
+        itself already.
+        """
+        saves = not self.units or any(self.recording.events[e].saved for c in self.chains for e in c.own)
+        return saves and self.stored.growing >= _TELLING
+
+    @cached_property
+    def stored(self) -> Bytes:
+        """The peak of a step as it was."""
+        return peak(self.step, ())
 
     def choose(self, asked: Collection[str], *, checkpoints: bool) -> Chosen:
         """The leanest layout; see Note [The leanest layout] in `_paper.leanest`.
@@ -70,7 +83,7 @@ class OnPaper:
         """Those of a step as it was, with each block checkpointed, and as it is chosen."""
         blocks = self._named(every_block(self.recording))
         planned = self._named(chosen.checkpointed), [self.chains[c] for c in chosen.chains]
-        return Peaks(peak(self.step, ()).all, peak(self.step, blocks).all, peak(self.step, *planned).all)
+        return Peaks(self.stored.all, peak(self.step, blocks).all, peak(self.step, *planned).all)
 
     def _cuts(self) -> list[Cut]:
         flow = Flow(self.recording)

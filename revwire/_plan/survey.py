@@ -87,7 +87,7 @@ class Planner:
             tuple(planned),
             tuple(self.skipped(self.names.place(c), outside) for c in sorted(search.rejected, key=lambda c: c.add)),
             checkpointed=chosen.checkpointed,
-            peaks=paper.peaks(chosen) if paper.tells and self.options.chunks in (None, 1) else None,
+            peaks=paper.peaks(chosen) if self.options.chunks in (None, 1) else None,
         )
         self.mark_last(units, chains, plan)
         return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)

@@ -36,7 +36,7 @@ def test_the_model_stays_the_same_object():
         [id(p) for p in model.parameters()],
         [id(m) for m in model.modules()],
     )
-    assert revwire.convert(model, X, rewire="everywhere") is model
+    assert revwire.convert(model, X) is model
     after = type(model), list(model.state_dict()), [id(p) for p in model.parameters()], [id(m) for m in model.modules()]
     assert after == before
     assert isinstance(model, Named)
@@ -52,7 +52,7 @@ def test_everything_is_left_as_found():
         p.grad = torch.ones_like(p)
     flags, buffers = [m.training for m in model.modules()], {k: b.clone() for k, b in model.named_buffers()}
     state, example = torch.get_rng_state(), X.clone().requires_grad_()
-    revwire.convert(model, example, rewire="everywhere")
+    revwire.convert(model, example)
     assert [m.training for m in model.modules()] == flags
     torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
@@ -66,7 +66,7 @@ def test_everything_is_left_as_found():
 def test_revert_is_exact():
     model = Named().eval()
     out, attributes = model(X), [set(vars(m)) for m in model.modules()]
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     assert not torch.equal(model(X), out)  # the default coupling is another function, nearly
     assert revwire.revert(model) is model
     assert torch.equal(model(X), out)
@@ -74,7 +74,7 @@ def test_revert_is_exact():
 
 
 def test_weights_that_were_trained_meanwhile_stay():
-    model = revwire.convert(Named(), X, rewire="everywhere")
+    model = revwire.convert(Named(), X)
     model(X).sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
     weights = copy.deepcopy(model.state_dict())
@@ -85,7 +85,7 @@ def test_weights_that_were_trained_meanwhile_stay():
     "example", [X, (X,), {"x": X}, {"x": X, "scale": 2.0}], ids=["tensor", "tuple", "dict", "dict with flag"]
 )
 def test_kinds_of_examples(example):
-    assert len(revwire.report(revwire.convert(Named(), example, rewire="everywhere")).units) == 3
+    assert len(revwire.report(revwire.convert(Named(), example)).units) == 3
 
 
 def test_a_list_is_one_argument():
@@ -97,15 +97,15 @@ def test_a_list_is_one_argument():
         def forward(self, xs):
             return self.body(xs[0])
 
-    assert len(revwire.plan(First(), [X, X], rewire="everywhere").units) == 3
+    assert len(revwire.plan(First(), [X, X]).units) == 3
 
 
 def test_converting_twice_is_refused():
-    model = revwire.convert(Named(), X, rewire="everywhere")
+    model = revwire.convert(Named(), X)
     with pytest.raises(revwire.ConversionError, match=r"converted already .* call revwire.revert\(model\) first"):
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
     with pytest.raises(revwire.ConversionError, match="converted already"):
-        revwire.plan(nn.Sequential(model), X, rewire="everywhere")
+        revwire.plan(nn.Sequential(model), X)
 
 
 @pytest.mark.parametrize("call", [revwire.report, revwire.revert])
@@ -132,7 +132,7 @@ def test_a_model_without_residuals_is_returned_as_it_is():
     model = nn.Linear(8, 8).double()
     out = model(X)
     with pytest.warns(revwire.NothingToRewireWarning, match="Linear: nothing was rewired, .* made no residual add"):
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
     assert torch.equal(model(X), out)
     assert not revwire.report(model).chains
 
@@ -143,33 +143,33 @@ def test_the_warning_says_the_commonest_reason_and_names_the_callers_line():
         r"of 3 residual adds, 3 stay, at toys\.py:\d+, because: stands alone.*; checkpoint='stays' recomputes its block"
     )
     with pytest.warns(revwire.NothingToRewireWarning, match=message) as seen:
-        revwire.convert(apart, X, rewire="everywhere")
+        revwire.convert(apart, X)
     assert seen[0].filename == __file__
     with pytest.warns(revwire.NothingToRewireWarning, match=r"excluded by the caller; let it through by include="):
-        revwire.convert(stack(pre_norm), X, exclude="*", rewire="everywhere")
+        revwire.convert(stack(pre_norm), X, exclude="*")
 
 
 def test_where_warnings_are_errors_the_model_is_as_before():
     model = nn.Linear(8, 8).double()
     before = dict(vars(model))
     with pytest.raises(revwire.NothingToRewireWarning):
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
     assert vars(model) == before
     with pytest.raises(revwire.NothingToRewireWarning):
-        revwire.convert(model, rewire="everywhere")(X)
+        revwire.convert(model)(X)
 
 
 def test_float_streams_that_would_lose_the_input_are_refused():
     with pytest.raises(
         revwire.CouplingError, match=r"exact=False .* rebuild a state with a relative error .* pass exact=True"
     ):
-        revwire.convert(stack(pre_norm, depth=8), X, coupling="bdia:1/8", exact=False, rewire="everywhere")
+        revwire.convert(stack(pre_norm, depth=8), X, coupling="bdia:1/8", exact=False)
 
 
 def test_the_first_call_is_the_example():
     model, reference = Named().eval(), None
     reference = copy.deepcopy(model)
-    revwire.convert(model, coupling=Plain(), exact=False, rewire="everywhere")
+    revwire.convert(model, coupling=Plain(), exact=False)
     with pytest.raises(revwire.ConversionError, match=r"waits for its first call .* call it once"):
         revwire.report(model)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_the_first_call_is_the_example():
 
 
 def test_a_first_call_that_fails_leaves_it_waiting():
-    model = revwire.convert(Named(), rewire="everywhere")
+    model = revwire.convert(Named())
     with pytest.raises(revwire.ConversionError, match="failed on the example inputs"):
         model(torch.zeros(2, 5, 7, dtype=torch.float64))
     model(X)
@@ -189,7 +189,7 @@ def test_a_first_call_that_fails_leaves_it_waiting():
 def test_waiting_may_be_reverted():
     model = Named().eval()
     out = model(X)
-    assert torch.equal(revwire.revert(revwire.convert(model, rewire="everywhere"))(X), out)
+    assert torch.equal(revwire.revert(revwire.convert(model))(X), out)
     assert not any("forward" in vars(m) for m in model.modules())
 
 
@@ -199,7 +199,7 @@ def test_a_forward_that_was_patched_on_the_instance():
         b.forward = lambda x, own=b.forward: own(x) * 0.5
     patched = [b.forward for b in model.blocks]
     converted, out = model, model(X)[0]
-    revwire.convert(converted, X, coupling=Plain(), exact=False, rewire="everywhere")
+    revwire.convert(converted, X, coupling=Plain(), exact=False)
     with torch.no_grad():
         torch.testing.assert_close(converted(X)[0], out, **TOLERANCE)
     revwire.revert(converted)
@@ -210,7 +210,7 @@ def test_a_forward_that_was_patched_on_the_instance():
 def test_half_precision_and_memory_formats():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model, example = stack(pre_norm).to(dtype), X.to(dtype)
-        assert revwire.verify(revwire.convert(model, example, rewire="everywhere"), example).bit_exact
+        assert revwire.verify(revwire.convert(model, example), example).bit_exact
         assert model(example)[0].dtype == dtype
     convolutions = nn.Sequential(*(Convolution() for _ in range(3))).double()
     model, reference = twin(convolutions, torch.randn(2, 4, 6, 6, dtype=torch.float64))

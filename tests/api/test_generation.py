@@ -36,7 +36,7 @@ def test_generation(name):
     model, ids = MODELS[name]().train(), torch.randint(3, 100, (2, 7))
     example = {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
     original = copy.deepcopy(model).eval()
-    revwire.convert(model, example, coupling="bdia-random:1/2", rewire="everywhere")
+    revwire.convert(model, example, coupling="bdia-random:1/2")
     assert len(revwire.report(model).units) == UNITS[name]
     model(**example).logits.sum().backward()
     model.eval()
@@ -57,6 +57,6 @@ def test_a_cache_changes_nothing(name, coupling):
     torch.manual_seed(0)
     model, ids = MODELS[name]().train(), torch.randint(3, 100, (2, 7))
     example = {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
-    revwire.convert(model, example, coupling=coupling, rewire="everywhere").eval()
+    revwire.convert(model, example, coupling=coupling).eval()
     with_cache, without = (model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
     assert torch.equal(with_cache, without)

@@ -42,7 +42,7 @@ class Residual(nn.Module):
 def network(depth: int = 4, dropout: float = 0.0, **options: object) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(*(Residual(dropout) for _ in range(depth)))
-    return revwire.convert(model, X, **options, rewire="everywhere")
+    return revwire.convert(model, X, **options)
 
 
 def pairs(model: nn.Module, *inputs: Tensor) -> tuple[Step, Step]:
@@ -64,7 +64,7 @@ def test_memcnn_12_batch_statistics_are_updated_once():
     model.train()(X).sum().backward()
     reference = nn.Sequential(*(Residual() for _ in range(4)))
     reference.load_state_dict({**model.state_dict(), **before})
-    revwire.convert(reference, X, rewire="everywhere")
+    revwire.convert(reference, X)
     with revwire.stored_activations(reference):
         reference(X).sum().backward()
     assert all(int(m.norm.num_batches_tracked) == 1 for m in model)
@@ -231,7 +231,7 @@ def test_memcnn_70_an_activation_before_the_chain():
 
     torch.manual_seed(0)
     x = torch.randn(1, 1, 5, 5, 5)
-    model = revwire.convert(Example(), x, rewire="everywhere")
+    model = revwire.convert(Example(), x)
     assert len(revwire.report(model).units) == 3
     check_gradients(model, x)
 
@@ -260,7 +260,7 @@ def test_memcnn_73_two_kinds_of_blocks_in_turn_and_features_that_are_used_later(
             return self.fuse(torch.cat(features, 1)) + features[-1]
 
     torch.manual_seed(0)
-    model = revwire.convert(Dense(), X, rewire="everywhere")
+    model = revwire.convert(Dense(), X)
     assert len(revwire.report(model).units) == 7  # what fuses the features is the last
     check_gradients(model, X)
 
@@ -297,7 +297,7 @@ def test_transformers_10370_backward_in_eval_mode():
     model = BertForQuestionAnswering(BertConfig(**sizes)).eval()
     ids = torch.randint(0, 40, (2, 7))
     call = {"input_ids": ids, "start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
-    revwire.convert(model, call, rewire="everywhere")
+    revwire.convert(model, call)
     assert len(revwire.report(model).units) >= 3
     for training in (False, True, False):
         model.train(training)
@@ -329,7 +329,7 @@ def test_momentumnet_16_memory_of_a_post_activation_network(coupling):
 
     torch.manual_seed(0)
     x = torch.randn(2, 8, 16, 16)
-    model = revwire.convert(nn.Sequential(*(Basic() for _ in range(8))), x, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(nn.Sequential(*(Basic() for _ in range(8))), x, coupling=coupling)
     step, stored = pairs(model, x)
     step.assert_like(stored)
     mine = saved_bytes(lambda: model(x))
@@ -350,7 +350,7 @@ def test_slowfast_613_a_checkpoint_is_as_good_when_it_is_tested(coupling):
     labels = torch.arange(32) % 2
     clips = torch.randn(32, 8, 6, 6)
     clips[:, 0] += 2.0 * labels[:, None, None] - 1.0
-    model = revwire.convert(classifier(), clips, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(classifier(), clips, coupling=coupling)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(40):
         optimizer.zero_grad()
@@ -367,7 +367,7 @@ def test_slowfast_613_a_checkpoint_is_as_good_when_it_is_tested(coupling):
         tested = classifier()
         if first == "load":
             tested.load_state_dict(state)
-        revwire.convert(tested.eval(), clips[:1], coupling=coupling, rewire="everywhere")
+        revwire.convert(tested.eval(), clips[:1], coupling=coupling)
         if first == "convert":
             tested.load_state_dict(state)
         with torch.no_grad():

@@ -85,7 +85,7 @@ class Uncopied(nn.Module):
     ],
 )
 def test_what_fails_has_no_costs_and_a_reason(block, reason, failed):
-    model = revwire.convert(nn.Sequential(*(block() for _ in range(3))).train(), INPUTS, rewire="everywhere")
+    model = revwire.convert(nn.Sequential(*(block() for _ in range(3))).train(), INPUTS)
     found = revwire.profile(model, INPUTS, repeats=1)
     assert found.checkpoint is None
     assert [name for name, cost in found.costs.items() if cost is None] == failed
@@ -97,7 +97,7 @@ def test_what_fails_has_no_costs_and_a_reason(block, reason, failed):
 
 
 def test_the_model_is_left_as_found():
-    model = revwire.convert(network(2, dropout=0.1), INPUTS, rewire="everywhere")
+    model = revwire.convert(network(2, dropout=0.1), INPUTS)
     model[1].layers[0].eval()
     model(INPUTS).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
@@ -121,13 +121,13 @@ def test_the_caller_chooses_the_loss():
         seen.append(output.shape)
         return output.sum()
 
-    revwire.profile(revwire.convert(network(2), INPUTS, rewire="everywhere"), INPUTS, repeats=1, loss=loss)
+    revwire.profile(revwire.convert(network(2), INPUTS), INPUTS, repeats=1, loss=loss)
     assert set(seen) == {INPUTS.shape}
 
 
 def test_inputs_that_need_gradients_keep_their_own():
     x = INPUTS.clone().requires_grad_()
-    revwire.profile(revwire.convert(network(2), x, rewire="everywhere"), (x,), repeats=1)
+    revwire.profile(revwire.convert(network(2), x), (x,), repeats=1)
     assert x.grad is None
 
 

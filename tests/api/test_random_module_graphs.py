@@ -162,7 +162,7 @@ CALLS = st.lists(
 @given(net=nets(), calls=CALLS, modes=st.lists(st.booleans(), min_size=4, max_size=4))
 def test_never_wrong(net, calls, modes):
     reference = copy.deepcopy(net)
-    revwire.convert(net, calls[0], coupling=Plain(), exact=False, rewire="everywhere")
+    revwire.convert(net, calls[0], coupling=Plain(), exact=False)
     for call, mode in zip(calls, modes, strict=False):
         want = step(reference.train(mode), **call)
         with revwire.stored_activations(net):
@@ -176,7 +176,7 @@ def test_never_wrong(net, calls, modes):
 @given(net=nets(), call=CALLS, coupling=st.sampled_from(["re2tal", "bdia:1/2", "bdia:1/16"]), mode=st.booleans())
 def test_exact_and_back(net, call, coupling, mode):
     before = step(net.train(mode), **call[0])
-    revwire.convert(net, call[0], coupling=coupling, rewire="everywhere")
+    revwire.convert(net, call[0], coupling=coupling)
     assert revwire.verify(net, call[0]).bit_exact
     torch.testing.assert_close(step(revwire.revert(net), **call[0]), before, rtol=0, atol=0)
 
@@ -196,7 +196,7 @@ def test_known_structures_follow_the_recurrence(net, coupling):
     example = noise(2, 5, 8)
     units = [u for nest in net.nests for u in nest.units]
     first_uses = list(dict.fromkeys(units))
-    revwire.convert(net.eval(), example, coupling=coupling, rewire="everywhere")
+    revwire.convert(net.eval(), example, coupling=coupling)
     if len(first_uses) < len(units):  # a second use is another chain, or the same again: not the plain recurrence
         return
     assert len(revwire.report(net).units) == len(units)
@@ -213,7 +213,7 @@ def test_each_kind_alone(kind):
     torch.manual_seed(0)
     net = Net([Nest([Unit(kind), Unit(kind)], "plain"), Nest([Unit(kind)], "tuple")], True)
     reference = copy.deepcopy(net)
-    revwire.convert(net, noise(2, 5, 8), coupling=Plain(), exact=False, rewire="everywhere")
+    revwire.convert(net, noise(2, 5, 8), coupling=Plain(), exact=False)
     assert revwire.report(net).chains or revwire.report(net).skipped
     with revwire.stored_activations(net):
         torch.testing.assert_close(step(net, noise(2, 5, 8)), step(reference, noise(2, 5, 8)), **TOLERANCE)

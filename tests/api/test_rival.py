@@ -54,7 +54,7 @@ converted = pytest.mark.parametrize("converted", [False, True], ids=["as it was"
 def test_a_switch_of_its_own_is_taken_and_the_model_left_alone(make, example, converted):
     model, plain = make(), make()
     if converted:
-        revwire.convert(model, example, rewire="everywhere")
+        revwire.convert(model, example)
     before, state = attributes(model), torch.get_rng_state()
     found = revwire.rival(model, example)
     assert (found.name, found.blocks) == (OWN, ())
@@ -111,7 +111,7 @@ def test_every_block_where_there_is_no_switch(converted):
     model = resnet18(num_classes=5).train()
     expected = gradients(model.eval(), IMAGE)
     if converted:
-        revwire.convert(model, IMAGE, rewire="everywhere")
+        revwire.convert(model, IMAGE)
     found = revwire.rival(model, IMAGE)
     assert found.blocks == tuple(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))
     assert found.name == EVERY
@@ -124,7 +124,7 @@ def test_every_block_where_there_is_no_switch(converted):
 def test_checkpointing_that_was_on_is_off_in_the_original_row():
     model = vit()
     model.set_grad_checkpointing(True)
-    revwire.convert(model, IMAGE, rewire="everywhere")
+    revwire.convert(model, IMAGE)
     found = revwire.profile(model, IMAGE, repeats=1)
     assert found.rival == OWN
     assert found.checkpoint.saved_bytes < found.original.saved_bytes / 2

@@ -13,7 +13,7 @@ from toys import X, encoder, pre_norm, stack
 
 
 def converted(**options):
-    return revwire.convert(stack(pre_norm), X, **options, rewire="everywhere")
+    return revwire.convert(stack(pre_norm), X, **options)
 
 
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/2", "bdia:1/16"])
@@ -23,9 +23,7 @@ def test_exact_streams_are_bit_exact(coupling):
     assert check.output_equal
     assert check.reconstruction_error == check.gradient_error == 0
     assert len(check.units) == 3
-    assert {u.path for u in check.units} == {
-        u.path for u in revwire.plan(stack(pre_norm), X, rewire="everywhere").units
-    }
+    assert {u.path for u in check.units} == {u.path for u in revwire.plan(stack(pre_norm), X).units}
 
 
 def test_float_streams_have_an_error():
@@ -70,7 +68,7 @@ def test_it_sees_a_branch_that_changes():
             calls.append(1)
             return x * len(calls)
 
-    model = revwire.convert(stack(drifting, lambda self: setattr(self, "leaf", Leaf())), X, rewire="everywhere")
+    model = revwire.convert(stack(drifting, lambda self: setattr(self, "leaf", Leaf())), X)
     with pytest.raises(revwire.ReconstructionError, match=r"its (branch computed other values|rebuilt input differs)"):
         revwire.verify(model, X.clone().requires_grad_())
 
@@ -95,7 +93,7 @@ def test_the_change_of_the_function_is_measured(coupling, least, most):
     torch.manual_seed(0)
     model, x = encoder(4, dropout=0.0), torch.randn(2, 5, 16)
     before = model(x).detach()
-    check = revwire.verify(revwire.convert(model, x, coupling=coupling, rewire="everywhere"), x)
+    check = revwire.verify(revwire.convert(model, x, coupling=coupling), x)
     expected = float((model(x).detach() - before).norm() / before.norm())
     assert check.function_change == pytest.approx(expected, rel=1e-4)
     assert least < check.function_change < most
@@ -106,7 +104,7 @@ def test_the_change_of_the_function_is_measured(coupling, least, most):
 def test_the_change_of_the_function_does_not_depend_on_chunks(chunks):
     torch.manual_seed(0)
     x = torch.randn(4, 5, 16)
-    model = revwire.convert(encoder(3, dropout=0.1), x, chunks=chunks, rewire="everywhere")
+    model = revwire.convert(encoder(3, dropout=0.1), x, chunks=chunks)
     cuts = [chain.cuts for chain in chains_of(model)]
     assert any(any(c) for c in cuts if c) == bool(chunks)
     assert revwire.verify(model, x).function_change < 0.05  # other random numbers make it 0.2
@@ -124,7 +122,7 @@ def test_the_rewired_network_is_the_original_under_the_ordinary_rule(coupling):
 def test_it_is_so_with_random_numbers_in_chunks_and_on_further_inputs():
     torch.manual_seed(0)
     x = torch.randn(4, 5, 16)
-    model = revwire.convert(encoder(3, dropout=0.1), x, chunks=2, rewire="everywhere")
+    model = revwire.convert(encoder(3, dropout=0.1), x, chunks=2)
     check = revwire.verify(model, x, further_inputs=[x[:2], (torch.randn(1, 7, 16),), {"src": x}])
     assert check.original_error == 0
 

@@ -244,7 +244,7 @@ def test_a_checkpointed_unit_takes_what_was_predicted(mix):
 
 def test_function_and_gradients_are_those_of_the_plain_conversion(limits):
     model = transformer()
-    twin = revwire.convert(copy.deepcopy(model), INPUTS, rewire="everywhere")
+    twin = revwire.convert(copy.deepcopy(model), INPUTS)
     revwire.convert(model, INPUTS, memory_budget=sum(limits) // 2)
     assert len({mode for chain in chains_of(model) for mode in chain.modes}) > 1
     assert all(map(torch.equal, output_and_gradients(model, INPUTS), output_and_gradients(twin, INPUTS)))
@@ -463,7 +463,7 @@ def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, mo
         raise AssertionError("it was looked at")
 
     monkeypatch.setattr("revwire._budget.ways.probed", never)
-    revwire.plan(transformer(2), INPUTS, **options, rewire="everywhere")
+    revwire.plan(transformer(2), INPUTS, **options)
     with pytest.raises(AssertionError, match="it was looked at"):
         revwire.plan(transformer(2), INPUTS, memory_budget="least")
 
@@ -506,5 +506,5 @@ def test_a_plan_without_a_budget_names_chains_that_save_little():
             x = x + self.a(x)
             return x + self.b(x)
 
-    assert "chain 0: 2 units save" in str(revwire.plan(Thin(), torch.randn(2, 8), rewire="everywhere"))
-    assert "consider exclude=" not in str(revwire.plan(transformer(), INPUTS, rewire="everywhere"))
+    assert "chain 0: 2 units save" in str(revwire.plan(Thin(), torch.randn(2, 8)))
+    assert "consider exclude=" not in str(revwire.plan(transformer(), INPUTS))

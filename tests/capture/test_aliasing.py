@@ -118,7 +118,7 @@ def test_the_example_and_the_model_stay_as_they_were():
         Writer(), stack(own_buffer, lambda self: self.register_buffer("count", torch.zeros(4, dtype=torch.long)))
     )
     example, state, attributes = X.clone(), {k: v.clone() for k, v in model.state_dict().items()}, dict(vars(model[0]))
-    revwire.convert(model, example, rewire="everywhere")
+    revwire.convert(model, example)
     torch.testing.assert_close(example, X, rtol=0, atol=0)
     torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
     assert vars(model[0]) == attributes
@@ -153,4 +153,4 @@ def test_assignments_in_the_code_of_a_host_happen_once(forward):
     for mine, theirs in zip(model.blocks, reference.blocks, strict=True):
         assert mine.seen == theirs.seen
     model = revwire.revert(model)
-    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2", rewire="everywhere"), X).bit_exact
+    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), X).bit_exact

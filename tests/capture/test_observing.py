@@ -39,7 +39,7 @@ def test_a_failing_example_is_a_clear_error_and_leaves_no_trace():
     with pytest.raises(
         revwire.ConversionError, match=r"failed on the example inputs .*boom.*; pass what its forward takes"
     ):
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert nothing_is_patched()
@@ -68,7 +68,7 @@ def test_threads_may_observe_at_once():
 
     def convert(model):
         try:
-            revwire.convert(model, X, rewire="everywhere")
+            revwire.convert(model, X)
         except BaseException as error:  # noqa: BLE001 - a thread's error would be lost
             errors.append(error)
 
@@ -95,7 +95,7 @@ class Passing(TorchFunctionMode):
 def test_contexts_around_the_conversion(context):
     model = stack(pre_norm)
     with context():
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
     assert revwire.verify(model, X).bit_exact
 
 
@@ -157,7 +157,7 @@ def test_tensors_and_constants_made_in_opened_code():
 def test_weights_that_do_not_exist_yet():
     model = nn.Sequential(nn.LazyLinear(8), *stack(pre_norm).float().blocks)
     with pytest.raises(revwire.CaptureError, match=r"lazy parameter .* call the model once first"):
-        revwire.convert(model, X.float(), rewire="everywhere")
+        revwire.convert(model, X.float())
 
 
 def test_a_module_outside_of_the_tree_is_a_part_of_its_branch():
@@ -165,6 +165,4 @@ def test_a_module_outside_of_the_tree_is_a_part_of_its_branch():
     model, reference = twin(stack(lambda self, x: x + hidden[0](x)))
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, X)
-    assert revwire.verify(
-        revwire.convert(revwire.revert(model), X, coupling="bdia:1/2", rewire="everywhere"), X
-    ).bit_exact
+    assert revwire.verify(revwire.convert(revwire.revert(model), X, coupling="bdia:1/2"), X).bit_exact

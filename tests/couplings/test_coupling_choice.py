@@ -75,7 +75,7 @@ def test_random_signs_in_eval_mode_are_the_original_network():
     with torch.no_grad():
         before = model(X)
     original = gradients(model, X)
-    revwire.convert(model.train(), X, coupling="bdia-random:1/2", rewire="everywhere")
+    revwire.convert(model.train(), X, coupling="bdia-random:1/2")
     check = revwire.verify(model, X)
     assert check.bit_exact
     assert len(check.units) == 6
@@ -104,9 +104,7 @@ def test_couplings_can_be_mixed_in_one_chain(couplings):
 
 
 def test_globs_choose_the_coupling_of_units_and_hosts():
-    model = revwire.convert(
-        network(), X, coupling={"*.self_attn": "re2tal", "1.layers.1": "bdia:1/2"}, rewire="everywhere"
-    )
+    model = revwire.convert(network(), X, coupling={"*.self_attn": "re2tal", "1.layers.1": "bdia:1/2"})
     names = [c.name for c in chains_of(model)[0].couplings]
     assert names == ["re2tal", "bdia:1/16", "re2tal", "bdia:1/2", "re2tal", "bdia:1/16"]
     assert revwire.report(model).chains[0].coupling == "re2tal + bdia:1/16 + bdia:1/2"
@@ -119,7 +117,7 @@ def test_a_glob_that_matches_nothing_is_an_error():
     with pytest.raises(
         ConversionError, match=r"got the glob 'blocks\.\*', which matches no unit; expected one that does: 1\.layers\.0"
     ):
-        revwire.convert(network(), X, coupling={"blocks.*": "re2tal"}, rewire="everywhere")
+        revwire.convert(network(), X, coupling={"blocks.*": "re2tal"})
 
 
 # -- changes
@@ -132,18 +130,18 @@ def test_set_coupling_gives_what_a_fresh_conversion_gives():
     fresh = network()
     fresh.load_state_dict(model.state_dict())
     torch.manual_seed(1)
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     gradients(model, X)
     revwire.set_coupling(model, "momentum:1/4")
     torch.manual_seed(1)
-    revwire.convert(fresh, X, coupling="momentum:1/4", rewire="everywhere")
+    revwire.convert(fresh, X, coupling="momentum:1/4")
     assert revwire.report(model) == revwire.report(fresh)
     assert same(gradients(model, X), gradients(fresh, X))
 
 
 def test_a_backward_that_waits_keeps_the_coupling_of_its_forward():
     torch.manual_seed(0)
-    model = revwire.convert(network(), X, coupling="bdia:1/4", rewire="everywhere")
+    model = revwire.convert(network(), X, coupling="bdia:1/4")
     true = gradients(model, X, seed=0)
     torch.manual_seed(0)
     loss = model(X).square().sum()
@@ -166,7 +164,7 @@ def test_post_activation_blocks_move_their_activation_with_the_coupling():
     model = nn.Sequential(*(PostActivation() for _ in range(3)))
     published = nn.Sequential(*(PostActivation() for _ in range(3)))
     published.load_state_dict(model.state_dict())
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     model(X)
     revwire.set_coupling(model, "re2tal")
     revwire.convert(published, X, coupling="re2tal")
@@ -174,7 +172,7 @@ def test_post_activation_blocks_move_their_activation_with_the_coupling():
 
 
 def test_a_coupling_that_cannot_be_set_changes_nothing():
-    model = revwire.convert(network(), X, rewire="everywhere")
+    model = revwire.convert(network(), X)
     before = revwire.report(model)
     with pytest.raises(CouplingError, match=r"got b = 0\.3; .* choose dr2net:1,1/4, or pass exact=False"):
         revwire.set_coupling(model, "dr2net:1,0.3")
@@ -184,7 +182,7 @@ def test_a_coupling_that_cannot_be_set_changes_nothing():
 
 
 def test_globs_leave_other_units_as_they_are():
-    model = revwire.convert(network(), X, coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(network(), X, coupling="bdia:1/2")
     revwire.set_coupling(model, {"1.layers.2": "re2tal"})
     assert [c.name for c in chains_of(model)[0].couplings] == ["bdia:1/2"] * 4 + ["re2tal"] * 2
 
@@ -195,7 +193,7 @@ def test_globs_leave_other_units_as_they_are():
 
 def test_a_schedule_in_exact_streams_goes_by_powers_of_two_and_stays_exact():
     torch.manual_seed(0)
-    model = revwire.convert(network(), X, coupling="dr2net:1,1/16", rewire="everywhere")
+    model = revwire.convert(network(), X, coupling="dr2net:1,1/16")
     schedule = revwire.CouplingSchedule(model, "dr2net:0,1", total=4)
     betas = []
     for _ in range(6):
@@ -216,7 +214,7 @@ def test_a_schedule_in_exact_streams_goes_by_powers_of_two_and_stays_exact():
     ],
 )
 def test_shapes(shape, options, expected):
-    model = revwire.convert(network(), X, coupling="momentum:1/2", rewire="everywhere")
+    model = revwire.convert(network(), X, coupling="momentum:1/2")
     schedule = revwire.CouplingSchedule(model, "momentum:1/8", shape=shape, **options)
     shares = []
     for _ in range(4):
@@ -226,7 +224,7 @@ def test_shapes(shape, options, expected):
 
 
 def test_a_schedule_goes_on_from_its_state():
-    model, again = (revwire.convert(network(), X, coupling="dr2net:1,1/16", rewire="everywhere") for _ in range(2))
+    model, again = (revwire.convert(network(), X, coupling="dr2net:1,1/16") for _ in range(2))
     schedule = revwire.CouplingSchedule(model, "dr2net:0,1", total=7)
     for _ in range(3):
         schedule.step()
@@ -259,20 +257,17 @@ def test_a_schedule_goes_on_from_its_state():
             r"got a state with \['count'\]",
         ),
         (lambda m: revwire.convert(network(), X, anchors=0), r"anchors: got 0; expected a number of units"),
-        (
-            lambda m: revwire.convert(network(), X, tolerance=2, rewire="everywhere"),
-            r"tolerance: got 2; expected a relative error",
-        ),
+        (lambda m: revwire.convert(network(), X, tolerance=2), r"tolerance: got 2; expected a relative error"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(CouplingError, match=message):
-        make(revwire.convert(network(), X, rewire="everywhere"))
+        make(revwire.convert(network(), X))
 
 
 def test_a_model_that_waits_for_its_first_call_cannot_be_scheduled_yet():
     with pytest.raises(CouplingError, match="waits for its first call; expected one that was called"):
-        revwire.CouplingSchedule(revwire.convert(network(), rewire="everywhere"), "bdia:1/2", total=1)
+        revwire.CouplingSchedule(revwire.convert(network()), "bdia:1/2", total=1)
 
 
 # -- anchors
@@ -341,7 +336,7 @@ def test_automatic_anchors_let_a_drifting_coupling_run_in_float_streams():
     torch.manual_seed(0)
     model = network(depth=12)
     with pytest.raises(CouplingError, match="anchors='auto'"):
-        revwire.convert(model, X, coupling="dr2net:1,0.3", exact=False, rewire="everywhere")
+        revwire.convert(model, X, coupling="dr2net:1,0.3", exact=False)
     revwire.convert(model, X, coupling="dr2net:1,0.3", exact=False, anchors="auto")
     spacing = chains_of(model)[0].spacing
     assert 1 < spacing < 24
@@ -380,5 +375,5 @@ class SignsOfOne(Coupling):
 
 def test_a_coupling_of_ones_own_may_draw_the_signs_of_one_coefficient():
     x = torch.randn(4, 5, 16)
-    model = revwire.convert(encoder(dropout=0.0), x, coupling=SignsOfOne(), rewire="everywhere")
+    model = revwire.convert(encoder(dropout=0.0), x, coupling=SignsOfOne())
     assert revwire.verify(model, x).bit_exact

@@ -39,7 +39,7 @@ COPIES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_a_file
 
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
 def test_a_copy_is_converted_and_independent(copied):
-    model = revwire.convert(Model().eval(), X, rewire="everywhere")
+    model = revwire.convert(Model().eval(), X)
     out = model(X)[0]
     other = copied(model)
     assert torch.equal(other(X)[0], out)
@@ -54,7 +54,7 @@ def test_a_copy_is_converted_and_independent(copied):
 
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
 def test_a_copy_of_a_waiting_model_waits_for_its_own_call(copied):
-    model = revwire.convert(Model(), rewire="everywhere")
+    model = revwire.convert(Model())
     other = copied(model)
     other(X)
     assert len(revwire.report(other).units) == 3
@@ -77,7 +77,7 @@ def replicas_of(model, scale):
 
 
 def test_a_replica_runs_on_its_own_weights():
-    model = revwire.convert(Model().eval(), X, rewire="everywhere")
+    model = revwire.convert(Model().eval(), X)
     got = replicas_of(model, 2.0)(X)[0]
     with torch.no_grad():
         for p in model.parameters():
@@ -86,7 +86,7 @@ def test_a_replica_runs_on_its_own_weights():
 
 
 def test_state_dicts_both_ways():
-    plain, model = Model(), revwire.convert(Model(), X, rewire="everywhere")
+    plain, model = Model(), revwire.convert(Model(), X)
     assert model.load_state_dict(plain.state_dict()).missing_keys == []
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert Model().load_state_dict(model.state_dict()).unexpected_keys == []
@@ -124,7 +124,7 @@ def test_weight_norm_before_conversion():
 
 
 def test_a_block_taken_out_of_its_model_still_runs():
-    model = revwire.convert(stack(pre_norm).eval(), X, rewire="everywhere")
+    model = revwire.convert(stack(pre_norm).eval(), X)
     alone = copy.deepcopy(model.blocks[1])
     assert alone(X).shape == X.shape
 
@@ -134,7 +134,7 @@ TOKENS = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 
 def converted(case):
     torch.manual_seed(0)
-    return revwire.convert(encoder(), TOKENS, coupling=case.coupling, exact=case.exact, rewire="everywhere")
+    return revwire.convert(encoder(), TOKENS, coupling=case.coupling, exact=case.exact)
 
 
 @each_fast_case

@@ -134,7 +134,7 @@ def test_grad_modes():
 
 
 def test_autocast_on_and_off():
-    model = revwire.convert(stack(pre_norm).float(), X.float(), rewire="everywhere")
+    model = revwire.convert(stack(pre_norm).float(), X.float())
     for enabled in (False, True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert revwire.verify(model, X.float()).bit_exact
@@ -211,7 +211,7 @@ def test_a_block_that_decides_on_values(forward):
     for example in (X, -X):
         assert_same_step(model, reference, example)
     model = revwire.revert(model)
-    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2", rewire="everywhere"), -X).bit_exact
+    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), -X).bit_exact
 
 
 @pytest.mark.filterwarnings("ignore:.*something between two units made:UserWarning")

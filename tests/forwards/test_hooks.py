@@ -39,7 +39,7 @@ def test_forward_hooks_fire(where, when):
 
 
 def test_hooks_that_look_see_the_tensors():
-    model, seen = revwire.convert(stack(pre_norm).eval(), X, rewire="everywhere"), []
+    model, seen = revwire.convert(stack(pre_norm).eval(), X), []
     for b in model.blocks:
         b.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     out = model(X)[0]
@@ -85,14 +85,14 @@ def test_hooks_on_such_a_module_before_conversion_run_inside_of_one_whole_unit()
 )  # it takes a tuple, in which PyTorch does not look for gradients
 def test_backward_hooks_on_a_module_that_must_be_opened():
     """They run; before conversion, the block is one whole unit, and they run inside."""
-    model, fired = revwire.convert(with_inner(), X, rewire="everywhere"), []
+    model, fired = revwire.convert(with_inner(), X), []
     model.blocks[0].inner.register_full_backward_hook(lambda m, into, out: fired.append(out[0]))
     model(X.clone().requires_grad_())[0].sum().backward()
     assert len(fired) == 1
     model, fired = with_inner(), []
     for b in model.blocks:
         b.inner.register_full_backward_hook(lambda m, into, out: fired.append(out[0]))
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     assert [u.pattern for u in revwire.report(model).units] == ["block"] * 3
     model(X.clone().requires_grad_())[0].sum().backward()
     assert len(fired) == 3
@@ -130,7 +130,7 @@ def hooked(make, *, stored=False, select=blocks_of, factors=(None, None), when="
     """(a training step of a converted model with hooks on it: (output, gradients), the hooks)."""
     model = make()
     hooks = Hooks(select(model), factors) if when == "before" else None
-    revwire.convert(model, x, **options, rewire="everywhere")
+    revwire.convert(model, x, **options)
     units = len(revwire.report(model).units)
     assert units >= 3
     hooks = hooks or Hooks(select(model), factors)
@@ -175,7 +175,7 @@ def test_what_they_see_is_the_whole_gradient_of_each_state(coupling):
     hooks.
     """
     _, hooks = hooked(with_dropout, coupling=coupling, exact=True)
-    model, tensors = revwire.convert(with_dropout(), X, coupling=coupling, exact=True, rewire="everywhere"), []
+    model, tensors = revwire.convert(with_dropout(), X, coupling=coupling, exact=True), []
     x = X.clone().requires_grad_()
     for b in model.blocks:
         b.register_forward_hook(lambda m, args, out: tensors.append(out))
@@ -254,7 +254,7 @@ def test_where_the_stream_needs_no_gradient(frozen):
         for b in model.blocks[frozen:]:
             b.requires_grad_(True)
         model.biases.requires_grad_(True)
-        revwire.convert(model, x := X.float(), rewire="everywhere")
+        revwire.convert(model, x := X.float())
         hooks = Hooks(blocks_of(model), (0.5, None))
         with warnings.catch_warnings(), revwire.stored_activations(model) if stored else nullcontext():
             warnings.simplefilter("error")
@@ -273,7 +273,7 @@ def test_on_containers_between_blocks():
         return nn.Sequential(*(nn.Sequential(*with_dropout(depth=2).blocks) for _ in range(2)))
 
     def step(stored):
-        model = revwire.convert(make(), X, rewire="everywhere")
+        model = revwire.convert(make(), X)
         hooks = Hooks([(str(i), m) for i, m in enumerate(model)] + [("model", model)], (0.5, 1.5))
         with warnings.catch_warnings(), revwire.stored_activations(model) if stored else nullcontext():
             warnings.simplefilter("error")
@@ -290,7 +290,7 @@ def test_on_containers_between_blocks():
 
 def test_with_retained_graphs_and_several_forwards():
     def steps(stored):
-        model = revwire.convert(with_dropout(), X, rewire="everywhere")
+        model = revwire.convert(with_dropout(), X)
         hooks = Hooks(blocks_of(model), (0.5, 1.5))
         with revwire.stored_activations(model) if stored else nullcontext():
             torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_an_identity_of_somebody_else_still_begins_a_new_chain():
         def backward(ctx, gradient):
             return -gradient
 
-    model = revwire.convert(with_dropout(), X, rewire="everywhere")
+    model = revwire.convert(with_dropout(), X)
     model.blocks[1].register_full_backward_hook(lambda *_: None)
     model.blocks[1].register_forward_pre_hook(lambda m, args: Reversed.apply(args[0]))
     with pytest.warns(
@@ -330,7 +330,7 @@ def test_an_identity_of_somebody_else_still_begins_a_new_chain():
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_old_backward_hooks_on_a_host_are_refused(everywhere, monkeypatch):
     monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)
-    model = revwire.convert(stack(pre_norm), X, rewire="everywhere")
+    model = revwire.convert(stack(pre_norm), X)
     register = nn.modules.module.register_module_backward_hook if everywhere else model.blocks[1].register_backward_hook
     handle = register(lambda *_: None)
     try:
@@ -349,7 +349,7 @@ def test_full_backward_hooks_on_all_modules_there_are(monkeypatch):
     monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)  # PyTorch remembers the kind for good
 
     def step(stored):
-        seen, model = [], revwire.convert(with_dropout(), X, rewire="everywhere")
+        seen, model = [], revwire.convert(with_dropout(), X)
         handle = nn.modules.module.register_module_full_backward_hook(
             lambda m, into, out: seen.append((type(m), into[0], out[0]))
         )
@@ -371,7 +371,7 @@ def test_full_backward_hooks_on_all_modules_there_are(monkeypatch):
 
 
 def test_backward_hooks_on_leaves_and_tensors_fire():
-    model, fired = revwire.convert(stack(pre_norm), X, rewire="everywhere"), []
+    model, fired = revwire.convert(stack(pre_norm), X), []
     model.blocks[1].f.register_full_backward_hook(lambda *_: fired.append("module"))
     model.blocks[1].f.weight.register_hook(lambda g: fired.append("weight"))
     out = model(X.clone().requires_grad_())[0]
@@ -396,7 +396,7 @@ def test_what_hooks_collect_in_a_context_is_what_the_call_gave():
         b.f.register_forward_hook(collect)
     token = COLLECTED.set({"outputs": []})
     try:
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
         assert not COLLECTED.get()["outputs"]
         model(X)  # is captured
         found = COLLECTED.get()["outputs"]

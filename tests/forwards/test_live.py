@@ -41,7 +41,7 @@ def assert_to_the_bit(model, *args):
 def rewound(forward, init=None, example=X, coupling="bdia:1/2"):
     """A stack of blocks with this forward, converted exactly."""
     model = stack(forward) if init is None else stack(forward, init)
-    return revwire.convert(model, example, coupling=coupling, rewire="everywhere")
+    return revwire.convert(model, example, coupling=coupling)
 
 
 # -- reads ------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_a_child_that_is_exchanged_later():
             b.f = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)).double()
     assert_same_step(model, reference, X)
     revwire.revert(model)
-    revwire.convert(model, X, coupling="bdia:1/2", rewire="everywhere")
+    revwire.convert(model, X, coupling="bdia:1/2")
     for b in model.blocks:
         b.f = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5), nn.Dropout(0.3)).double()
     assert_to_the_bit(model, X)
@@ -141,7 +141,7 @@ def test_batch_statistics_in_the_own_code_count_once():
 
     model, reference = twin(stack(forward, init))
     assert_same_step(model, reference, X)
-    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2")
     assert_to_the_bit(model, X)
 
 
@@ -157,7 +157,7 @@ def test_numbers_that_the_code_draws_between_the_calls_of_a_branch():
 
     model, reference = twin(stack(forward, lambda self: setattr(self, "drop", nn.Dropout(0.3))))
     assert_same_step(model, reference, X)
-    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2")
     assert_to_the_bit(model, X)
 
 
@@ -225,7 +225,7 @@ def test_layers_that_are_left_out_by_chance(training):
     assert len(revwire.report(model).units) == 6
     for seed in range(4):
         assert_same_step(model.train(), reference.train(), X, seed=seed)
-    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2", rewire="everywhere").train()
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2").train()
     for seed in range(4):
         got, want = grads_both_ways(model, X, seed=seed)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -248,7 +248,7 @@ def test_blocks_that_are_left_out_in_the_loop_that_holds_the_adds(coupling):
     model, reference = twin(Looping().double())
     for skipped in ((), (1,), (0, 3), (4,), (0, 1, 2, 3, 4)):
         assert_same_step(model, reference, X, skipped)
-    model = revwire.convert(revwire.revert(model), X, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(revwire.revert(model), X, coupling=coupling)
     for skipped in ((), (1,), (0, 3), (4,)):
         assert_to_the_bit(model, X, skipped)
 
@@ -266,7 +266,7 @@ def test_an_unfinished_unit_keeps_its_gradient():
         assert_same_step(model, reference, X, True)
         assert_same_step(model, reference, X, True)
     assert sum("did not come to its residual add" in str(w.message) for w in seen) == 3  # once for each place
-    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(revwire.revert(model), X, coupling="bdia:1/2")
     with pytest.warns(UserWarning, match="did not come to its residual add|something between two units"):
         assert_to_the_bit(model, X, True)
 
@@ -326,7 +326,7 @@ def test_a_gradient_inside_of_an_object():
             return x
 
     torch.manual_seed(0)
-    model = revwire.convert(Conditioned().double(), X, coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(Conditioned().double(), X, coupling="bdia:1/2")
     assert len(revwire.report(model).units) == 3
     assert_to_the_bit(model, X)
 
@@ -377,7 +377,7 @@ def test_blocks_that_checkpoint_themselves_and_give_something_else_besides():
 
     torch.manual_seed(0)
     y = torch.randn_like(X)
-    model = revwire.convert(Model().double(), (X, y), coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(Model().double(), (X, y), coupling="bdia:1/2")
     assert_to_the_bit(model, X, y.clone().requires_grad_())
 
 
@@ -406,7 +406,7 @@ def test_a_write_to_what_an_unfinished_unit_saved_is_seen():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_run_on_their_own_modules(copied):
     torch.manual_seed(0)
-    model = revwire.convert(Loop(Gained).double(), X, coupling="bdia:1/2", rewire="everywhere")
+    model = revwire.convert(Loop(Gained).double(), X, coupling="bdia:1/2")
     model(X)
     other = copied(model)
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_copies_run_on_their_own_modules(copied):
 def test_nothing_of_it_stays_after_going_back():
     model = Loop(Gained).double()
     before = [set(vars(m)) for m in model.modules()]
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     model(X)
     revwire.revert(model)
     assert [set(vars(m)) for m in model.modules()] == before
@@ -517,7 +517,5 @@ def test_a_hosts_own_checkpointing_around_its_sums():
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, X)
     torch.manual_seed(0)
-    got, want = grads_both_ways(
-        revwire.convert(Checkpointing().double(), X, coupling="bdia:1/2", rewire="everywhere"), X
-    )
+    got, want = grads_both_ways(revwire.convert(Checkpointing().double(), X, coupling="bdia:1/2"), X)
     torch.testing.assert_close(got, want, **TOLERANCE)  # sums of gradients have another order there

@@ -40,7 +40,7 @@ def trained_gradients(model, *inputs, **keywords):
 def check(model, switch, example, before):
     if before:
         switch(model, True)
-    revwire.convert(model, example, rewire="everywhere")
+    revwire.convert(model, example)
     units = len(revwire.report(model).units)
     switch(model, True)
     keywords = example if isinstance(example, dict) else {}

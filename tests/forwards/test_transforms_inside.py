@@ -113,7 +113,7 @@ def test_what_works_in_a_branch_and_beside(places, kind):
     kinds = [kind if i in places else Mlp for i in range(4)]
     own = outcome(made(*kinds))
     plain, rebuilt, stored = made(*kinds), made(*kinds), made(*kinds)
-    revwire.convert(plain, X, coupling=Plain(), exact=False, rewire="everywhere")
+    revwire.convert(plain, X, coupling=Plain(), exact=False)
     assert len(revwire.report(plain).units) == 3
     with revwire.stored_activations(plain):
         torch.testing.assert_close(outcome(plain), own, **TOLERANCE)
@@ -137,14 +137,14 @@ def test_what_is_not_supported_is_not_blamed_on_the_example(kind, place):
         match=r"Model: the model runs on the example inputs, but not while .*observes it \(RuntimeError: .*"
         r"expected a forward without gradients taken inside .*convert the parts",
     ):
-        revwire.convert(model, X, rewire="everywhere")
+        revwire.convert(model, X)
     assert torch.equal(torch.get_rng_state(), state)
     if not place:  # the way out
-        revwire.convert(model.blocks, X, rewire="everywhere")
+        revwire.convert(model.blocks, X)
         model(X).sum().backward()
         assert len(revwire.report(model.blocks).units) == 3
 
 
 def test_a_model_that_fails_by_itself_is_told_so():
     with pytest.raises(revwire.ConversionError, match=r"Model: the model failed on the example inputs .*pass what its"):
-        revwire.convert(Model(Mlp(), Mlp()), X[..., :3], rewire="everywhere")
+        revwire.convert(Model(Mlp(), Mlp()), X[..., :3])

@@ -78,7 +78,7 @@ class Model:
         before, drawn = self.state(), self.generators()
         arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         seeded(99)
-        revwire.convert(self.root, arguments, **options, rewire="everywhere")
+        revwire.convert(self.root, arguments, **options)
         for name in ("LOSSES", "LOG", "STATS", "HOOKED"):
             self.globals[name].clear()
         self.globals["COUNTS"].clear()

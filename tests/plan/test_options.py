@@ -63,7 +63,7 @@ def test_an_option_that_makes_no_sense_is_refused(option, values, error, message
     model = stack(pre_norm)
     for value in values:
         with pytest.raises(error, match=message):
-            revwire.convert(model, X, **{option: value}, rewire="everywhere")
+            revwire.convert(model, X, **{option: value})
     assert not hasattr(model, "_revwire")
 
 
@@ -91,7 +91,7 @@ def test_numbers_are_read_as_fractions_are():
 
 
 def test_steps_and_rounds_are_numbers():
-    model = revwire.convert(stack(pre_norm), X, coupling="bdia:1/4", rewire="everywhere")
+    model = revwire.convert(stack(pre_norm), X, coupling="bdia:1/4")
     for total in ("x", NAN, True, 0):
         with pytest.raises(CouplingError, match=r"got total=.*; expected the number of steps"):
             revwire.CouplingSchedule(model, "bdia:1/2", total=total)

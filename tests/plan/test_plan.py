@@ -15,7 +15,7 @@ from toys import X, pre_norm, stack
 @pytest.fixture(scope="module")
 def plan():
     model = nn.Sequential(*stack(pre_norm, depth=3).blocks, nn.Linear(8, 8), stack(pre_norm, depth=1)).double()
-    return revwire.plan(model, X, coupling="bdia:1/8", rewire="everywhere")
+    return revwire.plan(model, X, coupling="bdia:1/8")
 
 
 def test_the_table(plan):
@@ -29,7 +29,7 @@ def test_the_table(plan):
 
 
 def test_the_table_of_a_model_without_chains():
-    text = str(revwire.plan(nn.Sequential(nn.Linear(8, 8)).double(), X, rewire="everywhere"))
+    text = str(revwire.plan(nn.Sequential(nn.Linear(8, 8)).double(), X))
     assert text == (
         "Sequential: no chain of residual units found; nothing to rewire: the run on the example made no residual add "
         "(a tensor, and what was computed from it, added up), or made it where it cannot be seen; expected a network "
@@ -39,7 +39,7 @@ def test_the_table_of_a_model_without_chains():
 
 def test_a_hundred_adds_that_stay_for_one_reason_are_one_line():
     apart = [m for block in stack(pre_norm, depth=100).blocks for m in (block, nn.Linear(8, 8))]
-    lines = str(revwire.plan(nn.Sequential(*apart).double(), X, rewire="everywhere")).splitlines()
+    lines = str(revwire.plan(nn.Sequential(*apart).double(), X)).splitlines()
     assert re.search(r"of 100 residual adds, 100 stay, at toys\.py:\d+, because: stands alone", lines[0])
     assert lines[1] == "stays: 100 residual adds"
     assert lines[2].startswith("  0.f, 2.g, 4.f, ")
@@ -53,13 +53,13 @@ def test_a_glob_that_matches_nothing_is_an_error_with_the_nearest_names(option, 
     idle = globs if isinstance(globs, str) else globs[-1]
     message = rf"{option}: got the glob '{idle.replace('*', '.')}', which matches no unit, host or module; .* blocks"
     with pytest.raises(revwire.ConversionError, match=message.replace("'blokcs..'", r"'blokcs\.\*'")):
-        revwire.plan(stack(pre_norm, depth=4), X, **{option: globs}, rewire="everywhere")
+        revwire.plan(stack(pre_norm, depth=4), X, **{option: globs})
 
 
 def test_the_names_of_adds_that_stay_and_of_other_modules_are_names_too():
     model = nn.Sequential(*stack(pre_norm, depth=3).blocks, nn.Linear(8, 8)).double()
-    assert len(revwire.plan(model, X, exclude=["3", "0"], rewire="everywhere").units) == 2
-    assert not revwire.plan(model, X, exclude="*", rewire="everywhere").chains
+    assert len(revwire.plan(model, X, exclude=["3", "0"]).units) == 2
+    assert not revwire.plan(model, X, exclude="*").chains
 
 
 class Loop(nn.Module):
@@ -77,8 +77,8 @@ class Loop(nn.Module):
 
 def test_a_unit_is_excluded_by_the_name_that_the_plan_shows():
     model = nn.Sequential(Loop())
-    assert [u.path for u in revwire.plan(model, X, rewire="everywhere").units] == ["0#0", "0#1", "0#2", "0#3"]
-    assert [u.path for u in revwire.plan(model, X, exclude="0#0", rewire="everywhere").units] == ["0#1", "0#2", "0#3"]
+    assert [u.path for u in revwire.plan(model, X).units] == ["0#0", "0#1", "0#2", "0#3"]
+    assert [u.path for u in revwire.plan(model, X, exclude="0#0").units] == ["0#1", "0#2", "0#3"]
     assert [u.path for u in revwire.plan(model, X, include=["0#2", "0#3"]).units] == ["0#2", "0#3"]
 
 
@@ -109,12 +109,12 @@ def test_bytes(plan):
 def test_planning_changes_nothing():
     model = stack(pre_norm)
     before, state = [dict(vars(m)) for m in model.modules()], torch.get_rng_state()
-    first, second = revwire.plan(model, X, rewire="everywhere"), revwire.plan(model, X, rewire="everywhere")
+    first, second = revwire.plan(model, X), revwire.plan(model, X)
     assert first == second
     assert [dict(vars(m)) for m in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_report_is_the_plan():
-    planned = revwire.plan(stack(pre_norm), X, rewire="everywhere")
-    assert revwire.report(revwire.convert(stack(pre_norm), X, rewire="everywhere")) == planned
+    planned = revwire.plan(stack(pre_norm), X)
+    assert revwire.report(revwire.convert(stack(pre_norm), X)) == planned

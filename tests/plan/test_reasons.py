@@ -73,7 +73,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reason_says_which_line_of_code_is_meant_and_what_would_help(kind):
     forward, reason = KINDS[kind]
-    plan = revwire.plan(stack(forward), X, rewire="everywhere")
+    plan = revwire.plan(stack(forward), X)
     assert [s.line for s in plan.skipped] == [line_of(forward)] * 3
     assert re.search(reason, plan.skipped[0].reason)
     assert [s["line"] for s in json.loads(json.dumps(plan.to_dict()))["skipped"]] == [line_of(forward)] * 3
@@ -88,7 +88,7 @@ def test_the_line_of_a_cause_is_named_where_it_is_another_one():
         made += x  # here
         return x + self.g(made)
 
-    plan = revwire.plan(stack(forward), X, rewire="everywhere")
+    plan = revwire.plan(stack(forward), X)
     assert {u.pattern for u in plan.units} == {"block"}
     where = line_of(forward)
     cause = f"as a whole: it writes in place to a tensor that is not its branch's own ({where}); write to a clone"
@@ -119,7 +119,7 @@ def test_a_hundred_adds_of_one_line_of_code_are_one_line_of_the_plan_whatever_th
         def forward(self, x):
             return x.mean(1, keepdim=True) + self.f(x)
 
-    plan = revwire.plan(nn.Sequential(*map(Widens, range(8, 108))).double(), X, rewire="everywhere")
+    plan = revwire.plan(nn.Sequential(*map(Widens, range(8, 108))).double(), X)
     listed = [line for line in str(plan).splitlines() if line.startswith("  ")]
     assert len(listed) == 1
     assert f" and 92 more, at {line_of(Widens.forward)}: " in listed[0]
@@ -131,7 +131,6 @@ def test_one_reason_at_several_lines_is_one_line_too():
             *stack(projection).blocks, *stack(alone).blocks, *stack(lambda self, x: self.f(x) + self.g(x)).blocks
         ).double(),
         X,
-        rewire="everywhere",
     )
     listed = [line for line in str(plan).splitlines() if line.startswith("  ") and "projection" in line]
     assert len(listed) == 1
@@ -140,7 +139,7 @@ def test_one_reason_at_several_lines_is_one_line_too():
 
 def test_the_line_of_a_module_of_pytorchs_own_is_that_of_its_forward():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    plan = revwire.plan(nn.Sequential(layer, nn.Linear(8, 8)).double(), X, exclude="*", rewire="everywhere")
+    plan = revwire.plan(nn.Sequential(layer, nn.Linear(8, 8)).double(), X, exclude="*")
     assert plan.skipped
     file, _, number = plan.skipped[0].line.partition(":")
     assert file == "torch/nn/modules/transformer.py"
@@ -156,6 +155,6 @@ def test_a_call_that_goes_another_way_names_the_line():
             return h
         return x + h  # here
 
-    model = revwire.convert(stack(forward), X, rewire="everywhere")
+    model = revwire.convert(stack(forward), X)
     with pytest.warns(UserWarning, match=rf"blocks\.0\.f \({line_of(forward)}\): a call of its host did not come"):
         model(X.clone().requires_grad_(), early=True)

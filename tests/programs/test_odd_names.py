@@ -72,7 +72,7 @@ def test_a_model_with_odd_names_is_converted_as_any_other(names):
     try:
         model, x = Named(names).double(), X.clone().requires_grad_()
         before = [model(x).detach(), *gradients(model, x)]
-        revwire.convert(model, x, coupling=Plain(), exact=False, tolerance=0.99, rewire="everywhere")
+        revwire.convert(model, x, coupling=Plain(), exact=False, tolerance=0.99)
         assert len(revwire.report(model).units) == len(model.layers)
         with revwire.stored_activations(model):
             assert same([model(x).detach(), *gradients(model, x)], before)
@@ -82,7 +82,7 @@ def test_a_model_with_odd_names_is_converted_as_any_other(names):
 
 
 def test_odd_names_are_rebuilt_exactly():
-    model = revwire.convert(Named(ODD).double(), X, rewire="everywhere")
+    model = revwire.convert(Named(ODD).double(), X)
     assert revwire.verify(model, X).bit_exact
     assert same(gradients(revwire.revert(model), X), gradients(Named(ODD).double(), X))
 
@@ -114,7 +114,7 @@ class Calling(nn.Module):
 def test_names_of_keywords_are_data_too(name):
     model, x = Calling(name).double(), noise(2, 8)
     before = gradients(model, x)
-    revwire.convert(model, x, coupling=Plain(), exact=False, tolerance=0.99, rewire="everywhere")
+    revwire.convert(model, x, coupling=Plain(), exact=False, tolerance=0.99)
     assert len(revwire.report(model).units) == 3
     with revwire.stored_activations(model):
         assert same(gradients(model, x), before)

@@ -54,10 +54,8 @@ class Child(nn.Module):
 def test_a_part_of_a_branch_that_is_compiled(when):
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Child() for _ in range(3))), torch.randn(2, WIDTH)
-    reference = revwire.convert(copy.deepcopy(model), x, rewire="everywhere")
-    for change in (lambda: revwire.convert(model, x, rewire="everywhere"), lambda: compile_parts(model))[
-        :: 1 if when == "after" else -1
-    ]:
+    reference = revwire.convert(copy.deepcopy(model), x)
+    for change in (lambda: revwire.convert(model, x), lambda: compile_parts(model))[:: 1 if when == "after" else -1]:
         change()
     for m in (model, reference):
         m(x).square().sum().backward()

@@ -275,9 +275,7 @@ def test_a_chunk_that_writes_to_the_gradient_it_is_given(coupling):
             return x + self.f(x)
 
     x = torch.randn(4, 3, WIDTH)
-    model = revwire.convert(
-        nn.Sequential(*(Block() for _ in range(3))), x, coupling=coupling, chunks=2, rewire="everywhere"
-    )
+    model = revwire.convert(nn.Sequential(*(Block() for _ in range(3))), x, coupling=coupling, chunks=2)
     assert {u.chunks for u in revwire.report(model).units} == {2}
     with pytest.raises(ReconstructionError, match="wrote to the gradient that it was given"):
         model(x).square().sum().backward()

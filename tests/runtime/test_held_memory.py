@@ -208,7 +208,7 @@ def test_a_converted_model_holds_no_activation_at_rest():
     """What was observed to capture a block is let go: nothing of the example or of a step stays alive."""
     model = encoder(norm_first=False)
     inputs = torch.randn(5, 7, 16)
-    revwire.convert(model, inputs, rewire="everywhere")
+    revwire.convert(model, inputs)
     model(inputs).sum().backward()
     own = {id(t) for t in (inputs, *model.buffers(), *model.parameters(), *(p.grad for p in model.parameters()))}
     gc.collect()

@@ -160,18 +160,18 @@ class Network(nn.Module):
 
 
 def test_only_the_chain_whose_backward_comes_first_keeps_anything():
-    model = revwire.convert(Network(head=4), torch.randn(2, 5, 8), rewire="everywhere")
+    model = revwire.convert(Network(head=4), torch.randn(2, 5, 8))
     assert [c.keeps_last for c in chains_of(model)] == [False, True]
 
 
 def test_not_where_what_follows_the_chain_saves_much():
-    model = revwire.convert(Network(head=4096), torch.randn(2, 5, 8), rewire="everywhere")
+    model = revwire.convert(Network(head=4096), torch.randn(2, 5, 8))
     assert [c.keeps_last for c in chains_of(model)] == [False, False]
 
 
 def test_verify_rebuilds_the_last_unit_too():
     model, x = Network(head=4), torch.randn(2, 5, 8)
-    revwire.convert(model, x, rewire="everywhere")
+    revwire.convert(model, x)
     check = revwire.verify(model, x)
     assert check.bit_exact
     assert len(check.units) == 8

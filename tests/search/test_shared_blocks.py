@@ -92,7 +92,7 @@ def test_paths_through_a_flexible_model(call):
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/4"])
 def test_paths_are_exact(call, coupling):
-    model = revwire.convert(Flexible(), X, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(Flexible(), X, coupling=coupling)
     assert revwire.verify(model, {"x": X.clone().requires_grad_(), **call}).bit_exact
 
 
@@ -102,7 +102,7 @@ def test_shared_blocks(make, units):
     assert len(revwire.report(model).units) == units
     assert_same_step(model, reference, X)
     model = revwire.revert(model)
-    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2", rewire="everywhere"), X).bit_exact
+    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), X).bit_exact
 
 
 def test_a_shared_block_used_more_often_than_in_the_example():
@@ -117,7 +117,7 @@ def test_siamese_use():
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, X, other)
     assert_same_step(model, reference, X, X)
-    assert revwire.verify(revwire.convert(revwire.revert(model), (X, other), rewire="everywhere"), (X, other)).bit_exact
+    assert revwire.verify(revwire.convert(revwire.revert(model), (X, other)), (X, other)).bit_exact
 
 
 def recurrence(model, x, a, b, c):
@@ -131,7 +131,7 @@ def recurrence(model, x, a, b, c):
 
 @pytest.mark.parametrize(("coupling", "rule"), [("re2tal", (0, 1, 1)), ("bdia:1/4", (0.75, 0.25, 1.25))])
 def test_the_streams_follow_the_recurrence(coupling, rule):
-    model = revwire.convert(Flexible().eval(), X, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(Flexible().eval(), X, coupling=coupling)
     previous, current = recurrence(model, X, *rule)
     expected = (previous + current) / 2 if coupling == "re2tal" else current
     torch.testing.assert_close(model(X), expected, rtol=1e-6, atol=1e-6)
@@ -147,9 +147,9 @@ def test_an_early_return_gives_the_stream_as_it_is():
 def test_two_models_that_share_a_block():
     shared = block(pre_norm)().double()
     first, second = nn.Sequential(shared, block(pre_norm)().double()), nn.Sequential(shared, block(pre_norm)().double())
-    revwire.convert(first, X, rewire="everywhere")
+    revwire.convert(first, X)
     with pytest.raises(revwire.ConversionError, match="converted already"):
-        revwire.convert(second, X, coupling=Plain(), exact=False, rewire="everywhere")
+        revwire.convert(second, X, coupling=Plain(), exact=False)
     assert len(tensors(second(X))) == 1
 
 
@@ -180,6 +180,6 @@ def test_a_block_used_at_every_depth_is_one_chain(coupling, rule):
     for _ in range(5):
         previous, current = current, a * current + b * previous + c * (model.block(current) - current)
     expected = (previous + current) / 2 if coupling == "re2tal" else current
-    revwire.convert(model, x, coupling=coupling, rewire="everywhere")
+    revwire.convert(model, x, coupling=coupling)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert len(revwire.verify(model, x).units) == 5

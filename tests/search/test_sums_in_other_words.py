@@ -35,7 +35,7 @@ def test_a_sum_in_other_words_is_a_unit(name):
 
 @pytest.mark.parametrize("name", SUMS)
 def test_a_sum_in_other_words_is_rebuilt_to_the_bit(name):
-    model = revwire.convert(stack(SUMS[name]).float(), X.float(), rewire="everywhere")
+    model = revwire.convert(stack(SUMS[name]).float(), X.float())
     check = revwire.verify(model, X.float())
     assert check.bit_exact
     assert check.gradient_error == 0
@@ -51,7 +51,7 @@ def test_a_sum_in_other_words_is_rebuilt_to_the_bit(name):
     ],
 )
 def test_what_looks_alike_is_none(forward):
-    plan = revwire.plan(stack(forward), X, rewire="everywhere")
+    plan = revwire.plan(stack(forward), X)
     assert not plan.chains
     assert not plan.skipped
 
@@ -91,7 +91,7 @@ def test_a_tensor_from_elsewhere_does_not_end_a_chain(name):
 def test_a_tensor_from_elsewhere_gets_its_gradient_from_every_unit():
     torch.manual_seed(0)
     t = torch.randn(2, 4)
-    model = revwire.convert(Embedded(LOOPS["within the sum"]), (X.float(), t), rewire="everywhere")
+    model = revwire.convert(Embedded(LOOPS["within the sum"]), (X.float(), t))
     check = revwire.verify(model, (X.float(), t))
     assert check.bit_exact
     assert check.gradient_error == 0
@@ -115,7 +115,7 @@ class Crowded(nn.Module):
 @pytest.mark.parametrize(("count", "units"), [(1, 2), (40, 2), (2000, 0)])
 def test_many_tensors_from_elsewhere_are_looked_past_in_no_time(count, units):
     """Looking twice past each of them would not end, and looking past any number would nest too deep."""
-    assert len(revwire.plan(Crowded(count), (torch.randn(2, 8), torch.randn(2, 8)), rewire="everywhere").units) == units
+    assert len(revwire.plan(Crowded(count), (torch.randn(2, 8), torch.randn(2, 8))).units) == units
 
 
 class Inner(nn.Module):
@@ -152,7 +152,7 @@ def test_blocks_of_blocks_are_cut_where_that_keeps_least():
     assert plan.coverage > 0.9  # the last sum of all has no unit behind it, so it is no part of one
     assert_same_step(model, reference, X)
     revwire.revert(model)
-    check = revwire.verify(revwire.convert(model.float(), X.float(), rewire="everywhere"), X.float())
+    check = revwire.verify(revwire.convert(model.float(), X.float()), X.float())
     assert check.bit_exact
     assert check.gradient_error == 0
 
@@ -171,7 +171,7 @@ def test_many_small_blocks_of_blocks_are_the_outer_ones():
         block.inner = nn.ModuleList(Thin(0.2) for _ in range(2))
         return block
 
-    plan = revwire.plan(nn.Sequential(*(outer() for _ in range(12))).double(), X, rewire="everywhere")
+    plan = revwire.plan(nn.Sequential(*(outer() for _ in range(12))).double(), X)
     assert [len(c.units) for c in plan.chains] == [12]
     assert all(s.inside_unit for s in plan.skipped)
 

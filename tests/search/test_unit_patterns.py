@@ -180,7 +180,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 @each
 @modes
 def test_units_and_patterns(toy: Toy, training: bool) -> None:
-    found = revwire.plan(toy.make().train(training), X, rewire="everywhere")
+    found = revwire.plan(toy.make().train(training), X)
     assert len(found.units) == len(toy.patterns)
     if training:
         assert tuple(u.pattern for u in found.units) == toy.patterns
@@ -190,7 +190,7 @@ def test_units_and_patterns(toy: Toy, training: bool) -> None:
 @modes
 @pytest.mark.parametrize("coupling", ["bdia:1/16", "re2tal"])
 def test_exact_in_both_modes_whichever_came_first(toy: Toy, training: bool, coupling: str) -> None:
-    model = revwire.convert(toy.make().train(training), X, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(toy.make().train(training), X, coupling=coupling)
     for mode in (training, not training, training):
         assert revwire.verify(model.train(mode), X).bit_exact
 
@@ -215,7 +215,7 @@ def test_other_batches_and_sizes(toy: Toy) -> None:
 def test_revert_is_bit_for_bit(toy: Toy, training: bool) -> None:
     model = toy.make().train(training)
     before = step(model, X)
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     step(model, X)
     step(model.train(not training), X)
     torch.testing.assert_close(step(revwire.revert(model.train(training)), X), before, rtol=0, atol=0)
@@ -226,19 +226,16 @@ def test_revert_is_bit_for_bit(toy: Toy, training: bool) -> None:
 
 
 def test_the_parts_of_a_sequence_belong_to_the_sequence() -> None:
-    assert revwire.plan(sequence_of_parts(), X, rewire="everywhere").hosts == ("0", "1", "2")
+    assert revwire.plan(sequence_of_parts(), X).hosts == ("0", "1", "2")
 
 
 def test_a_module_in_two_chains_has_a_larger_host() -> None:
-    assert revwire.plan(seeded(TwoWays), X, rewire="everywhere").hosts == ("",)
-    assert revwire.plan(seeded(lambda: nn.Sequential(Residual(), Residual())), X, rewire="everywhere").hosts == (
-        "0",
-        "1",
-    )
+    assert revwire.plan(seeded(TwoWays), X).hosts == ("",)
+    assert revwire.plan(seeded(lambda: nn.Sequential(Residual(), Residual())), X).hosts == ("0", "1")
 
 
 def test_a_rejected_sum_does_not_absorb_another() -> None:
-    found = revwire.plan(stack(projected_beside), X, rewire="everywhere")
+    found = revwire.plan(stack(projected_beside), X)
     assert len(found.units) == 3
     assert not [s for s in found.skipped if "part of a sum" in s.reason]
 
@@ -256,7 +253,7 @@ def test_a_dropout_after_the_norm_after_the_sum_from_train_to_eval() -> None:
     "end of its block",
 )
 def test_a_dropout_after_the_norm_after_the_sum_from_eval_to_train() -> None:
-    model = revwire.convert(stack(dropped_after_the_sum_in_training_only).eval(), X, rewire="everywhere")
+    model = revwire.convert(stack(dropped_after_the_sum_in_training_only).eval(), X)
     assert revwire.verify(model.train(), X).bit_exact
 
 
@@ -307,7 +304,7 @@ def test_a_cache_that_was_cleared_is_filled_with_the_new_weights(in_dict: bool) 
 def test_a_model_with_a_cache_is_exact_and_goes_back(in_dict: bool, coupling: str) -> None:
     model = cached(in_dict)
     before = step(model, X)
-    revwire.convert(model, X, coupling=coupling, rewire="everywhere")
+    revwire.convert(model, X, coupling=coupling)
     assert revwire.verify(model, X).bit_exact
     with torch.no_grad():
         model.eval()(X)
@@ -317,7 +314,7 @@ def test_a_model_with_a_cache_is_exact_and_goes_back(in_dict: bool, coupling: st
 @caches
 def test_a_cache_that_is_empty_at_conversion_or_full(in_dict: bool) -> None:
     model = cached(in_dict).eval()
-    assert len(revwire.plan(model, X, rewire="everywhere").units) == 3
+    assert len(revwire.plan(model, X).units) == 3
     assert all(cache_of(b) is None for b in model.blocks)
     with torch.no_grad():
         model(X)
@@ -402,7 +399,7 @@ def test_a_model_without_a_chain_is_returned_unchanged() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     before, attributes = step(model, X), set(vars(model))
     with pytest.warns(revwire.NothingToRewireWarning, match="the model runs as before: .* made no residual add"):
-        assert revwire.convert(model, X, rewire="everywhere") is model
+        assert revwire.convert(model, X) is model
     assert not revwire.report(model).chains
     assert revwire.report(model).coverage == 0
     assert "no chain of residual units found; nothing to rewire" in str(revwire.report(model))
@@ -442,7 +439,7 @@ def test_hidden_states_that_are_asked_for_after_conversion(training: bool) -> No
 
 @modes
 def test_hidden_states_are_exact_too(training: bool) -> None:
-    model = revwire.convert(seeded(States).train(training), X, rewire="everywhere")
+    model = revwire.convert(seeded(States).train(training), X)
     assert revwire.verify(model, {"x": X, "hidden": True}).bit_exact
 
 
@@ -475,7 +472,7 @@ class Stateful(nn.Module):
 @pytest.mark.parametrize("assigned_before", [True, False])
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
 def test_a_state_that_a_branch_keeps_is_found_again_and_moves_on_once(assigned_before: bool, coupling: str) -> None:
-    model = revwire.convert(loop_of(lambda: Stateful(assigned_before)), X, coupling=coupling, rewire="everywhere")
+    model = revwire.convert(loop_of(lambda: Stateful(assigned_before)), X, coupling=coupling)
     assert len(revwire.report(model).units) == 3
     reference = copy.deepcopy(model)
     for seed in range(3):
@@ -507,11 +504,11 @@ def test_conversion_copies_no_weights() -> None:
     keys = list(model.state_dict())
 
     def convert_and_back() -> None:
-        revwire.revert(revwire.convert(model, example, rewire="everywhere"))
+        revwire.revert(revwire.convert(model, example))
 
     peak = revwire.measure.peak_bytes(convert_and_back)
     assert peak < sum(p.nbytes for p in weights.values()) / 4
-    revwire.convert(model, example, rewire="everywhere")
+    revwire.convert(model, example)
     assert len(revwire.report(model).units) == 3
     after = dict(model.named_parameters())
     assert after.keys() == weights.keys()
@@ -522,4 +519,4 @@ def test_conversion_copies_no_weights() -> None:
 def test_a_copy_of_the_original_gives_the_same_plan() -> None:
     for toy in TOYS.values():
         model = toy.make()
-        assert revwire.plan(copy.deepcopy(model), X, rewire="everywhere") == revwire.plan(model, X, rewire="everywhere")
+        assert revwire.plan(copy.deepcopy(model), X) == revwire.plan(model, X)

@@ -10,7 +10,7 @@ from toys import Loop, Residual, X, block, noise, pre_norm, stack
 
 
 def plan(model, example=X, **options):
-    return revwire.plan(model, example, **options, rewire="everywhere")
+    return revwire.plan(model, example, **options)
 
 
 def patterns(model, example=X):
@@ -175,7 +175,7 @@ def test_what_follows_the_sum_may_take_several_calls(forward):
     assert_same_step(model, reference, X)
     assert_same_step(model, reference, noise(3, 5, 8))
     model = revwire.revert(model)
-    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2", rewire="everywhere"), X).bit_exact
+    assert revwire.verify(revwire.convert(model, X, coupling="bdia:1/2"), X).bit_exact
 
 
 def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
@@ -187,7 +187,7 @@ def test_a_unit_ends_where_its_skip_has_the_layout_of_its_fork():
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, example)
     model = revwire.revert(model)
-    exact = revwire.convert(model, example, coupling="bdia:1/16", rewire="everywhere")
+    exact = revwire.convert(model, example, coupling="bdia:1/16")
     near = (exact(example)[0] - reference(example)[0]).norm() / reference(example)[0].norm()
     assert near < 0.1
 
@@ -289,7 +289,7 @@ def test_parallel_units_that_need_each_other_are_rewired_without_what_they_share
     assert [len(chain.units) for chain in revwire.report(model).chains] == [6, 6]
     assert_same_step(model, reference, X)
     revwire.revert(model)
-    revwire.convert(model, X, rewire="everywhere")
+    revwire.convert(model, X)
     assert revwire.verify(model, X).bit_exact
 
 
@@ -297,7 +297,7 @@ def test_a_product_between_two_sums_ends_a_chain():
     """The block would be far from the identity, and rewired as x + (block(x) - x) it would not keep its function."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(OverThere(lambda self, x: x + self.f(x).tanh()), nn.Linear(8, 8)) for _ in range(3)]
-    found = revwire.plan(nn.Sequential(*blocks).double(), X, rewire="everywhere")
+    found = revwire.plan(nn.Sequential(*blocks).double(), X)
     assert not found.chains
     assert [s.reason.partition(":")[0] for s in found.skipped] == ["stands alone"] * 3
 
@@ -336,7 +336,7 @@ def test_a_copy_to_another_order_or_layout_keeps_the_chain(opened, training):
     assert_same_step(model, reference, example)
     assert_same_step(model, reference, noise(2, 4, 8))
     for coupling in ("re2tal", "bdia:1/16"):
-        revwire.convert(revwire.revert(model), example, coupling=coupling, rewire="everywhere")
+        revwire.convert(revwire.revert(model), example, coupling=coupling)
         assert revwire.verify(model, example).bit_exact
         assert revwire.verify(model, noise(2, 4, 8)).bit_exact
 

@@ -171,7 +171,7 @@ def test_what_is_no_glob_is_refused(option, value):
     with pytest.raises(
         revwire.ConversionError, match=f"{option}: got .*; expected a glob over qualified names, or several"
     ):
-        revwire.convert(Stage(), X, **{option: value}, rewire="everywhere")
+        revwire.convert(Stage(), X, **{option: value})
 
 
 def test_auto_takes_the_cut_that_can_be_had():

@@ -221,7 +221,7 @@ def dims_of(model):
 )
 @pytest.mark.parametrize("chunks", [2, 3])
 def test_a_branch_is_cut_where_it_treats_each_by_itself(make, dims, chunks):
-    model = revwire.convert(Net(make), INPUTS, chunks=chunks, rewire="everywhere")
+    model = revwire.convert(Net(make), INPUTS, chunks=chunks)
     assert dims_of(model) == [dims, (0, 1)]
     assert revwire.verify(model, INPUTS).bit_exact
 
@@ -255,7 +255,7 @@ def test_windows_of_one_clip_run_each_by_itself(make, ends, lengths, exact):
 
 def test_windows_that_may_run_together_are_few_chunks():
     inputs = torch.randn(1, 32, WIDTH)
-    model = revwire.convert(Net(Windows), inputs, chunks={"*.branch": 3, "*": 5}, rewire="everywhere")
+    model = revwire.convert(Net(Windows), inputs, chunks={"*.branch": 3, "*": 5})
     cut = chains_of(model)[0].cuts[0]
     assert cut.windows[0].ends == tuple(range(4, 33, 4))
     assert [c.length for c in cut.chunks_of(inputs.shape)] == [8, 8, 8, 8]
@@ -264,19 +264,19 @@ def test_windows_that_may_run_together_are_few_chunks():
 
 def test_windows_are_cut_at_the_sizes_of_the_example_only():
     """A clip of four tokens has one window, which is not shifted, so that cuts at 2 would change the function."""
-    model = revwire.convert(Net(ShiftedWindows), INPUTS[:1], chunks=4, rewire="everywhere")
+    model = revwire.convert(Net(ShiftedWindows), INPUTS[:1], chunks=4)
     cut = chains_of(model)[0].cuts[0]
     assert [len(cut.chunks_of((1, n, WIDTH))) for n in (4, 8, 12, 16)] == [0, 0, 4, 0]
     for n in (4, 8, 12):
         x = INPUTS[:1, :n]
         assert revwire.verify(model, x).bit_exact
-        torch.testing.assert_close(model(x), revwire.convert(Net(ShiftedWindows), x, rewire="everywhere")(x))
+        torch.testing.assert_close(model(x), revwire.convert(Net(ShiftedWindows), x)(x))
 
 
 def test_what_a_whole_sample_draws_is_drawn_again_in_each_chunk():
     for make, inputs, dim in ((DroppedWindows, INPUTS[:1], 1), (DroppedBatch, INPUTS, 0)):
-        model = revwire.convert(Net(make).train(), inputs, chunks=3, rewire="everywhere")
-        plain = revwire.convert(Net(make).train(), inputs, rewire="everywhere")
+        model = revwire.convert(Net(make).train(), inputs, chunks=3)
+        plain = revwire.convert(Net(make).train(), inputs)
         chunks = chains_of(model)[0].cuts[0].chunks_of(inputs.shape)
         assert len(chunks) > 2
         assert {(c.dim, c.shares) for c in chunks} == {(dim, True)}
@@ -307,49 +307,45 @@ def test_numbers_that_are_drawn_where_they_cannot_be_seen_are_not_shared():
             torch.set_rng_state(generator.get_state())
             return out * (mask < 0.5)
 
-    model = revwire.convert(Net(Hidden).train(), INPUTS[:1], chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(Hidden).train(), INPUTS[:1], chunks=3)
     assert windows_of(model) == [[], []]
     assert revwire.verify(model, INPUTS[:1]).bit_exact
 
 
 def test_stored_chunks_can_be_differentiated_twice():
-    model = revwire.convert(Net(linear, depth=2).double(), INPUTS.double(), chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(linear, depth=2).double(), INPUTS.double(), chunks=3)
     x = INPUTS[:2, :3].double().requires_grad_()
 
     def twice(m):
         (g,) = torch.autograd.grad(m(x).pow(3).sum(), x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), x)[0]
 
-    whole = revwire.convert(Net(linear, depth=2).double(), INPUTS.double(), rewire="everywhere")
+    whole = revwire.convert(Net(linear, depth=2).double(), INPUTS.double())
     with revwire.stored_activations(model), revwire.stored_activations(whole):
         torch.testing.assert_close(twice(model), twice(whole))
 
 
 def test_dropout_of_single_results_keeps_windows_from_being_cut():
-    model = revwire.convert(Net(lambda: DroppedWindows(0.2)).train(), INPUTS[:1], chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(lambda: DroppedWindows(0.2)).train(), INPUTS[:1], chunks=3)
     assert windows_of(model) == [[], []]
     assert revwire.verify(model, INPUTS[:1]).bit_exact
 
 
 def test_an_example_of_one_sample_tells_what_a_batch_may_do():
-    model = revwire.convert(Net(Attention), INPUTS[:1], chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS[:1], chunks=2)
     assert dims_of(model) == [(0,), (1,)]
     assert [u.chunks for u in revwire.report(model).units[:2]] == [
         1,
         2,
     ]  # the tokens of an MLP, and of attention nothing
-    model = revwire.convert(
-        Net(lambda: nn.Sequential(linear(), nn.Dropout(0.2))), INPUTS[:1], chunks=2, rewire="everywhere"
-    )
+    model = revwire.convert(Net(lambda: nn.Sequential(linear(), nn.Dropout(0.2))), INPUTS[:1], chunks=2)
     assert dims_of(model) == [(0,), (1,)]
     for inputs in (INPUTS[:1], INPUTS, INPUTS[:5, :7]):
         assert revwire.verify(model, inputs).bit_exact
 
 
 def test_dropout_keeps_a_branch_from_being_cut_along_tokens():
-    model = revwire.convert(
-        Net(lambda: nn.Sequential(linear(), nn.Dropout(0.2))).eval(), INPUTS, chunks=2, rewire="everywhere"
-    )
+    model = revwire.convert(Net(lambda: nn.Sequential(linear(), nn.Dropout(0.2))).eval(), INPUTS, chunks=2)
     assert dims_of(model) == [(0,), (0, 1)]
     assert revwire.verify(model.train(), INPUTS).bit_exact
 
@@ -357,7 +353,7 @@ def test_dropout_keeps_a_branch_from_being_cut_along_tokens():
 def test_extra_inputs_of_each_sample_are_cut_with_it():
     bias = torch.randn(6, 12, 12, requires_grad=True)
     for extra, slices in ((bias, True), (bias[:1], False), (bias[0], False)):
-        model = revwire.convert(Net(Attention), (INPUTS, extra), chunks=3, rewire="everywhere")
+        model = revwire.convert(Net(Attention), (INPUTS, extra), chunks=3)
         cut = chains_of(model)[0].cuts[0]
         assert (cut.count, cut.rank, cut.dims, cut.slices) == (3, 3, (0,), slices)
         assert revwire.verify(model, (INPUTS, extra)).bit_exact
@@ -380,13 +376,13 @@ def test_extra_inputs_of_another_kind_than_in_the_example_let_a_unit_run_whole()
     may be anything.
     """
     bias = torch.randn(6, 12, 12)
-    model = revwire.convert(Net(Attention), (INPUTS, bias[:1]), chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(Attention), (INPUTS, bias[:1]), chunks=3)
     assert chunks_run(model, INPUTS, bias[:1]) == chunks_run(model, INPUTS[:3], bias[:1]) == 3
     square = INPUTS[:, :6]
     for inputs in ((INPUTS, bias), (square, torch.randn(6, 6)), (square, torch.randn(6, 6, 6))):
         assert chunks_run(model, *inputs) == 1
         assert revwire.verify(model, inputs).bit_exact
-    model = revwire.convert(Net(Attention), INPUTS, chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=3)
     assert chunks_run(model, INPUTS) == 3
     assert chunks_run(model, INPUTS, bias) == 1
     assert revwire.verify(model, (INPUTS, bias)).bit_exact
@@ -402,7 +398,7 @@ def test_a_unit_that_its_chain_runs_through_again_is_cut_each_time():
                 x = self.blocks[0](x)
             return x
 
-    model = revwire.convert(Shared(), INPUTS, chunks=3, rewire="everywhere")
+    model = revwire.convert(Shared(), INPUTS, chunks=3)
     assert [u.chunks for u in revwire.report(model).units] == [3] * 6
     check = revwire.verify(model, INPUTS)
     assert check.bit_exact
@@ -418,7 +414,7 @@ def test_chains_inside_of_branches():
         def forward(self, x):
             return self.out(self.inner(x[:, ::2]).repeat_interleave(2, 1))
 
-    model = revwire.convert(Net(Inner, depth=2), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Inner, depth=2), INPUTS, chunks=2)
     assert revwire.verify(model, INPUTS).bit_exact
 
 
@@ -448,7 +444,7 @@ def test_a_unit_with_side_outputs_runs_whole():
                 total = total + side
             return x, total
 
-    model = revwire.convert(Sides(), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Sides(), INPUTS, chunks=2)
     assert set(dims_of(model)) == {()}
     assert revwire.verify(model, INPUTS).bit_exact
 
@@ -458,7 +454,7 @@ def test_looking_leaves_the_model_as_it_was():
     model.blocks[1].eval()
     model.blocks[0].branch.linear.weight.grad = torch.ones(WIDTH, WIDTH)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    revwire.convert(model, INPUTS, chunks=2, rewire="everywhere")
+    revwire.convert(model, INPUTS, chunks=2)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert [m.training for m in model.blocks] == [True, False, True]
@@ -534,7 +530,7 @@ class Rows(nn.Module):
 def test_gradients_of_permuted_streams_lie_as_those_of_stored_activations():
     """Sums over a gradient round as its memory is laid out: a bias before the chain shows it."""
     inputs = torch.randn(1, WIDTH, 1, 49)
-    model = revwire.convert(Rows(), inputs, chunks=4, rewire="everywhere")
+    model = revwire.convert(Rows(), inputs, chunks=4)
     assert max(u.chunks for u in revwire.report(model).units) == 4
     assert revwire.verify(model, inputs).bit_exact
 
@@ -542,7 +538,7 @@ def test_gradients_of_permuted_streams_lie_as_those_of_stored_activations():
 def test_a_network_that_permutes_its_images():
     timm = pytest.importorskip("timm")
     images = torch.randn(2, 3, 32, 32)
-    model = revwire.convert(timm.create_model("convnext_atto"), images, chunks=2, rewire="everywhere")
+    model = revwire.convert(timm.create_model("convnext_atto"), images, chunks=2)
     assert {u.chunks for u in revwire.report(model).units} == {2}
     assert revwire.verify(model, images).bit_exact
 
@@ -561,7 +557,7 @@ def test_images_in_channels_last_layout():
                 x = x + branch(x)
             return x
 
-    model = revwire.convert(Images(), images, chunks=2, rewire="everywhere")
+    model = revwire.convert(Images(), images, chunks=2)
     assert [u.chunks for u in revwire.report(model).units] == [2, 2, 2]
     assert revwire.verify(model, images).bit_exact
     assert model(images).is_contiguous(memory_format=torch.channels_last)
@@ -571,17 +567,17 @@ def test_images_in_channels_last_layout():
 @pytest.mark.parametrize(("chunks", "parts"), [(2, 2), (4, 3), (64, 6)])
 def test_couplings_and_counts(coupling, chunks, parts):
     """Six samples make four chunks of two, of which the last is empty, and no more than six."""
-    model = revwire.convert(Net(Attention), INPUTS, coupling=coupling, chunks={"*.branch": chunks}, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, coupling=coupling, chunks={"*.branch": chunks})
     check = revwire.verify(model, INPUTS)
     assert check.bit_exact
     assert len(check.units) == 3 * (parts + 1)
 
 
 def test_autocast_and_half_precision():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=2)
     with torch.autocast("cpu", torch.bfloat16):
         assert revwire.verify(model, INPUTS).bit_exact
-    model = revwire.convert(Net(Attention).bfloat16(), INPUTS.bfloat16(), chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention).bfloat16(), INPUTS.bfloat16(), chunks=2)
     assert revwire.verify(model, INPUTS.bfloat16()).bit_exact
 
 
@@ -591,7 +587,7 @@ def test_float_streams():
 
 
 def test_retained_graphs_and_several_forwards():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=2)
     x = INPUTS.clone().requires_grad_()
     first, second = model(x).sum(), model(2 * x).sum()
     once = torch.autograd.grad(first, x, retain_graph=True)
@@ -602,7 +598,7 @@ def test_retained_graphs_and_several_forwards():
 
 
 def test_frozen_weights_and_an_input_without_gradient():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=2)
     for p in model.blocks[0].parameters():
         p.requires_grad_(False)
     assert revwire.verify(model, INPUTS).bit_exact
@@ -620,7 +616,7 @@ def test_a_forward_that_failed_between_two_chunks_leaves_nothing_behind():
                 raise KeyboardInterrupt
             return super().forward(x)
 
-    model = revwire.convert(Net(lambda: Once(WIDTH, WIDTH)), INPUTS, chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(lambda: Once(WIDTH, WIDTH)), INPUTS, chunks=3)
     x = INPUTS.clone().requires_grad_()
     true = torch.autograd.grad(model(x).square().sum(), x)[0]
     Once.fails = Once.calls + 5  # the second chunk of the second block
@@ -653,7 +649,7 @@ def test_a_tape_goes_on_where_a_chunk_failed():
 
 
 def test_faults_are_found_in_any_chunk():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=3)
     loss = model(INPUTS).sum()
     with torch.no_grad():
         model.blocks[1].branch.mix.weight.add_(1)
@@ -667,7 +663,7 @@ def test_faults_are_found_in_any_chunk():
             Moody.calls += 1
             return super().forward(x + (1e-3 if Moody.calls == Moody.moody else 0.0))
 
-    model = revwire.convert(Net(lambda: Moody(WIDTH, WIDTH), depth=1), INPUTS, chunks=3, rewire="everywhere")
+    model = revwire.convert(Net(lambda: Moody(WIDTH, WIDTH), depth=1), INPUTS, chunks=3)
     loss = model(INPUTS.clone().requires_grad_()).sum()
     Moody.moody = Moody.calls + 2  # the recompute of the second chunk
     with pytest.raises(
@@ -679,14 +675,14 @@ def test_faults_are_found_in_any_chunk():
 
 
 def test_double_backward_is_refused():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=2)
     x = INPUTS.clone().requires_grad_()
     with pytest.raises(revwire.UnsupportedTransformError, match="create_graph=True"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
 
 
 def test_without_gradients_it_is_the_same_function():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=2, rewire="everywhere").eval()
+    model = revwire.convert(Net(Attention), INPUTS, chunks=2).eval()
     true = model(INPUTS)
     with torch.no_grad():
         assert torch.equal(model(INPUTS), true)
@@ -695,7 +691,7 @@ def test_without_gradients_it_is_the_same_function():
 
 
 def test_copies_and_pickles_are_cut_alike():
-    model = revwire.convert(Net(Attention), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks=2)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert chains_of(twin)[0].cuts == chains_of(model)[0].cuts
         assert revwire.verify(twin, INPUTS).bit_exact
@@ -717,7 +713,7 @@ def test_a_backward_pass_holds_the_activations_of_one_chunk():
     hidden = 4 * inputs.numel() * 4  # bytes of the widest activation of an MLP
     peaks = {}
     for chunks in (1, 2, 8):
-        model = revwire.convert(Net(linear), inputs, chunks=chunks, rewire="everywhere")
+        model = revwire.convert(Net(linear), inputs, chunks=chunks)
         peaks[chunks] = peak_bytes(training_step(model, inputs))
     assert peaks[1] - peaks[2] > hidden
     assert peaks[1] - peaks[8] > 1.75 * hidden
@@ -797,28 +793,26 @@ def test_peaks_of_mixes_in_chunks_come_as_predicted(share):
 
 
 def test_globs_name_units_or_hosts():
-    model = revwire.convert(Net(Attention), INPUTS, chunks={"*.mlp": 3, "blocks.1": 2}, rewire="everywhere")
+    model = revwire.convert(Net(Attention), INPUTS, chunks={"*.mlp": 3, "blocks.1": 2})
     assert [u.chunks for u in revwire.report(model).units] == [1, 3, 2, 3, 1, 3]
     assert "4 whole" not in str(revwire.report(model))
     assert "3 in 3, 1 in 2, 2 whole" in str(revwire.report(model))
-    assert [u.chunks for u in revwire.plan(revwire.revert(model), INPUTS, chunks=2, rewire="everywhere").units] == [
-        2
-    ] * 6
-    assert "chunks" not in str(revwire.plan(model, INPUTS, rewire="everywhere"))
+    assert [u.chunks for u in revwire.plan(revwire.revert(model), INPUTS, chunks=2).units] == [2] * 6
+    assert "chunks" not in str(revwire.plan(model, INPUTS))
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 2.0, True, "two", {"*": 0}])
 def test_what_is_no_number_of_chunks_is_refused(chunks):
     with pytest.raises(revwire.ConversionError, match=r"chunks: got .*; expected a number of chunks from 1"):
-        revwire.convert(Net(linear), INPUTS, chunks=chunks, rewire="everywhere")
+        revwire.convert(Net(linear), INPUTS, chunks=chunks)
 
 
 def test_a_glob_that_matches_nothing_is_refused_and_the_model_stays():
     model = Net(linear)
     with pytest.raises(revwire.ConversionError, match=r"chunks: got the glob 'layers.\*'"):
-        revwire.convert(model, INPUTS, chunks={"layers.*": 2}, rewire="everywhere")
+        revwire.convert(model, INPUTS, chunks={"layers.*": 2})
     assert "forward" not in vars(model.blocks[0])
-    revwire.convert(model, INPUTS, rewire="everywhere")
+    revwire.convert(model, INPUTS)
 
 
 def test_a_model_that_cannot_run_in_eval_mode_says_so():
@@ -830,7 +824,7 @@ def test_a_model_that_cannot_run_in_eval_mode_says_so():
 
     model = TrainOnly(linear)
     with pytest.raises(revwire.ConversionError, match=r"chunks= looks at the model in eval mode.*no inference here"):
-        revwire.convert(model, INPUTS, chunks=2, rewire="everywhere")
+        revwire.convert(model, INPUTS, chunks=2)
     revwire.convert(model, INPUTS, memory_budget="least")
     assert {u.chunks for u in revwire.report(model).units} == {1}
 
@@ -842,12 +836,12 @@ def test_a_model_that_cannot_run_in_train_mode_is_cut_along_the_batch():
                 raise RuntimeError("wants labels")
             return super().forward(x)
 
-    model = revwire.convert(EvalOnly(linear).eval(), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(EvalOnly(linear).eval(), INPUTS, chunks=2)
     assert dims_of(model) == [(0,), (0,)]
 
 
 def test_the_first_call_may_be_the_example():
-    model = revwire.convert(Net(Attention), chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Attention), chunks=2)
     model(INPUTS)
     assert {u.chunks for u in revwire.report(model).units} == {2}
     assert revwire.verify(model, INPUTS).bit_exact

@@ -130,7 +130,7 @@ class Net(Blocks):
 
 
 def net(make=Attention, chunks=2, x=INPUTS, depth=3, **options):
-    return revwire.convert(Net(make, depth).train(), x, chunks=chunks, **options, rewire="everywhere")
+    return revwire.convert(Net(make, depth).train(), x, chunks=chunks, **options)
 
 
 def parts(model):
@@ -297,12 +297,12 @@ def test_a_map_that_is_returned_and_dropped_leaves_a_core():
 
 
 def test_where_all_that_is_made_is_returned_nothing_is_gained():
-    model = revwire.convert(WithMaps(Maps), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(WithMaps(Maps), INPUTS, chunks=2)
     assert not parts(model)
 
 
 def test_what_is_returned_beside_the_result_has_its_gradient():
-    model = revwire.convert(WithMaps(lambda: OneMap(0.1)), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(WithMaps(lambda: OneMap(0.1)), INPUTS, chunks=2)
     assert set(parts(model).values()) == {2}
 
     def gradients():
@@ -340,7 +340,7 @@ def test_other_shapes_are_cut_too():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
     x = INPUTS.to(dtype)
-    model = revwire.convert(Net().to(dtype), x, chunks=2, rewire="everywhere")
+    model = revwire.convert(Net().to(dtype), x, chunks=2)
     found = step(model, x)
     with revwire.stored_activations(model):
         assert_equal(found, step(model, x))
@@ -527,7 +527,7 @@ def test_copies_and_pickles_run_in_parts_alike():
 def test_revert_takes_it_off_and_names_stay():
     model = Net()
     names, kept = list(model.state_dict()), copy.deepcopy(model)
-    revwire.convert(model, INPUTS, chunks=4, rewire="everywhere")
+    revwire.convert(model, INPUTS, chunks=4)
     assert list(model.state_dict()) == names
     revwire.revert(model)
     assert not [m for m in model.modules() if "forward" in vars(m)]
@@ -536,7 +536,7 @@ def test_revert_takes_it_off_and_names_stay():
 
 def test_a_plan_says_it_and_leaves_the_model():
     model = Net()
-    plan = revwire.plan(model, INPUTS, chunks=4, rewire="everywhere")
+    plan = revwire.plan(model, INPUTS, chunks=4)
     assert [u.parts for u in plan.units] == [4, 4, 4]
     assert "3 whole (core in 4)" in str(plan)
     assert plan.to_dict()["chains"][0]["units"][0]["parts"] == 4
@@ -616,7 +616,7 @@ class Flat(nn.Module):
 
 
 def test_a_core_in_the_code_of_the_host_stays_whole():
-    model = revwire.convert(nn.Sequential(*(Flat() for _ in range(3))), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(nn.Sequential(*(Flat() for _ in range(3))), INPUTS, chunks=2)
     assert not parts(model)
     assert [u.parts for u in revwire.report(model).units] == [1, 1, 1]
 
@@ -658,7 +658,7 @@ class Cache:
 
 def test_looking_for_chunks_leaves_what_a_branch_writes_to():
     cache = Cache()
-    model = revwire.convert(Net(Cached), (INPUTS, cache), chunks=2, rewire="everywhere")
+    model = revwire.convert(Net(Cached), (INPUTS, cache), chunks=2)
     assert not cache.keys
     assert model(INPUTS, Cache()).shape == INPUTS.shape
 
@@ -952,7 +952,7 @@ def test_many_products_are_looked_through_in_no_time(monkeypatch):
 
     grown, original = [], cores.CoreSearch.grown
     monkeypatch.setattr(cores.CoreSearch, "grown", lambda self, *args: grown.append(args) or original(self, *args))
-    revwire.plan(Net(Iterating), INPUTS, chunks=2, rewire="everywhere")
+    revwire.plan(Net(Iterating), INPUTS, chunks=2)
     assert len(grown) <= 3 * 34 * 2
 
 
@@ -971,7 +971,7 @@ def test_a_module_whose_code_stands_in_its_hosts_program_is_no_part():
         def forward(self, x):
             return self.attention(self.norm(x), x)
 
-    model = revwire.convert(nn.Sequential(*(Outer() for _ in range(3))), INPUTS, chunks=2, rewire="everywhere")
+    model = revwire.convert(nn.Sequential(*(Outer() for _ in range(3))), INPUTS, chunks=2)
     assert not parts(model)
     assert {u.parts for u in revwire.report(model).units} == {1}
 

@@ -43,7 +43,7 @@ def test_optimizers(name: str) -> None:
     torch.manual_seed(0)
     model = Transformer()
     optimizer = OPTIMIZERS[name](model.parameters())
-    revwire.convert(model, Transformer.example(), rewire="everywhere")
+    revwire.convert(model, Transformer.example())
     train(model, batches(Transformer), optimizer=optimizer).assert_like(after, recomputes=False)
 
 

@@ -51,11 +51,9 @@ def test_lora(order: str) -> None:
         torch.manual_seed(0)
         model = Transformer().train()
         if order == "convert, then adapt":
-            return revwire.convert(model, Transformer.example(), rewire="everywhere")
+            return revwire.convert(model, Transformer.example())
         wrapped = adapted(model).train()
-        revwire.convert(
-            wrapped if order == "adapt, then convert" else model, Transformer.example(), rewire="everywhere"
-        )
+        revwire.convert(wrapped if order == "adapt, then convert" else model, Transformer.example())
         return wrapped
 
     model, twin = made(), made()

@@ -194,7 +194,7 @@ def begin_again(net, leaf):
 def test_generators_are_replayed(leaf, options):
     torch.manual_seed(0)
     net = Net(leaf)
-    net = revwire.convert(net, X, **options, rewire="everywhere")
+    net = revwire.convert(net, X, **options)
 
     def step():
         for _ in range(2):
@@ -215,7 +215,7 @@ def test_conversion_draws_nothing(leaf):
     begin_again(net, leaf)
     generators = [g for b in net.blocks for g in (vars(b.leaf).get("generator"), vars(b.leaf).get("random")) if g]
     before = [str(state) for _, state in states_of(generators)]
-    revwire.verify(revwire.convert(net, X, rewire="everywhere"), X)
+    revwire.verify(revwire.convert(net, X), X)
     assert before == [str(state) for _, state in states_of(generators)]
 
 
@@ -292,7 +292,7 @@ class Long(Containers):
 def test_each_write_counts_once(leaf, mode, training):
     plain = Net(leaf).train(training)
     net = copy.deepcopy(plain)
-    revwire.convert(net, X, rewire="everywhere")
+    revwire.convert(net, X)
     assert str([b.leaf.trace() for b in net.blocks]) == str([b.leaf.trace() for b in plain.blocks])
     if mode:
         for chain in chains_of(net):
@@ -332,7 +332,7 @@ def test_an_attribute_that_was_set_for_the_forward_alone_is_found_again():
     net = Net(Given)
     for block in net.blocks:
         block.leaf.given = torch.ones(2 * WIDTH)
-    revwire.convert(net, X, rewire="everywhere")
+    revwire.convert(net, X)
 
     def step():
         for block in net.blocks:

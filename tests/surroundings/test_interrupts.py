@@ -158,7 +158,7 @@ def test_nothing_stays_wherever_a_conversion_is_interrupted(share, points):
     model, info, raised, _ = convert({}, point=1 + int(share * points))
     assert raised or is_converted(model)  # Python drops what is raised in a finalizer
     if not is_converted(model):
-        revwire.convert(model, (X, info), rewire="everywhere")
+        revwire.convert(model, (X, info))
     model(X, info).sum().backward()
     assert len(revwire.report(model).units) == 2
 

@@ -261,7 +261,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("mode", ["reversible", "checkpointed"])
 def test_generators_may_be_set_back_between_units(how, mode):
     model, x = Reseeded(how), torch.randn(4, 8)
-    revwire.convert(model, x, rewire="everywhere")
+    revwire.convert(model, x)
     for chain in chains_of(model):
         chain.modes, chain.keeps_last = (mode,) * chain.length, False
     found = []

@@ -146,7 +146,7 @@ def test_a_recompute_finds_the_settings_of_its_forward(around, read, places, opt
     outside = read()
     with around():
         assert str(read()) != str(outside)  # else this would see nothing
-    revwire.convert(model, X, **options, rewire="everywhere")
+    revwire.convert(model, X, **options)
     with revwire.stored_activations(model):
         true = gradients(model)
     before = settings_now().values
@@ -157,7 +157,7 @@ def test_a_recompute_finds_the_settings_of_its_forward(around, read, places, opt
 
 @pytest.mark.parametrize(("around", "read"), KINDS.values(), ids=KINDS)
 def test_it_finds_them_too_where_only_backward_has_others(around, read):
-    model = revwire.convert(Model(read, around, ()), X, rewire="everywhere")
+    model = revwire.convert(Model(read, around, ()), X)
     with revwire.stored_activations(model):
         true = gradients(model)
 
@@ -172,7 +172,7 @@ def test_it_finds_them_too_where_only_backward_has_others(around, read):
 
 def test_settings_come_back_after_a_recompute_that_fails():
     around, read = KINDS["cudnn's benchmark"]
-    model = revwire.convert(Model(read, around, range(4)), X, rewire="everywhere")
+    model = revwire.convert(Model(read, around, range(4)), X)
     loss = model(X).sum()
     with torch.no_grad():
         model.blocks[0].reader.linear.weight.zero_()
@@ -184,7 +184,7 @@ def test_settings_come_back_after_a_recompute_that_fails():
 
 def test_units_share_one_object_while_nothing_changes():
     assert settings_now() is settings_now()
-    out = revwire.convert(Model(int, None, ()), X, rewire="everywhere")(X.clone().requires_grad_())
+    out = revwire.convert(Model(int, None, ()), X)(X.clone().requires_grad_())
     records = [r for r in tape_of(out).records if r is not None]
     assert len(records) > 1
     assert len({id(r.surroundings.settings) for r in records}) == 1
@@ -210,7 +210,7 @@ def in_force(value):
 )
 @pytest.mark.parametrize("places", [range(4), {2}, ()], ids=["around-all", "around-one", "none"])
 def test_a_recompute_finds_the_context_of_its_forward(places, run, options):
-    model = revwire.convert(Model(VARIABLE.get, partial(in_force, "abc"), places), X, **options, rewire="everywhere")
+    model = revwire.convert(Model(VARIABLE.get, partial(in_force, "abc"), places), X, **options)
     with revwire.stored_activations(model):
         true = gradients(model)
     assert same(gradients(model, run), true)
@@ -229,7 +229,7 @@ def collecting():
     model = Model(int, None, ())
     for block in model.blocks:
         block.reader = Collecting(int)
-    return revwire.convert(model, X, rewire="everywhere")
+    return revwire.convert(model, X)
 
 
 def test_a_recompute_collects_nothing_a_second_time():
@@ -243,7 +243,7 @@ def test_a_recompute_collects_nothing_a_second_time():
 def test_what_a_branch_reads_there_is_as_its_forward_found_it():
     found = {"scale": 2}
     with in_force(found):
-        model = revwire.convert(Model(lambda: "x" * VARIABLE.get()["scale"], None, ()), X, rewire="everywhere")
+        model = revwire.convert(Model(lambda: "x" * VARIABLE.get()["scale"], None, ()), X)
         with revwire.stored_activations(model):
             true = gradients(model)
         assert same(gradients(model, lambda backward: (found.update(scale=5), backward())), true)
@@ -274,7 +274,7 @@ def test_a_tensor_with_a_gradient_may_come_through_a_context():
             with in_force((self.scale.exp(), "a scale")):
                 return super().forward(x)
 
-    model = revwire.convert(Scaling(), X, rewire="everywhere")
+    model = revwire.convert(Scaling(), X)
     with revwire.stored_activations(model):
         true = gradients(model)
     assert same(gradients(model), true)

@@ -68,7 +68,7 @@ def test_clips_have_gradients_and_are_reversible(checkpointed):
     for rewired in (False, True):
         backbone = Backbone(small_swin(), clip_frames=4, checkpoint_clips=checkpointed, freeze_norms=False)
         if rewired:
-            revwire.convert(backbone, video.detach(), coupling="bdia:1/128", rewire="everywhere")
+            revwire.convert(backbone, video.detach(), coupling="bdia:1/128")
             assert revwire.report(backbone).coverage == 1
         video.grad = None
         backbone(video).square().sum().backward()
@@ -229,7 +229,7 @@ def test_weights_of_the_zoos_load_without_their_classifier():
 def test_the_blocks_of_a_slowfast_that_change_shape_can_be_checkpointed():
     video = frames().float()
     backbone = Backbone(small_slowfast(), freeze_norms=False).train()
-    revwire.convert(backbone, video, checkpoint="stays", rewire="everywhere")
+    revwire.convert(backbone, video, checkpoint="stays")
     assert (
         len(revwire.report(backbone).checkpointed) == 10
     )  # of each pathway the first of each stage, and a block that stands alone
