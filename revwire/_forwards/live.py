@@ -83,7 +83,7 @@ class LiveForward(RewiredForward):
             self.host = Host(self.module, self.slots, self.layout)
         if self.layout.opaque:
             make_known()
-        follower = Following(self.host, self.plain, self._names_of_arguments())
+        follower = Following(self.host, self.plain, self._names_of_arguments)
         with kept_from_checkpoint():
             return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
 

@@ -26,9 +26,8 @@ from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import laid_out
 from revwire._surroundings.copies import detached
-from revwire._surroundings.holdings import Held
+from revwire._surroundings.holdings import NO_HOLDINGS
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
-from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import checkpoint_stops_early
 
 
@@ -71,7 +70,7 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
     chain, tape = run.tape.chain, run.tape
     number = segment.number(value)
     assert number is not None
-    if not segment.settle():
+    if not (segment.calls and segment.settle()):
         return False
     found = segment.branch(number)
     if found is None:
@@ -97,6 +96,8 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
         record.sample = tape.streams.sample(f, [t for _, t in last])
     finally:
         last.clear()  # see `packer`
+    if segment.whole:
+        segment.cells.clear()
     run.take(record, segment.x, f, ())
     return True
 
@@ -108,7 +109,9 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
             weights.append(t)
         else:
             replay.held[number] = detached(t, inputs)
-    owned = Inventory.joined(segment.modules)
+    owned, *others = segment.modules or [Inventory.of(())]
+    for other in others:
+        owned.take_up(other)
     for weight in weights:
         owned.note(weight)
     return UnitRecord(
@@ -120,17 +123,10 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
         extras=(),
         inputs=inputs,
         owned=owned,
-        held=Held.nothing(),
+        held=NO_HOLDINGS,
         buffers=segment.buffers,
         stop=Stop() if _may_stop(segment) else None,
-        surroundings=Surroundings(
-            segment.devices,
-            {},
-            {kind: (on, dtype) for kind, on, dtype in segment.modes[2]},
-            segment.cache_enabled,
-            segment.modes[3],
-            segment.context_kept,
-        ),
+        surroundings=segment.surroundings,
         replay=replay,
         kind=kind_of(segment.x),
     )

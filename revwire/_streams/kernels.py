@@ -20,33 +20,24 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
 from math import ldexp
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revwire._streams.base import Stepped, Undone
 from revwire._streams.bits import SEGMENTS, layout_of
 
 _NATIVE = "revwire._streams.native"
+
+
+_FLOAT, _DTYPES, _KINDS = torch.float32, (torch.int32, torch.float32), (Tensor, nn.Parameter)
 
 
 _LEAST_PER_THREAD = 1 << 21
 """Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait
 beside it.
 """
-
-
-class Advanced(NamedTuple):
-    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; whether all is in range (else the rest is
-    undefined), and the largest magnitude, to a factor of 2.
-    """
-
-    state: Tensor
-    value: Tensor
-    bits: Tensor | None
-    sums: Tensor | None
-    in_range: bool
-    largest: float
 
 
 def available() -> bool:
@@ -58,23 +49,19 @@ def suits(*tensors: Tensor) -> bool:
     """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
     layout = tensors[0].stride()
     for t in tensors:
-        if not (
-            type(t) is Tensor
-            and (t.dtype is torch.int32 or t.dtype is torch.float32)
-            and t.is_cpu
-            and t.stride() == layout
-        ):
+        if not (type(t) is Tensor and t.dtype in _DTYPES and t.is_cpu and t.stride() == layout):
             return False
     return True
 
 
 def advance(
     previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool
-) -> Advanced:
+) -> Stepped:
     """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` what it takes to
     come back.
 
-    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
+    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right. Where not
+    all is in range, what it gives is undefined.
     """
     k, n, f = _native(), previous.numel(), _like(f, x)
     half = 1 << m >> 1
@@ -91,7 +78,7 @@ def advance(
         bits = torch.empty(size, dtype=torch.uint8)
         layout = layout_of(n, m)
         k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
-    return Advanced(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
+    return Stepped(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
 
 
 def retreat(
@@ -105,7 +92,7 @@ def retreat(
     *,
     negative: bool,
     scale: int,
-) -> tuple[Tensor, Tensor]:
+) -> Undone:
     """X_{k-1}, the inverse of `advance`, and its sums."""
     k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
     if m:
@@ -114,7 +101,7 @@ def retreat(
         k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
     numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
     _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
-    return out, sums
+    return Undone(out, sums)
 
 
 def read(state: Tensor, scale: int) -> Tensor:
@@ -154,8 +141,8 @@ def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Te
     steps = []
     for t, count in ((f, elements), *[(t, fewer) for t in saved]):
         n = t.numel()
-        plain = type(t) in (Tensor, nn.Parameter)  # others may have no memory of their own
-        if not plain or n < count or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+        plain = type(t) in _KINDS  # others may have no memory of their own
+        if not plain or n < count or t.dtype is not _FLOAT or not t.is_cpu or not t.is_contiguous():
             return None
         steps += [t.data_ptr(), n // count]
     steps += [0, 1] * (2 - len(saved))

@@ -199,11 +199,6 @@ class Held:
         values += [(m, False, name, noted(vars(m).get(name, MISSING))) for m, name in assigned]
         return cls(owned, found.names, values, states_of(drawing) if drawing else [], found.sets_back)
 
-    @classmethod
-    def nothing(cls) -> Held:
-        """Of no modules."""
-        return cls(Inventory.of(()), {}, (), ())
-
     @property
     def holders(self) -> list[nn.Module]:
         """The modules in which a recompute may exchange something."""
@@ -226,7 +221,7 @@ class Held:
     @property
     def may_differ(self) -> bool:
         """Whether a recompute might find another state."""
-        return bool(self.values or self.generators) or self._have_more()
+        return bool(self.values or self.generators or (self.names and self._have_more()))
 
     def _have_more(self) -> bool:
         return size_of(self.owned.modules.values()) != self.owned.size
@@ -254,6 +249,10 @@ class Held:
             for name in _table(module, is_buffer)
             if name not in self.names[number] and name not in _STANDARD
         ]
+
+
+NO_HOLDINGS = Held(Inventory.of(()), {}, (), ())
+"""Those of no modules."""
 
 
 @contextmanager
