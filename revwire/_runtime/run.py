@@ -52,7 +52,12 @@ _eager = (
 def apply(
     chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """As `run`, from anywhere."""
+    """As `run`, from anywhere.
+
+    Raises:
+        UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
+    """
+    refuse_transforms(chain.name)
     return run(chain, unit, host, x, extras)
 
 
@@ -62,11 +67,9 @@ def run(
     """Run one unit on the streams behind ``x`` (any shape): (the unit's output, side outputs of its branch).
 
     Raises:
-        UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
         RangeError: a value left the range of the fixed-point streams, and it was known too late.
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
-    refuse_transforms(chain.name)
     x, link = entered(chain, unit, host, x, link_of(x, chain, unit), extras)
     previous, current = link.carriers(x)
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)

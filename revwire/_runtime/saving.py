@@ -92,7 +92,8 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
             record.products = products
         if not record.held.sets_back:
             record.surroundings.settle()
-        record.held.settle(call.unit.known, call.host.training)
+        if record.held.generators or call.unit.known.draws[call.host.training] is None:
+            record.held.settle(call.unit.known, call.host.training)
         record.witnesses = [number for number, _ in last]
         record.sample = call.streams.sample(f, [t for _, t in last])
     finally:

@@ -180,7 +180,8 @@ class UnitRun:
     def join(self, out: Tensor) -> None:
         """All chunks have been stepped, and give ``out``, the float value of x_{k+1}: the tape goes on."""
         tape = self.tape
-        _, current = tape.intact_state()
+        assert tape.state is not None
+        current = tape.state[1]
         if tape.left:
             self._keep_whole()
             state = current, current

@@ -67,11 +67,10 @@ def advance(
     half = 1 << m >> 1
     state, value = torch.empty_like(previous), torch.empty_like(x)
     sums = _no_sums() if keep else None
-    tensors = (previous, x, f, state, value)
     numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
-    reached = _in_parts(
-        k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr())
-    )
+    given = previous.data_ptr(), x.data_ptr(), f.data_ptr()
+    made = state.data_ptr(), value.data_ptr(), 0 if sums is None else sums.data_ptr()
+    reached = _in_parts(k.advance, numbers, n, given + made)
     bits = None
     if m and keep:
         size = -(-n // 8) * m
@@ -100,7 +99,8 @@ def retreat(
         layout = layout_of(n, m)
         k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
     numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
-    _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
+    given = following.data_ptr(), x.data_ptr(), f.data_ptr()
+    _in_parts(k.retreat, numbers, n, (*given, out.data_ptr(), sums.data_ptr()))
     return Undone(out, sums)
 
 
@@ -139,12 +139,14 @@ def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Te
     form does not do.
     """
     steps = []
-    for t, count in ((f, elements), *[(t, fewer) for t in saved]):
+    count = elements
+    for t in (f, *saved):
         n = t.numel()
         plain = type(t) in _KINDS  # others may have no memory of their own
         if not plain or n < count or t.dtype is not _FLOAT or not t.is_cpu or not t.is_contiguous():
             return None
-        steps += [t.data_ptr(), n // count]
+        steps += t.data_ptr(), n // count
+        count = fewer
     steps += [0, 1] * (2 - len(saved))
     out = torch.empty(elements + fewer * len(saved), dtype=torch.float32)
     _native().sample(out.data_ptr(), *steps, elements, fewer)

@@ -101,7 +101,10 @@ def size_of(modules: Iterable[nn.Module]) -> int:
 
 def version_of(x: Tensor) -> int:
     """The count of in-place writes to ``x``; inference tensors have none."""
-    return -1 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:
+        return -1
 
 
 def versions_of(tensors: list[Tensor]) -> list[int]:
