@@ -49,7 +49,8 @@ def suits(*tensors: Tensor) -> bool:
     """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
     layout = tensors[0].stride()
     for t in tensors:
-        if not (type(t) is Tensor and t.dtype in _DTYPES and t.is_cpu and t.stride() == layout):
+        plain = type(t) is Tensor and t.dtype in _DTYPES
+        if not (plain and t.is_cpu and t.stride() == layout):
             return False
     return True
 
