@@ -56,8 +56,7 @@ def ended(segment: Segment, value: Tensor, unit: Unit, strides: tuple[int, ...] 
         if segment.rewinds and not _put_on_tape(segment, value, f):
             run.keep()
         segment.let_go()
-        with outside_inference_mode():
-            out = step(run, previous, current, f, share)
+        out = outside_inference_mode(step, run, previous, current, f, share)
         run.join(out)
     del previous  # where the chain ends, its streams are merged: as few tensors as can be are there meanwhile
     out = left(segment.link, out, current, result_dtype(run.unit, x, f), kind_of(x))

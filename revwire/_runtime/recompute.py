@@ -29,7 +29,7 @@ from revwire._runtime.autograd_graph import is_checkpointed
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Stop, UnitRecord, meta_of
 from revwire._runtime.faults import WROTE_INPUT
-from revwire._runtime.follower import unfollowed
+from revwire._runtime.follower import NOW
 from revwire._runtime.kinds import dressed
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
@@ -220,8 +220,11 @@ def _branch_again(record: UnitRecord, x: Tensor) -> Tensor:
         extras = tuple(map(recalled, record.extras)) if record.extras else ()
         f, _ = run_again(record.surroundings.context, evaluate, record.unit, record.host, x, extras)
         return f
-    with unfollowed():
+    follower, NOW.follower = NOW.follower, None  # a backward pass may be begun by a host's own code
+    try:
         f = run_again(record.surroundings.context, record.replay, x)
+    finally:
+        NOW.follower = follower
     return f if f.shape == x.shape else f.expand_as(x)
 
 
