@@ -139,7 +139,7 @@ def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Te
     """``elements`` numbers of ``f`` and ``fewer`` of each of at most two others, at equal distances; None where this
     form does not do.
     """
-    steps = []
+    steps: list[int] = []
     count = elements
     for t in (f, *saved):
         n = t.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_not
@@ -28,7 +28,7 @@ Place = tuple[Table, str, Tensor, bool]
 
 _VERSION = attrgetter("_version")
 
-_is_there = partial(is_not, None)
+_is_there: Callable[[Any], bool] = partial(is_not, None)
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Inventory:
             if table:
                 if isinstance(table, dict):  # else it is that of a scripted module, whose weights nobody lends
                     tables.append((table, table.copy(), True))
-                weights += filter(_is_there, table.values())
+                weights.extend(filter(_is_there, table.values()))  # type: ignore[arg-type]
             if buffers:
                 if any(map(is_written, buffers.values())):
                     writers.append(module)
