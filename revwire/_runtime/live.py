@@ -25,7 +25,7 @@ from revwire._runtime.segment import Segment
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import laid_out
-from revwire._surroundings.copies import detached
+from revwire._surroundings.copies import Versions, detached
 from revwire._surroundings.holdings import NO_HOLDINGS
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
 from revwire._torch import checkpoint_stops_early
@@ -102,7 +102,7 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
 
 
 def _record(segment: Segment, replay: Replay) -> UnitRecord:
-    run, inputs, weights = segment.run, segment.inputs, list[Tensor]()
+    run, inputs, weights = segment.run, Versions(), list[Tensor]()
     for number, t in replay.held.items():
         if t.is_leaf and t.requires_grad:
             weights.append(t)

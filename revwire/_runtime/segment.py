@@ -24,7 +24,6 @@ from revwire._runtime.selective import Products
 from revwire._structures import tensors_in
 from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
 from revwire._surroundings.context import context_kept
-from revwire._surroundings.copies import Versions
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of, versions_of
 from revwire._surroundings.randomness import accelerators_of
@@ -72,12 +71,10 @@ class Segment:
         self.ends: list[int] = []  # how many cells there were after each call
         self.wrote = False  # in place, to something that comes from the state
         self.effects: set[int] = set()  # the places of calls that wrote to something else
-        self.inputs: Versions = []
         self.buffers: Copies = {}
         self.modules: list[Inventory] = []  # of those that were called
         self.taken: Held | None = None  # what a module that is about to be called holds
-        self.skip = x  # the state, or what came from it by calls without weights
-        self.latest = x  # what came from the sum last
+        self.skip = self.latest = x  # what came from the state by calls without weights, and from the sum, last
         self.whole = True  # whether all calls are in the branch
         self.devices = () if x.is_cpu else accelerators_of([x])
         self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
@@ -184,12 +181,10 @@ class Segment:
 
     def _note_writes(self, tensors: list[Tensor], versions: list[int]) -> None:
         """The call that is about to be put down wrote to some of these."""
-        for t, version in zip(tensors, versions, strict=True):
-            if version_of(t) != version:
-                if self.number(t) is None:
-                    self.effects.add(len(self.calls))
-                else:
-                    self.wrote = True
+        written = [self.number(t) for t, version in zip(tensors, versions, strict=True) if version_of(t) != version]
+        if None in written:
+            self.effects.add(len(self.calls))
+        self.wrote = self.wrote or any(number is not None for number in written)
 
     def _put_down(self, call: Call, out: Any) -> None:
         self.draws.after(call)

@@ -136,8 +136,7 @@ class UnitRun:
     def become(self, unit: Unit) -> None:
         """Run as this unit: a block, or a residual."""
         self.unit: Unit = unit
-        tape = self.tape
-        _, current = tape.intact_state()
+        tape, current = self.tape, self.tape.intact_state()[1]
         self.rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
         self._whole_rule = self.rule
 
