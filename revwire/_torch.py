@@ -328,8 +328,10 @@ def default_device() -> torch.device | None:
     """The device that `torch.set_default_device`, or ``with torch.device(...)``, has put in force, each by a mode: the
     uppermost. None: there is none.
     """
-    for i in reversed(range(function_modes())):
-        mode = function_mode(i)
+    number = function_modes()
+    while number:
+        number -= 1
+        mode = function_mode(number)
         if isinstance(mode, _DeviceContext):
             return mode.device
     return None

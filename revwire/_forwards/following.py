@@ -17,7 +17,6 @@ from revwire._runtime.follower import NOW
 from revwire._runtime.links import link_of
 from revwire._search.places import Origin, found_at
 from revwire._structures import mapped, tensors_in, tensors_of
-from revwire._surroundings.modes import NOTHING
 from revwire._torch import function_mode, function_modes, pop_function_mode, push_function_mode
 
 _ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
@@ -30,8 +29,8 @@ _READS: dict[Any, bool] = {}
 class Following(TorchFunctionMode):
     """One call of a host."""
 
-    def __init__(self, host: Host, plain: Callable[..., Any], names: Sequence[str]) -> None:
-        """``plain``: the forward of the host as it was; ``names``: of its arguments."""
+    def __init__(self, host: Host, plain: Callable[..., Any], names: Callable[[], Sequence[str]]) -> None:
+        """``plain``: the forward of the host as it was; ``names``: gives those of its arguments."""
         super().__init__()
         self.host, self.plain, self.names, self.units = host, plain, names, OpenUnits(host)
 
@@ -39,9 +38,8 @@ class Following(TorchFunctionMode):
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Run the host's own code, followed."""
-        for p in self.host.planned:
-            if p.place.origin is not None and p.place.origin.call is None:
-                self.units.expect(p, self._argument(p.place.origin, args, kwargs))
+        for p, origin in self.host.by_argument:
+            self.units.expect(p, self._argument(origin, args, kwargs))
         try:
             return self._finished(self._called(args, kwargs))
         finally:
@@ -110,7 +108,7 @@ class Following(TorchFunctionMode):
 
     def _by_name(self, path: Any, args: Any, kwargs: Any) -> Any:
         """An argument that is given by its name, and was by its place in the example, or the other way round."""
-        names = self.names
+        names = self.names()
         if path[0] == 0:
             return kwargs.get(names[path[1]]) if path[1] < len(names) else None
         place = names.index(path[1]) if path[1] in names else len(args)
@@ -122,7 +120,9 @@ class Following(TorchFunctionMode):
         kwargs = kwargs or {}
         if NOW.follower is not self:
             return func(*args, **kwargs)
-        with kept_from_checkpoint() if self.units.stepped_inside else NOTHING:
+        if not self.units.stepped_inside:
+            return self._torch_call(func, args, kwargs)
+        with kept_from_checkpoint():
             return self._torch_call(func, args, kwargs)
 
     def _torch_call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -178,12 +178,15 @@ class Following(TorchFunctionMode):
         host = self.host
         if id(module) in host.opened:
             return call(*args, **kwargs)
-        popped = function_modes() > 0 and function_mode(function_modes() - 1) is self
+        modes = function_modes()
+        popped = modes > 0 and function_mode(modes - 1) is self
         if popped:  # inside of a leaf nothing is followed
             pop_function_mode()
         NOW.follower = None
         try:
-            with kept_from_checkpoint() if self.units.stepped_inside else NOTHING:
+            if not self.units.stepped_inside:
+                return self._leaf_call(module, call, args, kwargs)
+            with kept_from_checkpoint():
                 return self._leaf_call(module, call, args, kwargs)
         finally:
             NOW.follower = self
@@ -195,16 +198,17 @@ class Following(TorchFunctionMode):
         if self.units.instead:
             args, kwargs = self.units.renamed((args, kwargs))
         given = tensors_of(args, kwargs)
-        owner = None if host.passes(module) else self.units.owner(given, module)
+        passes = host.passes(module)
+        owner = None if passes else self.units.owner(given, module)
         if owner is None:
             out = call(*args, **kwargs)
+            if passes:
+                self.units.passed(out)
         else:
             if owner.raw is not owner.segment.x:
                 args, kwargs, given = self.units.with_state(owner, args, kwargs, given)
             out = owner.segment.make_module(module, args, kwargs, call, given, host.about(module))
             out = owner.after(module, given, out)
-        if owner is None and host.passes(module):
-            self.units.passed(out)
         if host.by_call:
             self.units.met(host.names.get(id(module), ""), out)
         return out

@@ -16,7 +16,7 @@ from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._runtime.segment import About
 from revwire._runtime.unit import Unit
-from revwire._search.places import Layout, Place
+from revwire._search.places import Layout, Origin, Place
 from revwire._surroundings.holdings import Known
 
 
@@ -56,6 +56,8 @@ class Host:
     Attributes:
         planned: its units, in order.
         chains: its units of each chain, by the identity of that.
+        views: how many views of a state may come before its first unit, by the identity of its chain.
+        by_argument: those that begin with an argument.
         by_call: those that begin with the result of a call, by (its name, the number of such calls before).
         names: of the modules below it, by identity, with a dot in front.
         opened: those whose code is followed as its own, by identity.
@@ -69,10 +71,15 @@ class Host:
             id(p.slot.chain): [q for q in self.planned if q.slot.chain is p.slot.chain] for p in self.planned
         }
         self._at = {(id(p.slot.chain), i): p for p in self.planned for i in (p.slot.index, *p.slot.later)}
+        self.views = {i: n for i, units in self.chains.items() if (n := units[0].place.views[0])}
+        self.by_argument: list[tuple[Planned, Origin]] = []
         self.by_call: dict[tuple[str, int], list[Planned]] = {}
         for p in self.planned:
-            if p.place.origin is not None and p.place.origin.call is not None:
-                self.by_call.setdefault((p.place.origin.call, p.place.origin.number), []).append(p)
+            origin = p.place.origin
+            if origin is not None and origin.call is None:
+                self.by_argument.append((p, origin))
+            elif origin is not None and origin.call is not None:
+                self.by_call.setdefault((origin.call, origin.number), []).append(p)
         self._learn(layout)
 
     def _learn(self, layout: Layout) -> None:
@@ -101,7 +108,11 @@ class Host:
     @property
     def is_current(self) -> bool:
         """Whether what its code may call are leaves: modules may be exchanged, or compiled, at any time."""
-        return all(is_leaf(m) for table in self._tables for m in table.values() if m is not None)
+        for table in self._tables:
+            for module in table.values():
+                if not (module is None or is_leaf(module)):
+                    return False
+        return True
 
     def passes(self, module: nn.Module) -> bool:
         """Whether a module holds units of the same chains: a state that it is given goes on inside."""

@@ -25,13 +25,14 @@ from revwire._forwards.host import Host, make_leaves
 from revwire._forwards.opaque_calls import look_through_checkpoints, make_known
 from revwire._forwards.rewired import RewiredForward
 from revwire._forwards.straight import is_straight
+from revwire._programs.assembly import Program
 from revwire._programs.calls import Slot
 from revwire._runtime.cells import kept_from_checkpoint
 from revwire._runtime.follower import NOW
 from revwire._runtime.run import refuse_transforms
 from revwire._search.places import Layout
 from revwire._surroundings.modes import exporting
-from revwire._torch import disable_dynamo
+from revwire._torch import disable_dynamo, inside_checkpoint
 
 _PLAIN = frozenset({Tensor, bool, type(None)})
 
@@ -59,20 +60,16 @@ class LiveForward(RewiredForward):
     # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
     @disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_recording():
+        follower = NOW.follower
+        if is_recording() or (follower is not None and follower.expects(args, kwargs)):  # a part of a unit of that host
             return self.plain(*args, **kwargs)
-        if NOW.follower is not None and NOW.follower.expects(args, kwargs):  # this is a part of a unit of that host
-            return self.plain(*args, **kwargs)
-        if self.straight and self._is_plain_call(args, kwargs):
-            try:
-                program, leaves = self.program_of(args, kwargs)
-            except CaptureError:  # this call is followed, and all others; but an exporter has no values to observe
-                self.straight = exporting()
-            else:
-                with kept_from_checkpoint():
-                    return program(self.module, leaves)
-        if any(map(_runs_by_program, self.slots)):
-            return super().__call__(*args, **kwargs)
+        found = self._program(args, kwargs)
+        if found is not None:
+            program, leaves = found
+            if not inside_checkpoint():
+                return program(self.module, leaves)
+            with kept_from_checkpoint():
+                return program(self.module, leaves)
         if exporting() and torch.is_grad_enabled():
             raise self.cannot_export()
         refuse_transforms(self.path or type(self.module).__name__)
@@ -83,9 +80,18 @@ class LiveForward(RewiredForward):
             self.host = Host(self.module, self.slots, self.layout)
         if self.layout.opaque:
             make_known()
-        follower = Following(self.host, self.plain, self._names_of_arguments())
+        follower = Following(self.host, self.plain, self._names_of_arguments)
         with kept_from_checkpoint():
             return follower.closed(args, kwargs) if self.layout.whole else follower.run(args, kwargs)
+
+    def _program(self, args: Any, kwargs: Any) -> tuple[Program, list[Any]] | None:
+        """The program by which a call runs, and what it is given; None where the host's code is followed."""
+        if self.straight and self._is_plain_call(args, kwargs):
+            try:
+                return self.program_of(args, kwargs)
+            except CaptureError:  # this call is followed, and all others; but an exporter has no values to observe
+                self.straight = exporting()
+        return self.program_of(args, kwargs) if any(map(_runs_by_program, self.slots)) else None
 
     def _is_plain_call(self, args: Any, kwargs: Any) -> bool:
         """Whether it is given nothing but plain tensors and flags, and runs the code that is a straight line."""

@@ -160,7 +160,7 @@ class OpenUnits:
         self.open: list[OpenUnit] = []
         self.forks: dict[int, tuple[Tensor, Planned]] = {}
         self.counts: dict[str, int] = {}
-        self.views = {i: n for i, units in host.chains.items() if (n := units[0].place.views[0])}
+        self.views = host.views.copy()
         self.instead: dict[int, tuple[ReferenceType[Tensor], Tensor]] = {}
         self.gradients = torch.is_grad_enabled()
         self.stepped_inside = False

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from revwire._capture.arguments import fresh_arguments
-from revwire._capture.intercept import is_recording
 from revwire._capture.recording import ASSIGNS
 from revwire._capture.run import record
 from revwire._errors import CaptureError, RevwireError
@@ -24,7 +23,7 @@ from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.attributes import attributes_of, changed, restore
 from revwire._surroundings.modes import exporting
-from revwire._torch import disable_dynamo, has_old_backward_hooks
+from revwire._torch import has_old_backward_hooks
 
 
 class RewiredForward(ProgramForward[Program]):
@@ -47,14 +46,6 @@ class RewiredForward(ProgramForward[Program]):
         for chain in {id(slot.chain): slot.chain for slot in self.slots}.values():
             chain.homes.note(self.module)
 
-    # torch.compile breaks its graph around a host; branches that are compiled by themselves stay compiled
-    @disable_dynamo
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_recording():
-            return self.plain(*args, **kwargs)
-        program, leaves = self.program_of(args, kwargs)
-        return program(self.module, leaves)
-
     def program_of(self, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
         """The program for such a call, and what it is given: captured now, if it is the first one.
 
@@ -63,11 +54,10 @@ class RewiredForward(ProgramForward[Program]):
         """
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
-        leaves = (
-            [*args] if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor else input_leaves((args, kwargs))
-        )
+        one = not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor
+        leaves = [args[0]] if one else input_leaves((args, kwargs))
         program = self.program_for(args, kwargs, leaves)
-        if exporting() and (program is None or torch.is_grad_enabled()):
+        if (program is None or torch.is_grad_enabled()) and exporting():
             raise self.cannot_export()
         if program is None:
             program = self.capture(args, kwargs)
@@ -94,9 +84,6 @@ class RewiredForward(ProgramForward[Program]):
                 "with the gradients of the module's last operation; expected full backward hooks on a rewired module; "
                 f"use register_full_backward_hook, or exclude it: convert(..., exclude=[{self.path + '*'!r}])"
             )
-
-    def on_replica(self, replica: nn.Module) -> RewiredForward:
-        return RewiredForward(replica, self.path, self.slots)
 
     def capture(self, args: Any, kwargs: Any) -> Program:
         """Observe the original forward on copies of the arguments, and build the program of this signature.

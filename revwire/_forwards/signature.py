@@ -32,7 +32,7 @@ def call_signature(args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         and leaves[0].is_cpu
     ):
         cast = "cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return _OF_ONE, (_kind(leaves[0]),), (0,), (torch.is_grad_enabled(), cast)  # as below, in the common case
+        return _OF_ONE, (_kind_of_tensor(Tensor, leaves[0]),), (0,), (torch.is_grad_enabled(), cast)  # as below
     first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
     devices = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
     modes = (
@@ -57,7 +57,10 @@ def _is_plain(t: Any) -> bool:
 def _kind(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return ByIdentity(leaf) if isinstance(leaf, IDENTITIES) else type(leaf)
-    kind = Tensor if isinstance(leaf, _STAND_INS) else type(leaf)
+    return _kind_of_tensor(Tensor if isinstance(leaf, _STAND_INS) else type(leaf), leaf)
+
+
+def _kind_of_tensor(kind: type[Tensor], leaf: Tensor) -> Any:
     return kind, leaf.dtype, leaf.device, leaf.dim(), leaf.requires_grad, leaf.layout, leaf.is_nested
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
@@ -29,6 +30,8 @@ from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import Rule
 
 TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
+
+meta_of: Callable[[Tensor], TensorMeta] = attrgetter("shape", "dtype", "device")
 
 
 class Anchor(NamedTuple):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
@@ -28,13 +27,3 @@ class _Now(threading.local):
 
 
 NOW = _Now()
-
-
-@contextmanager
-def unfollowed() -> Iterator[None]:
-    """Run what is none of the host's own code: a recompute, in a backward pass that the host's code itself began."""
-    follower, NOW.follower = NOW.follower, None
-    try:
-        yield
-    finally:
-        NOW.follower = follower

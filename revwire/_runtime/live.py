@@ -25,10 +25,9 @@ from revwire._runtime.segment import Segment
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import laid_out
-from revwire._surroundings.copies import detached
-from revwire._surroundings.holdings import Held
+from revwire._surroundings.copies import Versions, detached
+from revwire._surroundings.holdings import NO_HOLDINGS
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
-from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import checkpoint_stops_early
 
 
@@ -57,8 +56,7 @@ def ended(segment: Segment, value: Tensor, unit: Unit, strides: tuple[int, ...] 
         if segment.rewinds and not _put_on_tape(segment, value, f):
             run.keep()
         segment.let_go()
-        with outside_inference_mode():
-            out = step(run, previous, current, f, share)
+        out = outside_inference_mode(step, run, previous, current, f, share)
         run.join(out)
     del previous  # where the chain ends, its streams are merged: as few tensors as can be are there meanwhile
     out = left(segment.link, out, current, result_dtype(run.unit, x, f), kind_of(x))
@@ -71,7 +69,7 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
     chain, tape = run.tape.chain, run.tape
     number = segment.number(value)
     assert number is not None
-    if not segment.settle():
+    if not (segment.calls and segment.settle()):
         return False
     found = segment.branch(number)
     if found is None:
@@ -97,18 +95,22 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
         record.sample = tape.streams.sample(f, [t for _, t in last])
     finally:
         last.clear()  # see `packer`
+    if segment.whole:
+        segment.cells.clear()
     run.take(record, segment.x, f, ())
     return True
 
 
 def _record(segment: Segment, replay: Replay) -> UnitRecord:
-    run, inputs, weights = segment.run, segment.inputs, list[Tensor]()
+    run, inputs, weights = segment.run, Versions(), list[Tensor]()
     for number, t in replay.held.items():
         if t.is_leaf and t.requires_grad:
             weights.append(t)
         else:
             replay.held[number] = detached(t, inputs)
-    owned = Inventory.joined(segment.modules)
+    owned, *others = segment.modules or [Inventory.of(())]
+    for other in others:
+        owned.take_up(other)
     for weight in weights:
         owned.note(weight)
     return UnitRecord(
@@ -120,17 +122,10 @@ def _record(segment: Segment, replay: Replay) -> UnitRecord:
         extras=(),
         inputs=inputs,
         owned=owned,
-        held=Held.nothing(),
+        held=NO_HOLDINGS,
         buffers=segment.buffers,
         stop=Stop() if _may_stop(segment) else None,
-        surroundings=Surroundings(
-            segment.devices,
-            {},
-            {kind: (on, dtype) for kind, on, dtype in segment.modes[2]},
-            segment.cache_enabled,
-            segment.modes[3],
-            segment.context_kept,
-        ),
+        surroundings=segment.surroundings,
         replay=replay,
         kind=kind_of(segment.x),
     )

@@ -24,47 +24,49 @@ class Numbers:
         held: by number, those that come from elsewhere, with their version counters.
     """
 
-    __slots__ = ("_known", "held", "size")
+    __slots__ = ("_given", "_made", "held", "size")
 
     def __init__(self, x: Tensor) -> None:
-        self._known: dict[int, tuple[ReferenceType[Tensor], int]] = {id(x): (ref(x), 0)}
+        self._made: dict[int, tuple[ReferenceType[Tensor], int]] = {id(x): (ref(x), 0)}
+        self._given: dict[int, int] = {}  # the numbers of those that are held
         self.size = 1
         self.held: dict[int, tuple[Tensor, int]] = {}
 
     def is_state(self, x: Tensor) -> None:
         """Another tensor stands for the state, too."""
-        self._known[id(x)] = ref(x), 0
+        self._made[id(x)] = ref(x), 0
 
     def forget(self) -> None:
         """Hold nothing any more."""
         self.held.clear()
-        self._known.clear()
+        self._given.clear()
+        self._made.clear()
 
     def number(self, t: Tensor) -> int | None:
         """The number of a tensor that comes from the state (0: the state), or None."""
-        found = self._known.get(id(t))
-        return None if found is None or found[0]() is not t or found[1] in self.held else found[1]
+        found = self._made.get(id(t))
+        return found[1] if found is not None and found[0]() is t else None
 
     def number_of(self, t: Tensor) -> int:
         """The number of an argument."""
-        found = self._known.get(id(t))
+        found = self._made.get(id(t))
         if found is not None and found[0]() is t:
-            number = found[1]
-            if number not in self.held or self.held[number][1] == version_of(t):
-                return number
-        number = self.new(t)
-        self.held[number] = t, version_of(t)
+            return found[1]
+        number, version = self._given.get(id(t)), version_of(t)
+        if number is None or self.held[number][1] != version:
+            number = self._given[id(t)] = self.size
+            self.size += 1
+            self.held[number] = t, version
         return number
 
     def made(self, t: Tensor) -> int:
         """The number of a result: its own, where a call hands back what it was given."""
-        known = self.number(t)
-        return self.new(t) if known is None else known
-
-    def new(self, t: Tensor) -> int:
-        """A number for a tensor."""
-        number, self.size = self.size, self.size + 1
-        self._known[id(t)] = ref(t), number
+        found = self._made.get(id(t))
+        if found is not None and found[0]() is t:
+            return found[1]
+        number = self.size
+        self._made[id(t)] = ref(t), number
+        self.size += 1
         return number
 
     def noted(self, value: Any, needs: list[int]) -> Any:

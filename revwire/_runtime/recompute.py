@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from revwire._errors import ReconstructionError
 from revwire._runtime.autograd_graph import is_checkpointed
 from revwire._runtime.chain import Chain
-from revwire._runtime.entries import Stop, UnitRecord
+from revwire._runtime.entries import Stop, UnitRecord, meta_of
 from revwire._runtime.faults import WROTE_INPUT
-from revwire._runtime.follower import unfollowed
+from revwire._runtime.follower import NOW
 from revwire._runtime.kinds import dressed
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
@@ -107,19 +107,19 @@ class _Refill:
     def hook(self) -> Callable[[Tensor], None]:
         """The hook that is given each tensor that the branch saves."""
         expected, saved, looks = self.record.saved, self.saved, self.looks
-        looked = {*self.stop.looked} if self.stop else ()
+        looked, size = {*self.stop.looked} if self.stop else (), len(expected)
 
         def pack(t: Tensor) -> None:
             if self.enough:  # a handler in the branch took it for a fault, and goes on
                 raise _Enough
-            index, meta = len(saved), (t.shape, t.dtype, t.device)
-            if index >= len(expected) or expected[index] != meta:
+            index, meta = len(saved), meta_of(t)
+            if index == size or expected[index] != meta:
                 got = f"its recompute saved another tensor at {index}: {meta}"
                 raise self.record.fault(self.chain, got, "the same as in forward")
-            saved[index] = (t.detach(), t._version)
-            if index in looked and (found := glance(t)) is not None:
+            saved[index] = t.detach(), t._version
+            if looked and index in looked and (found := glance(t)) is not None:
                 looks.append(found)
-            if len(saved) == len(expected):
+            if index + 1 == size:
                 self._all_there()
 
         return pack
@@ -220,8 +220,11 @@ def _branch_again(record: UnitRecord, x: Tensor) -> Tensor:
         extras = tuple(map(recalled, record.extras)) if record.extras else ()
         f, _ = run_again(record.surroundings.context, evaluate, record.unit, record.host, x, extras)
         return f
-    with unfollowed():
+    follower, NOW.follower = NOW.follower, None  # a backward pass may be begun by a host's own code
+    try:
         f = run_again(record.surroundings.context, record.replay, x)
+    finally:
+        NOW.follower = follower
     return f if f.shape == x.shape else f.expand_as(x)
 
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +36,13 @@ from revwire._streams.base import Streams, canonical, stream_dtype
 from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
 from revwire._surroundings.inventory import version_of
-from revwire._surroundings.modes import NOTHING, exporting, transformed
+from revwire._surroundings.modes import exporting, transformed
 from revwire._torch import disable_dynamo
 
 _HEADROOM_UNCALIBRATED = 2.0**6
+
+
+T = TypeVar("T")
 
 
 _eager = (
@@ -52,7 +54,12 @@ _eager = (
 def apply(
     chain: Chain, unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...] = ()
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """As `run`, from anywhere."""
+    """As `run`, from anywhere.
+
+    Raises:
+        UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
+    """
+    refuse_transforms(chain.name)
     return run(chain, unit, host, x, extras)
 
 
@@ -62,11 +69,9 @@ def run(
     """Run one unit on the streams behind ``x`` (any shape): (the unit's output, side outputs of its branch).
 
     Raises:
-        UnsupportedTransformError: under forward-mode AD or a `torch.func` transform.
         RangeError: a value left the range of the fixed-point streams, and it was known too late.
         ReconstructionError: the streams were written in place, or `torch.utils.checkpoint` holds a part of the chain.
     """
-    refuse_transforms(chain.name)
     x, link = entered(chain, unit, host, x, link_of(x, chain, unit), extras)
     previous, current = link.carriers(x)
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
@@ -93,8 +98,7 @@ def left(link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kin
     """What a unit hands on, whose float value is ``out``; ``current``: that of its input."""
     tape, chain = link.tape, link.tape.chain
     place = tape.position - 1
-    with outside_inference_mode():
-        out = _give_out(chain, link, out, current, dtype, kind)
+    out = outside_inference_mode(_give_out, chain, link, out, current, dtype, kind)
     if chain.observer:
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
     return out
@@ -123,8 +127,7 @@ def _run(
         for chunk, part, before, value in _pieces(run.chunks if run.tape.keep else (), x, previous, current):
             waiting, share = later(run, before)
             f, sides = run.branch(chunk, part, extras)
-            with outside_inference_mode():
-                outs.append(step(run, waiting, value, f, share))
+            outs.append(outside_inference_mode(step, run, waiting, value, f, share))
         out = outs[0] if chunk is None else concatenated(outs, chunk.dim, current)
         run.join(out)
     return out, result_dtype(run.unit, x, f), sides
@@ -145,9 +148,12 @@ def _pieces(
         yield chunk, part, before, value
 
 
-def outside_inference_mode() -> AbstractContextManager[None]:
-    """Inference tensors have no version: a link could not tell a write to them."""
-    return recording_nothing() if torch.is_inference_mode_enabled() else NOTHING
+def outside_inference_mode(call: Callable[..., T], *args: Any) -> T:
+    """Make a call: inference tensors have no version, so a link could not tell a write to them."""
+    if not torch.is_inference_mode_enabled():
+        return call(*args)
+    with recording_nothing():
+        return call(*args)
 
 
 def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:

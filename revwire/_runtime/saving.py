@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revwire._runtime.cells import Cell
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk
-from revwire._runtime.entries import Stop, UnitRecord
+from revwire._runtime.entries import Stop, UnitRecord, meta_of
 from revwire._runtime.faults import WROTE_INPUT, fault
 from revwire._runtime.kinds import kind_of
 from revwire._runtime.selective import Products
@@ -92,7 +92,8 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
             record.products = products
         if not record.held.sets_back:
             record.surroundings.settle()
-        record.held.settle(call.unit.known, call.host.training)
+        if record.held.generators or call.unit.known.draws[call.host.training] is None:
+            record.held.settle(call.unit.known, call.host.training)
         record.witnesses = [number for number, _ in last]
         record.sample = call.streams.sample(f, [t for _, t in last])
     finally:
@@ -172,7 +173,7 @@ def packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Ca
                 stop.constants.append((ref(owner), version_of(owner)))
         if stop and id(owner) not in inputs:
             _look(record, stop, number, t)
-        saved.append((t.shape, t.dtype, t.device))
+        saved.append(meta_of(t))
         return number
 
     return pack
@@ -188,23 +189,19 @@ def given_up(
     """As `packer` for what was saved in cells, where no recompute stops early: from now on ``source`` rebuilds it."""
     owned, most, saved = record.owned, last.maxlen or 0, record.saved
     known = {id(x), id(x._base), *map(id, owned.weights)}
-    for number in range(len(cells) - 1, -1, -1):
-        cell = cells[number]
-        t: Tensor = cell[0]
-        cell[0], cell[1], cell[2] = None, number, source
-        saved.append((t.shape, t.dtype, t.device))
+    tensors: list[Tensor] = [cell[0] for cell in cells]
+    saved += map(meta_of, tensors)
+    for number, t, cell in zip(range(len(cells) - 1, -1, -1), reversed(tensors), reversed(cells), strict=True):
+        cell[:] = None, number, source
         owner = t._base
         if owner is None:
             owner = t
-        if id(owner) in known:
-            continue
         if not owner.is_leaf:
-            if len(last) < most and can_be_sampled(t):
+            if len(last) < most and id(owner) not in known and can_be_sampled(t):
                 last.appendleft((number, t))
-        elif owner.requires_grad:
+        elif owner.requires_grad and id(owner) not in known:
             known.add(id(owner))  # a weight from outside of the unit's modules
             owned.note(owner)
-    saved.reverse()
 
 
 def seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:

@@ -24,11 +24,11 @@ from revwire._runtime.selective import Products
 from revwire._structures import tensors_in
 from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
 from revwire._surroundings.context import context_kept
-from revwire._surroundings.copies import Versions
 from revwire._surroundings.holdings import Held, Known
-from revwire._surroundings.inventory import Inventory, version_of
+from revwire._surroundings.inventory import Inventory, version_of, versions_of
 from revwire._surroundings.randomness import accelerators_of
 from revwire._surroundings.settings import settings_now
+from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks
 
 if TYPE_CHECKING:
@@ -71,21 +71,17 @@ class Segment:
         self.ends: list[int] = []  # how many cells there were after each call
         self.wrote = False  # in place, to something that comes from the state
         self.effects: set[int] = set()  # the places of calls that wrote to something else
-        self.inputs: Versions = []
         self.buffers: Copies = {}
         self.modules: list[Inventory] = []  # of those that were called
         self.taken: Held | None = None  # what a module that is about to be called holds
-        self.skip = x  # the state, or what came from it by calls without weights
-        self.latest = x  # what came from the sum last
+        self.skip = self.latest = x  # what came from the state by calls without weights, and from the sum, last
         self.whole = True  # whether all calls are in the branch
         self.devices = () if x.is_cpu else accelerators_of([x])
         self.kinds = ("cpu", *(d.type for d in self.devices)) if self.devices else _CPU
-        self.modes, self.context = modes_here(self.kinds), copy_context()
-        self.standing = run.place, run.unit.path, run.host.training
-        self.draws = Draws(self.devices, quiet=rewinds and self.standing in chain.quiet)
-        self.context_kept = context_kept()
-        self.cache_enabled = torch.is_autocast_cache_enabled()
+        self.modes: CallModes | None = None  # around the first call, with gradients
         if rewinds:
+            self.standing = run.place, run.unit.path, run.host.training
+            self.draws = Draws(self.devices, quiet=self.standing in chain.quiet)
             cells = self.cells
 
             def pack(t: Tensor) -> Cell:  # autograd keeps it with every tensor: it owns the cells alone
@@ -110,7 +106,7 @@ class Segment:
         recorded = [self.values.noted(a, needs) for a in args]
         named = {k: self.values.noted(a, needs) for k, a in kwargs.items()} if kwargs else None
         call = Call(function, recorded, named, needs)
-        before = [(t, version_of(t) if t.is_inference() else t._version) for t in tensors]
+        versions = versions_of(tensors)
         self._look(call)
         start = len(self.cells)
         try:
@@ -126,7 +122,9 @@ class Segment:
         except BaseException:
             self._let_go(start)
             raise
-        self._put_down(call, before, out)
+        if versions_of(tensors) != versions:
+            self._note_writes(tensors, versions)
+        self._put_down(call, out)
         return out
 
     def make_module(
@@ -149,7 +147,8 @@ class Segment:
                     self.buffers.update(statistics_of(writers))
                 out = self.make(module, args, kwargs, run, tensors)
                 self.buffers.update(written.copies())
-        held.settle(known, training)
+        if held.generators or known.draws[training] is None:
+            held.settle(known, training)
         return out
 
     def note_done(self, function: Callable[..., Any], args: Any, out: Any) -> None:
@@ -160,7 +159,7 @@ class Segment:
         needs: list[int] = []
         call = Call(function, [self.values.noted(a, needs) for a in args], None, needs)
         self._look(call)
-        self._put_down(call, (), out)
+        self._put_down(call, out)
 
     def _note_made(self, out: Any) -> None:
         for t in tensors_in(out):
@@ -170,19 +169,25 @@ class Segment:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
         self.draws.before(call, sets_back=self.taken is not None and self.taken.sets_back)
         modes, context = modes_here(self.kinds), copy_context()
+        if self.modes is None:
+            self.modes, self.context = (True, False, *modes[2:]), context
+            casts = {kind: (enabled, dtype) for kind, enabled, dtype in modes[2]}
+            cache = torch.is_autocast_cache_enabled()
+            self.surroundings = Surroundings(self.devices, {}, casts, cache, modes[3], context_kept())
         if modes != self.modes:
             call.modes = modes
         if context != self.context:
             call.context = context_kept()
 
-    def _put_down(self, call: Call, before: Sequence[tuple[Tensor, int]], out: Any) -> None:
+    def _note_writes(self, tensors: list[Tensor], versions: list[int]) -> None:
+        """The call that is about to be put down wrote to some of these."""
+        written = [self.number(t) for t, version in zip(tensors, versions, strict=True) if version_of(t) != version]
+        if None in written:
+            self.effects.add(len(self.calls))
+        self.wrote = self.wrote or any(number is not None for number in written)
+
+    def _put_down(self, call: Call, out: Any) -> None:
         self.draws.after(call)
-        for t, version in before:
-            if version >= 0 and t._version != version:
-                if self.number(t) is None:
-                    self.effects.add(len(self.calls))
-                else:
-                    self.wrote = True
         if call.function in _KEEPS_STATISTICS:
             given = [*call.args[1:3], *((call.kwargs or {}).get(n) for n in ("running_mean", "running_var"))]
             call.copies = [g.number for g in given if type(g) is Made]
@@ -209,7 +214,7 @@ class Segment:
                 used.append(place)
                 wanted.update(call.needs)
         held = {n: self.values.held[n] for n in wanted if n in self.values.held} if self.values.held else {}
-        if any(version_of(t) != version for t, version in held.values()):
+        if held and any(version_of(t) != version for t, version in held.values()):
             return None
         used.reverse()
         self.whole = len(used) == len(self.calls)

@@ -136,8 +136,7 @@ class UnitRun:
     def become(self, unit: Unit) -> None:
         """Run as this unit: a block, or a residual."""
         self.unit: Unit = unit
-        tape = self.tape
-        _, current = tape.intact_state()
+        tape, current = self.tape, self.tape.intact_state()[1]
         self.rule = PLAIN[unit.kind] if tape.plain else tape.couplings[self.place].rule(unit.kind, current)
         self._whole_rule = self.rule
 
@@ -180,7 +179,8 @@ class UnitRun:
     def join(self, out: Tensor) -> None:
         """All chunks have been stepped, and give ``out``, the float value of x_{k+1}: the tape goes on."""
         tape = self.tape
-        _, current = tape.intact_state()
+        assert tape.state is not None
+        current = tape.state[1]
         if tape.left:
             self._keep_whole()
             state = current, current

@@ -82,7 +82,7 @@ class FixedStreams(Streams):
         if numbers is not None:
             done = kernels.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
             if done.in_range:
-                return Stepped(*done)
+                return done
         wide = self._increment(x, f, rule)
         m, bits = _bits(rule), None
         out = wide.to(self.integer)
@@ -105,7 +105,7 @@ class FixedStreams(Streams):
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
         if numbers is not None:
-            return Undone(*kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale))
+            return kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if rule.signs is not None:

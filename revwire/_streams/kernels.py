@@ -20,33 +20,24 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
 from math import ldexp
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revwire._streams.base import Stepped, Undone
 from revwire._streams.bits import SEGMENTS, layout_of
 
 _NATIVE = "revwire._streams.native"
+
+
+_FLOAT, _DTYPES, _KINDS = torch.float32, (torch.int32, torch.float32), (Tensor, nn.Parameter)
 
 
 _LEAST_PER_THREAD = 1 << 21
 """Elements below which another thread costs more than it saves: one thread is bound by the memory, and OpenMP's wait
 beside it.
 """
-
-
-class Advanced(NamedTuple):
-    """The state of x_{k+1}, its float value, what `advance` kept of x_{k-1}; whether all is in range (else the rest is
-    undefined), and the largest magnitude, to a factor of 2.
-    """
-
-    state: Tensor
-    value: Tensor
-    bits: Tensor | None
-    sums: Tensor | None
-    in_range: bool
-    largest: float
 
 
 def available() -> bool:
@@ -58,40 +49,36 @@ def suits(*tensors: Tensor) -> bool:
     """Whether these tensors (streams, their values) are what the kernels work on: dense, of one layout, on the CPU."""
     layout = tensors[0].stride()
     for t in tensors:
-        if not (
-            type(t) is Tensor
-            and (t.dtype is torch.int32 or t.dtype is torch.float32)
-            and t.is_cpu
-            and t.stride() == layout
-        ):
+        plain = type(t) is Tensor and t.dtype in _DTYPES
+        if not (plain and t.is_cpu and t.stride() == layout):
             return False
     return True
 
 
 def advance(
     previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool
-) -> Advanced:
+) -> Stepped:
     """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` what it takes to
     come back.
 
-    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
+    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right. Where not
+    all is in range, what it gives is undefined.
     """
     k, n, f = _native(), previous.numel(), _like(f, x)
     half = 1 << m >> 1
     state, value = torch.empty_like(previous), torch.empty_like(x)
     sums = _no_sums() if keep else None
-    tensors = (previous, x, f, state, value)
     numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
-    reached = _in_parts(
-        k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr())
-    )
+    given = previous.data_ptr(), x.data_ptr(), f.data_ptr()
+    made = state.data_ptr(), value.data_ptr(), 0 if sums is None else sums.data_ptr()
+    reached = _in_parts(k.advance, numbers, n, given + made)
     bits = None
     if m and keep:
         size = -(-n // 8) * m
         bits = torch.empty(size, dtype=torch.uint8)
         layout = layout_of(n, m)
         k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
-    return Advanced(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
+    return Stepped(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
 
 
 def retreat(
@@ -105,7 +92,7 @@ def retreat(
     *,
     negative: bool,
     scale: int,
-) -> tuple[Tensor, Tensor]:
+) -> Undone:
     """X_{k-1}, the inverse of `advance`, and its sums."""
     k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
     if m:
@@ -113,8 +100,9 @@ def retreat(
         layout = layout_of(n, m)
         k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
     numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
-    _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
-    return out, sums
+    given = following.data_ptr(), x.data_ptr(), f.data_ptr()
+    _in_parts(k.retreat, numbers, n, (*given, out.data_ptr(), sums.data_ptr()))
+    return Undone(out, sums)
 
 
 def read(state: Tensor, scale: int) -> Tensor:
@@ -151,13 +139,15 @@ def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Te
     """``elements`` numbers of ``f`` and ``fewer`` of each of at most two others, at equal distances; None where this
     form does not do.
     """
-    steps = []
-    for t, count in ((f, elements), *[(t, fewer) for t in saved]):
+    steps: list[int] = []
+    count = elements
+    for t in (f, *saved):
         n = t.numel()
-        plain = type(t) in (Tensor, nn.Parameter)  # others may have no memory of their own
-        if not plain or n < count or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+        plain = type(t) in _KINDS  # others may have no memory of their own
+        if not plain or n < count or t.dtype is not _FLOAT or not t.is_cpu or not t.is_contiguous():
             return None
-        steps += [t.data_ptr(), n // count]
+        steps += t.data_ptr(), n // count
+        count = fewer
     steps += [0, 1] * (2 - len(saved))
     out = torch.empty(elements + fewer * len(saved), dtype=torch.float32)
     _native().sample(out.data_ptr(), *steps, elements, fewer)

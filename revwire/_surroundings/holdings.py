@@ -106,10 +106,6 @@ class Found(NamedTuple):
             any(map(code_sets_back, classes)),
         )
 
-    def is_of(self, owned: Inventory) -> bool:
-        """Whether these are the modules, with as many attributes."""
-        return self.size == owned.size and self.modules == [*owned.modules]
-
 
 class Known:
     """What was found in the modules of a branch, as long as these are the same.
@@ -132,7 +128,7 @@ class Known:
     def found(self, owned: Inventory) -> Found:
         """What these modules have; looked up if they are others."""
         last = self.last
-        if last is None or not last.is_of(owned):
+        if last is None or last.size != owned.size or last.modules != [*owned.modules]:
             last = self.last = Found.of(owned)
         return last
 
@@ -199,11 +195,6 @@ class Held:
         values += [(m, False, name, noted(vars(m).get(name, MISSING))) for m, name in assigned]
         return cls(owned, found.names, values, states_of(drawing) if drawing else [], found.sets_back)
 
-    @classmethod
-    def nothing(cls) -> Held:
-        """Of no modules."""
-        return cls(Inventory.of(()), {}, (), ())
-
     @property
     def holders(self) -> list[nn.Module]:
         """The modules in which a recompute may exchange something."""
@@ -226,10 +217,7 @@ class Held:
     @property
     def may_differ(self) -> bool:
         """Whether a recompute might find another state."""
-        return bool(self.values or self.generators) or self._have_more()
-
-    def _have_more(self) -> bool:
-        return size_of(self.owned.modules.values()) != self.owned.size
+        return bool(self.values or self.generators) or size_of(self.owned.modules.values()) != self.owned.size
 
     @contextmanager
     def found_again(self) -> Iterator[None]:
@@ -241,7 +229,7 @@ class Held:
         ]
         with (
             generators_at(self.generators) if self.generators else NOTHING,
-            _standing([*changed, *self._new()]) if changed or self._have_more() else NOTHING,
+            _standing([*changed, *self._new()]),
         ):
             yield
 
@@ -254,6 +242,10 @@ class Held:
             for name in _table(module, is_buffer)
             if name not in self.names[number] and name not in _STANDARD
         ]
+
+
+NO_HOLDINGS = Held(Inventory.of(()), {}, (), ())
+"""Those of no modules."""
 
 
 @contextmanager

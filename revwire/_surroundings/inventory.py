@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, is_not
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ Place = tuple[Table, str, Tensor, bool]
 
 
 _VERSION = attrgetter("_version")
+
+_is_there: Callable[[Any], bool] = partial(is_not, None)
 
 
 @dataclass(slots=True)
@@ -64,7 +67,7 @@ class Inventory:
             if table:
                 if isinstance(table, dict):  # else it is that of a scripted module, whose weights nobody lends
                     tables.append((table, table.copy(), True))
-                weights += [w for w in table.values() if w is not None]
+                weights.extend(filter(_is_there, table.values()))  # type: ignore[arg-type]
             if buffers:
                 if any(map(is_written, buffers.values())):
                     writers.append(module)
@@ -74,22 +77,13 @@ class Inventory:
                 todo += below.values()
         return cls(weights, versions_of(weights), writers, tables, seen, size)
 
-    @classmethod
-    def joined(cls, several: Sequence[Inventory]) -> Inventory:
-        """That of modules that were taken stock of one after the other."""
-        if len(several) == 1:
-            return several[0]
-        modules = {number: module for one in several for number, module in one.modules.items()}
-        if len(modules) < sum(len(one.modules) for one in several):
-            return cls.of(modules.values())
-        return cls(
-            [w for one in several for w in one.weights],
-            [v for one in several for v in one.versions],
-            [m for one in several for m in one.writers],
-            [t for one in several for t in one.tables],
-            modules,
-            sum(one.size for one in several),
-        )
+    def take_up(self, other: Inventory) -> None:
+        """Let what other modules own be in it, too; ``modules`` and ``size`` are still those of its own."""
+        self.weights += other.weights
+        self.versions += other.versions
+        if other.writers:
+            self.writers += [m for m in other.writers if m not in self.writers]
+        self.tables += other.tables
 
     def note(self, weight: Tensor) -> None:
         """Take up one that the branch uses, which no module of it owns."""
@@ -99,12 +93,18 @@ class Inventory:
 
 def size_of(modules: Iterable[nn.Module]) -> int:
     """How many attributes and buffers these modules have."""
-    return sum([len(m.__dict__) + len(m._buffers) for m in modules])
+    size = 0
+    for m in modules:
+        size += len(m.__dict__) + len(m._buffers)
+    return size
 
 
 def version_of(x: Tensor) -> int:
     """The count of in-place writes to ``x``; inference tensors have none."""
-    return -1 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:
+        return -1
 
 
 def versions_of(tensors: list[Tensor]) -> list[int]:
