@@ -22,6 +22,14 @@ from revwire._torch import top_saved_tensors_hooks
 POINTS = 60
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """A shell ignores them on behalf of what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Info:
     """What Python looks into while the model runs, so its class is watched."""
 
