@@ -252,20 +252,11 @@ class Planner:
     # -- the plan --------------------------------------------------------------------------------------------------
 
     def planned(self, units: list[_Found], chain: Chain) -> PlannedChain:
-        first = self.recording.values[units[0].candidate.fork]
-        wide = chain.exact and asks_for_wide(chain.reach.largest, chain.reach.usual, self.of_branches(units))
-        width = 8 if first.dtype.itemsize == 8 or wide else 4
-        streams = 2 * prod(first.shape) * width
+        streams = _stream_bytes(self.recording, units[0].candidate, chain)
         bare = PlannedChain(
             chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
         )
         return with_costs(bare, chain)
-
-    def of_branches(self, units: list[_Found]) -> torch.dtype:
-        """The dtype in which the branches of a chain computed."""
-        c = units[0].candidate
-        dtype, (_, _, casts) = self.recording.values[c.fork].dtype, self.recording.events[c.add].modes
-        return next((to for _, on, to in casts if on and dtype == torch.float32), dtype)
 
     def planned_unit(self, u: _Found) -> PlannedUnit:
         c, events = u.candidate, self.recording.events
@@ -289,6 +280,14 @@ def _magnitudes(recording: Recording, units: list[_Found]) -> tuple[float, float
     states = [recording.values[v] for u in units for v in (u.candidate.fork, u.candidate.out)]
     largest = max(v.largest for v in states)
     return largest, min((largest * v.usual / v.largest for v in states if v.usual and v.largest), default=0.0)
+
+
+def _stream_bytes(recording: Recording, first: Candidate, chain: Chain) -> int:
+    """Bytes of the two streams of a chain that begins with this unit."""
+    x, (_, _, casts), reach = recording.values[first.fork], recording.events[first.add].modes, chain.reach
+    branch = next((to for _, on, to in casts if on and x.dtype == torch.float32), x.dtype)
+    wide = chain.exact and asks_for_wide(reach.largest, reach.usual, branch)
+    return 2 * prod(x.shape) * (8 if x.dtype.itemsize == 8 or wide else 4)
 
 
 def _refuse_idle_globs(

@@ -166,7 +166,7 @@ def _scaled_anew(
     chain: Chain, old: Tape, current: Tensor, out: Tensor, dtype: torch.dtype
 ) -> tuple[Tape, Tensor, Tensor]:
     """A tape for the rest of the chain, and the values of x_k and x_{k+1} in it; see Note [Out of range] in `range`."""
-    streams = _streams_for(chain, magnitude(current, out), usual_magnitude(out), out, dtype)
+    streams = _streams_for(chain, magnitude(current, out), usual_magnitude(out), out, _of_branches(dtype, out.device))
     states = streams.enter(current), streams.enter(out)
     tape = Tape(chain, streams, states, position=old.position, keep=old.keep, unpacker=unpacker, plain=old.plain)
     if isinstance(streams, FixedStreams):
@@ -174,12 +174,12 @@ def _scaled_anew(
     return tape, current, out
 
 
-def _streams_for(chain: Chain, largest: float, most: float, x: Tensor, dtype: torch.dtype) -> Streams:
-    """Integers for values such as ``x``, of magnitudes up to ``largest``, ``most`` of them up to that, where a state
-    outside of the chain is of this dtype; floats, whose states are kept, where that is not finite.
+def _streams_for(chain: Chain, largest: float, usual: float, x: Tensor, branch: torch.dtype) -> Streams:
+    """Integers for states such as ``x``, of magnitudes up to ``largest``, most of them up to ``usual``; floats, whose
+    states are kept, where that is not finite. Branches compute in the dtype ``branch``.
     """
     try:
-        return FixedStreams.for_range(largest, x.dtype, most, _of_branches(dtype, x.device))
+        return FixedStreams.for_range(largest, x.dtype, usual, branch)
     except RangeError:
         return FloatStreams(chain.tolerance, rebuilds=False)
 
@@ -213,9 +213,8 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
-    streams = (
-        FloatStreams(chain.tolerance) if plain or exported or not chain.exact else _begun(chain, unit, wide, x.dtype)
-    )
+    floats = plain or exported or not chain.exact
+    streams = FloatStreams(chain.tolerance) if floats else _begun(chain, unit, wide, x.dtype)
     state = streams.enter(wide)
     tape = Tape(
         chain,
@@ -264,10 +263,10 @@ def _begun(chain: Chain, unit: Unit, x: Tensor, dtype: torch.dtype) -> Streams:
             warn_of_what_is_not_finite(chain.reach, chain.name, unit)
         return FloatStreams(chain.tolerance, rebuilds=False)
     least = largest if chain.reach.calibrated is not None else largest * _HEADROOM_UNCALIBRATED
-    most = chain.reach.beside
-    if largest > followed and asks_for_wide(largest, most, _of_branches(dtype, x.device)):
-        most = max(most, usual_magnitude(x))  # all of it may have grown
-    return _streams_for(chain, max(least, followed), most, x, dtype)
+    usual, branch = chain.reach.beside, _of_branches(dtype, x.device)
+    if largest > followed and asks_for_wide(largest, usual, branch):
+        usual = max(usual, usual_magnitude(x))  # all of it may have grown
+    return _streams_for(chain, max(least, followed), usual, x, branch)
 
 
 def result_dtype(unit: Unit, x: Tensor, f: Tensor) -> torch.dtype:
