@@ -92,7 +92,7 @@ class FixedStreams(Streams):
         top = 57 if integer == torch.int64 else 30
         exponent = floor(log2(largest)) + 1 if largest > 0 else 0
         scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
-        return cls(scale, integer, compiled=integer == torch.int32 and kernels.available(), dtype=dtype)
+        return cls(scale, integer, compiled=dtype == torch.float32 and kernels.available(), dtype=dtype)
 
     @property
     def bound(self) -> float:

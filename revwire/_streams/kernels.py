@@ -60,7 +60,7 @@ def suits(*tensors: Tensor) -> bool:
     for t in tensors:
         if not (
             type(t) is Tensor
-            and (t.dtype is torch.int32 or t.dtype is torch.float32)
+            and (t.dtype is torch.int32 or t.dtype is torch.float32 or t.dtype is torch.int64)
             and t.is_cpu
             and t.stride() == layout
         ):
@@ -77,11 +77,12 @@ def advance(
     That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
     """
     k, n, f = _native(), previous.numel(), _like(f, x)
+    like = k.LIKE[previous.itemsize]
     half = 1 << m >> 1
     state, value = torch.empty_like(previous), torch.empty_like(x)
-    sums = _no_sums() if keep else None
+    sums = _no_sums(previous) if keep else None
     tensors = (previous, x, f, state, value)
-    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
+    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1, like)
     reached = _in_parts(
         k.advance, numbers, n, (*[t.data_ptr() for t in tensors], 0 if sums is None else sums.data_ptr())
     )
@@ -90,7 +91,7 @@ def advance(
         size = -(-n // 8) * m
         bits = torch.empty(size, dtype=torch.uint8)
         layout = layout_of(n, m)
-        k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
+        k.pack(like, n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
     return Advanced(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
 
 
@@ -107,12 +108,13 @@ def retreat(
     scale: int,
 ) -> tuple[Tensor, Tensor]:
     """X_{k-1}, the inverse of `advance`, and its sums."""
-    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
+    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums(following)
+    like = k.LIKE[following.itemsize]
     if m:
         assert bits is not None
         layout = layout_of(n, m)
-        k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
-    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
+        k.unpack(like, bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
+    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1, like)
     _in_parts(k.retreat, numbers, n, tuple([t.data_ptr() for t in (following, x, f, out, sums)]))
     return out, sums
 
@@ -120,19 +122,20 @@ def retreat(
 def read(state: Tensor, scale: int) -> Tensor:
     """The float32 value of a state."""
     value = torch.empty_like(state, dtype=torch.float32)
-    _in_parts(_native().read, (ldexp(1.0, -scale),), state.numel(), (state.data_ptr(), value.data_ptr()))
+    k = _native()
+    _in_parts(k.read, (ldexp(1.0, -scale), k.LIKE[state.itemsize]), state.numel(), (state.data_ptr(), value.data_ptr()))
     return value
 
 
 def summed(state: Tensor) -> Tensor:
     """The sums of a state, as `advance` and `retreat` give them."""
-    sums = _no_sums()
-    _in_parts(_native().summed, (), state.numel(), (state.data_ptr(), sums.data_ptr()))
+    k, sums = _native(), _no_sums(state)
+    _in_parts(k.summed, (k.LIKE[state.itemsize],), state.numel(), (state.data_ptr(), sums.data_ptr()))
     return sums
 
 
-def _no_sums() -> Tensor:
-    return torch.empty(SEGMENTS, dtype=torch.int32)
+def _no_sums(state: Tensor) -> Tensor:
+    return torch.empty(SEGMENTS, dtype=state.dtype)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
