@@ -3,6 +3,7 @@ holds as it does without.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import revwire
 from cases import FAST
 from revwire import Bdia, RandomBdia, Re2TAL
 from revwire._runtime.range import Reach
+from revwire._streams import fixed
 from revwire._streams.fixed import FixedStreams, asks_for_wide
 from revwire._streams.samples import usual_magnitude
 from steps import gradients, same
@@ -118,6 +120,18 @@ def test_so_are_units_in_all_modes(case, mix, dtype):
         rebuilt = gradients(model, x)
         with stored(model):
             assert same(rebuilt, gradients(model, x))
+
+
+@pytest.mark.parametrize("coupling", [Bdia(1 / 16), Re2TAL()], ids=lambda c: c.name)
+def test_a_value_that_is_read_late_is_that_of_its_state(coupling, monkeypatch):
+    """As on accelerators, where it is made in another way."""
+    monkeypatch.setattr(fixed, "_is_read_late", lambda device: True)
+    streams = replace(FixedStreams.for_range(1e6, torch.float32, 1.0), compiled=False)
+    x = network(None, 1e6)[1]
+    state, rule = streams.enter(x), coupling.rule("residual", x)
+    stepped = streams.step(state, streams.read(state), x.roll(1), rule)
+    assert stepped.value.dtype == torch.float32
+    assert torch.equal(stepped.value, streams.read(stepped.state))
 
 
 # -- when they are wide ------------------------------------------------------------------------------------------------
