@@ -145,7 +145,7 @@ class Recorder(TorchFunctionMode):
         self.close(event, versions, out)
         event.view = not event.writes and is_view(args, out, event.kernels)
         if event.is_addition or event.is_spelled_sum:
-            self.values.measure_largest([*tensors_in((args, kwargs)), *tensors_in(out)])
+            self.values.measure_magnitudes([*tensors_in((args, kwargs)), *tensors_in(out)])
         return out
 
     def module_call(

@@ -70,8 +70,9 @@ class Value:
     ``event`` is its producer (-1: it existed before). ``existing`` is the tensor itself, and ``names`` its qualified
     names in the root, where it existed before. ``storage`` is equal for tensors that share memory. ``dynamic``: its
     shape may depend on the values of other tensors. ``custom``: a custom autograd function that was not seen gave it
-    another gradient than its producer would. ``largest`` is its largest magnitude, measured for what enters or
-    leaves an addition. ``wants``: a backward pass brings it a gradient.
+    another gradient than its producer would. ``largest`` is its largest magnitude, and ``usual`` that of most of
+    its elements (`_streams.samples.usual_magnitude`), measured for what enters or leaves an addition. ``wants``: a
+    backward pass brings it a gradient.
     """
 
     number: int
@@ -84,6 +85,7 @@ class Value:
     dynamic: bool = False
     custom: bool = False
     largest: float = 0.0
+    usual: float = 0.0
     wants: bool = False
     strides: tuple[int, ...] = ()
 

@@ -15,6 +15,7 @@ from torch.autograd.function import BackwardCFunction
 
 from revwire._capture.aliasing import Memory, address_of
 from revwire._capture.recording import Event, Recording, Value
+from revwire._streams.samples import usual_magnitude
 from revwire._structures import Opaque, Ref, is_constant, mapped, plain, tensors_in
 
 
@@ -104,12 +105,13 @@ class Values:
                 self.bind(t, event.number, dynamic)
         return self.noted(structure)
 
-    def measure_largest(self, tensors: list[Tensor]) -> None:
-        """Note the largest magnitude of each of these."""
+    def measure_magnitudes(self, tensors: list[Tensor]) -> None:
+        """Note the largest magnitude of each of these, and the usual one."""
         for t in tensors:
             if t.is_floating_point() and t.numel() and not t.is_meta and not t.is_nested:
                 value = self.recording.values[self.number_of(t)]
                 value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
+                value.usual = usual_magnitude(t)
 
     def note_saved(self, t: Tensor, event: Event) -> None:
         """Note that autograd keeps this tensor for an event that still runs; weights are there anyway."""

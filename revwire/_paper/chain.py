@@ -11,7 +11,7 @@ from revwire._search.residuals import Candidate
 from revwire._structures import refs
 
 _STATE = 4
-"""Bytes per element of a state, of its float value and of its gradient; 8 where the network is in float64."""
+"""Bytes per element of the value of a state and of its gradient; 8 where the network is in float64."""
 
 
 class UnitOnPaper(NamedTuple):
@@ -47,11 +47,10 @@ class ChainOnPaper(NamedTuple):
     units: tuple[UnitOnPaper, ...]
 
 
-def chain_on_paper(step: Step, units: Sequence[Candidate], kept_bytes: Sequence[int]) -> ChainOnPaper:
-    """A chain of these units, of which each keeps so many bytes.
+def chain_on_paper(step: Step, units: Sequence[Candidate], states: int, kept_bytes: Sequence[int]) -> ChainOnPaper:
+    """A chain of these units, of which each keeps so many bytes; ``states``: bytes of its two states.
 
-    In the backward of a unit there are, beside the two states, the gradients of both, where a plain network has one,
-    and the float value of x_k.
+    In the backward of a unit there are, beside the two states, the gradients of both, where a plain network has one.
     """
     events, values = step.events, step.values
     regions = [events_of(step, c) for c in units]
@@ -67,10 +66,9 @@ def chain_on_paper(step: Step, units: Sequence[Candidate], kept_bytes: Sequence[
             if values[r.value].event not in region
         } - {fork.storage}
         given = frozenset(s for s in inputs if s in step.sizes)
-        inner = inner_height(step, sorted(region), given).over(2 * state - elements * fork.dtype.itemsize)
+        more = 2 * state - elements * fork.dtype.itemsize + states // 2 - state  # wide streams: one more on its way
+        inner = inner_height(step, sorted(region), given).over(more)
         found.append(UnitOnPaper(max(region) + 1, given, kept, inner))
-    fork = values[units[0].fork]
-    states = 2 * prod(fork.shape) * max(_STATE, fork.dtype.itemsize)
     return ChainOnPaper(min(own), max(own) + 1, own, states, tuple(found))
 
 

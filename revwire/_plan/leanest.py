@@ -17,7 +17,6 @@ from revwire._plan.plan import Peaks, PlannedChain
 from revwire._search.dataflow import Flow
 from revwire._search.residuals import Candidate
 
-
 _TELLING = 1 << 20
 """Bytes that a step on the example must take at least to tell which layout is the leanest."""
 
@@ -43,7 +42,7 @@ class OnPaper:
     ) -> None:
         self.recording, self.units, self.step = recording, units, Step(recording)
         self.chains: list[ChainOnPaper] = [
-            chain_on_paper(self.step, several, [u.kept_bytes for u in chain.units])
+            chain_on_paper(self.step, several, chain.stream_bytes, [u.kept_bytes for u in chain.units])
             for several, chain in zip(units, planned, strict=True)
         ]
 

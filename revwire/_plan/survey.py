@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from revwire._capture.lines import shown
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
@@ -26,6 +28,7 @@ from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
+from revwire._streams.fixed import asks_for_wide
 
 UNREGISTERED = (
     "its host is not registered below the model; make it an attribute of a module, or an item of an nn.ModuleList"
@@ -169,7 +172,8 @@ class Planner:
         choice, name = self.options.choice, f"chain {number}"
         couplings = [choice.coupling((u.path, u.host_path), u.pattern) for u in units]
         exact, spacing = choice.arithmetic(f"{name} ({units[0].path} .. {units[-1].path})", couplings)
-        chain = Chain(name, couplings, exact=exact, length=len(units), largest=_largest(self.recording, units))
+        largest, most = _magnitudes(self.recording, units)
+        chain = Chain(name, couplings, exact=exact, length=len(units), largest=largest, usual=most)
         chain.set_anchors(spacing, adapts=choice.anchors == "auto", tolerance=choice.tolerance)
         return chain
 
@@ -225,9 +229,7 @@ class Planner:
     # -- the plan --------------------------------------------------------------------------------------------------
 
     def planned(self, units: list[Placed], chain: Chain) -> PlannedChain:
-        first = self.recording.values[units[0].candidate.fork]
-        width = 8 if first.dtype.itemsize == 8 else 4
-        streams = 2 * prod(first.shape) * width
+        streams = _stream_bytes(self.recording, units[0].candidate, chain)
         bare = PlannedChain(
             chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
         )
@@ -261,9 +263,21 @@ def _hosts(recording: Recording, units: list[list[Placed]]) -> set[int]:
     return {id(recording.events[u.candidate.host].target) for members in units for u in members}
 
 
-def _largest(recording: Recording, units: list[Placed]) -> float:
-    """The largest magnitude in the states of a chain."""
-    return max(max(recording.values[v].largest for v in (u.candidate.fork, u.candidate.out)) for u in units)
+def _magnitudes(recording: Recording, units: list[Placed]) -> tuple[float, float]:
+    """The largest magnitude in the states of a chain, and that of most values beside it: by the state where the two are
+    farthest apart (0 where none was measured).
+    """
+    states = [recording.values[v] for u in units for v in (u.candidate.fork, u.candidate.out)]
+    largest = max(v.largest for v in states)
+    return largest, min((largest * v.usual / v.largest for v in states if v.usual and v.largest), default=0.0)
+
+
+def _stream_bytes(recording: Recording, first: Candidate, chain: Chain) -> int:
+    """Bytes of the two streams of a chain that begins with this unit."""
+    x, (_, _, casts), reach = recording.values[first.fork], recording.events[first.add].modes, chain.reach
+    branch = next((to for _, on, to in casts if on and x.dtype == torch.float32), x.dtype)
+    wide = chain.exact and asks_for_wide(reach.largest, reach.usual, branch)
+    return 2 * prod(x.shape) * (8 if x.dtype.itemsize == 8 or wide else 4)
 
 
 def _refuse_idle_globs(

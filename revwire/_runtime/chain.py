@@ -31,6 +31,7 @@ class Chain:
         length: number of units; after the last, the streams are merged.
         largest: the largest magnitude met in the streams at conversion, or None if not known; from then on `reach`
             follows what forwards meet.
+        usual: the magnitude of most values beside it; 0 if not known.
         keeps_last: autograd may keep what the last unit saves (see Note [The last unit] in `unit_run`).
 
     Attributes:
@@ -47,13 +48,14 @@ class Chain:
         exact: bool,
         length: int,
         largest: float | None = None,
+        usual: float = 0.0,
         keeps_last: bool = False,
     ) -> None:
         self.name = name
         self.couplings = (coupling,) * length if isinstance(coupling, Coupling) else tuple(coupling)
         self.exact = exact
         self.length = length
-        self.reach = Reach(largest)
+        self.reach = Reach(largest, usual)
         self.keeps_last = keeps_last
         self.set_anchors(None)
         self.run_whole: set[str] = set()  # units whose recompute was seen not to be comparable when it stops early

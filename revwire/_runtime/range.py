@@ -39,6 +39,7 @@ from revwire._errors import RangeError
 from revwire._runtime.autograd_graph import NO_PASS, running_pass
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Stepped
+from revwire._streams.samples import usual_magnitude
 
 _NEAR = 4
 """A forward that came nearer than this factor to the end of the range may be followed by one that leaves it."""
@@ -66,8 +67,9 @@ class Reach:
 
     Attributes:
         calibrated: that of the example, below which it does not fall; None where it is not known.
-        largest: that of the present forward.
-        following: that of the next one.
+        usual: the magnitude of most values beside that; 0 where it is not known.
+        largest, beside: that of the present forward, and the magnitude of most values beside it.
+        following, following_beside: those of the next one.
         held: nothing that forwards meet changes it.
         careful: forwards that are still to be read unit by unit.
         idle: forwards in a row that left the range unused.
@@ -75,8 +77,11 @@ class Reach:
     """
 
     calibrated: float | None
+    usual: float = 0.0
     largest: float = field(init=False)
+    beside: float = field(init=False)
     following: float = field(init=False)
+    following_beside: float = field(init=False)
     held: bool = False
     careful: int = 0
     idle: int = 0
@@ -84,11 +89,12 @@ class Reach:
 
     def __post_init__(self) -> None:
         self.largest = self.following = self.calibrated or 0.0
+        self.beside = self.following_beside = self.usual
 
     def begin(self) -> float:
         """A forward begins: for which magnitude its streams are scaled at least."""
         if running_pass() == NO_PASS:
-            self.largest = self.following
+            self.largest, self.beside = self.following, self.following_beside
         return self.largest
 
     def stay(self, met: float, bound: float) -> None:
@@ -100,11 +106,14 @@ class Reach:
         self.idle = self.idle + 1 if self.largest > floor and met * _UNUSED < bound else 0
         if self.idle == _IDLE:
             self.following, self.idle = max(floor, self.largest / _NARROWER), 0
+            self.following_beside = max(self.usual, self.beside / _NARROWER)
 
-    def leave(self, met: float) -> None:
-        """A forward has left its range, by a value of magnitude ``met``."""
+    def leave(self, met: float, usual: float = 0.0) -> None:
+        """A forward has left its range, by a value of magnitude ``met``, in a state where ``usual`` is that of most."""
         if not self.held and isfinite(met):
-            self.following, self.careful, self.idle = max(self.following, met), _CAREFUL, 0
+            if met > self.following:
+                self.following, self.following_beside = met, max(self.usual, usual)
+            self.careful, self.idle = _CAREFUL, 0
 
     def warn(self, kind: str, message: str) -> None:
         """Warn, once of each kind."""
@@ -218,12 +227,13 @@ class RangeCheck:
         if not self.settle() and self.keep and self.bound is not None:
             self.reach.stay(self.largest, self.bound)
 
-    def leave(self, unit: Unit, met: float) -> None:
-        """A value has left the range at this unit, and the chain goes on; see Note [Out of range]."""
+    def leave(self, unit: Unit, out: Tensor) -> None:
+        """The float value ``out`` of this unit has left the range, and the chain goes on; see Note [Out of range]."""
+        met = magnitude(out)
         if not isfinite(met):
             self._warn_of_what_is_not_finite(unit)
         elif self.keep:
-            self.reach.leave(met)
+            self.reach.leave(met, usual_magnitude(out))
             self.reach.warn("range", f"{self._left(unit, met)}; {_GOES_ON}")
 
     def _warn_of_what_is_not_finite(self, unit: Unit) -> None:

@@ -33,8 +33,9 @@ from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import Streams, canonical, stream_dtype
-from revwire._streams.fixed import FixedStreams
+from revwire._streams.fixed import FixedStreams, asks_for_wide
 from revwire._streams.floats import FloatStreams
+from revwire._streams.samples import usual_magnitude
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.modes import exporting, transformed
 from revwire._torch import disable_dynamo
@@ -163,13 +164,15 @@ def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: tor
         tape.range.close()
         return dressed((out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype), kind)
     if tape.left:
-        tape, current, out = _scaled_anew(chain, tape, current, out)
+        tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
     return linked(dressed(out.to(dtype), kind), tape, current, out)
 
 
-def _scaled_anew(chain: Chain, old: Tape, current: Tensor, out: Tensor) -> tuple[Tape, Tensor, Tensor]:
+def _scaled_anew(
+    chain: Chain, old: Tape, current: Tensor, out: Tensor, dtype: torch.dtype
+) -> tuple[Tape, Tensor, Tensor]:
     """A tape for the rest of the chain, and the values of x_k and x_{k+1} in it; see Note [Out of range] in `range`."""
-    streams = _streams_for(chain, magnitude(current, out), out.dtype)
+    streams = _streams_for(chain, magnitude(current, out), usual_magnitude(out), out, _of_branches(dtype, out.device))
     states = streams.enter(current), streams.enter(out)
     tape = Tape(chain, streams, states, position=old.position, keep=old.keep, unpacker=unpacker, plain=old.plain)
     if isinstance(streams, FixedStreams):
@@ -177,12 +180,20 @@ def _scaled_anew(chain: Chain, old: Tape, current: Tensor, out: Tensor) -> tuple
     return tape, current, out
 
 
-def _streams_for(chain: Chain, largest: float, dtype: torch.dtype) -> Streams:
-    """Integers for magnitudes up to ``largest``; floats, whose states are kept, where that is not finite."""
+def _streams_for(chain: Chain, largest: float, usual: float, x: Tensor, branch: torch.dtype) -> Streams:
+    """Integers for states such as ``x``, of magnitudes up to ``largest``, most of them up to ``usual``; floats, whose
+    states are kept, where that is not finite. Branches compute in the dtype ``branch``.
+    """
     try:
-        return FixedStreams.for_range(largest, dtype)
+        return FixedStreams.for_range(largest, x.dtype, usual, branch)
     except RangeError:
         return FloatStreams(chain.tolerance, rebuilds=False)
+
+
+def _of_branches(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which branches compute that are given this one."""
+    casts = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if casts else dtype
 
 
 def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
@@ -208,7 +219,8 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
-    streams = FloatStreams(chain.tolerance) if plain or exported or not chain.exact else _begun(chain, unit, wide)
+    floats = plain or exported or not chain.exact
+    streams = FloatStreams(chain.tolerance) if floats else _begun(chain, unit, wide, x.dtype)
     state = streams.enter(wide)
     tape = Tape(
         chain,
@@ -249,15 +261,18 @@ def _cut(chain: Chain, where: str) -> ReconstructionError:
     )
 
 
-def _begun(chain: Chain, unit: Unit, x: Tensor) -> Streams:
-    """The streams of a forward that enters the chain at this unit."""
+def _begun(chain: Chain, unit: Unit, x: Tensor, dtype: torch.dtype) -> Streams:
+    """The streams of a forward that enters the chain at this unit, by a state that came in this dtype."""
     largest, followed = magnitude(x), chain.reach.begin()
     if not isfinite(largest):
         if torch.is_grad_enabled():
             warn_of_what_is_not_finite(chain.reach, chain.name, unit)
         return FloatStreams(chain.tolerance, rebuilds=False)
     least = largest if chain.reach.calibrated is not None else largest * _HEADROOM_UNCALIBRATED
-    return _streams_for(chain, max(least, followed), x.dtype)
+    usual, branch = chain.reach.beside, _of_branches(dtype, x.device)
+    if largest > followed and asks_for_wide(largest, usual, branch):
+        usual = max(usual, usual_magnitude(x))  # all of it may have grown
+    return _streams_for(chain, max(least, followed), usual, x, branch)
 
 
 def result_dtype(unit: Unit, x: Tensor, f: Tensor) -> torch.dtype:

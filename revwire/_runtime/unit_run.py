@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from revwire._runtime.chain import Kept
 from revwire._runtime.chunks import Chunk, Cut, SharedDraws, joined, parts_of
 from revwire._runtime.entries import Anchor, Before, Result, UnitRecord
-from revwire._runtime.range import magnitude
 from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit, evaluate
@@ -200,7 +199,7 @@ class UnitRun:
         """A step whose values leave the range: no state, but the float value; the tape ends with it."""
         tape = self.tape
         out = FloatStreams().step(tape.streams.read(previous), x, f, self.rule).value
-        tape.range.leave(self.unit, magnitude(out))
+        tape.range.leave(self.unit, out)
         tape.left = True
         return Stepped(previous, out, None)
 

@@ -126,12 +126,14 @@ class Streams(ABC):
 def scaled(f: Tensor, factor: Factor, like: Tensor) -> Tensor:
     """``factor``·f in the dtype and layout of ``like`` (a float tensor)."""
     out = torch.empty_like(like)
+    if isinstance(factor, Tensor):
+        factor = factor.to(out.dtype)
     return torch.mul(f, factor, out=out) if f.dtype == out.dtype else out.copy_(f).mul_(factor)
 
 
 def add_scaled(out: Tensor, x: Tensor, factor: Factor) -> None:
     """out += factor·x, in place."""
     if isinstance(factor, Tensor):
-        out.addcmul_(x, factor)
+        out.addcmul_(x, factor.to(out.dtype))
     elif factor:
         out.add_(x, alpha=factor)

@@ -1,4 +1,15 @@
-"""Streams in fixed point: integers, whose inverse is exact to the bit."""
+"""Streams in fixed point: integers, whose inverse is exact to the bit.
+
+Note [Wide streams]
+    All of a state lies on one grid, so what is small beside the largest value has fewer bits. Streams of float32 are
+    therefore integers of 64 bits where 32 would leave most values (`samples.usual_magnitude`) too few: where a few
+    channels are much larger than the others. Values, branches and gradients stay in float32; the two states take twice
+    the bytes. In 16-bit branches the rounding of a state disappears behind theirs when it is eight times finer. In
+    float32, where the largest value is 3 to 7 times the usual one, as mostly, that has 21 or 22 bits of 24 in 32-bit
+    integers; these serve down to 19.
+    A scale for each channel would cost no bytes, but it would have to follow each reshape, permutation and chunk, and
+    be known to all kernels; and a value that is large for a few tokens would still round that channel for all.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +33,16 @@ HEADROOM_BITS = 5
 """The streams may grow to 2^5 times the range they were scaled for before they are scaled anew."""
 
 
+_LARGEST_BITS = 24
+"""Bits that the largest value in 32-bit integers has, beside the headroom; one more where it is just above a power of
+two.
+"""
+
+
+_USUAL_BITS = {torch.float32: 19, torch.float16: 14, torch.bfloat16: 11}
+"""Bits that most values must have, by the dtype in which branches compute; see Note [Wide streams]."""
+
+
 _FEWER = 16
 """A tensor that a branch saved is sampled at this many."""
 
@@ -35,33 +56,43 @@ _INF = float("inf")
 
 @dataclass(frozen=True)
 class FixedStreams(Streams):
-    """Streams as integers round(x·2^scale): int32 for float32 streams, int64 for float64.
+    """Streams as integers round(x·2^scale): int64 for float64 streams, int32 or int64 for float32.
 
     Args:
         scale: K, the number of fractional bits.
         integer: ``torch.int32`` or ``torch.int64``.
         compiled: in one pass over memory where that is possible (`kernels`); the same for step and unstep.
+        dtype: of the values: ``torch.float32`` or ``torch.float64``.
     """
 
     scale: int
     integer: torch.dtype
     compiled: bool = False
+    dtype: torch.dtype = torch.float32
     witnesses: ClassVar[int] = 2
 
     @classmethod
-    def for_range(cls, largest: float, dtype: torch.dtype) -> FixedStreams:
+    def for_range(
+        cls, largest: float, dtype: torch.dtype, usual: float = 0.0, branch: torch.dtype = torch.float32
+    ) -> FixedStreams:
         """Streams scaled so that values up to ``largest``·2^`HEADROOM_BITS` fit.
+
+        Args:
+            largest: of the magnitudes.
+            dtype: of the streams.
+            usual: the magnitude of most values; 0 where it is not known.
+            branch: the dtype in which branches compute.
 
         Raises:
             RangeError: ``largest`` is not finite.
         """
         if not isfinite(largest):
             raise RangeError(f"got a largest magnitude of {largest}; expected finite values at the start of the chain")
-        integer = torch.int64 if dtype == torch.float64 else torch.int32
+        integer = torch.int64 if dtype == torch.float64 or asks_for_wide(largest, usual, branch) else torch.int32
         top = 57 if integer == torch.int64 else 30
         exponent = floor(log2(largest)) + 1 if largest > 0 else 0
         scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
-        return cls(scale, integer, compiled=integer == torch.int32 and kernels.available())
+        return cls(scale, integer, compiled=dtype == torch.float32 and kernels.available(), dtype=dtype)
 
     @property
     def bound(self) -> float:
@@ -74,8 +105,7 @@ class FixedStreams(Streams):
     def read(self, state: Tensor) -> Tensor:
         if self.compiled and kernels.suits(state):
             return kernels.read(state, self.scale)
-        wide = torch.float64 if self.integer == torch.int64 else torch.float32
-        return state.to(wide).mul_(2.0**-self.scale)
+        return state.to(self.dtype).mul_(2.0**-self.scale)
 
     def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
         numbers = self._numbers(previous, x, rule)
@@ -161,6 +191,18 @@ class FixedStreams(Streams):
 
     def allowed(self, before: Fingerprint) -> tuple[float, float]:
         return 0, 0
+
+
+def asks_for_wide(largest: float, usual: float, branch: torch.dtype) -> bool:
+    """Whether streams of float32 need more than 32 bits; see Note [Wide streams].
+
+    Args:
+        largest: of the magnitudes.
+        usual: the magnitude of most values; 0 where it is not known.
+        branch: the dtype in which branches compute.
+    """
+    spare = _LARGEST_BITS - _USUAL_BITS.get(branch, _USUAL_BITS[torch.float32])
+    return 0 < usual * 2.0**spare < largest
 
 
 def _bits(rule: Rule) -> int:

@@ -31,7 +31,7 @@ from revwire._streams.bits import SEGMENTS, layout_of
 _NATIVE = "revwire._streams.native"
 
 
-_FLOAT, _DTYPES, _KINDS = torch.float32, (torch.int32, torch.float32), (Tensor, nn.Parameter)
+_FLOAT, _DTYPES, _KINDS = torch.float32, (torch.int32, torch.float32, torch.int64), (Tensor, nn.Parameter)
 
 
 _LEAST_PER_THREAD = 1 << 21
@@ -65,10 +65,11 @@ def advance(
     all is in range, what it gives is undefined.
     """
     k, n, f = _native(), previous.numel(), _like(f, x)
+    like = k.LIKE[previous.itemsize]
     half = 1 << m >> 1
     state, value = torch.empty_like(previous), torch.empty_like(x)
-    sums = _no_sums() if keep else None
-    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1)
+    sums = _no_sums(previous) if keep else None
+    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1, like)
     given = previous.data_ptr(), x.data_ptr(), f.data_ptr()
     made = state.data_ptr(), value.data_ptr(), 0 if sums is None else sums.data_ptr()
     reached = _in_parts(k.advance, numbers, n, given + made)
@@ -77,7 +78,7 @@ def advance(
         size = -(-n // 8) * m
         bits = torch.empty(size, dtype=torch.uint8)
         layout = layout_of(n, m)
-        k.pack(n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
+        k.pack(like, n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
     return Stepped(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
 
 
@@ -94,12 +95,13 @@ def retreat(
     scale: int,
 ) -> Undone:
     """X_{k-1}, the inverse of `advance`, and its sums."""
-    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums()
+    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums(following)
+    like = k.LIKE[following.itemsize]
     if m:
         assert bits is not None
         layout = layout_of(n, m)
-        k.unpack(bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
-    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1)
+        k.unpack(like, bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
+    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1, like)
     given = following.data_ptr(), x.data_ptr(), f.data_ptr()
     _in_parts(k.retreat, numbers, n, (*given, out.data_ptr(), sums.data_ptr()))
     return Undone(out, sums)
@@ -108,19 +110,20 @@ def retreat(
 def read(state: Tensor, scale: int) -> Tensor:
     """The float32 value of a state."""
     value = torch.empty_like(state, dtype=torch.float32)
-    _in_parts(_native().read, (ldexp(1.0, -scale),), state.numel(), (state.data_ptr(), value.data_ptr()))
+    k = _native()
+    _in_parts(k.read, (ldexp(1.0, -scale), k.LIKE[state.itemsize]), state.numel(), (state.data_ptr(), value.data_ptr()))
     return value
 
 
 def summed(state: Tensor) -> Tensor:
     """The sums of a state, as `advance` and `retreat` give them."""
-    sums = _no_sums()
-    _in_parts(_native().summed, (), state.numel(), (state.data_ptr(), sums.data_ptr()))
+    k, sums = _native(), _no_sums(state)
+    _in_parts(k.summed, (k.LIKE[state.itemsize],), state.numel(), (state.data_ptr(), sums.data_ptr()))
     return sums
 
 
-def _no_sums() -> Tensor:
-    return torch.empty(SEGMENTS, dtype=torch.int32)
+def _no_sums(state: Tensor) -> Tensor:
+    return torch.empty(SEGMENTS, dtype=state.dtype)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 They take addresses: making NumPy arrays of tensors costs more than the work on a small one. A stream is cut into
 `SEGMENTS` parts, of each of which a loop can give the sum of the integers on its way, and between which threads share
-the work.
+the work. The integers of a stream are of the type of the argument ``like``: Numba compiles a loop for each.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,attr-defined"
@@ -18,14 +18,14 @@ from numba.extending import intrinsic
 
 from revwire._streams.bits import SEGMENTS
 
-LIMIT = 1 << 30
-"""Integers stay below this magnitude, so that two of them can be added."""
+LIKE = {4: np.int32(0), 8: np.int64(0)}
+"""An integer of so many bytes."""
 
 
-_rint, _int32, _int64, _uint8, _float32 = np.rint, np.int32, np.int64, np.uint8, np.float32
+_rint, _int64, _uint8, _float32 = np.rint, np.int64, np.uint8, np.float32
 
 
-_limit, _top, _zero = np.float32(LIMIT), np.int32(LIMIT), np.float32(0)
+_zero = np.float32(0)
 
 
 def _compiled(function: Any) -> Any:
@@ -44,26 +44,55 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(address), code
 
 
-_at: Any = intrinsic(_pointer)
+def _pointer_to(typing_context: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of the type of another."""
+
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), code
+
+
+def _cast(typing_context: Any, number: Any, like: Any) -> Any:
+    """A number in the type of another."""
+
+    def code(context, builder, signature, arguments):
+        return context.cast(builder, arguments[0], signature.args[0], like)
+
+    return like(number, like), code
+
+
+def _limit(typing_context: Any, like: Any) -> Any:
+    """Integers of this type stay below this magnitude, so that two of them can be added."""
+
+    def code(context, builder, signature, arguments):
+        return context.get_constant(like, 1 << like.bitwidth - 2)
+
+    return like(like), code
+
+
+_intrinsic: Any = intrinsic
+_at, _to, _as, _top = map(_intrinsic, (_pointer, _pointer_to, _cast, _limit))
 
 
 @_compiled
-def advance(a, c, one, m, half, sign, n, first, last, previous, x, f, state, value, sums):
+def advance(a, c, one, m, half, sign, like, n, first, last, previous, x, f, state, value, sums):
     """The step of segments ``first`` to ``last`` of a stream of ``n`` elements.
 
     Returns:
         All bits that a magnitude of the new state has: less than twice the largest one. -1: a value is out of range.
     """
-    a, c, one = _float32(a), _float32(c), _float32(one)
-    m, half, sign, outside, reached = _int32(m), _int32(half), _int32(sign), _int32(0), _int32(0)
-    all_olds, all_news = carray(_at(previous), n, _int32), carray(_at(state), n, _int32)
+    top = _top(like)
+    a, c, one, limit = _float32(a), _float32(c), _float32(one), _float32(top)
+    m, half, sign, outside, reached = _as(m, like), _as(half, like), _as(sign, like), _as(0, like), _as(0, like)
+    all_olds, all_news = carray(_to(previous, like), n), carray(_to(state, like), n)
     all_xs, all_fs, all_values = (
         carray(_at(x), n, _float32),
         carray(_at(f), n, _float32),
         carray(_at(value), n, _float32),
     )
     for s in range(first, last):
-        low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _int32(0)
+        low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _as(0, like)
         olds, news, xs, fs, values = (
             all_olds[low:high],
             all_news[low:high],
@@ -73,47 +102,47 @@ def advance(a, c, one, m, half, sign, n, first, last, previous, x, f, state, val
         )
         for j in range(len(olds)):
             wide = _rint(fs[j] * c + xs[j] * a)
-            fits = abs(wide) < _limit  # not so for NaN
-            rounded = _int32(wide if fits else _zero)
+            fits = abs(wide) < limit  # not so for NaN
+            rounded = _as(wide if fits else _zero, like)
             old = olds[j]
-            out = _int32(rounded + _int32(sign * _int32(_int32(old + half) >> m)))
-            outside |= _int32(not fits) | _int32(out >= _top) | _int32(out <= -_top)
-            reached |= _int32(out ^ _int32(out >> _int32(31)))
-            total = _int32(total + old)
+            out = _as(rounded + _as(sign * _as(_as(old + half, like) >> m, like), like), like)
+            outside |= _as(not fits, like) | _as(out >= top, like) | _as(out <= -top, like)
+            reached |= _as(out ^ _as(-_as(out < 0, like), like), like)
+            total = _as(total + old, like)
             news[j] = out
             values[j] = _float32(out) * one
         if sums:
-            carray(_at(sums), SEGMENTS, _int32)[s] = total
-    return _int32(-1) if outside else reached
+            carray(_to(sums, like), SEGMENTS)[s] = total
+    return _as(-1, like) if outside else reached
 
 
 @_compiled
-def retreat(a, c, m, half, sign, n, first, last, following, x, f, out, sums):
+def retreat(a, c, m, half, sign, like, n, first, last, following, x, f, out, sums):
     """The inverse of `advance`; ``out`` holds the kept bits, and becomes the state."""
-    a, c = _float32(a), _float32(c)
-    m, half, sign = _int32(m), _int32(half), _int32(sign)
-    mask = _int32((_int32(1) << m) - 1)
-    all_news, all_olds = carray(_at(following), n, _int32), carray(_at(out), n, _int32)
+    a, c, limit = _float32(a), _float32(c), _float32(_top(like))
+    m, half, sign = _as(m, like), _as(half, like), _as(sign, like)
+    mask = _as((_as(1, like) << m) - 1, like)
+    all_news, all_olds = carray(_to(following, like), n), carray(_to(out, like), n)
     all_xs, all_fs = carray(_at(x), n, _float32), carray(_at(f), n, _float32)
     for s in range(first, last):
-        low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _int32(0)
+        low, high, total = n * s // SEGMENTS, n * (s + 1) // SEGMENTS, _as(0, like)
         news, olds, xs, fs = all_news[low:high], all_olds[low:high], all_xs[low:high], all_fs[low:high]
         for j in range(len(news)):
             wide = _rint(fs[j] * c + xs[j] * a)
-            rounded = _int32(wide if abs(wide) < _limit else _zero)
-            shifted = _int32(_int32(sign * _int32(news[j] - rounded)) << m)
-            old = _int32(_int32(shifted | _int32(olds[j] & mask)) - half)
-            total = _int32(total + old)
+            rounded = _as(wide if abs(wide) < limit else _zero, like)
+            shifted = _as(_as(sign * _as(news[j] - rounded, like), like) << m, like)
+            old = _as(_as(shifted | _as(olds[j] & mask, like), like) - half, like)
+            total = _as(total + old, like)
             olds[j] = old
-        carray(_at(sums), SEGMENTS, _int32)[s] = total
+        carray(_to(sums, like), SEGMENTS)[s] = total
     return True
 
 
 @_compiled
-def read(one, n, first, last, state, value):
+def read(one, like, n, first, last, state, value):
     """The float values of a state."""
     one, low, high = _float32(one), n * first // SEGMENTS, n * last // SEGMENTS
-    states, values = carray(_at(state), n, _int32)[low:high], carray(_at(value), n, _float32)[low:high]
+    states, values = carray(_to(state, like), n)[low:high], carray(_at(value), n, _float32)[low:high]
     for j in range(len(states)):
         values[j] = _float32(states[j]) * one
     return True
@@ -129,13 +158,13 @@ def same(n, a, b):
 
 
 @_compiled
-def summed(n, first, last, state, sums):
+def summed(like, n, first, last, state, sums):
     """The sums of a state."""
-    states, totals = carray(_at(state), n, _int32), carray(_at(sums), SEGMENTS, _int32)
+    states, totals = carray(_to(state, like), n), carray(_to(sums, like), SEGMENTS)
     for s in range(first, last):
-        part, total = states[n * s // SEGMENTS : n * (s + 1) // SEGMENTS], _int32(0)
+        part, total = states[n * s // SEGMENTS : n * (s + 1) // SEGMENTS], _as(0, like)
         for j in range(len(part)):
-            total = _int32(total + part[j])
+            total = _as(total + part[j], like)
         totals[s] = total
     return True
 
@@ -162,30 +191,31 @@ def sample(out, first, first_step, a, a_step, b, b_step, elements, fewer):
 
 
 @_compiled
-def pack(n, previous, rows, layout, half, size, packed):
+def pack(like, n, previous, rows, layout, half, size, packed):
     """The low bits of a state plus ``half``, laid out by ``rows`` rows at ``layout``."""
-    states, all_planes, half = carray(_at(previous), n, _int32), carray(_at(packed), size, _uint8), _int32(half)
+    states, all_planes, half = carray(_to(previous, like), n), carray(_at(packed), size, _uint8), _as(half, like)
     groups = carray(_at(layout), (rows, 7), _int64)
     for g in range(rows):
         start, end, first, shift, left, mask, fresh = groups[g]
         plane = all_planes[start:end]
         part = states[first : max(first, min(n, first + len(plane)))]
         for j in range(len(part)):
-            low = _uint8(_int32(_int32(_int32(part[j] + half) >> _int32(shift)) & _int32(mask)) << _int32(left))
+            bits = _as(_as(_as(part[j] + half, like) >> _as(shift, like), like) & _as(mask, like), like)
+            low = _uint8(_as(bits << _as(left, like), like))
             plane[j] = low if fresh else plane[j] | low
         if fresh:
             plane[len(part) :] = 0
 
 
 @_compiled
-def unpack(size, packed, rows, layout, n, out):
+def unpack(like, size, packed, rows, layout, n, out):
     """The inverse of `pack`: the low bits, each in its element."""
-    all_planes, states = carray(_at(packed), size, _uint8), carray(_at(out), n, _int32)
+    all_planes, states = carray(_at(packed), size, _uint8), carray(_to(out, like), n)
     groups = carray(_at(layout), (rows, 7), _int64)
     for g in range(rows):
         start, end, first, shift, left, mask, _ = groups[g]
         plane = all_planes[start:end]
         part = states[first : max(first, min(n, first + len(plane)))]
         for j in range(len(part)):
-            low = _int32(_int32(_uint8(plane[j] >> _uint8(left)) & _uint8(mask)) << _int32(shift))
+            low = _as(_as(_uint8(plane[j] >> _uint8(left)) & _uint8(mask), like) << _as(shift, like), like)
             part[j] = part[j] | low if shift else low

@@ -28,6 +28,29 @@ def spread(x: Tensor, count: int) -> Tensor:
     return x.as_strided((count,), (max(extent // max(count, 1), 1),))
 
 
+_LOOKED_AT = 4096
+"""Elements of a state at which `usual_magnitude` looks."""
+
+
+def usual_magnitude(x: Tensor) -> float:
+    """The magnitude that three of four elements of a float tensor stay below, zeros left out; 0 where there are no
+    others, and for tensors that may have no memory of their own. A few channels do not move it, however large they are.
+    It waits for the device.
+
+    A tensor of more than `_LOOKED_AT` elements is looked at in places a golden section apart, which fall into step with
+    no dimension of it.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+        return 0.0
+    found = x.detach().reshape(-1)
+    if found.numel() > _LOOKED_AT:
+        places = torch.arange(_LOOKED_AT, dtype=torch.float64).mul_((5**0.5 - 1) / 2).frac_().mul_(found.numel())
+        found = found[places.to(x.device, torch.int64)]
+    found = found.abs().float()
+    found = found[found > 0]
+    return float(found.quantile(0.75)) if found.numel() else 0.0
+
+
 def can_be_sampled(x: Tensor) -> bool:
     """Whether a saved tensor has elements, with the same values whenever it is computed again (scratch space has
     not).

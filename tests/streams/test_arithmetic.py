@@ -1,6 +1,7 @@
 """Arithmetic of the streams: packing, layouts, range, fingerprints."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,8 +51,14 @@ def test_packing_follows_the_memory_layout():
 ])  # fmt: skip
 @pytest.mark.parametrize(
     ("streams", "rule"),
-    [(FloatStreams(), NO_BITS), (fixed(), RULE), (fixed(), NO_BITS)],
-    ids=["float", "fixed-4", "fixed-0"],
+    [
+        (FloatStreams(), NO_BITS),
+        (fixed(), RULE),
+        (fixed(), NO_BITS),
+        (fixed(44, torch.int64), RULE),
+        (fixed(44, torch.int64), NO_BITS),
+    ],
+    ids=["float", "fixed-4", "fixed-0", "wide-4", "wide-0"],
 )
 def test_states_are_rebuilt_in_value_and_layout(make, streams, rule):
     x = canonical(make())
@@ -83,15 +90,17 @@ def test_the_scale_leaves_headroom_and_resolution(dtype, largest, fraction):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("usual", [0.0, 1e-3], ids=["", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_what_is_not_a_number_in_range_is_seen(value, dtype, size):
-    streams = FixedStreams.for_range(1.0, dtype)
-    before = streams.enter(torch.linspace(-30, 30, size, dtype=dtype))
-    f = torch.zeros(size, dtype=dtype)
-    f[size // 2] = value
-    following = streams.step(before, streams.read(before), f, RULE).state
-    assert not float(streams.read(following).abs().amax()) < streams.bound
+def test_what_is_not_a_number_in_range_is_seen(value, dtype, size, usual):
+    compiled = FixedStreams.for_range(1.0, dtype, usual)
+    for streams in {compiled, replace(compiled, compiled=False)}:
+        before = streams.enter(torch.linspace(-30, 30, size, dtype=dtype))
+        f = torch.zeros(size, dtype=dtype)
+        f[size // 2] = value
+        following = streams.step(before, streams.read(before), f, RULE).state
+        assert not float(streams.read(following).abs().amax()) < streams.bound
 
 
 def test_a_range_cannot_be_chosen_for_what_is_not_finite():
