@@ -44,7 +44,8 @@ def convert(
 
     Args:
         model, example_inputs, coupling, exact, include, exclude, whole, anchors, tolerance, chunks, checkpoint,
-            memory_budget, rewire: as for `plan`. Without ``example_inputs``, the first call of the model is the example.
+            memory_budget, rewire: as for `plan`. Without ``example_inputs``, the first call of the model is the
+            example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
 
     Warns:

@@ -126,8 +126,12 @@ class Values:
 
     def count_saved(self, event: Event) -> None:
         """Find out, when its results are known, what memory autograd keeps for an event, and what is new of it."""
+        unseen: dict[int | None, int] = {}  # what a call made and kept inside
         for t in self.kept.pop(event.number, ()):
-            storage = self.memory.storage_at(address_of(t))
+            address = address_of(t)
+            storage = self.memory.storage_at(address)
+            if address is not None and storage not in self.recording.storages:
+                storage = unseen.setdefault(address, storage)
             if storage not in event.keeps:
                 event.keeps.append(storage)
             if storage not in self.counted:

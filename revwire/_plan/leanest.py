@@ -59,22 +59,20 @@ class OnPaper:
         """The peak of a step as it was."""
         return peak(self.step, ())
 
-    def choose(self, asked: Collection[str], *, checkpoints: bool) -> Chosen:
-        """The leanest layout; see Note [The leanest layout] in `_paper.leanest`.
-
-        Args:
-            asked: names of the modules that are to be checkpointed in any case.
-            checkpoints: whether others may be.
+    def choose(self, may_be_rewired: Sequence[bool], *, checkpoints: bool) -> Chosen:
+        """The leanest layout, in which modules may be checkpointed or not. See Note [The leanest layout] in
+        `_paper.leanest`.
         """
+        free = [number for number, may in enumerate(may_be_rewired) if may]
         cuts = self._cuts() if checkpoints else []
         while True:
-            found = leanest(self.step, cuts, self.chains, self._bars)
+            found = leanest(self.step, cuts, [self.chains[c] for c in free], lambda c, cut: self._bars(free[c], cut))
             chosen = {cut.begin for cut in found.cuts}
             modules = {id(self.recording.events[call].target) for call in chosen}
             others = self._calls_of(modules) - chosen
             if not others:  # else a module is checkpointed in all of its calls, or in none
                 names = [name_of(self.recording, c) for c in sorted(chosen)]
-                return Chosen(found.chains, tuple(dict.fromkeys([*asked, *names])))
+                return Chosen(tuple(free[c] for c in found.chains), tuple(dict.fromkeys(names)))
             half = {id(self.recording.events[call].target) for call in others}
             cuts = [cut for cut in cuts if id(self.recording.events[cut.begin].target) not in half]
 

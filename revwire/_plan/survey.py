@@ -75,16 +75,17 @@ class Planner:
         search, units, chains, slots = self.all_that_can_be()
         _refuse_idle_globs(self.recording, self.options, units, map(self.names.place, search.rejected))
         planned = [*map(self.planned, units, chains)]
-        outside = self.outside(search, units)
         paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
-        chosen = Chosen(tuple(range(len(units))), outside.names)
+        chosen = Chosen(tuple(range(len(units))), ())
         if paper.tells and not self.options.everywhere:
-            chosen = paper.choose(outside.names, checkpoints=self.options.checkpoint is None)
+            chosen = paper.choose([*map(self.may_be_rewired, units)], checkpoints=self.options.checkpoint is None)
             search.rejected += _rejected(units, chosen.chains)
             units = [units[i] for i in chosen.chains]
             chains = [self.chain(i, several) for i, several in enumerate(units)]
             slots, planned, self.layouts = self.slots(units, chains), [*map(self.planned, units, chains)], {}
             self.failures(units, slots)
+        outside = self.outside(search, units)
+        chosen = chosen._replace(checkpointed=(*outside.names, *chosen.checkpointed))
         plan = Plan(
             type(self.recording.root).__name__,
             tuple(planned),
@@ -119,6 +120,11 @@ class Planner:
                 return "excluded: not among the caller's include patterns; let it through by include="
         known = self.recording.module_names.get(id(self.recording.events[c.host].target))
         return None if known else UNREGISTERED
+
+    def may_be_rewired(self, units: list[Placed]) -> bool:
+        """Whether the caller does not want a part of a chain checkpointed."""
+        calls = {call for u in units for call in (u.candidate.host, *self.recording.calls_around(u.candidate.host))}
+        return not matches([*map(self.names.name, calls)], self.options.checkpoint or ())
 
     def whole(self, c: Candidate) -> list[int]:
         """The calls around a residual add that the caller would have as one unit, the outermost first."""
