@@ -10,6 +10,10 @@ from revwire._paper.step import NONE, Bytes, Step, inner_height
 from revwire._structures import refs
 
 
+RANDOM_STATE = 5056
+"""Bytes of the random state (of the CPU) that `torch.utils.checkpoint` keeps for each call."""
+
+
 class Cut(NamedTuple):
     """A module call under activation checkpointing.
 
@@ -69,7 +73,7 @@ class Book:
 
     def checkpoint(self, cut: Cut) -> None:
         """Keep what is kept for a checkpointed call."""
-        self.keep(cut.inputs)
+        self.keep(cut.inputs, RANDOM_STATE)
         self.most = self.most.or_more(cut.inner.over(self.total))
 
     def rewire(self, chain: ChainOnPaper) -> None:
