@@ -86,7 +86,7 @@ class Peaks:
 
     def __str__(self) -> str:
         return (
-            f"peak of a step: {spelled(self.stored)} as it was, {spelled(self.checkpointing)} with each block "
+            f"peak of a step: {spelled(self.stored)} before, {spelled(self.checkpointing)} with each block "
             f"checkpointed, {spelled(self.planned)} with this plan{self._verdict()}"
         )
 
@@ -215,9 +215,10 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
+        several = "chain" if len(self.chains) == 1 else "chains"
         head = (
-            f"{self.model}: {len(self.units)} units in {len(self.chains)} chains, {self.coverage:.0%} of the residual "
-            "adds"
+            f"{self.model}: {len(self.units)} units in {len(self.chains)} {several}, {self.coverage:.0%} of the "
+            "residual adds"
         )
         forecast = [str(self.forecast)] if self.forecast else []
         return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *stays_lines(self.skipped), *last])

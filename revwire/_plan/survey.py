@@ -69,6 +69,7 @@ class Planner:
         self.names = Names(recording)
         self.known: Known = {}
         self.layouts: dict[str, Layout] = {}
+        self.decided = False  # whether the leanest layout says what is checkpointed
         self.opened: set[int] = set()  # calls inside of hosts whose code is in the host's program
 
     def run(self) -> Prepared:
@@ -78,7 +79,8 @@ class Planner:
         paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
         chosen = Chosen(tuple(range(len(units))), ())
         if paper.tells and not self.options.everywhere:
-            chosen = paper.choose([*map(self.may_be_rewired, units)], checkpoints=self.options.checkpoint is None)
+            self.decided = self.options.checkpoint is None
+            chosen = paper.choose([*map(self.may_be_rewired, units)], checkpoints=self.decided)
             search.rejected += _rejected(units, chosen.chains)
             units = [units[i] for i in chosen.chains]
             chains = [self.chain(i, several) for i, several in enumerate(units)]
@@ -249,7 +251,7 @@ class Planner:
     def skipped(self, u: Placed, outside: Outside) -> Skipped:
         """A residual add that stays, with what would help as far as that depends on the whole plan."""
         c = u.candidate
-        could = self.options.everywhere and c.host in outside.others and not c.inside
+        could = c.host in outside.others and not c.inside and not self.decided
         helps = "; checkpoint='stays' recomputes its block" if could else ""
         line = shown(self.recording.events[c.add].line)
         return Skipped(u.path, f"{c.reason or ''}{helps}", c.computed_shortcut, c.inside, line)

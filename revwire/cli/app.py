@@ -87,6 +87,12 @@ Checkpoint = Annotated[
 ]
 
 
+Rewire = Annotated[
+    str | None,
+    typer.Option(
+        "--rewire", metavar="WHERE", help="leanest: the chains that lower the peak of a step (the default); everywhere"
+    ),
+]
 MemoryBudget = Annotated[
     str | None,
     typer.Option(
@@ -117,6 +123,7 @@ def plan_command(
     chunks: ChunkCount = None,
     checkpoint: Checkpoint = None,
     memory_budget: MemoryBudget = None,
+    rewire: Rewire = None,
     train: Train = True,
     pretrained: Pretrained = False,
     json_: Json = False,
@@ -124,7 +131,7 @@ def plan_command(
     """Show what would be rewired, and what stays and why. Changes nothing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
+        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
         with _working("tracing"):
             plan = revwire.plan(network, inputs, **options)
     _show(plan, json_)
@@ -143,6 +150,7 @@ def verify_command(
     chunks: ChunkCount = None,
     checkpoint: Checkpoint = None,
     memory_budget: MemoryBudget = None,
+    rewire: Rewire = None,
     train: Train = True,
     pretrained: Pretrained = False,
     json_: Json = False,
@@ -150,7 +158,7 @@ def verify_command(
     """Convert, then check reconstruction and gradients. Exit code 1 where a check fails."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
+        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
         _convert(network, inputs, options)
         with _working("checking reconstruction and gradients"):
             check = revwire.verify(network, inputs)
@@ -171,6 +179,7 @@ def profile_command(
     chunks: ChunkCount = None,
     checkpoint: Checkpoint = None,
     memory_budget: MemoryBudget = None,
+    rewire: Rewire = None,
     train: Train = True,
     pretrained: Pretrained = False,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds")] = 3,
@@ -179,7 +188,7 @@ def profile_command(
     """Convert, then measure memory and time against the original network, and that under checkpointing."""
     with _reported():
         network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget)
+        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
         _convert(network, inputs, options)
         with _working(f"measuring four variants, {repeats} rounds"):
             profile = revwire.profile(network, inputs, repeats=repeats)
@@ -244,7 +253,7 @@ def _shape(text: str) -> Shape:
     return shape
 
 
-CONVERSION = ("coupling", "exact", "include", "exclude", "whole", "chunks", "checkpoint", "memory_budget")
+CONVERSION = ("coupling", "exact", "include", "exclude", "whole", "chunks", "checkpoint", "memory_budget", "rewire")
 
 
 def _conversion(*values: Any) -> dict[str, Any]:

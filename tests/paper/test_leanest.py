@@ -256,7 +256,7 @@ def test_the_last_line_of_a_plan_is_the_net_gain():
     last = str(revwire.plan(model, x)).splitlines()[-1]
     assert last.startswith("peak of a step: ")
     assert last.endswith("of checkpointing)")
-    assert "as it was, " in last
+    assert " before, " in last
     assert "with each block checkpointed, " in last
     everywhere = str(revwire.plan(*made("shallow"), rewire="everywhere")).splitlines()[-1]
     assert everywhere.endswith("with this plan: revwire gains nothing here, use checkpointing")

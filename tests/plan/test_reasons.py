@@ -96,7 +96,7 @@ def test_the_line_of_a_cause_is_named_where_it_is_another_one():
         f"blocks.{i}.{n}" for i in range(3) for n in "fg"
     ]
     assert all(s.in_closed_block for s in plan.skipped)
-    *_, count, listed = str(plan).splitlines()
+    *_, count, listed, _ = str(plan).splitlines()
     assert count == "9 more lie inside the branches of rewired units, 9 of them in blocks that are rewired as a whole"
     assert listed.startswith("  blocks.0.f, blocks.0.g, blocks.1.f, ")
     assert listed.endswith(cause)
