@@ -205,12 +205,7 @@ class Recorder(TorchFunctionMode):
 
     def is_foreign(self, v: Value) -> bool:
         """Neither an argument, nor the model's own, nor computed: inside an object (a cache), or made unseen."""
-        return v.event < 0 and not v.names and not any(r == v.number for r in self.given)
-
-    @property
-    def given(self) -> list[int]:
-        top = self.recording.events[0]
-        return [leaf.value for leaf in _flat((top.args, top.kwargs)) if isinstance(leaf, Ref)]
+        return v.event < 0 and not v.names and v.number not in _given(self.recording)
 
     def note_state(self, func: Any, line: Line | None) -> None:
         change = state_change(func)
@@ -278,6 +273,12 @@ def _hooked_call(recorder: Recorder, original: Callable[..., Any], module: nn.Mo
             return original(module, *args, **kwargs)
     finally:
         back()
+
+
+def _given(recording: Recording) -> list[int]:
+    """The values that the root was called with."""
+    top = recording.events[0]
+    return [leaf.value for leaf in _flat((top.args, top.kwargs)) if isinstance(leaf, Ref)]
 
 
 def _flat(structure: Any) -> list[Any]:

@@ -9,7 +9,6 @@ from revwire._paper.chain import ChainOnPaper
 from revwire._paper.step import NONE, Bytes, Step, inner_height
 from revwire._structures import refs
 
-
 RANDOM_STATE = 5056
 """Bytes of the random state (of the CPU) that `torch.utils.checkpoint` keeps for each call."""
 

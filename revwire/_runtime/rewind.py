@@ -77,8 +77,8 @@ class Rewind:
 
     def let_go(self) -> None:
         """The walk is over, and all gradients behind it are there: free the states before the pass ends."""
-        done = self.tape.start is not None and self.position <= self.tape.start
-        if done and not self.retained and not self.parts and self.task != NO_PASS:
+        start = self.tape.start
+        if start is not None and self.position <= start and not (self.retained or self.parts):
             self.previous, self.current = self.previous.new_empty(0), None
             self.cache.clear()
             self.tape.records.clear()
@@ -104,13 +104,13 @@ class Rewind:
         """The tensor that the branch of the unit at ``position`` saved as its ``index``-th."""
         self.undo(position)
         if index not in self.cache:  # asked for a second time
-            record = self._unit(position)
+            record = _unit_at(self.tape, position)
             with recording_nothing():
                 previous, current = self._before(record)
                 self.checks.compare(record, previous, self._evaluated(position, record, current))
         tensor, version = self.cache.pop(index)
         if tensor._version != version:
-            raise self._unit(position).fault(
+            raise _unit_at(self.tape, position).fault(
                 self.tape.chain,
                 "a tensor needed for its gradient was modified by an in-place operation",
                 "no such operation",
@@ -136,7 +136,7 @@ class Rewind:
         elif isinstance(record, Anchor):  # past a run of stored units
             self.previous, self.current = self.tape.anchored(record)
         else:
-            self._undo_unit(position, self._unit(position))
+            self._undo_unit(position, _unit_at(self.tape, position))
             if self.tape.chain.observer:
                 self.tape.chain.observer.on_undo(self.tape.key(position))
         self.position = position
@@ -217,11 +217,6 @@ class Rewind:
             return self.previous, self._now()
         return self.parts[-1] if self.parts else (record.chunk.of(self.previous), record.chunk.of(self._now()))
 
-    def _unit(self, position: int) -> UnitRecord:
-        record = self.tape.records[position]
-        assert isinstance(record, UnitRecord)
-        return record
-
     def _evaluated(self, position: int, record: UnitRecord, state: Tensor) -> Again:
         """The branch of a unit, or of its chunk, on the state x_k again; what it saves is in the cache then."""
         chain = self.tape.chain
@@ -231,6 +226,12 @@ class Rewind:
         if not self.retained:
             record.products = None
         return again
+
+
+def _unit_at(tape: Tape, position: int) -> UnitRecord:
+    record = tape.records[position]
+    assert isinstance(record, UnitRecord)
+    return record
 
 
 def _told(tape: Tape, position: int, record: UnitRecord, state: Tensor, again: Again) -> Rebuilt:
