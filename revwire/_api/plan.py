@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from revwire._budget.rewire import rewire
+from revwire._capture.twin import twin_of
+from revwire._errors import ConversionError
 from revwire._forwards.converted import converted
-from revwire._forwards.install import prepared, refuse_converted, take_all_off
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Patterns, options_of
+from revwire._forwards.install import prepared, prepared_again, refuse_converted
+from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, options_of
 from revwire._plan.plan import Plan
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
@@ -33,7 +35,8 @@ def plan(
     """What `convert` would do, without doing it.
 
     Args:
-        model: any module; it is run once on ``example_inputs`` and left as found.
+        model: any module; it is run once on ``example_inputs`` and left as found. It is never converted: where steps
+            have to be measured, a twin is, with modules and buffers of its own and the same weights.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a
             list, say) is passed as the one argument.
         coupling: ``"bdia"`` (γ = 1/16, and 1/64 for post-normalised blocks), ``"bdia:1/8"``, ``"re2tal"``, another
@@ -70,7 +73,7 @@ def plan(
         The plan: chains, units, and each residual add that stays, with its reason.
 
     Raises:
-        ConversionError: the model is converted already, or fails on the example.
+        ConversionError: the model is converted already, or fails on the example; or a twin of it is another model.
         CouplingError: no such coupling, or no such arithmetic for it.
         BudgetError: no mix fits the memory budget; names the smallest that one does.
 
@@ -92,7 +95,20 @@ def plan(
     if memory_budget is None and chunks in (None, 1):  # nothing has to run
         return prepared(model, example_inputs, options).plan
     refuse_converted(model)
-    rewire(model, example_inputs, options)
-    found = converted(model).plan
-    take_all_off(model)
+    found = _measured(model, example_inputs, options)
+    try:
+        prepared_again(model, example_inputs, found)
+    except ConversionError as error:
+        raise ConversionError(
+            f"{type(model).__name__}: steps were measured on a copy of the modules, which is another model ({error}); "
+            "expected modules that reach each other by attributes, not by closures; call "
+            "revwire.convert(model, example_inputs, ...), which measures the model itself, and revwire.report(model)"
+        ) from error
     return found
+
+
+def _measured(model: nn.Module, example_inputs: Any, options: Options) -> Plan:
+    """The plan by which a twin of ``model`` is converted."""
+    twin = twin_of(model)
+    rewire(twin, example_inputs, options)
+    return converted(twin).plan

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
+from revwire._plan.adds import WHOLE as WHOLE_HOST
+from revwire._plan.adds import Add, adds_of
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
 from revwire._plan.options import STAYS, Options
@@ -70,6 +72,7 @@ class Planner:
     def __init__(self, recording: Recording, options: Options) -> None:
         self.recording = recording
         self.options = options
+        self.adds = adds_of(recording)
         self.banned: dict[int, str] = {}
         self.keys: dict[int, dict[int, UnitKey]] = {}
         self.found: dict[int, _Found] = {}
@@ -92,7 +95,8 @@ class Planner:
                 )
                 self.mark_last(units, chains, plan)
                 outside = self.outside(search, units)
-                plan = replace(plan, checkpointed=outside.names, left_bytes=outside.left_bytes)
+                chained = tuple(map(with_costs, plan.chains, chains))
+                plan = replace(plan, chains=chained, checkpointed=outside.names, left_bytes=outside.left_bytes)
                 return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
             self.banned.update(failed)
 
@@ -112,6 +116,10 @@ class Planner:
         if c.host not in self.keys:
             self.keys[c.host] = unit_keys(self.recording.of_call(c.host))
         return self.keys[c.host].get(c.add - c.host, ((), -1))
+
+    def add(self, u: _Found) -> Add:
+        """Where its residual add stands in the model."""
+        return (u.host_path, WHOLE_HOST) if u.candidate.whole else self.adds[u.candidate.add]
 
     def path(self, c: Candidate, key: UnitKey) -> str:
         """The host's name and that of its largest child in the branch (or the number of the add in it)."""
@@ -259,7 +267,8 @@ class Planner:
     def planned_unit(self, u: _Found) -> PlannedUnit:
         c, events = u.candidate, self.recording.events
         saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
-        return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, 0)
+        shape = tuple(self.recording.values[c.fork].shape)
+        return PlannedUnit(u.path, u.host_path, u.pattern, shape, saved, 0, add=self.add(u))
 
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
