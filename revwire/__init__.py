@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from revwire import couplings, measure
+from revwire._api.config import load_config, save_config
 from revwire._api.convert import convert
 from revwire._api.plan import plan
 from revwire._api.profile import Profile, profile
@@ -16,6 +17,7 @@ from revwire._errors import (
     CaptureError,
     ConversionError,
     CouplingError,
+    FunctionLostWarning,
     NothingToRewireWarning,
     RangeError,
     ReconstructionError,
@@ -39,6 +41,7 @@ __all__ = [
     "CouplingSchedule",
     "Dr2Net",
     "Forecast",
+    "FunctionLostWarning",
     "Midpoint",
     "Momentum",
     "NothingToRewireWarning",
@@ -53,11 +56,13 @@ __all__ = [
     "UnsupportedTransformError",
     "convert",
     "couplings",
+    "load_config",
     "measure",
     "plan",
     "profile",
     "report",
     "revert",
+    "save_config",
     "set_coupling",
     "stored_activations",
     "verify",

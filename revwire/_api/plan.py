@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -10,8 +12,8 @@ from revwire._budget.rewire import rewire
 from revwire._capture.twin import twin_of
 from revwire._errors import ConversionError
 from revwire._forwards.converted import converted
-from revwire._forwards.install import prepared, prepared_again, refuse_converted
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, options_of
+from revwire._forwards.install import prepared, refuse_converted
+from revwire._plan.options import AUTO, Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, options_of
 from revwire._plan.plan import Plan
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
@@ -95,20 +97,21 @@ def plan(
     if memory_budget is None and chunks in (None, 1):  # nothing has to run
         return prepared(model, example_inputs, options).plan
     refuse_converted(model)
-    found = _measured(model, example_inputs, options)
-    try:
-        prepared_again(model, example_inputs, found)
-    except ConversionError as error:
-        raise ConversionError(
-            f"{type(model).__name__}: steps were measured on a copy of the modules, which is another model ({error}); "
-            "expected modules that reach each other by attributes, not by closures; call "
-            "revwire.convert(model, example_inputs, ...), which measures the model itself, and revwire.report(model)"
-        ) from error
-    return found
-
-
-def _measured(model: nn.Module, example_inputs: Any, options: Options) -> Plan:
-    """The plan by which a twin of ``model`` is converted."""
     twin = twin_of(model)
+    _refuse_other(model, twin, example_inputs, replace(options, whole=() if options.whole == AUTO else options.whole))
     rewire(twin, example_inputs, options)
     return converted(twin).plan
+
+
+def _refuse_other(model: nn.Module, twin: nn.Module, example_inputs: Any, options: Options) -> None:
+    """Raise where a twin is another model; see Note [A twin] in `twin`."""
+    plans = [prepared(m, example_inputs, options).plan for m in (model, twin)]
+    mine, other = ([*((u.path, u.host) for u in p.units), *((s.path, s.reason) for s in p.skipped)] for p in plans)
+    first = next((pair for pair in zip_longest(mine, other) if pair[0] != pair[1]), None)
+    if first is not None:
+        there, here = ("nothing" if one is None else one[0] for one in first)
+        raise ConversionError(
+            f"{type(model).__name__}: steps are measured on a copy of its modules, which got {here} for {there}; "
+            "expected modules that reach each other by attributes, not by closures; call revwire.convert(model, "
+            "example_inputs, ...), which measures the model itself, and then revwire.report(model)"
+        )

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revwire._api.report import report
-from revwire._api.revert import revert
 from revwire._api.stored_activations import stored_activations
 from revwire._capture.arguments import as_call
 from revwire._errors import ConversionError
+from revwire._forwards.install import take_all_off
 from revwire._surroundings.as_found import left_as_found
 from revwire.measure import Quartiles, paired_seconds, peak_bytes, saved_bytes
 from revwire.measure._training_step import (
@@ -164,7 +164,8 @@ def _checkpointed_twin(model: nn.Module) -> nn.Module:
     """
     hosts = report(model).hosts
     tensors: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    twin: nn.Module = revert(copy.deepcopy(model, tensors))
+    twin = copy.deepcopy(model, tensors)
+    take_all_off(twin)
     for path in hosts:
         if not any(other != path and other.startswith(f"{path}." if path else "") for other in hosts):
             host = twin.get_submodule(path)
