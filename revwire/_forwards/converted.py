@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,8 @@ class Converted:
     """What a converted model remembers.
 
     Attributes:
-        written: how often each of its parameters had been written to, by name, when it was converted.
+        written: how often each of its parameters had been written to, by name, when it was converted; not known of a
+            copy.
     """
 
     plan: Plan
@@ -32,6 +34,10 @@ class Converted:
     checkpointed: list[CheckpointedForward] = field(default_factory=list)
     parted: list[Parted] = field(default_factory=list)
     written: dict[str, int] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have other tensors, of which nobody knows how often they were written to."""
+        return {**vars(self), "written": {}}
 
     def present_plan(self) -> Plan:
         """The plan with the couplings and anchors that its chains have now."""

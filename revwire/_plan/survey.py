@@ -117,10 +117,6 @@ class Planner:
             self.keys[c.host] = unit_keys(self.recording.of_call(c.host))
         return self.keys[c.host].get(c.add - c.host, ((), -1))
 
-    def add(self, u: _Found) -> Add:
-        """Where its residual add stands in the model."""
-        return (u.host_path, WHOLE_HOST) if u.candidate.whole else self.adds[u.candidate.add]
-
     def path(self, c: Candidate, key: UnitKey) -> str:
         """The host's name and that of its largest child in the branch (or the number of the add in it)."""
         sizes: dict[str, int] = {}
@@ -260,19 +256,29 @@ class Planner:
         width = 8 if first.dtype.itemsize == 8 else 4
         streams = 2 * prod(first.shape) * width
         bare = PlannedChain(
-            chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
+            chain.name,
+            _planned_units(self.recording, units, self.adds),
+            "",
+            chain.exact,
+            0,
+            streams,
+            chain.largest or 0.0,
         )
         return with_costs(bare, chain)
-
-    def planned_unit(self, u: _Found) -> PlannedUnit:
-        c, events = u.candidate, self.recording.events
-        saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
-        shape = tuple(self.recording.values[c.fork].shape)
-        return PlannedUnit(u.path, u.host_path, u.pattern, shape, saved, 0, add=self.add(u))
 
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
         rejected = sorted(search.rejected, key=lambda c: c.add)
         return tuple(Skipped(self.place(c).path, c.reason or "", c.computed_shortcut, c.inside) for c in rejected)
+
+
+def _planned_units(recording: Recording, units: list[_Found], adds: dict[int, Add]) -> tuple[PlannedUnit, ...]:
+    def planned(u: _Found) -> PlannedUnit:
+        c, events = u.candidate, recording.events
+        saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
+        add = (u.host_path, WHOLE_HOST) if c.whole else adds[c.add]
+        return PlannedUnit(u.path, u.host_path, u.pattern, tuple(recording.values[c.fork].shape), saved, 0, add=add)
+
+    return tuple(map(planned, units))
 
 
 def _hosts(recording: Recording, units: list[list[_Found]]) -> set[int]:
