@@ -255,15 +255,8 @@ class Planner:
         first = self.recording.values[units[0].candidate.fork]
         width = 8 if first.dtype.itemsize == 8 else 4
         streams = 2 * prod(first.shape) * width
-        bare = PlannedChain(
-            chain.name,
-            _planned_units(self.recording, units, self.adds),
-            "",
-            chain.exact,
-            0,
-            streams,
-            chain.largest or 0.0,
-        )
+        members = _planned_units(self.recording, units, self.adds)
+        bare = PlannedChain(chain.name, members, "", chain.exact, 0, streams, chain.largest or 0.0)
         return with_costs(bare, chain)
 
     def skipped(self, search: Search) -> tuple[Skipped, ...]:
