@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from revwire import couplings, measure
+from revwire._api.config import load_config, save_config
 from revwire._api.convert import convert
 from revwire._api.plan import plan
 from revwire._api.profile import Profile, profile
@@ -17,6 +18,7 @@ from revwire._errors import (
     CaptureError,
     ConversionError,
     CouplingError,
+    FunctionLostWarning,
     NothingToRewireWarning,
     RangeError,
     ReconstructionError,
@@ -40,6 +42,7 @@ __all__ = [
     "CouplingSchedule",
     "Dr2Net",
     "Forecast",
+    "FunctionLostWarning",
     "Midpoint",
     "Momentum",
     "NothingToRewireWarning",
@@ -55,12 +58,14 @@ __all__ = [
     "UnsupportedTransformError",
     "convert",
     "couplings",
+    "load_config",
     "measure",
     "plan",
     "profile",
     "report",
     "revert",
     "rival",
+    "save_config",
     "set_coupling",
     "stored_activations",
     "verify",

@@ -26,6 +26,12 @@ class NothingToRewireWarning(UserWarning):
     """`convert` found no chain of residual units, and left the model as it was."""
 
 
+class FunctionLostWarning(UserWarning):
+    """Weights that were trained in a form whose function the plain network does not have are about to run in another
+    one.
+    """
+
+
 class ReconstructionError(RevwireError, RuntimeError):
     """The backward pass could not rebuild what the forward pass computed; no gradient was returned."""
 

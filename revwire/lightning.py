@@ -1,20 +1,25 @@
-"""For Lightning: a callback that moves the coupling of a converted network while it trains. Needs ``pip install
-'revwire[lightning]'``.
+"""For Lightning: callbacks that move the coupling of a converted network while it trains, and that keep in checkpoints
+the form in which it was trained. Needs ``pip install 'revwire[lightning]'``.
 
 Nothing else in revwire needs Lightning, and ``import revwire`` does not import this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import repeat
 from math import inf
 from typing import Any, Literal
 
 from torch import nn
 
+from revwire._api import config
 from revwire._api.schedule import CouplingSchedule, Shape
-from revwire._errors import ConversionError, CouplingError
+from revwire._errors import ConversionError, CouplingError, FunctionLostWarning
 from revwire._forwards.converted import converted
+from revwire._plan.plan import Plan
 from revwire.couplings.base import Coupling
 
 try:
@@ -23,9 +28,76 @@ except ImportError as error:
     raise ImportError("revwire.lightning: Lightning is not installed; pip install 'revwire[lightning]'") from error
 
 
-class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
+CHECKPOINT_KEY = "revwire"
+"""Under which name a checkpoint holds the plans of converted networks, by their names in the LightningModule."""
+
+
+class ConfigCallback(Callback):  # type: ignore[misc, unused-ignore]
+    """Keeps in Lightning's checkpoints the form in which a converted network is trained: its plan, with the couplings
+    that it has when the checkpoint is saved (see `revwire.save_config`); `config_of` reads it.
+
+    A checkpoint that is loaded into a network of another form warns (`revwire.FunctionLostWarning`) where that loses
+    what was trained.
+
+    Args:
+        submodule: name of the converted network inside the LightningModule; None: the only one there is.
+
+    Raises:
+        CouplingError: when a checkpoint is saved, no converted network of that name.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from revwire.lightning import ConfigCallback
+        >>> options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        >>> trainer = Trainer(max_epochs=3, callbacks=[ConfigCallback()], **options)
+    """
+
+    def __init__(self, submodule: str | None = None) -> None:
+        super().__init__()
+        self.submodule = submodule
+
+    @property
+    def state_key(self) -> str:
+        """Under which name Lightning keeps its state: one for each network."""
+        return f"{type(self).__qualname__}[{self.submodule}]"
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the form down."""
+        name, network = self._network(pl_module)
+        checkpoint.setdefault(CHECKPOINT_KEY, {})[name] = config.config_of(network).to_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Warn where the network has another form than that in which its weights were trained."""
+        for name, data in checkpoint.get(CHECKPOINT_KEY, {}).items():
+            network = dict(pl_module.named_modules()).get(name)
+            if network is not None and self.submodule in (None, name):
+                with suppress(CouplingError):  # of a coupling that is not known here, nothing can be said
+                    self._compare(network, name, Plan.from_dict(data, couplings=_couplings_of(network)))
+
+    def _compare(self, network: nn.Module, name: str, trained: Plan) -> None:
+        here = _couplings_of(network)
+        then = [u.scheme for u in trained.units]
+        names = config.lost(then, here or repeat(None))
+        if names:
+            where = "the form that it has here" if here else "the original wiring"
+            warnings.warn(config.lost_words(name or trained.model, names, where), FunctionLostWarning, stacklevel=2)
+
+    def _network(self, module: nn.Module) -> tuple[str, nn.Module]:
+        found: dict[str, nn.Module] = {name: m for name, m in module.named_modules() if _is_converted(m)}
+        wanted = list(found) if self.submodule is None else [self.submodule]
+        if len(wanted) != 1 or wanted[0] not in found:
+            names = ", ".join(map(repr, found)) or "none"
+            raise CouplingError(
+                f"{type(self).__name__}: got converted networks {names} in {type(module).__name__}; expected "
+                + ("one" if self.submodule is None else repr(self.submodule))
+                + "; pass submodule=, and convert before training starts"
+            )
+        return wanted[0], found[wanted[0]]
+
+
+class CouplingCallback(ConfigCallback):
     """Steps a `revwire.CouplingSchedule` after each optimizer step or epoch, and keeps its state in Lightning's
-    checkpoints.
+    checkpoints, as a `ConfigCallback` keeps the form of the network.
 
     The way begins at the coupling that the network has when training starts. Accumulated gradients count as the one
     optimizer step that they make.
@@ -59,25 +131,20 @@ class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
         milestones: Sequence[int] = (),
         submodule: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(submodule)
         if interval not in ("step", "epoch"):
             raise CouplingError(f"CouplingCallback: got interval {interval!r}; expected 'step' or 'epoch'")
-        self.target, self.interval, self.submodule = target, interval, submodule
+        self.target, self.interval = target, interval
         self.total, self.shape, self.milestones = total, shape, tuple(milestones)
         self.schedule: CouplingSchedule | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._seen = 0  # optimizer steps of the trainer that the schedule has heard of
 
-    @property
-    def state_key(self) -> str:
-        """Under which name Lightning keeps its state: one for each network."""
-        return f"{type(self).__qualname__}[{self.submodule}]"
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the way, or go on where the checkpoint was."""
-        if self.schedule is None or self.schedule.model is not self._network(pl_module):
+        network = self._network(pl_module)[1]
+        if self.schedule is None or self.schedule.model is not network:
             total = None if self.shape == "step" else self._total(trainer)
-            network = self._network(pl_module)
             self.schedule = CouplingSchedule(
                 network, self.target, total=total, shape=self.shape, milestones=self.milestones
             )
@@ -120,18 +187,6 @@ class CouplingCallback(Callback):  # type: ignore[misc, unused-ignore]
             )
         return int(whole)
 
-    def _network(self, module: nn.Module) -> nn.Module:
-        found: dict[str, nn.Module] = {name: m for name, m in module.named_modules() if _is_converted(m)}
-        wanted = list(found) if self.submodule is None else [self.submodule]
-        if len(wanted) != 1 or wanted[0] not in found:
-            names = ", ".join(map(repr, found)) or "none"
-            raise CouplingError(
-                f"CouplingCallback: got converted networks {names} in {type(module).__name__}; expected "
-                + ("one" if self.submodule is None else repr(self.submodule))
-                + "; pass submodule=, and convert before training starts"
-            )
-        return found[wanted[0]]
-
 
 def _is_converted(module: nn.Module) -> bool:
     try:
@@ -139,3 +194,30 @@ def _is_converted(module: nn.Module) -> bool:
     except ConversionError:
         return False
     return True
+
+
+def _couplings_of(module: nn.Module) -> list[Coupling]:
+    """Those of the units of a network; none where it is not converted."""
+    return [c for chain in converted(module).chains for c in chain.couplings] if _is_converted(module) else []
+
+
+def config_of(checkpoint: Mapping[str, Any], name: str | None = None, *, couplings: Iterable[Coupling] = ()) -> Plan:
+    """The form in which a network in a checkpoint was trained, for ``revwire.convert(network, x, plan=...)``.
+
+    Args:
+        checkpoint: what `torch.load` gives of the file.
+        name: of the network inside the LightningModule; None: the only one there is.
+        couplings: those of your own that it had.
+
+    Raises:
+        ConversionError: the checkpoint has no such record.
+    """
+    found = checkpoint.get(CHECKPOINT_KEY, {})
+    wanted = list(found) if name is None else [name]
+    if len(wanted) != 1 or wanted[0] not in found:
+        raise ConversionError(
+            f"config_of: got a checkpoint with records of {list(found) or 'no network'}; expected "
+            + ("one" if name is None else repr(name))
+            + "; pass name=, and train with a ConfigCallback or CouplingCallback"
+        )
+    return Plan.from_dict(found[wanted[0]], couplings=couplings, where="checkpoint")

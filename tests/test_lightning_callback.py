@@ -17,7 +17,7 @@ from toys import encoder
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that Lightning imports
     lightning = pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install 'revwire[lightning]'")
-    from revwire.lightning import CouplingCallback
+    from revwire.lightning import CHECKPOINT_KEY, ConfigCallback, CouplingCallback, config_of
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -133,6 +133,59 @@ def test_a_network_must_be_converted(tmp_path):
         CouplingError, match=r"got converted networks none in Regression; expected one; pass submodule="
     ):
         fit(CouplingCallback("dr2net:0,1"), tmp_path, module)
+
+
+# -- the form in checkpoints -------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(callback, folder, coupling, **options):
+    trainer, module = fit(callback, folder, Regression(coupling, **options))
+    trainer.save_checkpoint(folder / "one.ckpt")
+    return module, torch.load(folder / "one.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": 2}])
+def test_a_checkpoint_holds_the_form(options, tmp_path):
+    module, checkpoint = checkpoint_of(ConfigCallback(), tmp_path, "re2tal", **options)
+    assert [*checkpoint[CHECKPOINT_KEY]] == ["body"]
+    plan = config_of(checkpoint)
+    assert plan == config_of(checkpoint, "body")
+    assert plan.trained
+    body = encoder(2, 8, 2, 16, dropout=0.0)
+    state = {name.removeprefix("body."): t for name, t in checkpoint["state_dict"].items()}
+    body.load_state_dict(state)
+    revwire.convert(body, DATA[0][0][None], plan=plan)
+    assert torch.equal(body(DATA[0][0][None]), module.body(DATA[0][0][None]))
+
+
+def test_a_schedule_leaves_where_it_is(tmp_path):
+    _, checkpoint = checkpoint_of(CouplingCallback("dr2net:0,1", total=8), tmp_path, "dr2net:1,1/16")
+    assert config_of(checkpoint).chains[0].coupling == "dr2net:1/2,1/2"
+
+
+@pytest.mark.parametrize("coupling", ["bdia", None])
+def test_a_checkpoint_in_another_form_warns(coupling, tmp_path):
+    checkpoint_of(ConfigCallback(), tmp_path, "re2tal")
+    module = Regression(coupling or "bdia")
+    if coupling is None:
+        revwire.revert(module.body)
+        module.training_step = lambda batch: module.body(batch[0]).square().mean()
+    where = "the form that it has here" if coupling else "the original wiring"
+    with pytest.warns(revwire.FunctionLostWarning, match=f"body: .* coupling 're2tal', .*: in {where}"):
+        fit(ConfigCallback(), tmp_path, module, resume=tmp_path / "one.ckpt", max_epochs=2)
+
+
+@pytest.mark.parametrize(("trained", "here"), [("re2tal", "re2tal"), ("bdia", "re2tal"), ("bdia", "bdia:1/8")])
+def test_a_checkpoint_that_keeps_its_function_does_not(trained, here, tmp_path):
+    checkpoint_of(ConfigCallback(), tmp_path, trained)
+    fit(ConfigCallback("body"), tmp_path, Regression(here), resume=tmp_path / "one.ckpt", max_epochs=2)
+
+
+def test_a_checkpoint_without_a_record_is_refused():
+    with pytest.raises(revwire.ConversionError, match=r"got a checkpoint with records of no network; expected one"):
+        config_of({"state_dict": {}})
+    with pytest.raises(revwire.ConversionError, match=r"records of \['a', 'b'\]; expected one; pass name="):
+        config_of({CHECKPOINT_KEY: {"a": {}, "b": {}}})
 
 
 def test_importing_revwire_does_not_import_lightning():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 from torch import nn
 
-from revwire._budget.rewire import rewire
-from revwire._errors import NothingToRewireWarning
+from revwire._budget.rewire import rewire as convert_as
+from revwire._errors import ConversionError, NothingToRewireWarning
 from revwire._forwards.converted import converted
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.install import refuse_converted, take_all_off
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Options, Patterns, Rewire, options_of
+from revwire._forwards.planned import rewire_as_planned
+from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Patterns, Rewire, options_of
+from revwire._plan.plan import Plan
 from revwire._plan.stays import why_nothing
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
@@ -36,6 +41,7 @@ def convert(
     strict: bool = False,
     memory_budget: Budget = None,
     rewire: Rewire = None,
+    plan: Plan | None = None,
 ) -> M:
     """Rewire the residual chains of ``model`` into reversible ones, where that pays, in place, and return it.
 
@@ -47,12 +53,16 @@ def convert(
             memory_budget, rewire: as for `plan`. Without ``example_inputs``, the first call of the model is the
             example.
         strict: raise if any residual add stays (other than by ``exclude``, or inside a rewired branch).
+        plan: do what this plan says, and measure nothing: one that `plan` made of the same network, `Plan.load` has
+            read, or `report` gives. Whatever shapes the example has, the layout is that of the plan, in every process.
+            All other options are then the plan's.
 
     Warns:
         NothingToRewireWarning: there is no chain, so the model stays as it was; says why.
 
     Raises:
-        ConversionError: as for `plan`; or ``strict`` and something stays. The model is then as before.
+        ConversionError: as for `plan`; or ``strict`` and something stays; or the plan is that of another model, or was
+            given together with other options. The model is then as before.
 
     Example:
         >>> import torch, revwire
@@ -60,28 +70,42 @@ def convert(
         >>> net = revwire.convert(net, torch.randn(1, 4, 16))
         >>> net(torch.randn(3, 7, 16)).sum().backward()
     """
-    options = options_of(
-        Choice.of(coupling, exact, anchors, tolerance),
-        include,
-        exclude,
-        whole,
-        strict,
-        chunks,
-        checkpoint,
-        memory_budget,
-        rewire,
-    )
+    if plan is not None:
+        arithmetic = {"coupling": coupling, "exact": exact, "anchors": anchors, "tolerance": tolerance}
+        where = {"include": include, "exclude": exclude, "whole": whole, "strict": strict, "rewire": rewire}
+        memory = {"chunks": chunks, "checkpoint": checkpoint, "memory_budget": memory_budget}
+        _refuse_both(plan, {**arithmetic, **where, **memory})
+        how: Callable[..., None] = partial(rewire_as_planned, plan=plan)
+    else:
+        choice = Choice.of(coupling, exact, anchors, tolerance)
+        options = options_of(choice, include, exclude, whole, strict, chunks, checkpoint, memory_budget, rewire)
+        how = partial(convert_as, options=options)
     refuse_converted(model)
     if example_inputs is None:
-        vars(model)["forward"] = FirstCall(model, options, vars(model).get("forward"), _rewire)
+        vars(model)["forward"] = FirstCall(model, vars(model).get("forward"), partial(_rewire, how=how))
         return model
-    _rewire(model, example_inputs, options)
+    _rewire(model, example_inputs, how=how)
     return model
 
 
-def _rewire(model: nn.Module, example_inputs: Any, options: Options) -> None:
+def _refuse_both(plan: Any, others: Mapping[str, Any]) -> None:
+    """Raise where a plan is none, or comes with other options than their defaults."""
+    if not isinstance(plan, Plan):
+        raise ConversionError(
+            f"plan: got {type(plan).__name__}; expected a revwire.Plan, as revwire.plan(model, example_inputs) makes "
+            "it, or Plan.load(path) reads it"
+        )
+    for name, value in others.items():
+        if value != signature(convert).parameters[name].default:
+            raise ConversionError(
+                f"convert: got both plan= and {name}={value!r}; expected one of them, as a plan holds all choices; "
+                f"leave {name}= out, or make the plan with it"
+            )
+
+
+def _rewire(model: nn.Module, example_inputs: Any, *, how: Callable[..., None]) -> None:
     """Convert ``model``, and say so where that changes nothing."""
-    rewire(model, example_inputs, options)
+    how(model, example_inputs)
     plan = converted(model).plan
     if plan.chains or plan.checkpointed:
         return

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
 from revwire._budget.rewire import rewire as convert_as
+from revwire._capture.twin import twin_of
+from revwire._errors import ConversionError
 from revwire._forwards.converted import converted
-from revwire._forwards.install import prepared, refuse_converted, take_all_off
-from revwire._plan.options import Anchors, Budget, Choice, Chunks, Couplings, Patterns, Rewire, options_of
+from revwire._forwards.install import prepared, refuse_converted
+from revwire._plan.options import (
+    AUTO,
+    Anchors,
+    Budget,
+    Choice,
+    Chunks,
+    Couplings,
+    Options,
+    Patterns,
+    Rewire,
+    options_of,
+)
 from revwire._plan.plan import Plan
 from revwire.couplings import DEFAULT
 from revwire.couplings.base import FLOAT_TOLERANCE
@@ -34,7 +49,8 @@ def plan(
     """What `convert` would do, without doing it.
 
     Args:
-        model: any module; it is run once on ``example_inputs`` and left as found.
+        model: any module; it is run once on ``example_inputs`` and left as found. It is never converted: where steps
+            have to be measured, a twin is, with modules and buffers of its own and the same weights.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Anything else (a
             list, say) is passed as the one argument.
         coupling: ``"bdia"`` (γ = 1/16, and 1/64 for post-normalised blocks), ``"bdia:1/8"``, ``"re2tal"``, another
@@ -77,7 +93,7 @@ def plan(
         The plan: chains, units, each residual add that stays, with its reason, and the peaks of a step.
 
     Raises:
-        ConversionError: the model is converted already, or fails on the example.
+        ConversionError: the model is converted already, or fails on the example; or a twin of it is another model.
         CouplingError: no such coupling, or no such arithmetic for it.
         BudgetError: no mix fits the memory budget; names the smallest that one does.
 
@@ -100,7 +116,21 @@ def plan(
     if memory_budget is None and chunks in (None, 1):  # nothing has to run
         return prepared(model, example_inputs, options).plan
     refuse_converted(model)
-    convert_as(model, example_inputs, options)
-    found = converted(model).plan
-    take_all_off(model)
-    return found
+    twin = twin_of(model)
+    _refuse_other(model, twin, example_inputs, replace(options, whole=() if options.whole == AUTO else options.whole))
+    convert_as(twin, example_inputs, options)
+    return converted(twin).plan
+
+
+def _refuse_other(model: nn.Module, twin: nn.Module, example_inputs: Any, options: Options) -> None:
+    """Raise where a twin is another model; see Note [A twin] in `twin`."""
+    plans = [prepared(m, example_inputs, options).plan for m in (model, twin)]
+    mine, other = ([*((u.path, u.host) for u in p.units), *((s.path, s.reason) for s in p.skipped)] for p in plans)
+    first = next((pair for pair in zip_longest(mine, other) if pair[0] != pair[1]), None)
+    if first is not None:
+        there, here = ("nothing" if one is None else one[0] for one in first)
+        raise ConversionError(
+            f"{type(model).__name__}: steps are measured on a copy of its modules, which got {here} for {there}; "
+            "expected modules that reach each other by attributes, not by closures; call revwire.convert(model, "
+            "example_inputs, ...), which measures the model itself, and then revwire.report(model)"
+        )

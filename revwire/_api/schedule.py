@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from revwire._api.config import warn_of_lost_function
 from revwire._errors import CouplingError
 from revwire._forwards.converted import converted
 from revwire._forwards.first_call import FirstCall
@@ -36,6 +37,10 @@ def set_coupling(model: nn.Module, coupling: Couplings, *, exact: bool | None = 
             theirs.
         exact: fixed-point streams (True), float streams (False), or what the couplings need (None).
 
+    Warns:
+        FunctionLostWarning: the weights were trained under a coupling of another kind, which does not keep the function
+            of the original network.
+
     Raises:
         CouplingError: no such coupling, or no such arithmetic for it; nothing is changed then.
         ConversionError: the model is not converted (or waits for its first call), or a glob matches no unit.
@@ -56,6 +61,7 @@ def set_coupling(model: nn.Module, coupling: Couplings, *, exact: bool | None = 
         _couplings(choice, planned, chain, isinstance(coupling, Mapping))
         for choice, planned, chain in zip(choices, state.plan.chains, state.chains, strict=False)
     ]
+    warn_of_lost_function(model, "that coupling", [c for couplings, _, _ in found for c in couplings])
     _set(model, found)
 
 

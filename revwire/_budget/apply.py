@@ -90,5 +90,8 @@ def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways
 
 def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:
     """The plan of a chain with the parts of its cores."""
-    parts = {p.place: p.forward.parts for p in parted if p.chain == number}
-    return replace(planned, units=tuple(replace(u, parts=parts.get(i, 1)) for i, u in enumerate(planned.units)))
+    mine = [p for p in parted if p.chain == number]
+    parts = {p.place: p.forward.parts for p in mine}
+    cores = [tuple((p.forward.path, p.forward.count) for p in mine if p.place == i) for i in range(len(planned.units))]
+    units = (replace(u, parts=parts.get(i, 1), cores=cores[i]) for i, u in enumerate(planned.units))
+    return replace(planned, units=tuple(units))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -11,20 +12,36 @@ from revwire._errors import ConversionError
 from revwire._forwards.checkpointed import CheckpointedForward
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import PartedForward
+from revwire._plan.costed import with_costs
 from revwire._plan.plan import Plan
 from revwire._runtime.chain import Chain
+from revwire._surroundings.inventory import version_of
 
 _STATE = "_revwire"
 
 
 @dataclass
 class Converted:
-    """What a converted model remembers."""
+    """What a converted model remembers.
+
+    Attributes:
+        written: how often each of its parameters had been written to, by name, when it was converted; not known of a
+            copy.
+    """
 
     plan: Plan
     chains: list[Chain]
     checkpointed: list[CheckpointedForward] = field(default_factory=list)
     parted: list[Parted] = field(default_factory=list)
+    written: dict[str, int] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have other tensors, of which nobody knows how often they were written to."""
+        return {**vars(self), "written": {}}
+
+    def present_plan(self) -> Plan:
+        """The plan with the couplings and anchors that its chains have now."""
+        return replace(self.plan, chains=tuple(map(with_costs, self.plan.chains, self.chains)))
 
 
 @dataclass
@@ -49,7 +66,20 @@ def is_converted(model: nn.Module) -> bool:
 
 def remember(model: nn.Module, state: Converted) -> None:
     """Let ``model`` know that it is converted."""
+    state.written = _written(model)
     vars(model)[_STATE] = state
+
+
+def was_trained(model: nn.Module) -> bool:
+    """Whether the weights of a converted model were, as far as is known, trained as it runs now: its plan says so, or
+    they have changed since.
+    """
+    state = converted(model)
+    return state.plan.trained or state.written != _written(model)
+
+
+def _written(model: nn.Module) -> dict[str, int]:
+    return {name: version_of(p) for name, p in model.named_parameters()}
 
 
 def forget(model: nn.Module) -> None:

@@ -8,18 +8,20 @@ from typing import Any
 from torch import nn
 
 from revwire._capture.arguments import Call
-from revwire._plan.options import Options
 from revwire._torch import disable_dynamo
 
 
 class FirstCall:
-    """Stands in for the forward of a model that is converted by its first call."""
+    """Stands in for the forward of a model that is converted by its first call.
 
-    def __init__(
-        self, model: nn.Module, options: Options, original: Any, rewire: Callable[[nn.Module, Any, Options], None]
-    ) -> None:
+    Args:
+        model: the model.
+        original: an instance attribute ``forward`` that was there before, or None.
+        rewire: converts a model by the arguments of a call.
+    """
+
+    def __init__(self, model: nn.Module, original: Any, rewire: Callable[[nn.Module, Any], None]) -> None:
         self.model = model
-        self.options = options
         self.original = original
         self.rewire = rewire
 
@@ -27,7 +29,7 @@ class FirstCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         try:
-            self.rewire(self.model, Call(args, kwargs), self.options)
+            self.rewire(self.model, Call(args, kwargs))
         except BaseException:
             vars(self.model)["forward"] = self
             raise

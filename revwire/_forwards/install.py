@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from revwire._capture.arguments import Call, as_call, fresh_arguments
+from revwire._capture.recording import Recording
 from revwire._capture.run import fullest_recording
 from revwire._errors import ConversionError, RevwireError
 from revwire._forwards.base import InstanceForward, standing_forward, take_off
@@ -18,6 +19,7 @@ from revwire._forwards.first_call import FirstCall
 from revwire._forwards.in_parts import install_parts
 from revwire._forwards.leaf import unmake_leaf
 from revwire._forwards.live import install_live
+from revwire._plan.again import Again
 from revwire._plan.options import Options
 from revwire._plan.plan import Plan
 from revwire._plan.ready import refuse_unready
@@ -31,10 +33,23 @@ def prepared(model: nn.Module, example_inputs: Any, options: Options) -> Prepare
     Raises:
         ConversionError: it is converted already, or fails on the example.
     """
+    return Planner(_observed(model, example_inputs), options).run()
+
+
+def prepared_again(model: nn.Module, example_inputs: Any, plan: Plan) -> Prepared:
+    """What is to be put on ``model`` as a plan says, from one run on the example; nothing is changed.
+
+    Raises:
+        ConversionError: as for `prepared`; or the plan is that of another model.
+    """
+    return Again(_observed(model, example_inputs), plan).run()
+
+
+def _observed(model: nn.Module, example_inputs: Any) -> Recording:
     refuse_converted(model)
     call = as_call(example_inputs)
     try:
-        recording = fullest_recording(model, call.args, call.kwargs)
+        return fullest_recording(model, call.args, call.kwargs)
     except RevwireError:
         raise
     except Exception as error:
@@ -50,7 +65,6 @@ def prepared(model: nn.Module, example_inputs: Any, options: Options) -> Prepare
             f"{type(model).__name__}: the model failed on the example inputs ({said}); pass what its forward takes: a "
             "tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from error
-    return Planner(recording, options).run()
 
 
 def _runs(model: nn.Module, call: Call) -> bool:
@@ -82,6 +96,9 @@ def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:
         )
         for path, core in cores.items()
     ]
+    counts = {name: count for u in found.units for name, count in u.cores}
+    for one in parted:
+        one.forward.cut(counts.get(one.forward.path, 1))
     state = Converted(found, chains, checkpointed, parted)
     remember(model, state)
     return state

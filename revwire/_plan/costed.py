@@ -10,13 +10,28 @@ from revwire._runtime.chain import Chain
 
 
 def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
-    """The plan of a chain with the coupling and the arithmetic that it has now, and what they keep."""
+    """The plan of a chain with the coupling, the arithmetic, the anchors and the cuts that it has now, and what they
+    keep.
+    """
     bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
+    cuts = chain.cuts or (None,) * chain.length
     units = tuple(
-        replace(u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=chunks_of(u, chain, i))
-        for i, u in enumerate(planned.units)
+        replace(
+            u, kept_bytes=_kept(u, planned, chain, i, bits[i]), chunks=chunks_of(u, chain, i), scheme=coupling, cut=cut
+        )
+        for i, (u, coupling, cut) in enumerate(zip(planned.units, chain.couplings, cuts, strict=True))
     )
-    return replace(planned, units=units, coupling=chain.coupling_name, exact=chain.exact, bits=max(bits))
+    return replace(
+        planned,
+        units=units,
+        coupling=chain.coupling_name,
+        exact=chain.exact,
+        bits=max(bits),
+        anchors=chain.spacing,
+        adapts=chain.adapts,
+        tolerance=chain.tolerance,
+        keeps_last=chain.keeps_last,
+    )
 
 
 def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits: int) -> int:

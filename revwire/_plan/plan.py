@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from revwire._plan.html import as_html
+from revwire._plan.saved import AnyPath, beheaded, headed, parsed_file, written_file
 from revwire._plan.stays import Skipped, stays_lines, why_nothing
+from revwire._runtime.chunks import Cut
+from revwire._runtime.unit import Mode
+from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
 from revwire.measure.sizes import spelled
 
 
@@ -28,6 +34,11 @@ class PlannedUnit:
         chunks: into how many chunks it is cut, with the shape of the example.
         parts: in how many parts the core of its branch runs, the products of activations with each other (the heads of
             attention).
+        add: its residual add: the innermost module that makes it, and which of those made there it is; -1: the module
+            is one unit, whatever adds it holds.
+        scheme: its coupling.
+        cut: how it may be cut into chunks, where it is to be.
+        cores: the modules in its branch whose core runs in parts, and in how many at most.
     """
 
     path: str
@@ -36,9 +47,13 @@ class PlannedUnit:
     shape: tuple[int, ...]
     saved_bytes: int
     kept_bytes: int
-    mode: str = "reversible"
+    mode: Mode = "reversible"
     chunks: int = 1
     parts: int = 1
+    add: tuple[str, int] = ("", 0)
+    scheme: Coupling | None = None
+    cut: Cut | None = None
+    cores: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,10 @@ class PlannedChain:
         bits: bits kept per element and unit.
         stream_bytes: bytes of the two streams, kept once.
         largest: largest magnitude in the streams in the example.
+        anchors: units from one kept true state to the next; None: none is kept for that.
+        adapts: whether they come nearer to each other where rebuilt states drift.
+        tolerance: the largest relative error of a rebuilt state in float streams.
+        keeps_last: whether autograd keeps what the last unit saves, as nothing larger follows.
     """
 
     name: str
@@ -62,6 +81,10 @@ class PlannedChain:
     bits: int
     stream_bytes: int
     largest: float
+    anchors: int | None = None
+    adapts: bool = False
+    tolerance: float = FLOAT_TOLERANCE
+    keeps_last: bool = False
 
     @property
     def bytes_saved(self) -> int:
@@ -163,7 +186,8 @@ class Plan:
         skipped: the residual adds that stay.
         forecast: what a memory budget was planned with.
         checkpointed: qualified names of the modules outside of chains that are checkpointed.
-        peaks: of a step on the example, by what a user could do; None where the example does not tell.
+        peaks: of a step on the example, by what a user could do; None where it runs in chunks.
+        trained: whether it is the record of weights that were trained in this form, as `revwire.save_config` writes it.
 
     Example:
         >>> import torch, revwire
@@ -179,6 +203,7 @@ class Plan:
     forecast: Forecast | None = None
     checkpointed: tuple[str, ...] = ()
     peaks: Peaks | None = None
+    trained: bool = False
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -199,29 +224,88 @@ class Plan:
         return len(self.units) / (len(self.units) + left) if self.units or left else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data (JSON-ready)."""
-        return {**asdict(self), "coverage": self.coverage, "bytes_saved": sum(c.bytes_saved for c in self.chains)}
+        """The plan as plain data (JSON-ready): what `save` writes, and `from_dict` reads."""
+        return {**headed(self), "coverage": self.coverage, "bytes_saved": sum(c.bytes_saved for c in self.chains)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, couplings: Iterable[Coupling] = (), where: str = "plan") -> Plan:
+        """The plan that `to_dict` gave.
+
+        Args:
+            data: plain data.
+            couplings: those of your own that the plan names.
+            where: what errors call the data.
+
+        Raises:
+            ConversionError: it is no plan, or of another version.
+            CouplingError: it has a coupling that is not known.
+        """
+        return beheaded(cls, data, where, couplings, leaves=("coverage", "bytes_saved"))
+
+    def save(self, path: AnyPath) -> None:
+        """Write the plan to a JSON file, which `load` reads, in any process and on any machine.
+
+        Example:
+            >>> import tempfile, torch, revwire
+            >>> def network():
+            ...     block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            ...     return torch.nn.TransformerEncoder(block, 2)
+            >>> x = torch.randn(1, 4, 16)
+            >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            ...     revwire.plan(network(), x, memory_budget="1GiB").save(file.name)
+            ...     plan = revwire.Plan.load(file.name)
+            >>> revwire.report(revwire.convert(network(), x, plan=plan)) == plan
+            True
+        """
+        written_file(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: AnyPath, *, couplings: Iterable[Coupling] = ()) -> Plan:
+        """The plan that `save` wrote.
+
+        Args:
+            path: of the file.
+            couplings: those of your own that the plan names.
+
+        Raises:
+            ConversionError: the file holds no plan, or one of another version.
+            CouplingError: it has a coupling that is not known.
+        """
+        return cls.from_dict(parsed_file(path), couplings=couplings, where=str(path))
 
     def __str__(self) -> str:
-        last = [str(self.peaks)] if self.peaks else []
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if rows:
+            lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self._head(), *lines, *self._lines()])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._head(), self._rows(), self._lines())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The table: the names of its columns, and a row for each chain; nothing where there is none."""
         if not self.chains:
-            head = f"{self.model}: nothing is rewired: {why_nothing(self.skipped)}"
-            return "\n".join([head, *self._checkpointed_lines(), *stays_lines(self.skipped), *last])
+            return []
         rows: list[tuple[str, ...]] = [("chain", "host", "units", "pattern", "shape", "coupling", "bits", "saves")]
         more = [("modes", _modes)] if self.forecast else []
         more += [("chunks", _chunks)] if any(u.chunks > 1 or u.parts > 1 for u in self.units) else []
         rows = [(*rows[0], *(name for name, _ in more))]
-        rows += [(*_row(c), *(column(c) for _, column in more)) for c in self.chains]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        return rows + [(*_row(c), *(column(c) for _, column in more)) for c in self.chains]
+
+    def _head(self) -> str:
+        if not self.chains:
+            return f"{self.model}: nothing is rewired: {why_nothing(self.skipped)}"
         several = "chain" if len(self.chains) == 1 else "chains"
-        head = (
-            f"{self.model}: {len(self.units)} units in {len(self.chains)} {several}, {self.coverage:.0%} of the "
-            "residual adds"
-        )
-        forecast = [str(self.forecast)] if self.forecast else []
-        return "\n".join([head, *lines, *forecast, *self._checkpointed_lines(), *stays_lines(self.skipped), *last])
+        units = f"{len(self.units)} units in {len(self.chains)} {several}"
+        return f"{self.model}: {units}, {self.coverage:.0%} of the residual adds"
+
+    def _lines(self) -> list[str]:
+        """What is said below the table; the net gain is the last line."""
+        told = [str(self.forecast)] if self.forecast else []
+        net = [str(self.peaks)] if self.peaks else []
+        return [*told, *self._checkpointed_lines(), *stays_lines(self.skipped), *net]
 
     def _checkpointed_lines(self) -> list[str]:
         some = ", ".join(self.checkpointed[:8]) + (" ..." if len(self.checkpointed) > 8 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 from revwire._capture.lines import shown
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
+from revwire._plan.adds import WHOLE as WHOLE_HOST
+from revwire._plan.adds import Add, adds_of
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
 from revwire._plan.leanest import Chosen, OnPaper
@@ -65,6 +68,7 @@ class Planner:
     def __init__(self, recording: Recording, options: Options) -> None:
         self.recording = recording
         self.options = options
+        self.adds = adds_of(recording)
         self.banned: dict[int, str] = {}
         self.names = Names(recording)
         self.known: Known = {}
@@ -96,6 +100,7 @@ class Planner:
             peaks=paper.peaks(chosen) if self.options.chunks in (None, 1) else None,
         )
         self.mark_last(units, chains, plan)
+        plan = replace(plan, chains=tuple(map(with_costs, plan.chains, chains)))
         return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
 
     def all_that_can_be(self) -> tuple[Search, list[list[Placed]], list[Chain], dict[str, list[Slot]]]:
@@ -238,15 +243,9 @@ class Planner:
 
     def planned(self, units: list[Placed], chain: Chain) -> PlannedChain:
         streams = _stream_bytes(self.recording, units[0].candidate, chain)
-        bare = PlannedChain(
-            chain.name, tuple(map(self.planned_unit, units)), "", chain.exact, 0, streams, chain.largest or 0.0
-        )
+        members = _planned_units(self.recording, units, self.adds)
+        bare = PlannedChain(chain.name, members, "", chain.exact, 0, streams, chain.largest or 0.0)
         return with_costs(bare, chain)
-
-    def planned_unit(self, u: Placed) -> PlannedUnit:
-        c, events = u.candidate, self.recording.events
-        saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
-        return PlannedUnit(u.path, u.host_path, u.pattern, self.recording.values[c.fork].shape, saved, 0)
 
     def skipped(self, u: Placed, outside: Outside) -> Skipped:
         """A residual add that stays, with what would help as far as that depends on the whole plan."""
@@ -264,6 +263,16 @@ def _rejected(units: list[list[Placed]], chosen: Iterable[int]) -> list[Candidat
     for c in left:
         c.reason = DOES_NOT_PAY
     return left
+
+
+def _planned_units(recording: Recording, units: list[Placed], adds: dict[int, Add]) -> tuple[PlannedUnit, ...]:
+    def planned(u: Placed) -> PlannedUnit:
+        c, events = u.candidate, recording.events
+        saved = sum(events[e].saved for e in {*c.region, c.add, *c.post})
+        add = (u.host_path, WHOLE_HOST) if c.whole else adds[c.add]
+        return PlannedUnit(u.path, u.host_path, u.pattern, tuple(recording.values[c.fork].shape), saved, 0, add=add)
+
+    return tuple(map(planned, units))
 
 
 def _hosts(recording: Recording, units: list[list[Placed]]) -> set[int]:

@@ -69,9 +69,7 @@ class Rewind:
         """
         self.tape.passes.pop(self.task, None)
         self.cache.clear()
-        if (
-            not self.retained and not self.parts and self.current is not None
-        ):  # else it failed, and nothing is left to go on from
+        if not self.retained and not self.parts and self.current is not None:  # else nothing is left to go on from
             self.tape.shorten(self.position, (self.previous, self.current))
         self.checks.settle()
 

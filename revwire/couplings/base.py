@@ -38,6 +38,10 @@ MOST_BITS = 7
 """The most bits per element and unit that fixed point can keep: |b| is 2^-7 or more."""
 
 
+KEEPING = 1 / 4
+"""The largest |b| with which consistent schemes still came near the pretrained function in the retention benchmarks."""
+
+
 Factor: TypeAlias = "float | Tensor"
 
 
@@ -147,6 +151,16 @@ class Coupling(ABC):
     def drops_skip(self) -> bool:
         """Whether a post-activation block act(x + F(x)) is rewired as x_{k-1} + act(F(x_k))."""
         return False
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the same weights compute nearly the same in the plain network: where the rule is consistent and |b|
+        is small, or where models in eval mode *are* the plain network.
+
+        Weights that were trained under another scheme are of use under that scheme alone.
+        """
+        a, b, c = self.coefficients
+        return self.plain_in_eval or (max(abs(a + b - 1), abs(c - 1 - b)) < 1e-9 and abs(b) <= KEEPING)
 
     @property
     def kept_bits(self) -> int:
