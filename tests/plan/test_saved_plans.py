@@ -270,6 +270,7 @@ def without_maps(model):
         ("checkpoint", []),
         ("strict", True),
         ("memory_budget", "least"),
+        ("rewire", "everywhere"),
     ],
 )
 def test_other_options_beside_a_plan_are_refused(option, value):
@@ -289,7 +290,7 @@ def test_defaults_beside_a_plan_are_not_options():
 def test_every_option_of_convert_is_the_plans():
     from inspect import signature
 
-    tried = {m.args[1][i][0] for m in test_other_options_beside_a_plan_are_refused.pytestmark for i in range(11)}
+    tried = {m.args[1][i][0] for m in test_other_options_beside_a_plan_are_refused.pytestmark for i in range(12)}
     assert tried == {*signature(revwire.convert).parameters} - {"model", "example_inputs", "plan"}
 
 
@@ -397,4 +398,4 @@ def test_a_notebook_shows_the_table():
 def test_a_notebook_shows_a_plan_without_chains():
     plan = revwire.plan(nn.Sequential(nn.Linear(16, 16)), INPUTS)
     assert not Cells(plan._repr_html_()).cells
-    assert "nothing to rewire" in Cells(plan._repr_html_()).text
+    assert "nothing is rewired" in Cells(plan._repr_html_()).text
