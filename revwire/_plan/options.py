@@ -100,7 +100,7 @@ class Choice:
     def asks_for_all(self) -> bool:
         """Whether the caller chose couplings that mean a network of their own, or anchors in chains."""
         chosen = [coupling for _, coupling in self.globs] + ([self.default] if self.default else [])
-        return self.anchors is not None or any(not c.is_consistent for c in chosen)
+        return self.anchors is not None or any(not c.keeps_function for c in chosen)
 
     def refuse_idle_globs(self, names: Iterable[str]) -> None:
         """`refuse_idle_globs` for those of the couplings."""

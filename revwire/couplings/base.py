@@ -131,12 +131,6 @@ class Coupling(ABC):
         """(a, b, c) of one unit."""
 
     @property
-    def is_consistent(self) -> bool:
-        """Whether the function is kept up to the order of the method (law 4)."""
-        a, b, c = self.coefficients
-        return a + b == 1 and c == 1 + b
-
-    @property
     def error_growth(self) -> float:
         """1 / min|λ| over the roots of λ² = aλ + b: what one float unstep multiplies an error by."""
         a, b, _ = self.coefficients
