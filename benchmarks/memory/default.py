@@ -41,8 +41,9 @@ def measured(name: str, rounds: int) -> Row:
         (
             *(f"{variant}_bytes" for variant in (STORED, RIVAL, PLAIN)),
             *(f"{variant}_seconds" for variant in (STORED, RIVAL, PLAIN)),
-            *("to_stored", "to_rival", "forecast_bytes", "rival", "blocks", "units", "coverage"),
-            *("convert_seconds", "observe_seconds", "rounds", "reason"),
+            *("to_stored", "to_rival", "rival", "blocks", "units", "coverage", "checkpointed"),
+            *(f"{variant}_forecast" for variant in (STORED, RIVAL, PLAIN)),
+            *("convert_seconds", "plan_seconds", "rounds", "reason"),
         )
     )
     row = {"model": name, **row}
@@ -58,12 +59,14 @@ def measured(name: str, rounds: int) -> Row:
 def _fill(row: Row, model: nn.Module, example: Any, rounds: int) -> None:
     rival = revwire.rival(model, example)
     row.update(rival=rival.name, blocks=len(rival.blocks))
-    row["observe_seconds"] = _seconds(lambda: revwire.plan(model, example, exclude="*"))
+    row["plan_seconds"] = _seconds(lambda: revwire.plan(model, example))
     plain = copy.deepcopy(model)
     row["convert_seconds"] = _seconds(lambda: revwire.convert(plain, example))
     plan = revwire.report(plain)
-    forecast = getattr(plan, "forecast", None)
-    row.update(units=len(plan.units), coverage=plan.coverage, forecast_bytes=forecast and forecast.peak_bytes)
+    row.update(units=len(plan.units), coverage=plan.coverage, checkpointed=len(plan.checkpointed))
+    if plan.peaks:
+        found = plan.peaks.stored, plan.peaks.checkpointing, plan.peaks.planned
+        row.update({f"{variant}_forecast": n for variant, n in zip((STORED, RIVAL, PLAIN), found, strict=True)})
     steps = {
         variant: partial(step, net, example) for variant, net in ((STORED, model), (RIVAL, rival.model), (PLAIN, plain))
     }

@@ -46,8 +46,16 @@ def conversion(rows: list[Row]) -> Table:
 def default(rows: list[Row]) -> Table:
     """The plain call against stored activations and the checkpointing that a user would pick, by model."""
     head = [
-        *("model", "units", "checkpointing", "peak MiB: stored", "checkpointing", "revwire", "× checkpointing"),
-        *("seconds × checkpointing", "seconds × stored", "forecast MiB (off)", "convert s (observing)"),
+        *(
+            "model",
+            "units, checkpoints",
+            "checkpointing",
+            "peak MiB: stored",
+            "checkpointing",
+            "revwire",
+            "× checkpointing",
+        ),
+        *("seconds × checkpointing", "seconds × stored", "forecasts off by", "convert s (planning)"),
     ]
     return [head, *([row["model"], *_default(row)] for row in rows)]
 
@@ -57,12 +65,13 @@ def _default(row: Row) -> list[str]:
         return ["–"] * 9 + [f"failed: {row['reason']}".replace("|", "\\|")]
     how = "own switch" if not row["blocks"] else f"{row['blocks']} blocks"
     sizes = [row[f"{variant}_bytes"] for variant in ("stored", "rival", "plain")]
-    forecast = row["forecast_bytes"]
+    forecasts = [row[f"{variant}_forecast"] for variant in ("stored", "rival", "plain")]
+    off = ", ".join("–" if f is None else f"{f / size - 1:+.1%}" for f, size in zip(forecasts, sizes, strict=True))
     return [
-        *(str(row["units"]), how, *map(mib, sizes), f"{sizes[2] / sizes[1]:.2f}"),
+        *(f"{row['units']}, {row['checkpointed']}", how, *map(mib, sizes), f"{sizes[2] / sizes[1]:.2f}"),
         *(quartiles(row[k], 2) for k in ("to_rival", "to_stored")),
-        f"{mib(forecast)} ({forecast / sizes[2] - 1:+.1%})" if forecast else "–",
-        f"{row['convert_seconds']:.1f} ({row['observe_seconds']:.1f})",
+        off,
+        f"{row['convert_seconds']:.1f} ({row['plan_seconds']:.1f})",
     ]
 
 

@@ -34,7 +34,7 @@ def test_a_row_has_the_three_variants_and_what_was_planned(toys):
     assert 0 < row["rival_bytes"] < row["stored_bytes"]
     assert all(row[f"{variant}_seconds"]["median"] > 0 for variant in ("stored", "rival", "plain"))
     assert row["to_rival"]["low"] <= row["to_rival"]["median"] <= row["to_rival"]["high"]
-    assert min(row["convert_seconds"], row["observe_seconds"]) > 0
+    assert min(row["convert_seconds"], row["plan_seconds"]) > 0
 
 
 def test_the_variants_are_those_of_the_same_weights(toys):
@@ -75,17 +75,20 @@ def test_the_table_sets_the_plain_call_beside_its_rival():
         "stored_bytes": 4 * 2**20,
         "rival_bytes": 2 * 2**20,
         "plain_bytes": 2**20,
-        "forecast_bytes": None,
+        "checkpointed": 3,
+        "stored_forecast": 4 * 2**20,
+        "rival_forecast": 2**20 * 21 // 10,
+        "plain_forecast": None,
         "to_rival": even,
         "to_stored": even,
         "convert_seconds": 2.0,
-        "observe_seconds": 0.5,
+        "plan_seconds": 0.5,
     }
-    head, cells, forecast = memory_tables.default([row, {**row, "blocks": 7, "forecast_bytes": 2**20 * 11 // 10}])
-    assert len(head) == len(cells) == len(forecast)
-    assert cells[1:7] == ["4", "own switch", "4.0", "2.0", "1.0", "0.50"]
-    assert cells[7:] == ["1.25 (1.00–1.50)", "1.25 (1.00–1.50)", "–", "2.0 (0.5)"]
-    assert (forecast[2], forecast[9]) == ("7 blocks", "1.1 (+10.0%)")
+    head, cells, other = memory_tables.default([row, {**row, "blocks": 7}])
+    assert len(head) == len(cells) == len(other)
+    assert cells[1:7] == ["4, 3", "own switch", "4.0", "2.0", "1.0", "0.50"]
+    assert cells[7:] == ["1.25 (1.00–1.50)", "1.25 (1.00–1.50)", "+0.0%, +5.0%, –", "2.0 (0.5)"]
+    assert other[2] == "7 blocks"
 
 
 @pytest.mark.slow
