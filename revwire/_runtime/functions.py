@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
-from revwire._runtime.autograd_graph import nodes_behind
+from revwire._runtime.autograd_graph import nodes_behind, running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.faults import fault
 from revwire._runtime.rewind import Rewind
@@ -52,8 +52,9 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if ctx.tape is not None:
-            Rewind.of(ctx.tape).let_go()
+        walk = None if ctx.tape is None else ctx.tape.passes.get(running_pass())
+        if walk is not None:  # a chain that is stored as a whole has none
+            walk.let_go()
         return grads[0].to(ctx.dtype), None, None, None
 
     @staticmethod

@@ -1,0 +1,104 @@
+"""What is said and chosen only where it gains clearly: each margin of the planner, from both sides."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from revwire._budget.advice import idle
+from revwire._budget.fit import _tried
+from revwire._budget.forms import Form
+from revwire._budget.rewire import _serves_better
+from revwire._budget.rival import rival
+from revwire._budget.ways import Way
+from revwire._plan.plan import Forecast, Point
+
+
+def forecast(peak, seconds, budget=None):
+    point = Point(peak, seconds)
+    return Forecast(budget, point, point, point)
+
+
+@pytest.mark.parametrize(
+    ("budget", "peak", "seconds", "better"),
+    [
+        (1000, 2000, 97.9, True),  # within a budget, bytes do not count
+        (1000, 500, 98.1, False),
+        (1000, 500, 102.0, False),
+        (None, 979, 200.0, True),
+        (None, 981, 99.0, False),
+        (None, 1000, 97.9, True),
+        (None, 1000, 98.1, False),
+        (None, 1001, 50.0, False),
+    ],
+)
+def test_whole_hosts_are_units_where_that_is_clearly_faster_or_smaller(budget, peak, seconds, better):
+    assert _serves_better(forecast(peak, seconds, budget), forecast(1000, 100.0, budget)) is better
+
+
+@pytest.mark.parametrize(
+    ("size", "peak", "seconds", "said"),
+    [
+        (None, 969, 500.0, "would need less"),
+        (None, 971, 1.0, None),
+        (1200, 1200, 96.9, "would fit as well"),
+        (1200, 1200, 97.1, None),
+        (1200, 1201, 1.0, None),
+        (1200, 1, 500.0, None),
+    ],
+)
+def test_checkpointing_is_named_where_it_is_clearly_smaller_or_faster(size, peak, seconds, said):
+    lines = rival(size, Point(1000, 100.0), Point(peak, seconds))
+    assert [said in line for line in lines] == ([] if said is None else [True])
+
+
+class TwoChains:
+    """Costs of two chains of one unit, of which the second gains ``gain`` bytes by being reversible."""
+
+    def __init__(self, gain):
+        self.units, self.gain = [SimpleNamespace(chain=0), SimpleNamespace(chain=1)], gain
+
+    def uniform(self, mode):
+        return [Form.REVERSIBLE if mode == "reversible" else Form.WHOLE_CHAIN] * 2
+
+    def forecast(self, forms):
+        return 1000 + 500 * forms[0].stored + self.gain * forms[1].stored, 10.0 - forms[1].stored
+
+
+@pytest.mark.parametrize(("gain", "said"), [(20, 1), (21, 0)])
+def test_a_chain_that_gains_up_to_two_percent_is_named(gain, said):
+    plan = SimpleNamespace(chains=[SimpleNamespace(name="chain 0"), SimpleNamespace(name="chain 1")])
+    lines = idle(plan, TwoChains(gain))
+    assert len(lines) == said
+    assert all(line.startswith("chain 1: reversible gains nothing here") and "in 90% of" in line for line in lines)
+
+
+@pytest.mark.parametrize(("second", "third", "measured", "smallest"), [(980, 900, 3, 900), (981, 900, 2, 1000)])
+def test_finer_chunks_are_tried_as_long_as_each_lowers_the_peak_by_two_percent(
+    second, third, measured, smallest, monkeypatch
+):
+    peaks = iter([1000, second, third])
+
+    def costs():
+        return SimpleNamespace(peak=next(peaks), measured=SimpleNamespace(places=()), units=[])
+
+    monkeypatch.setattr("revwire._budget.fit.least_of", lambda by_way: (by_way[-1].peak, []))
+    applied = []
+    ways = [Way(lambda: applied.append(0)) for _ in range(3)]
+    found = _tried(SimpleNamespace(costs=costs), ways, None)
+    assert len(applied) == measured
+    assert found.smallest == smallest
+    assert len(found.by_way) == (3 if measured == 3 else 1)
+
+
+def test_a_way_that_lowers_no_peak_is_undone_and_the_next_one_tried(monkeypatch):
+    peaks = iter([1000, 990, 500])
+
+    def costs():
+        return SimpleNamespace(peak=next(peaks), measured=SimpleNamespace(places=()), units=[])
+
+    monkeypatch.setattr("revwire._budget.fit.least_of", lambda by_way: (by_way[-1].peak, []))
+    undone = []
+    ways = [Way(lambda: None), Way(lambda: None, lambda: undone.append(1)), Way(lambda: None)]
+    found = _tried(SimpleNamespace(costs=costs), ways, None)
+    assert undone == [1]
+    assert found.smallest == 500
