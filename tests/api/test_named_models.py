@@ -68,12 +68,8 @@ CASES: dict[str, Case] = {
 }
 HEAVY = {"swin_tiny", "mvit_v2_s", "slow_r50", "slowfast_r50"}
 COUPLINGS = ("re2tal", "bdia:1/2", "bdia:1/16")
-# Heavy models take one coupling in the quick part of the suite, and all of them in the slow part.
-MARKED = [
-    pytest.param(name, coupling, marks=[pytest.mark.slow] if name in HEAVY and coupling != "bdia:1/16" else [])
-    for name in CASES
-    for coupling in COUPLINGS
-]
+# Heavy models take one coupling.
+TAKEN = [(name, coupling) for name in CASES for coupling in COUPLINGS if name not in HEAVY or coupling == "bdia:1/16"]
 
 
 def built(name: str) -> tuple[nn.Module, Any]:
@@ -88,10 +84,10 @@ def outputs(model: nn.Module, example: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning")
-@pytest.mark.parametrize(("name", "coupling"), MARKED)
+@pytest.mark.parametrize(("name", "coupling"), TAKEN)
 def test_every_residual_block_is_rewired_and_exact(name: str, coupling: str) -> None:
     model, example = built(name)
-    revwire.convert(model, example, coupling=coupling)
+    revwire.convert(model, example, coupling=coupling, rewire="everywhere")
     assert len(revwire.report(model).units) == CASES[name][2]
     check = revwire.verify(model, example)
     assert check.bit_exact, str(check)
@@ -102,7 +98,7 @@ def test_every_residual_block_is_rewired_and_exact(name: str, coupling: str) -> 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in HEAVY])
 def test_exact_under_bfloat16_autocast(name: str, coupling: str) -> None:
     model, example = built(name)
-    revwire.convert(model, example, coupling=coupling)
+    revwire.convert(model, example, coupling=coupling, rewire="everywhere")
     with torch.autocast("cpu", torch.bfloat16):
         check = revwire.verify(model, example)
     assert check.bit_exact, str(check)
@@ -113,7 +109,7 @@ def test_exact_under_bfloat16_autocast(name: str, coupling: str) -> None:
 @pytest.mark.parametrize("name", sorted(HEAVY))
 def test_heavy_models_are_exact_under_bfloat16_autocast(name: str) -> None:
     model, example = built(name)
-    revwire.convert(model, example)
+    revwire.convert(model, example, rewire="everywhere")
     with torch.autocast("cpu", torch.bfloat16):
         check = revwire.verify(model, example)
     assert check.bit_exact, str(check)
@@ -127,7 +123,7 @@ def test_what_users_hold_on_to_is_kept_and_revert_is_the_identity(name: str) -> 
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         plain = outputs(model, example)
-    assert revwire.convert(model, example) is model
+    assert revwire.convert(model, example, rewire="everywhere") is model
     assert type(model) is kind
     assert list(model.state_dict()) == keys
     assert all(p is parameters[n] for n, p in model.named_parameters())
@@ -149,7 +145,7 @@ def test_the_recurrence_is_the_one_of_the_design() -> None:
     model.eval()
     blocks = copy.deepcopy(model).blocks
     for name, (a, b, c) in {"re2tal": (0.0, 1.0, 1.0), "bdia:1/4": (0.75, 0.25, 1.25)}.items():
-        revwire.convert(model, x, coupling=name)
+        revwire.convert(model, x, coupling=name, rewire="everywhere")
         with torch.no_grad():
             out, _ = model(x)
             previous, current = x, x
