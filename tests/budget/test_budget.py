@@ -20,7 +20,7 @@ from revwire._budget.marker import Mark, Place
 from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
 from revwire._budget.meter import measured
 from revwire._budget.mixes import coarsest, fitting, least_of
-from revwire._budget.rival import rival
+from revwire._budget.rival import checkpointing, rival
 from revwire._budget.search import least, search
 from revwire._budget.unit_cost import ChainSizes
 from revwire._forwards.converted import chains_of
@@ -485,6 +485,13 @@ def test_the_plan_says_where_checkpointing_fits_a_budget_in_less_time():
     assert not rival(120, planned, Point(110, 1.99))
     assert not rival(None, planned, fast)
     assert "about 0.1 KiB" in rival(None, planned, Point(90, 3.0))[0]
+
+
+@pytest.mark.parametrize(("blocks", "last"), [([0, 0, 1, 1], (1, 3)), ([0, 1, 2, 3], (0, 1, 2, 3)), ([0] * 4, (3,))])
+def test_checkpointing_stops_early_once_for_each_block(blocks, last):
+    costs = costs_of(4, 0)
+    saved = sum(unit.relief if run in last else 0.25 + 0.5 for run, unit in enumerate(costs.units))
+    assert checkpointing(costs, blocks).seconds == pytest.approx(costs.seconds - saved, rel=1e-12)
 
 
 def test_a_host_of_many_units_is_no_block():

@@ -9,7 +9,7 @@ from cases import FAST, each_fast_case, each_fast_exact_case
 from revwire import ReconstructionError
 from revwire._runtime import run as runner
 from steps import faulty
-from toys import LARGE, WIDTH, PreNorm, Weightless, inputs_of, mixed, toy
+from toys import LARGE, SHAPE, WIDTH, PreNorm, Weightless, inputs_of, mixed, toy
 
 
 def taps_of(model, x):
@@ -83,23 +83,103 @@ def test_weights_that_were_lent_to_a_checkpoint(case, reentrant):
 
 
 class Longer(PreNorm):
-    """A branch that makes a product more when it is told to, where none of its tensors is saved."""
+    """A branch that makes a product more where it is told to, of which nothing is saved."""
 
     def __init__(self):
         super().__init__()
-        self.longer = False
+        self.gamma, self.longer = nn.Parameter(torch.full((WIDTH,), 0.5)), ""
 
     def forward(self, x):
         h = self.norm(x)
-        if self.longer:
+        if self.longer == "before":
             h.detach() @ torch.eye(WIDTH)
-        return self.down(torch.tanh(self.up(h)))
+        y = self.down(torch.tanh(self.up(h)))
+        if self.longer == "behind":
+            y.detach() @ torch.eye(WIDTH)
+        return self.gamma * y
 
 
 @each_fast_exact_case
-def test_a_selective_recompute_that_makes_another_call(case):
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_selective_recompute_that_makes_another_call(case, where):
     model, x = mixed(case, "rrpr", Longer), torch.randn(LARGE, requires_grad=True)
     loss = model(x).square().sum()
-    model.branches[2].longer = True
+    model.branches[2].longer = where
     with faulty("its recompute made other calls"):
         loss.backward()
+
+
+class Sigmoids(nn.Module):
+    """A branch of as many functions as it is told, each of which saves its result, on all channels or on one."""
+
+    shape = SHAPE
+
+    def __init__(self):
+        super().__init__()
+        self.how = "2 wide"
+
+    def forward(self, x):
+        count, width = self.how.split()
+        y = x if width == "wide" else x[..., :1]
+        for _ in range(int(count)):
+            y = y.sigmoid()
+        return y.expand_as(x)
+
+
+@each_fast_case
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [
+        ("2 narrow", r"its recompute saved another tensor at 0: \(torch\.Size\(\[3, 5, 1\]\)"),
+        ("3 wide", "its recompute saved another tensor at 2: "),
+        ("1 wide", "its recompute saved 1 tensors; expected 2 as in forward"),
+    ],
+)
+def test_a_recompute_that_saves_other_tensors(case, how, match):
+    model = toy(case, Sigmoids)
+    out = model(inputs_of(model, case))
+    model.branches[3].how = how
+    with faulty(match):
+        out.sum().backward()
+
+
+@each_fast_case
+@pytest.mark.parametrize("mode", ["stored", "kept as the last"])
+def test_a_branch_that_writes_to_its_input_where_autograd_keeps_its_activations(case, mode):
+    class Writes(Weightless):
+        def forward(self, x):
+            with torch.no_grad():
+                x.add_(1)
+            return super().forward(x)
+
+    model = toy(case, Weightless)
+    model.branches[-1] = Writes()
+    model.chain.keeps_last = mode != "stored"
+    model.chain.modes = ("reversible",) * (len(model.units) - 1) + (
+        "reversible" if model.chain.keeps_last else "stored",
+    )
+    with faulty("wrote to its own input in place"):
+        model(inputs_of(model, case))
+
+
+class Restless(Weightless):
+    """A branch that writes to its input where it is told to: the value that is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.writes = False
+
+    def forward(self, x):
+        if self.writes:
+            with torch.no_grad():
+                x.add_(0)
+        return super().forward(x)
+
+
+@each_fast_case
+def test_a_recompute_that_writes_to_its_input(case):
+    model = toy(case, Restless)
+    out = model(inputs_of(model, case))
+    model.branches[3].writes = True
+    with faulty("wrote to its own input in place"):
+        out.sum().backward()
