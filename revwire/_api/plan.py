@@ -117,7 +117,8 @@ def plan(
         return prepared(model, example_inputs, options).plan
     refuse_converted(model)
     twin = twin_of(model)
-    _refuse_other(model, twin, example_inputs, replace(options, whole=() if options.whole == AUTO else options.whole))
+    bare = replace(options, whole=() if options.whole == AUTO else options.whole, chunks=1, budget=None)
+    _refuse_other(model, twin, example_inputs, bare)
     convert_as(twin, example_inputs, options)
     return converted(twin).plan
 
