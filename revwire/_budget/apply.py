@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from revwire._budget.fit import Trial, fit
+from revwire._budget.fit import MOST_STEPS, Trial, fit
 from revwire._budget.marker import ended, turn
+from revwire._budget.progress import Progress
 from revwire._budget.ways import Ways
 from revwire._capture.arguments import Call
 from revwire._errors import BudgetError
@@ -19,6 +20,7 @@ from revwire._forwards.converted import Converted, Parted, converted, switch
 from revwire._plan.costed import with_costs
 from revwire._plan.options import Budget, Options
 from revwire._plan.plan import Plan, PlannedChain
+from revwire._splitting.kinds import Kinds
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.interrupts import interruptible
 from revwire._surroundings.randomness import (
@@ -38,16 +40,17 @@ from revwire.measure._training_step import (
 )
 
 
-def spend_less(model: nn.Module, call: Call, options: Options) -> None:
+def spend_less(model: nn.Module, call: Call, options: Options, kinds: Kinds) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(iter(Ways(model, state, call, options.chunks))).apply()
+        next(iter(Ways(model, state, call, options.chunks, kinds))).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
         switch(state.checkpointed, on=not wanted)
-        found = _fitted(model, state, call, options.budget, Ways(model, state, call, options.chunks, choose=wanted))
+        ways = Ways(model, state, call, options.chunks, kinds, choose=wanted)
+        found = _fitted(model, state, call, options.budget, ways)
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)
         state.checkpointed.remove(forward)
@@ -82,10 +85,15 @@ def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways
         turn(state.chains)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    with left_as_found(model, leaves, backward=True), torch.enable_grad(), autocast_left(device) as entered:
+    with (
+        left_as_found(model, leaves, backward=True),
+        torch.enable_grad(),
+        autocast_left(device) as entered,
+        Progress(MOST_STEPS) as progress,
+    ):
         allocate_gradients(model)
         ways.around = entered
-        return fit(Trial(state.plan, state.chains, partial(interruptible, step), device), budget, ways)
+        return fit(Trial(state.plan, state.chains, partial(interruptible, step), device, progress), budget, ways)
 
 
 def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:

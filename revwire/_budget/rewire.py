@@ -61,7 +61,7 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
     state = put_on(model, ready, strict=options.strict)
     if state.chains and (options.chunks not in (None, 1) or options.budget is not None):
         try:
-            spend_less(model, as_call(example_inputs), options)
+            spend_less(model, as_call(example_inputs), options, ready.kinds)
         except BaseException:
             take_all_off(model)
             raise

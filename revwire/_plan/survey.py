@@ -26,6 +26,7 @@ from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
+from revwire._splitting.kinds import Kinds, kinds_of_units
 
 UNREGISTERED = (
     "its host is not registered below the model; make it an attribute of a module, or an item of an nn.ModuleList"
@@ -44,8 +45,8 @@ class InBranch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is to be installed: the slots of each host, the modules with cores in branches, by name; and what is known
-    of calls.
+    """What is to be installed: the slots of each host, the modules with cores in branches, by name; what is known
+    of calls, and which units are of one kind, where they may be cut.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     layouts: dict[str, Layout]
     cores: dict[str, InBranch]
     known: Known
+    kinds: Kinds
 
 
 class Planner:
@@ -73,7 +75,7 @@ class Planner:
         _refuse_idle_globs(self.recording, self.options, units, map(self.names.place, search.rejected))
         planned = [*map(self.planned, units, chains)]
         outside = self.outside(search, units)
-        paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
+        paper = OnPaper(self.recording, self.candidates(units), planned)
         chosen = Chosen(tuple(range(len(units))), outside.names)
         if paper.tells and not self.options.everywhere:
             chosen = paper.choose(outside.names, checkpoints=self.options.checkpoint is None)
@@ -90,7 +92,16 @@ class Planner:
             peaks=paper.peaks(chosen) if self.options.chunks in (None, 1) else None,
         )
         self.mark_last(units, chains, plan)
-        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
+        kinds = self.kinds(units, chains, slots) if self.may_cut else []
+        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known, kinds)
+
+    @property
+    def may_cut(self) -> bool:
+        """Whether units may run in chunks."""
+        return self.options.chunks != 1 and not (self.options.chunks is None and self.options.budget is None)
+
+    def candidates(self, units: list[list[Placed]]) -> list[list[Candidate]]:
+        return [[u.candidate for u in several] for several in units]
 
     def all_that_can_be(self) -> tuple[Search, list[list[Placed]], list[Chain], dict[str, list[Slot]]]:
         """The chains of all that can be rewired, and what is to be installed for them."""
@@ -132,9 +143,17 @@ class Planner:
             wish = (STAYS,)
         return outside_of_chains(self.recording, wish or (), search.rejected, _hosts(self.recording, units))
 
+    def kinds(self, units: list[list[Placed]], chains: list[Chain], slots: dict[str, list[Slot]]) -> Kinds:
+        """Which units are of one kind; one that its chain runs through several times is of its own."""
+        kinds = kinds_of_units(self.recording, self.candidates(units))
+        for number, slot in enumerate(s for several in slots.values() for s in several):
+            for place in (slot.index, *slot.later) if slot.later else ():
+                kinds[chains.index(slot.chain)][place] = -1 - number
+        return kinds
+
     def cores(self, units: list[list[Placed]]) -> dict[str, InBranch]:
         """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
-        if self.options.chunks == 1 or (self.options.chunks is None and self.options.budget is None):
+        if not self.may_cut:
             return {}
         flow, events = Flow(self.recording), self.recording.events
         hosts = _hosts(self.recording, units)
