@@ -28,7 +28,6 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
 from revwire.measure.sizes import spelled
 
-
 MOST_STEPS = 10
 """A plan measures no more steps. Beside them, the model runs forward a few times."""
 
@@ -45,6 +44,7 @@ class Trial:
         step: forward and backward on the example.
         device: where it runs.
         progress: counts steps.
+        weights: bytes of the largest weight that is trained, of each unit of each chain.
     """
 
     plan: Plan
@@ -52,6 +52,7 @@ class Trial:
     step: Callable[[], None]
     device: torch.device
     progress: Progress
+    weights: Sequence[Sequence[int]]
 
     def costs(self, *, fresh: bool) -> Costs:
         """Measure a step of the model as it is cut now.
@@ -63,7 +64,7 @@ class Trial:
             found = self.measured(fresh=fresh)
         except Unsteady:
             raise self.unsteady() from None
-        return Costs(found, [_sizes(chain) for chain in self.plan.chains])
+        return Costs(found, [*map(_sizes, self.plan.chains, self.weights)])
 
     def measured(self, modes: Sequence[Modes] | None = None, *, fresh: bool) -> Measured:
         """One step with every unit reversible, or in these modes."""
@@ -83,9 +84,9 @@ class Trial:
         )
 
 
-def _sizes(planned: PlannedChain) -> ChainSizes:
+def _sizes(planned: PlannedChain, weights: Sequence[int]) -> ChainSizes:
     kept = tuple(u.kept_bytes if i else 0 for i, u in enumerate(planned.units))
-    return ChainSizes(kept, planned.stream_bytes // 2, planned.exact)
+    return ChainSizes(kept, planned.stream_bytes // 2, planned.exact, tuple(weights))
 
 
 def fit(trial: Trial, budget: Budget, ways: Ways) -> Plan:

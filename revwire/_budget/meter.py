@@ -55,8 +55,8 @@ def measured(
             chain.modes = mine
         before = _seconds(chains, step, device) if fresh else []
         for _ in range(_TRIES):
-            levels, marker = _levels(chains, step, device)
             seconds = _seconds(chains, step, device)
+            levels, marker = _levels(chains, step, device)
             if len(seconds) == len(marker.marks):
                 break
         else:

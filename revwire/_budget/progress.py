@@ -1,4 +1,4 @@
-"""How far a plan is, for who waits for it: one line on a terminal, which goes when it is done, and nothing elsewhere."""
+"""How far a plan is: one line on a terminal, which goes when it is done, and nothing elsewhere."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import nothing_compiled
 from revwire.measure._training_step import run_model
 
-
 COUNTS = (2, 4, 16)
 """The numbers of chunks among which a budget chooses."""
 
@@ -33,7 +32,7 @@ class Way(NamedTuple):
         apply: lets the model run so, on top of the ways that were kept before.
         undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and
             replaces it.
-        fresh: whether the model has not run nearly so before, in other chunks.
+        fresh: whether a first step is slower in the midst of units, in which something is made once.
     """
 
     apply: Callable[[], None]
@@ -50,7 +49,14 @@ class Ways:
     """
 
     def __init__(
-        self, model: nn.Module, state: Converted, call: Call, chunks: Chunks | None, kinds: Kinds, *, choose: bool = False
+        self,
+        model: nn.Module,
+        state: Converted,
+        call: Call,
+        chunks: Chunks | None,
+        kinds: Kinds,
+        *,
+        choose: bool = False,
     ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
         self.kinds = kinds
@@ -83,7 +89,7 @@ class Ways:
         if prober.cuts_something or self.state.parted or chunks is not None:
             for number, wish in enumerate(wishes):
                 if number == 0 or self.may_help(wish):
-                    yield self._cutting(prober, wish, fresh=number == 0)
+                    yield self._cutting(prober, wish, fresh=number == 0 and bool(self.state.parted))
             yield from others if chunks not in (None, 1) else ()
 
     def _run(self) -> None:

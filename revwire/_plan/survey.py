@@ -11,6 +11,7 @@ from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
+from revwire._plan.hints import Hints, largest_weights
 from revwire._plan.leanest import Chosen, OnPaper
 from revwire._plan.names import Names, Placed
 from revwire._plan.options import STAYS, Options
@@ -46,7 +47,7 @@ class InBranch(NamedTuple):
 
 class Prepared(NamedTuple):
     """What is to be installed: the slots of each host, the modules with cores in branches, by name; what is known
-    of calls, and which units are of one kind, where they may be cut.
+    of calls, and what the example tells of chunks and of a budget.
     """
 
     plan: Plan
@@ -55,7 +56,7 @@ class Prepared(NamedTuple):
     layouts: dict[str, Layout]
     cores: dict[str, InBranch]
     known: Known
-    kinds: Kinds
+    hints: Hints
 
 
 class Planner:
@@ -92,8 +93,8 @@ class Planner:
             peaks=paper.peaks(chosen) if self.options.chunks in (None, 1) else None,
         )
         self.mark_last(units, chains, plan)
-        kinds = self.kinds(units, chains, slots) if self.may_cut else []
-        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known, kinds)
+        hints = self.hints(units, chains, slots, paper, chosen)
+        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known, hints)
 
     @property
     def may_cut(self) -> bool:
@@ -143,8 +144,25 @@ class Planner:
             wish = (STAYS,)
         return outside_of_chains(self.recording, wish or (), search.rejected, _hosts(self.recording, units))
 
+    def hints(
+        self,
+        units: list[list[Placed]],
+        chains: list[Chain],
+        slots: dict[str, list[Slot]],
+        paper: OnPaper,
+        chosen: Chosen,
+    ) -> Hints:
+        """What the example tells of chunks, and of a budget."""
+        kinds = self.kinds(units, chains, slots)
+        if self.options.budget is None:
+            return Hints(kinds)
+        bounds = (paper.lowest(), paper.peaks(chosen).planned) if paper.saves else (0, 0)
+        return Hints(kinds, largest_weights(self.recording, self.candidates(units)), *bounds)
+
     def kinds(self, units: list[list[Placed]], chains: list[Chain], slots: dict[str, list[Slot]]) -> Kinds:
-        """Which units are of one kind; one that its chain runs through several times is of its own."""
+        """Which units are of one kind, where they may be cut; one that its chain runs through several times is of its own."""
+        if not self.may_cut:
+            return []
         kinds = kinds_of_units(self.recording, self.candidates(units))
         for number, slot in enumerate(s for several in slots.values() for s in several):
             for place in (slot.index, *slot.later) if slot.later else ():
