@@ -61,7 +61,7 @@ def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
     refuse_hopeless(ready.plan, options.budget, ready.hints)
     let_through()
     state = put_on(model, ready, strict=options.strict)
-    if state.chains and (options.chunks not in (None, 1) or options.budget is not None):
+    if state.chains and options.spends_less:
         try:
             spend_less(model, as_call(example_inputs), options, ready.hints)
         except BaseException:

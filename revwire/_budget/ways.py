@@ -76,7 +76,7 @@ class Ways:
         if chunks in (None, 1):
             yield self._cutting(Prober([1], {}), 1)
             yield from others
-        wishes = [w for w in ([n for n in COUNTS if self.may_help(n)] if chunks is None else [chunks]) if w != 1]
+        wishes = self._wishes()
         counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
         if not counts:
             return
@@ -87,10 +87,14 @@ class Ways:
                 raise
             return  # it does not run in eval mode: whole units are what there is
         if prober.cuts_something or self.state.parted or chunks is not None:
-            for number, wish in enumerate(wishes):
-                if number == 0 or self.may_help(wish):
-                    yield self._cutting(prober, wish, fresh=number == 0 and bool(self.state.parted))
+            yield from (self._cutting(prober, w, fresh=bool(self.state.parted) and w == wishes[0]) for w in wishes)
             yield from others if chunks not in (None, 1) else ()
+
+    def _wishes(self) -> list[Chunks]:
+        """The numbers of chunks that are worth a try."""
+        if self.chunks is None:
+            return [count for count in COUNTS if self.may_help(count)]
+        return [] if self.chunks == 1 else [self.chunks]
 
     def _run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))

@@ -11,7 +11,7 @@ from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
-from revwire._plan.hints import Hints, largest_weights
+from revwire._plan.hints import Hints, hints_of, repeated
 from revwire._plan.leanest import Chosen, OnPaper
 from revwire._plan.names import Names, Placed
 from revwire._plan.options import STAYS, Options
@@ -27,7 +27,6 @@ from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
-from revwire._splitting.kinds import Kinds, kinds_of_units
 
 UNREGISTERED = (
     "its host is not registered below the model; make it an attribute of a module, or an item of an nn.ModuleList"
@@ -76,7 +75,7 @@ class Planner:
         _refuse_idle_globs(self.recording, self.options, units, map(self.names.place, search.rejected))
         planned = [*map(self.planned, units, chains)]
         outside = self.outside(search, units)
-        paper = OnPaper(self.recording, self.candidates(units), planned)
+        paper = OnPaper(self.recording, _candidates(units), planned)
         chosen = Chosen(tuple(range(len(units))), outside.names)
         if paper.tells and not self.options.everywhere:
             chosen = paper.choose(outside.names, checkpoints=self.options.checkpoint is None)
@@ -93,16 +92,10 @@ class Planner:
             peaks=paper.peaks(chosen) if self.options.chunks in (None, 1) else None,
         )
         self.mark_last(units, chains, plan)
-        hints = self.hints(units, chains, slots, paper, chosen)
+        hints = Hints()
+        if self.options.spends_less:
+            hints = hints_of(self.recording, _candidates(units), repeated(chains, slots), paper, chosen)
         return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known, hints)
-
-    @property
-    def may_cut(self) -> bool:
-        """Whether units may run in chunks."""
-        return self.options.chunks != 1 and not (self.options.chunks is None and self.options.budget is None)
-
-    def candidates(self, units: list[list[Placed]]) -> list[list[Candidate]]:
-        return [[u.candidate for u in several] for several in units]
 
     def all_that_can_be(self) -> tuple[Search, list[list[Placed]], list[Chain], dict[str, list[Slot]]]:
         """The chains of all that can be rewired, and what is to be installed for them."""
@@ -144,34 +137,9 @@ class Planner:
             wish = (STAYS,)
         return outside_of_chains(self.recording, wish or (), search.rejected, _hosts(self.recording, units))
 
-    def hints(
-        self,
-        units: list[list[Placed]],
-        chains: list[Chain],
-        slots: dict[str, list[Slot]],
-        paper: OnPaper,
-        chosen: Chosen,
-    ) -> Hints:
-        """What the example tells of chunks, and of a budget."""
-        kinds = self.kinds(units, chains, slots)
-        if self.options.budget is None:
-            return Hints(kinds)
-        bounds = (paper.lowest(), paper.peaks(chosen).planned) if paper.saves else (0, 0)
-        return Hints(kinds, largest_weights(self.recording, self.candidates(units)), *bounds)
-
-    def kinds(self, units: list[list[Placed]], chains: list[Chain], slots: dict[str, list[Slot]]) -> Kinds:
-        """Which units are of one kind, where they may be cut; one that its chain runs through several times is of its own."""
-        if not self.may_cut:
-            return []
-        kinds = kinds_of_units(self.recording, self.candidates(units))
-        for number, slot in enumerate(s for several in slots.values() for s in several):
-            for place in (slot.index, *slot.later) if slot.later else ():
-                kinds[chains.index(slot.chain)][place] = -1 - number
-        return kinds
-
     def cores(self, units: list[list[Placed]]) -> dict[str, InBranch]:
         """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
-        if not self.may_cut:
+        if self.options.chunks == 1 or not self.options.spends_less:
             return {}
         flow, events = Flow(self.recording), self.recording.events
         hosts = _hosts(self.recording, units)
@@ -282,6 +250,10 @@ class Planner:
         helps = "; checkpoint='stays' recomputes its block" if could else ""
         line = shown(self.recording.events[c.add].line)
         return Skipped(u.path, f"{c.reason or ''}{helps}", c.computed_shortcut, c.inside, line)
+
+
+def _candidates(units: list[list[Placed]]) -> list[list[Candidate]]:
+    return [[u.candidate for u in several] for several in units]
 
 
 def _rejected(units: list[list[Placed]], chosen: Iterable[int]) -> list[Candidate]:

@@ -20,11 +20,11 @@ from revwire._capture.recording import Event, Recording
 from revwire._search.residuals import Candidate
 from revwire._structures import Ref, is_constant, leaves_of, mapped, refs
 
-Kinds = list[list[int]]
+Kinds = Sequence[Sequence[int]]
 """The kind of each unit, by chain and place."""
 
 
-def kinds_of_units(recording: Recording, chains: Sequence[Sequence[Candidate]]) -> Kinds:
+def kinds_of_units(recording: Recording, chains: Sequence[Sequence[Candidate]]) -> list[list[int]]:
     """Units have equal numbers where they are of one kind; see Note [Kinds of units]."""
     numbers: dict[Hashable, int] = {}
     return [[numbers.setdefault(_Description(recording, c).key, len(numbers)) for c in several] for several in chains]
