@@ -713,7 +713,7 @@ def test_a_backward_pass_holds_the_activations_of_one_chunk():
     hidden = 4 * inputs.numel() * 4  # bytes of the widest activation of an MLP
     peaks = {}
     for chunks in (1, 2, 8):
-        model = revwire.convert(Net(linear), inputs, chunks=chunks)
+        model = revwire.convert(Net(linear), inputs, chunks=chunks, rewire="everywhere")
         peaks[chunks] = peak_bytes(training_step(model, inputs))
     assert peaks[1] - peaks[2] > hidden
     assert peaks[1] - peaks[8] > 1.75 * hidden
