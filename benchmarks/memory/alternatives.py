@@ -169,7 +169,7 @@ def reversible(**options: Any) -> Method:
     """Rewired by revwire."""
 
     def method(name: str, model: nn.Module, example: Tensor) -> nn.Module:
-        return revwire.convert(model, example, **options)
+        return revwire.convert(model, example, **options, rewire="everywhere")
 
     return method
 

@@ -52,7 +52,10 @@ def measured(rounds: int) -> list[Row]:
     torch.manual_seed(0)
     x = torch.randn(BATCH, WIDTH)
     plain = nn.Sequential(*(Block() for _ in range(UNITS))).train()
-    models = {"plain": plain, **{c: revwire.convert(copy.deepcopy(plain), x, coupling=c) for c in COUPLINGS}}
+    models = {
+        "plain": plain,
+        **{c: revwire.convert(copy.deepcopy(plain), x, coupling=c, rewire="everywhere") for c in COUPLINGS},
+    }
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(-5, rounds):
         for name, model in models.items():

@@ -77,7 +77,9 @@ def network(case: Case, source: Data) -> nn.Module:
         return ResNet(case.depth)
     model = pretrained(case.depth, data.file(source.root, WEIGHTS[case.depth], f"ResNet-{case.depth} weights"))
     example = NORMALIZE(source.test[0][:64].float() / 255)
-    return model if case.wiring == "stored" else revwire.convert(model, example, coupling=case.wiring)
+    return (
+        model if case.wiring == "stored" else revwire.convert(model, example, coupling=case.wiring, rewire="everywhere")
+    )
 
 
 def batches(case: Case, source: Data) -> Iterator[tuple[Tensor, Tensor]]:

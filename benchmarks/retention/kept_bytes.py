@@ -43,7 +43,7 @@ def held(coupling: str | None, depth: int) -> int:
     model = nn.Sequential(*(Unit(SHAPE[-1]) for _ in range(depth)))
     x = torch.randn(SHAPE, requires_grad=True)
     if coupling is not None:
-        revwire.convert(model, x.detach(), coupling=coupling)
+        revwire.convert(model, x.detach(), coupling=coupling, rewire="everywhere")
     return saved_bytes(lambda: model(x))
 
 
@@ -64,7 +64,7 @@ def _declared(coupling: str | None) -> int | None:
     if coupling is None:
         return None
     x = torch.randn(1, 2, 4)
-    return revwire.plan(nn.Sequential(Unit(4), Unit(4)), x, coupling=coupling).chains[0].bits
+    return revwire.plan(nn.Sequential(Unit(4), Unit(4)), x, coupling=coupling, rewire="everywhere").chains[0].bits
 
 
 def main() -> None:

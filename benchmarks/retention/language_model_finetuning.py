@@ -62,7 +62,7 @@ def measured(options: argparse.Namespace, scratch: Scratch) -> list[Row]:
     def figures(wiring: str, seed: int, steps: int) -> Row:
         model = copy.deepcopy(original)
         if wiring != "stored":
-            revwire.convert(model, batches[0][:, :-1], coupling=wiring)
+            revwire.convert(model, batches[0][:, :-1], coupling=wiring, rewire="everywhere")
         finetuned(model, steps, seed, training, options.length)
         found = {"loss": validation_loss(model, batches)}
         return (

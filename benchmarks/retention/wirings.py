@@ -27,8 +27,8 @@ def wirings(
     """
     yield "original", make()
     for coupling in couplings:
-        yield coupling, revwire.convert(make(), example, coupling=coupling)
-    yield "reverted", revwire.revert(revwire.convert(make(), example))
+        yield coupling, revwire.convert(make(), example, coupling=coupling, rewire="everywhere")
+    yield "reverted", revwire.revert(revwire.convert(make(), example, rewire="everywhere"))
 
 
 def or_reason(measure: Callable[[], Row]) -> Row:

@@ -181,10 +181,11 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     if backbone is None or backbone.frozen:
         return
     if memory in (STORED, CHECKPOINT):
-        plan = revwire.plan(backbone, frames)
+        plan = revwire.plan(backbone, frames, rewire="everywhere")
     else:
         wish = rewiring_of(memory)
-        revwire.convert(backbone, frames, coupling=wish.coupling, chunks=wish.chunks, checkpoint=wish.checkpoint)
+        options = {"coupling": wish.coupling, "chunks": wish.chunks, "checkpoint": wish.checkpoint}
+        revwire.convert(backbone, frames, **options, rewire="everywhere")
         plan = revwire.report(backbone)
     network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))
     if memory == CHECKPOINT:

@@ -116,7 +116,7 @@ class _Probe:
     def convert(self, coupling: str) -> None:
         self._reverted()
         start = perf_counter()
-        revwire.convert(self.model, self._fresh(), coupling=coupling)
+        revwire.convert(self.model, self._fresh(), coupling=coupling, rewire="everywhere")
         if coupling == "bdia":
             self.row["convert_seconds"] = perf_counter() - start
 
@@ -182,7 +182,7 @@ class _Probe:
         self._reverted()
         with _without_cache(self.model):
             self._measure("stored")
-            revwire.convert(self.model, self._fresh())
+            revwire.convert(self.model, self._fresh(), rewire="everywhere")
             hosts = revwire.report(self.model).hosts
             if hosts:
                 self._measure("revwire")

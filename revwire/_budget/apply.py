@@ -9,14 +9,16 @@ from functools import partial
 import torch
 from torch import nn
 
-from revwire._budget.fit import Trial, fit
+from revwire._budget.fit import MOST_STEPS, Trial, fit
 from revwire._budget.marker import ended, turn
+from revwire._budget.progress import Progress
 from revwire._budget.ways import Ways
 from revwire._capture.arguments import Call
 from revwire._errors import BudgetError
 from revwire._forwards.base import take_off
 from revwire._forwards.converted import Converted, Parted, converted, switch
 from revwire._plan.costed import with_costs
+from revwire._plan.hints import Hints
 from revwire._plan.options import Budget, Options
 from revwire._plan.plan import Plan, PlannedChain
 from revwire._surroundings.as_found import left_as_found
@@ -38,16 +40,17 @@ from revwire.measure._training_step import (
 )
 
 
-def spend_less(model: nn.Module, call: Call, options: Options) -> None:
+def spend_less(model: nn.Module, call: Call, options: Options, hints: Hints) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(iter(Ways(model, state, call, options.chunks))).apply()
+        next(iter(Ways(model, state, call, options.chunks, hints.kinds))).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
         switch(state.checkpointed, on=not wanted)
-        found = _fitted(model, state, call, options.budget, Ways(model, state, call, options.chunks, choose=wanted))
+        ways = Ways(model, state, call, options.chunks, hints.kinds, choose=wanted)
+        found = _fitted(model, state, call, options.budget, ways, hints)
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)
         state.checkpointed.remove(forward)
@@ -60,7 +63,7 @@ def spend_less(model: nn.Module, call: Call, options: Options) -> None:
     state.plan = replace(found, chains=chains, checkpointed=names)
 
 
-def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways: Ways) -> Plan:
+def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways: Ways, hints: Hints) -> Plan:
     """The plan in which each unit has the mode, and the chunks, that the planner picks."""
     leaves = own_leaves((call.args, call.kwargs))
     device = device_of(model, leaves)
@@ -82,10 +85,16 @@ def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways
         turn(state.chains)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    with left_as_found(model, leaves, backward=True), torch.enable_grad(), autocast_left(device) as entered:
+    with (
+        left_as_found(model, leaves, backward=True),
+        torch.enable_grad(),
+        autocast_left(device) as entered,
+        Progress(MOST_STEPS) as progress,
+    ):
         allocate_gradients(model)
         ways.around = entered
-        return fit(Trial(state.plan, state.chains, partial(interruptible, step), device), budget, ways)
+        trial = Trial(state.plan, state.chains, partial(interruptible, step), device, progress, hints.weights)
+        return fit(trial, budget, ways)
 
 
 def _with_parts(planned: PlannedChain, number: int, parted: Iterable[Parted]) -> PlannedChain:

@@ -61,8 +61,9 @@ class Costs:
         out.units = [costs.units[run] for run, costs in enumerate(choices)]
         out.spent = [costs.spent[run] for run, costs in enumerate(choices)]
         out.recomputing = [costs.recomputing[run] for run, costs in enumerate(choices)]
-        out.seconds += sum(out.spent) - sum(choices[0].spent)
         several = {id(c): c for c in choices}.values()
+        # what is made once, when a model first runs in chunks, is made outside of units
+        out.seconds = sum(out.spent) + min(c.seconds - sum(c.spent) for c in several)
         for p, start in enumerate(starts):
             forward, backward = zip(*(c.waiting[p].moved(start - c.starts[p]) for c in several), strict=True)
             out.waiting[p] = Peaks(max(forward), max(backward))

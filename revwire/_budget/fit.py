@@ -15,16 +15,24 @@ from revwire._budget.forms import Form
 from revwire._budget.measured import Measured
 from revwire._budget.meter import Modes, Unsteady, measured
 from revwire._budget.mixes import Mix, by_place, coarsest, fitting, least_of
+from revwire._budget.outlook import may_help
+from revwire._budget.progress import Progress
 from revwire._budget.rival import blocks_of, checkpointing, rival
 from revwire._budget.search import search
 from revwire._budget.unit_cost import ChainSizes
-from revwire._budget.ways import Ways
+from revwire._budget.ways import COUNTS, Ways
 from revwire._errors import BudgetError, ReconstructionError
 from revwire._plan.options import Budget, parse_budget
 from revwire._plan.plan import Forecast, Plan, PlannedChain, Point
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
 from revwire.measure.sizes import spelled
+
+MOST_STEPS = 10
+"""A plan measures no more steps. Beside them, the model runs forward a few times."""
+
+_STEPS_ONCE, _STEPS_ONCE_MORE = 3, 2
+"""Steps that a way to run takes, and those of one that differs little from the one before."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +43,37 @@ class Trial:
         plan, chains: of the model.
         step: forward and backward on the example.
         device: where it runs.
+        progress: counts steps.
+        weights: bytes of the largest weight that is trained, of each unit of each chain.
     """
 
     plan: Plan
     chains: Sequence[Chain]
     step: Callable[[], None]
     device: torch.device
+    progress: Progress
+    weights: Sequence[Sequence[int]]
 
-    def costs(self) -> Costs:
+    def costs(self, *, fresh: bool) -> Costs:
         """Measure a step of the model as it is cut now.
 
         Raises:
             BudgetError: steps are not alike.
         """
         try:
-            found = self.measured()
+            found = self.measured(fresh=fresh)
         except Unsteady:
             raise self.unsteady() from None
-        return Costs(found, [_sizes(chain) for chain in self.plan.chains])
+        return Costs(found, [*map(_sizes, self.plan.chains, self.weights)])
 
-    def measured(self, modes: Sequence[Modes] | None = None) -> Measured:
+    def measured(self, modes: Sequence[Modes] | None = None, *, fresh: bool) -> Measured:
         """One step with every unit reversible, or in these modes."""
-        return measured(self.chains, self.step, self.device, modes=modes)
+
+        def step() -> None:
+            self.progress.advance()
+            self.step()
+
+        return measured(self.chains, step, self.device, modes=modes, fresh=fresh)
 
     def unsteady(self) -> BudgetError:
         """The error that says that steps cannot be compared."""
@@ -67,9 +84,9 @@ class Trial:
         )
 
 
-def _sizes(planned: PlannedChain) -> ChainSizes:
+def _sizes(planned: PlannedChain, weights: Sequence[int]) -> ChainSizes:
     kept = tuple(u.kept_bytes if i else 0 for i, u in enumerate(planned.units))
-    return ChainSizes(kept, planned.stream_bytes // 2, planned.exact)
+    return ChainSizes(kept, planned.stream_bytes // 2, planned.exact, tuple(weights))
 
 
 def fit(trial: Trial, budget: Budget, ways: Ways) -> Plan:
@@ -125,13 +142,22 @@ class _Tried:
         mix = fitting(by_way, [coarsest(by_way, size), finest], size)
         return cls(first, by_way, size if mix else least_of(by_way)[0], mix)
 
+    def may_get_better(self, count: int, size: int | None) -> bool:
+        """Whether units in so many chunks may let a mix fit, or (without a budget) need clearly less."""
+        if size is None and count not in COUNTS[1:]:
+            return False  # the finer ones tell nearly all
+        return may_help(self.by_way[0], count, size, self.smallest)
+
 
 def _tried(trial: Trial, ways: Ways, size: int | None) -> _Tried:
     """Measure one way after another, until some mix fits, or the next is no better."""
     best: _Tried | None = None
+    ways.may_help = lambda count: best is None or best.may_get_better(count, size)
     for way in ways:
+        if trial.progress.left < (_STEPS_ONCE if way.fresh else _STEPS_ONCE_MORE):
+            break
         way.apply()
-        costs = trial.costs()
+        costs = trial.costs(fresh=way.fresh)
         if best is None:
             new = _Tried.of(costs, [costs], size)
         elif costs.measured.places != best.first.measured.places:
@@ -159,13 +185,13 @@ def _with_selective(trial: Trial, mix: Mix, size: int | None) -> Mix:
     if size is None or all(unit.fixed or form.stored for unit, form in zip(units, mix.forms, strict=True)):
         return mix
     runs = mix.costs.samples(size)
-    if not runs:
+    if not runs or trial.progress.left < _STEPS_ONCE_MORE:
         return mix
     modes = _reversible(trial.chains)
     for run in runs:
         modes[units[run].chain][units[run].unit] = "selective"
     try:
-        there = trial.measured([tuple(mine) for mine in modes])
+        there = trial.measured([tuple(mine) for mine in modes], fresh=False)
     except (Unsteady, ReconstructionError):  # what cannot be measured so is not among the choices
         return mix
     if there.places != mix.costs.measured.places:

@@ -40,30 +40,33 @@ def measured(
     chains: Sequence[Chain],
     step: Callable[[], None],
     device: torch.device,
-    rounds: int = 2,
     modes: Sequence[Modes | None] | None = None,
+    *,
+    fresh: bool = True,
 ) -> Measured:
     """Run ``step`` (forward and backward) a few times with every unit reversible, or in these modes, and measure its
     stretches.
 
-    ``step`` leaves nothing behind that was not there after it had run once.
+    ``step`` leaves nothing behind that was not there after it had run once, as it has unless it is ``fresh``.
     """
     found = [chain.modes for chain in chains]
     try:
         for chain, mine in zip(chains, modes or [None] * len(chains), strict=True):
             chain.modes = mine
-        step()
+        before = _seconds(chains, step, device) if fresh else []
         for _ in range(_TRIES):
+            seconds = _seconds(chains, step, device)
             levels, marker = _levels(chains, step, device)
-            seconds = _seconds(chains, step, device, rounds)
             if len(seconds) == len(marker.marks):
                 break
         else:
             raise Unsteady
+        if len(before) == len(seconds):
+            seconds = [*map(min, before, seconds)]  # what disturbs a machine only ever adds
         timed = _arithmetic(marker.samples.values(), device)
     finally:
-        for chain, before in zip(chains, found, strict=True):
-            chain.modes = before
+        for chain, modes_before in zip(chains, found, strict=True):
+            chain.modes = modes_before
     stretches = tuple(
         Stretch(mark, at.begin, at.peak, s) for mark, at, s in zip(marker.marks, levels, seconds, strict=True)
     )
@@ -109,25 +112,18 @@ def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.dev
     return found, markers[0]
 
 
-def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
-    """Of each stretch, the least of a few rounds: what disturbs a machine only ever adds."""
+def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> list[float]:
+    """Of each stretch."""
     times: list[float] = []
 
     def note() -> None:
         synchronize(device)
         times.append(perf_counter())
 
-    best: list[float] = []
-    for _ in range(rounds):
-        times = []
-        with _marked(chains, Marker(chains, note, times=True)):
-            step()
-        note()
-        lasted = [b - a for a, b in pairwise(times)]
-        if best and len(best) != len(lasted):
-            return []
-        best = lasted if not best else [min(a, b) for a, b in zip(best, lasted, strict=True)]
-    return best
+    with _marked(chains, Marker(chains, note, times=True)):
+        step()
+    note()
+    return [b - a for a, b in pairwise(times)]
 
 
 def _arithmetic(samples: Iterable[Operands], device: torch.device) -> dict[Operands, Arithmetic]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from revwire._budget.apply import spend_less
+from revwire._budget.outlook import refuse_hopeless
 from revwire._capture.arguments import as_call
 from revwire._errors import BudgetError, RevwireError
 from revwire._forwards.converted import converted, is_converted
@@ -57,11 +58,12 @@ def _rewire_better(model: nn.Module, example_inputs: Any, options: Options) -> N
 
 def _rewire_as(model: nn.Module, example_inputs: Any, options: Options) -> None:
     ready = prepared(model, example_inputs, options)
+    refuse_hopeless(ready.plan, options.budget, ready.hints)
     let_through()
     state = put_on(model, ready, strict=options.strict)
-    if state.chains and (options.chunks not in (None, 1) or options.budget is not None):
+    if state.chains and options.spends_less:
         try:
-            spend_less(model, as_call(example_inputs), options)
+            spend_less(model, as_call(example_inputs), options, ready.hints)
         except BaseException:
             take_all_off(model)
             raise

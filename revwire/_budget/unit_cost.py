@@ -19,11 +19,13 @@ class ChainSizes:
         kept: bytes that are kept for each of its units when they are reversible.
         state: bytes of one state.
         exact: whether states are rebuilt to the bit, so that a checkpointed unit keeps no more than one.
+        weights: bytes of the largest weight of each unit that is trained, where that is known.
     """
 
     kept: tuple[int, ...]
     state: int
     exact: bool
+    weights: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class UnitCost:
     def state(self) -> int:
         """Bytes of one of its chain's states."""
         return self.sizes.state
+
+    @property
+    def weight(self) -> int:
+        """Bytes of its largest weight that is trained; 0 where that is not known."""
+        return self.sizes.weights[self.unit] if self.sizes.weights else 0
 
     @property
     def ends(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,10 +15,14 @@ from revwire._forwards.converted import Converted, switch
 from revwire._plan.costed import chunks_of
 from revwire._plan.globs import refuse_idle_globs
 from revwire._plan.options import Chunks, wanted
+from revwire._splitting.kinds import Kinds
 from revwire._splitting.probe import Prober, probed
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import nothing_compiled
 from revwire.measure._training_step import run_model
+
+COUNTS = (2, 4, 16)
+"""The numbers of chunks among which a budget chooses."""
 
 
 class Way(NamedTuple):
@@ -28,10 +32,12 @@ class Way(NamedTuple):
         apply: lets the model run so, on top of the ways that were kept before.
         undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and
             replaces it.
+        fresh: whether a first step is slower in the midst of units, in which something is made once.
     """
 
     apply: Callable[[], None]
     undo: Callable[[], None] | None = None
+    fresh: bool = True
 
 
 class Ways:
@@ -43,12 +49,21 @@ class Ways:
     """
 
     def __init__(
-        self, model: nn.Module, state: Converted, call: Call, chunks: Chunks | None, *, choose: bool = False
+        self,
+        model: nn.Module,
+        state: Converted,
+        call: Call,
+        chunks: Chunks | None,
+        kinds: Kinds,
+        *,
+        choose: bool = False,
     ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
+        self.kinds = kinds
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
         self.tried: list[tuple[Prober, Chunks]] = []
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
+        self.may_help: Callable[[Any], bool] = lambda count: True  # whether so many chunks are worth a try
         refuse_idle_globs(
             "chunks",
             chunks if isinstance(chunks, Mapping) else (),
@@ -59,21 +74,27 @@ class Ways:
         chunks = self.chunks
         others = [Way(self._switched(True), self._switched(False))] if self.choose else []
         if chunks in (None, 1):
-            yield self._cutting(Prober([1]), 1)
+            yield self._cutting(Prober([1], {}), 1)
             yield from others
-        wishes = [w for w in ((2, 4, 8, 16) if chunks is None else (chunks,)) if w != 1]
+        wishes = self._wishes()
         counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
         if not counts:
             return
         try:
-            prober = probed(self.model, self.state.chains, self._run, counts)
+            prober = probed(self.model, self.state.chains, self._run, counts, self.kinds)
         except ConversionError:
             if chunks is not None:
                 raise
             return  # it does not run in eval mode: whole units are what there is
         if prober.cuts_something or self.state.parted or chunks is not None:
-            yield from (self._cutting(prober, wish) for wish in wishes)
+            yield from (self._cutting(prober, w, fresh=bool(self.state.parted) and w == wishes[0]) for w in wishes)
             yield from others if chunks not in (None, 1) else ()
+
+    def _wishes(self) -> list[Chunks]:
+        """The numbers of chunks that are worth a try."""
+        if self.chunks is None:
+            return [count for count in COUNTS if self.may_help(count)]
+        return [] if self.chunks == 1 else [self.chunks]
 
     def _run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))
@@ -83,13 +104,13 @@ class Ways:
     def _switched(self, on: bool) -> Callable[[], None]:
         return lambda: switch(self.state.checkpointed, on=on)
 
-    def _cutting(self, prober: Prober, wish: Chunks) -> Way:
+    def _cutting(self, prober: Prober, wish: Chunks, *, fresh: bool = True) -> Way:
         def apply() -> None:
             self.tried.append((prober, wish))
             last = len(self.tried) - 1
             self.pick({(c, place): last for c, several in enumerate(self.names) for place in range(len(several))})
 
-        return Way(apply)
+        return Way(apply, fresh=fresh)
 
     def pick(self, picks: Picks) -> None:
         """Cut each unit in one of the ways that were tried; where it is not cut into as many chunks, the rest is left

@@ -82,7 +82,7 @@ def put_on(model: nn.Module, ready: Prepared, *, strict: bool) -> Converted:
     Raises:
         ConversionError: ``strict``, and a residual add would stay.
     """
-    found, chains, hosts, layouts, cores, known = ready
+    found, chains, hosts, layouts, cores, known, _ = ready
     if strict:
         _refuse_skipped(found)
     for path, slots in hosts.items():

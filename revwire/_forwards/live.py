@@ -63,6 +63,8 @@ class LiveForward(RewiredForward):
         follower = NOW.follower
         if is_recording() or (follower is not None and follower.expects(args, kwargs)):  # a part of a unit of that host
             return self.plain(*args, **kwargs)
+        if all(map(_is_passed, self.slots)):
+            return self.plain(*args, **kwargs)
         found = self._program(args, kwargs)
         if found is not None:
             program, leaves = found
@@ -106,9 +108,14 @@ class LiveForward(RewiredForward):
         return () if code is None else code.co_varnames[original is None : code.co_argcount]
 
 
+def _is_passed(slot: Slot) -> bool:
+    observer = slot.chain.observer
+    return observer is not None and observer.passes(slot.chain, slot.index)
+
+
 def _runs_by_program(slot: Slot) -> bool:
     chain = slot.chain
-    if chain.observer is not None and chain.observer.wants_branches:
+    if chain.observer is not None and chain.observer.wants_branch(chain, slot.index):
         return True
     return chain.cuts is not None and chain.cuts[slot.index] is not None
 

@@ -79,6 +79,11 @@ def leanest(
     return _shortened(step, chains, chosen)
 
 
+def lowest(step: Step, cuts: Sequence[Cut], chains: Sequence[ChainOnPaper]) -> int:
+    """The lowest peak that any layout has; see Note [The leanest layout]."""
+    return _Paths(step, cuts, chains, lambda *_: False).best(range(len(chains))).peak.all
+
+
 def _shortened(step: Step, chains: Sequence[ChainOnPaper], found: Layout) -> Layout:
     """Without the checkpoints at the end of the step that do not lower its peak."""
     rewired = [chains[c] for c in found.chains]

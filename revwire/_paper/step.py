@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
-import torch
-
 from revwire._capture.recording import Event, Recording
 from revwire._paper.scratch import scratch_of
 from revwire._structures import refs
@@ -203,19 +201,9 @@ class Step:
         return out
 
 
-_SUMS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, torch.ops.aten.alias.default})
-
-
 def _passes_on(event: Event) -> bool:
     """Whether the gradient of the result is that of the inputs, in the same memory."""
-    if event.view or event.is_addition:
-        return True
-    return bool(event.kernels) and all(_is_view(k) for k in event.kernels)
-
-
-def _is_view(kernel: object) -> bool:
-    schema = getattr(kernel, "_schema", None)
-    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return event.view or event.is_addition
 
 
 def inner_height(step: Step, events: Iterable[int], there: Iterable[int]) -> Bytes:

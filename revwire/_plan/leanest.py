@@ -9,8 +9,8 @@ from typing import NamedTuple
 from revwire._capture.recording import Recording
 from revwire._paper.chain import ChainOnPaper, chain_on_paper
 from revwire._paper.cuts import Cut, cut_of, peak
-from revwire._paper.leanest import cuts_of, leanest
-from revwire._paper.step import Bytes, Step
+from revwire._paper.leanest import cuts_of, leanest, lowest
+from revwire._paper.step import NONE, Bytes, Step
 from revwire._plan.blocks import every_block
 from revwire._plan.outside import can_be_checkpointed, name_of
 from revwire._plan.plan import Peaks, PlannedChain
@@ -51,8 +51,12 @@ class OnPaper:
         """Whether the example shows what a step keeps: not where it is tiny, all is frozen, or the model checkpoints
         itself already.
         """
-        saves = not self.units or any(self.recording.events[e].saved for c in self.chains for e in c.own)
-        return saves and self.stored.growing >= _TELLING
+        return self.saves and self.stored.growing >= _TELLING
+
+    @property
+    def saves(self) -> bool:
+        """Whether the example shows what a step keeps, be it little."""
+        return not self.units or any(self.recording.events[e].saved for c in self.chains for e in c.own)
 
     @cached_property
     def stored(self) -> Bytes:
@@ -81,6 +85,13 @@ class OnPaper:
         blocks = self._named(every_block(self.recording))
         planned = self._named(chosen.checkpointed), [self.chains[c] for c in chosen.chains]
         return Peaks(self.stored.all, peak(self.step, blocks).all, peak(self.step, *planned).all)
+
+    def lowest(self) -> int:
+        """Bytes at the peak of a step in which units hold nothing but their chain's states, and any module may be
+        checkpointed: what chunks cannot beat.
+        """
+        bare = [c._replace(units=tuple(u._replace(kept=0, inner=NONE) for u in c.units)) for c in self.chains]
+        return lowest(self.step, self._cuts(), bare)
 
     def _cuts(self) -> list[Cut]:
         flow = Flow(self.recording)

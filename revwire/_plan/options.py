@@ -206,6 +206,11 @@ class Options:
     checkpoint: tuple[str, ...] | None = None  # None: what lowers the peak; or what stays, if a budget asks for it
     everywhere: bool = True
 
+    @property
+    def spends_less(self) -> bool:
+        """Whether units may run in chunks, or in other modes than reversible."""
+        return self.chunks not in (None, 1) or self.budget is not None
+
 
 def options_of(
     choice: Choice,

@@ -16,6 +16,7 @@ from revwire._plan.adds import WHOLE as WHOLE_HOST
 from revwire._plan.adds import Add, adds_of
 from revwire._plan.costed import with_costs
 from revwire._plan.globs import idle_glob, matches, refuse_idle_globs
+from revwire._plan.hints import Hints, hints_of, repeated
 from revwire._plan.leanest import Chosen, OnPaper
 from revwire._plan.names import Names, Placed
 from revwire._plan.options import STAYS, Options
@@ -50,8 +51,8 @@ class InBranch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is to be installed: the slots of each host, the modules with cores in branches, by name; and what is known
-    of calls.
+    """What is to be installed: the slots of each host, the modules with cores in branches, by name; what is known
+    of calls, and what the example tells of chunks and of a budget.
     """
 
     plan: Plan
@@ -60,6 +61,7 @@ class Prepared(NamedTuple):
     layouts: dict[str, Layout]
     cores: dict[str, InBranch]
     known: Known
+    hints: Hints
 
 
 class Planner:
@@ -80,7 +82,7 @@ class Planner:
         search, units, chains, slots = self.all_that_can_be()
         _refuse_idle_globs(self.recording, self.options, units, map(self.names.place, search.rejected))
         planned = [*map(self.planned, units, chains)]
-        paper = OnPaper(self.recording, [[u.candidate for u in several] for several in units], planned)
+        paper = OnPaper(self.recording, _candidates(units), planned)
         chosen = Chosen(tuple(range(len(units))), ())
         if paper.tells and not self.options.everywhere:
             self.decided = self.options.checkpoint is None
@@ -101,7 +103,10 @@ class Planner:
         )
         self.mark_last(units, chains, plan)
         plan = replace(plan, chains=tuple(map(with_costs, plan.chains, chains)))
-        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known)
+        hints = Hints()
+        if self.options.spends_less:
+            hints = hints_of(self.recording, _candidates(units), repeated(chains, slots), paper, chosen)
+        return Prepared(plan, chains, slots, self.layouts, self.cores(units), self.known, hints)
 
     def all_that_can_be(self) -> tuple[Search, list[list[Placed]], list[Chain], dict[str, list[Slot]]]:
         """The chains of all that can be rewired, and what is to be installed for them."""
@@ -150,7 +155,7 @@ class Planner:
 
     def cores(self, units: list[list[Placed]]) -> dict[str, InBranch]:
         """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
-        if self.options.chunks == 1 or (self.options.chunks is None and self.options.budget is None):
+        if self.options.chunks == 1 or not self.options.spends_less:
             return {}
         flow, events = Flow(self.recording), self.recording.events
         hosts = _hosts(self.recording, units)
@@ -254,6 +259,10 @@ class Planner:
         helps = "; checkpoint='stays' recomputes its block" if could else ""
         line = shown(self.recording.events[c.add].line)
         return Skipped(u.path, f"{c.reason or ''}{helps}", c.computed_shortcut, c.inside, line)
+
+
+def _candidates(units: list[list[Placed]]) -> list[list[Candidate]]:
+    return [[u.candidate for u in several] for several in units]
 
 
 def _rejected(units: list[list[Placed]], chosen: Iterable[int]) -> list[Candidate]:

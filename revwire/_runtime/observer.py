@@ -72,13 +72,15 @@ class Rebuilt(NamedTuple):
 
 
 class Observer:
-    """Looks on while a chain runs. Here no method does anything: an observer has those for which it cares.
+    """Looks on while a chain runs. Here no method does anything: an observer has those for which it cares."""
 
-    Attributes:
-        wants_branches: whether it calls the branch of a unit before that runs, so that this must be known then.
-    """
+    def wants_branch(self, chain: object, place: int) -> bool:
+        """Whether it calls the branch of the unit at a place before that runs, so that this must be known then."""
+        return False
 
-    wants_branches = False
+    def passes(self, chain: object, place: int) -> bool:
+        """Whether it has no need of that unit: where it needs none of a host, that runs as it was written."""
+        return False
 
     def on_enter(self, chain: object, unit: Unit) -> None:
         """A unit is called; its streams may have to be made first."""

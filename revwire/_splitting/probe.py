@@ -28,7 +28,7 @@ Note [Random numbers in chunks]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ from revwire._errors import ConversionError
 from revwire._runtime.chain import observed
 from revwire._runtime.chunks import BATCH, Cut, Windows
 from revwire._runtime.observer import Inputs, Observer
+from revwire._splitting.kinds import Kinds
 from revwire._splitting.separable import Separable, cuts_batch, leaves_traces, separable, shared_draws
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
@@ -56,19 +57,24 @@ class Prober(Observer):
 
     Args:
         counts: the numbers of chunks that are wanted.
+        alike: for each unit the one that is looked at in its place; see Note [Kinds of units] in `kinds`.
     """
 
-    wants_branches = True
-
-    def __init__(self, counts: Iterable[int]) -> None:
-        self.counts = sorted(set(counts))
+    def __init__(self, counts: Iterable[int], alike: Mapping[_Key, _Key]) -> None:
+        self.counts, self.alike = sorted(set(counts)), alike
         self.found: dict[_Key, Separable] = {}
         self.draws: dict[_Key, tuple[int, ...]] = {}  # dimensions along which a unit that draws may share its draws
         self.stage: Literal["dimensions", "draws", "batch"] = "dimensions"
         self.looks = False  # at a unit, in whose branch others may lie
 
+    def wants_branch(self, chain: object, place: int) -> bool:
+        return self.alike.get((chain, place)) == (chain, place)
+
+    def passes(self, chain: object, place: int) -> bool:
+        return not self.wants_branch(chain, place)
+
     def on_inputs(self, inputs: Inputs) -> None:
-        if self.looks:
+        if self.looks or not self.wants_branch(inputs.chain, inputs.unit.index):
             return
         self.looks = True
         try:
@@ -98,6 +104,7 @@ class Prober(Observer):
         """The dimensions along which a unit may be cut, and its windows, if there are any; those that its random
         numbers allow.
         """
+        key = self.alike.get(key, key)
         found, shared = self.found[key], self.draws.get(key)
         dims = tuple(d for d in found.dims if shared is None or d == BATCH or d in shared)
         windows = tuple(w for w in found.windows if shared is None or w.dim in shared)
@@ -110,7 +117,7 @@ class Prober(Observer):
 
     def cut(self, chain: Chain, place: int, count: int) -> Cut | None:
         """How the unit at a place of a chain may be cut into so many chunks, or None."""
-        key = chain, place
+        key = self.alike.get((chain, place), (chain, place))
         found = self.found.get(key)
         if count == 1 or found is None:
             return None
@@ -125,7 +132,9 @@ class Prober(Observer):
         return any(found.dims or found.windows for found in self.found.values())
 
 
-def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], counts: Iterable[int]) -> Prober:
+def probed(
+    model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], counts: Iterable[int], kinds: Kinds
+) -> Prober:
     """Run a converted model on its example in eval mode, and in train mode, and see how its units may be cut into so
     many chunks.
 
@@ -135,7 +144,7 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
     Raises:
         ConversionError: the model fails in eval mode.
     """
-    prober = Prober(counts)
+    prober = Prober(counts, _alike(chains, kinds))
     with left_as_found(model), torch.no_grad(), observed(chains, prober):
         model.eval()
         try:
@@ -157,3 +166,13 @@ def probed(model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], co
             model.eval()
             run()
     return prober
+
+
+def _alike(chains: Sequence[Chain], kinds: Kinds) -> dict[_Key, _Key]:
+    """For each unit the first of its kind."""
+    first: dict[int, _Key] = {}
+    return {
+        (chain, place): first.setdefault(kind, (chain, place))
+        for chain, several in zip(chains, kinds, strict=True)
+        for place, kind in enumerate(several)
+    }
