@@ -31,7 +31,7 @@ from benchmarks.harness import data
 from benchmarks.harness.record import Row, run
 from benchmarks.retention.cifar import ARCHIVES, NORMALIZE, WEIGHTS, ResNet, images, outcomes, pretrained
 from benchmarks.retention.resume import Scratch, add_option
-from benchmarks.retention.wirings import or_reason
+from benchmarks.retention.wirings import or_reason, reverted
 
 WIRINGS = ("stored", "bdia", "re2tal", "scratch", "bdia-random:1/2", "momentum:1/8")
 BATCH = {20: 32, 56: 16}
@@ -137,8 +137,8 @@ def _figures(case: Case, source: Data) -> Row:
     found = _top1(model, source, whole)
     if case.wiring in ("stored", "scratch"):
         return found
-    reverted = _top1(revwire.revert(model), source, whole)
-    return {**found, **{f"reverted_{key}": value for key, value in reverted.items()}}
+    back = _top1(reverted(model), source, whole)
+    return {**found, **{f"reverted_{key}": value for key, value in back.items()}}
 
 
 def _top1(model: nn.Module, source: Data, whole: bool) -> Row:

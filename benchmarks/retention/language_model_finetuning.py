@@ -32,7 +32,7 @@ from benchmarks.retention.language_model import (
     windows,
 )
 from benchmarks.retention.resume import Scratch
-from benchmarks.retention.wirings import or_reason
+from benchmarks.retention.wirings import or_reason, reverted
 
 WIRINGS = ("stored", "bdia", "re2tal")
 BUDGETS = (0, 50, 200)
@@ -65,9 +65,7 @@ def measured(options: argparse.Namespace, scratch: Scratch) -> list[Row]:
             revwire.convert(model, batches[0][:, :-1], coupling=wiring, rewire="everywhere")
         finetuned(model, steps, seed, training, options.length)
         found = {"loss": validation_loss(model, batches)}
-        return (
-            found if wiring == "stored" else {**found, "reverted_loss": validation_loss(revwire.revert(model), batches)}
-        )
+        return found if wiring == "stored" else {**found, "reverted_loss": validation_loss(reverted(model), batches)}
 
     def row(seed: int, wiring: str, steps: int) -> Row:
         empty = {"wiring": wiring, "seed": seed, "steps": steps, "loss": None, "reverted_loss": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,13 @@ def wirings(
     for coupling in couplings:
         yield coupling, revwire.convert(make(), example, coupling=coupling, rewire="everywhere")
     yield "reverted", revwire.revert(revwire.convert(make(), example, rewire="everywhere"))
+
+
+def reverted(model: nn.Module) -> nn.Module:
+    """A fine-tuned model in the original wiring. What is lost by that is what is measured, so no warning is given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", revwire.FunctionLostWarning)
+        return revwire.revert(model)
 
 
 def or_reason(measure: Callable[[], Row]) -> Row:

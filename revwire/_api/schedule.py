@@ -89,7 +89,7 @@ def _set(model: nn.Module, found: Sequence[tuple[Sequence[Coupling], bool, int |
         chain.couplings, chain.exact = tuple(couplings), exact
         chain.set_anchors(spacing, adapts=chain.adapts, tolerance=chain.tolerance)
     chains = tuple(with_costs(planned, chain) for planned, chain in zip(state.plan.chains, state.chains, strict=True))
-    state.plan = replace(state.plan, chains=chains)
+    state.plan = replace(state.plan, chains=chains, peaks=None)  # those were of the couplings before
     if moved:  # whether a post-activation block drops its skip stands in the programs
         for module in model.modules():
             rewired = rewired_of(module)

@@ -186,7 +186,8 @@ class Plan:
         skipped: the residual adds that stay.
         forecast: what a memory budget was planned with.
         checkpointed: qualified names of the modules outside of chains that are checkpointed.
-        peaks: of a step on the example, by what a user could do; None where it runs in chunks.
+        peaks: of a step on the example, by what a user could do; None where it runs in chunks, or has other couplings
+            by now.
         trained: whether it is the record of weights that were trained in this form, as `revwire.save_config` writes it.
 
     Example:

@@ -58,7 +58,7 @@ def test_a_model_of_the_zoos(pattern):
     zoo, name, units = SAMPLE[pattern]
     model, example = _built(zoo, name)
     before = _evaluated(model, example)
-    revwire.convert(model, example)
+    revwire.convert(model, example, rewire="everywhere")
     assert len(revwire.report(model).units) >= units
     assert revwire.verify(model, example).bit_exact
     revwire.revert(model)

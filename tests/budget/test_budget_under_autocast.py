@@ -58,7 +58,7 @@ def stepped(model, x=X, after=0, *, cached=True):
 
 def under_autocast(model, x=X, coupling="re2tal", chunks=1):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return revwire.convert(model, x, coupling=coupling, chunks=chunks)
+        return revwire.convert(model, x, coupling=coupling, chunks=chunks, rewire="everywhere")
 
 
 def converted(coupling="re2tal", chunks=1, **options):

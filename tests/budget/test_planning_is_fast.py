@@ -54,7 +54,7 @@ def test_a_plan_runs_a_dozen_forwards_at_most():
 
 def test_a_hopeless_budget_is_refused_before_a_step_is_measured():
     model = Counted().train()
-    assert forwards_of(lambda: revwire.plan(model, X, memory_budget="1kB")) == 1
+    assert forwards_of(lambda: revwire.convert(model, X, memory_budget="1kB")) == 1
     with pytest.raises(revwire.BudgetError, match=r"budget of 1000 bytes .* on paper.*expected at least") as error:
         revwire.plan(model, X, memory_budget="1kB")
     enough = int(str(error.value).split("pass memory_budget=")[1].split()[0])

@@ -1,7 +1,7 @@
 """Couplings that are drawn at random, mixed, changed while training, scheduled, and helped by anchors."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_set_coupling_gives_what_a_fresh_conversion_gives():
     revwire.set_coupling(model, "momentum:1/4")
     torch.manual_seed(1)
     revwire.convert(fresh, X, coupling="momentum:1/4")
-    assert revwire.report(model) == revwire.report(fresh)
+    assert revwire.report(model) == replace(revwire.report(fresh), peaks=None)
     assert same(gradients(model, X), gradients(fresh, X))
 
 

@@ -78,11 +78,11 @@ def results(model, x=X):
 )
 def test_what_is_named_is_checkpointed_and_computes_the_same(wish, names):
     names = ("two.0.one", "two.0.norm", "two.0.dropout", "two.0.two", "two.0.shortcut") if names is None else names
-    plain = revwire.convert(Stages(), X)
-    model = revwire.convert(Stages(), X, checkpoint=wish)
+    plain = revwire.convert(Stages(), X, rewire="everywhere")
+    model = revwire.convert(Stages(), X, checkpoint=wish, rewire="everywhere")
     assert (
         set(revwire.report(model).checkpointed)
-        == set(revwire.plan(Stages(), X, checkpoint=wish).checkpointed)
+        == set(revwire.plan(Stages(), X, checkpoint=wish, rewire="everywhere").checkpointed)
         == set(names)
     )
     assert {n for n, m in model.named_modules() if checkpointed_of(m)} == set(names)
@@ -94,13 +94,16 @@ def test_what_is_named_is_checkpointed_and_computes_the_same(wish, names):
 
 
 def test_the_plan_names_them():
-    text = str(revwire.plan(Stages(), X, checkpoint="stays"))
+    text = str(revwire.plan(Stages(), X, checkpoint="stays", rewire="everywhere"))
     assert "checkpointed outside of chains: 1 modules (two.0)" in text
     assert "(a projection shortcut)" in text
 
 
 def test_it_keeps_less():
-    model, other = revwire.convert(wide(), WIDE), revwire.convert(wide(), WIDE, checkpoint="stays")
+    model, other = (
+        revwire.convert(wide(), WIDE, rewire="everywhere"),
+        revwire.convert(wide(), WIDE, checkpoint="stays", rewire="everywhere"),
+    )
     inside, block = torch.randn(8, 8, 16, 16, requires_grad=True), wide().two[0]
     activations = saved_bytes(lambda: block(inside)) - 2 * inside.nbytes  # its output is there in any case
     assert (
@@ -114,16 +117,20 @@ def test_the_outermost_module_is_taken_and_none_that_holds_or_is_a_part_of_a_cha
         revwire.ConversionError,
         match=r"checkpoint: got the glob 'one\*', under which no module can be checkpointed; expected modules",
     ):
-        revwire.convert(model, X, checkpoint="one*")
+        revwire.convert(model, X, checkpoint="one*", rewire="everywhere")
     with pytest.raises(revwire.ConversionError, match="not converted"):
         revwire.report(model)
-    assert revwire.plan(model, X, checkpoint=["two.*"]).checkpointed == ("two.0",)
-    assert revwire.plan(model, X, checkpoint="*").checkpointed == ("stem", "two.0", "head")
+    assert revwire.plan(model, X, checkpoint=["two.*"], rewire="everywhere").checkpointed == ("two.0",)
+    assert revwire.plan(model, X, checkpoint="*", rewire="everywhere").checkpointed == ("stem", "two.0", "head")
 
 
 def test_what_the_caller_excludes_stays_as_it_is():
-    assert revwire.plan(Stages(), X, checkpoint="stays", exclude="one.*").checkpointed == ("two.0",)
-    assert revwire.plan(Stages(), X, checkpoint=["stays", "one.1"], exclude="one.*").checkpointed == ("two.0", "one.1")
+    assert revwire.plan(Stages(), X, checkpoint="stays", exclude="one.*", rewire="everywhere").checkpointed == (
+        "two.0",
+    )
+    assert revwire.plan(
+        Stages(), X, checkpoint=["stays", "one.1"], exclude="one.*", rewire="everywhere"
+    ).checkpointed == ("two.0", "one.1")
 
 
 class Moody(Block):
@@ -134,21 +141,24 @@ class Moody(Block):
 
 
 def test_what_cannot_be_run_twice_is_left_alone():
-    assert revwire.plan(Stages(block=Moody), X, checkpoint="stays").checkpointed == ()
+    assert revwire.plan(Stages(block=Moody), X, checkpoint="stays", rewire="everywhere").checkpointed == ()
     with pytest.raises(revwire.ConversionError, match="under which no module can be checkpointed"):
-        revwire.convert(Stages(block=Moody), X, checkpoint="two.0")
+        revwire.convert(Stages(block=Moody), X, checkpoint="two.0", rewire="everywhere")
 
 
 def test_reverted_and_copied():
     model = Stages()
     model.two[0].forward = forward = model.two[0].forward  # an attribute of the instance, as some libraries leave one
     before = results(copy.deepcopy(model))
-    revwire.convert(model, X, checkpoint="stays")
-    twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(revwire.convert(Stages(), X, checkpoint="stays")))
+    revwire.convert(model, X, checkpoint="stays", rewire="everywhere")
+    twin, loaded = (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere"))),
+    )
     assert checkpointed_of(twin.two[0]).module is twin.two[0]
     assert checkpointed_of(loaded.two[0]).module is loaded.two[0]
     with pytest.raises(revwire.ConversionError, match="converted already"):
-        revwire.convert(model, X)
+        revwire.convert(model, X, rewire="everywhere")
     expected = results(model)
     assert same(expected, results(loaded))
     revwire.revert(model)
@@ -161,7 +171,7 @@ def test_reverted_and_copied():
 
 
 def test_without_gradients_nothing_is_kept_or_run_twice():
-    model, runs = revwire.convert(Stages(), X, checkpoint="stays").eval(), []
+    model, runs = revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere").eval(), []
     model.two[0].one.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
         model(X)
@@ -172,7 +182,7 @@ def test_without_gradients_nothing_is_kept_or_run_twice():
 
 
 def test_a_weight_that_was_written_to_is_an_error():
-    model = revwire.convert(Stages(), X, checkpoint="stays")
+    model = revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere")
     loss = model(X).sum()
     with torch.no_grad():
         model.two[0].norm.weight.add_(1)
@@ -184,10 +194,10 @@ def test_a_weight_that_was_written_to_is_an_error():
 
 
 def test_weights_that_were_lent_are_those_of_the_recompute():
-    model, plain = revwire.convert(Stages(), X, checkpoint="stays"), Stages()
+    model, plain = revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere"), Stages()
     lent = {n: (1.5 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
     grads = []
-    for m in (model, revwire.convert(plain, X)):
+    for m in (model, revwire.convert(plain, X, rewire="everywhere")):
         torch.manual_seed(0)
         loss = torch.func.functional_call(m, lent, (X,)).square().sum()
         grads.append(torch.autograd.grad(loss, list(lent.values())))
@@ -200,13 +210,16 @@ def test_buffers_that_are_read_and_written_are_those_of_the_forward():
         spectral_norm(model.two[0].two)
         return model
 
-    model, plain = revwire.convert(make(), X, checkpoint="stays"), revwire.convert(make(), X)
+    model, plain = (
+        revwire.convert(make(), X, checkpoint="stays", rewire="everywhere"),
+        revwire.convert(make(), X, rewire="everywhere"),
+    )
     for _ in range(3):
         assert same(results(model), results(plain))
 
 
 def test_a_retained_backward_can_be_repeated():
-    model = revwire.convert(Stages(), X, checkpoint="stays")
+    model = revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere")
     torch.manual_seed(3)
     loss = model(X).square().sum()
     once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
@@ -304,7 +317,9 @@ def twice(middle, x):
 )
 def test_modules_of_many_kinds_have_the_gradients_of_stored_activations(middle, call):
     x = torch.randn(4, 8)
-    models = [revwire.convert(Around(middle(), call), x, checkpoint=wish) for wish in ("middle", None)]
+    models = [
+        revwire.convert(Around(middle(), call), x, checkpoint=wish, rewire="everywhere") for wish in ("middle", None)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     for _ in range(5):
         assert same(*(results(m, x) for m in models))
@@ -347,7 +362,7 @@ def changed(change):
 )
 def test_what_changes_before_backward_is_an_error(run):
     x = torch.randn(4, 8)
-    model = revwire.convert(Around(Scale(), lambda m, x: m(x)), x, checkpoint="middle")
+    model = revwire.convert(Around(Scale(), lambda m, x: m(x)), x, checkpoint="middle", rewire="everywhere")
     loss = run(model, x.requires_grad_()).square().sum()
     with pytest.raises(
         (revwire.ReconstructionError, RuntimeError), match=r"computed other values|modified by an inplace operation"
@@ -406,6 +421,6 @@ def test_every_unit_stored_means_the_network_as_it_is():
 
 
 def test_a_replica_runs_on_its_own_weights():
-    model = revwire.convert(Stages(), X, checkpoint="stays")
+    model = revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere")
     replica = model.two[0]._replicate_for_data_parallel()
     assert checkpointed_of(replica).module is replica

@@ -347,7 +347,7 @@ def selected(model):
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
 def test_a_converted_model(chunks, coupling):
-    model = revwire.convert(transformer_blocks(), INPUTS, coupling=coupling, chunks=chunks)
+    model = revwire.convert(transformer_blocks(), INPUTS, coupling=coupling, chunks=chunks, rewire="everywhere")
     with revwire.stored_activations(model):
         true = step_gradients(model)
     assert same(true, step_gradients(selected(model)))
@@ -357,7 +357,7 @@ def test_a_converted_model(chunks, coupling):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler itself
 @pytest.mark.parametrize("part", ["model", "branch"])
 def test_what_is_compiled(part):
-    model = revwire.convert(transformer_blocks(), INPUTS)
+    model = revwire.convert(transformer_blocks(), INPUTS, rewire="everywhere")
     selected(model)
     compiled = torch.compile(model, backend="aot_eager") if part == "model" else model
     if part == "branch":
@@ -376,7 +376,7 @@ Wide = partial(ResidualMlp, factor=2)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
     x = torch.randn(64, 64, 8)
-    model = revwire.convert(Blocks(Wide, depth=6), x, coupling=coupling)
+    model = revwire.convert(Blocks(Wide, depth=6), x, coupling=coupling, rewire="everywhere")
     (chain,) = chains_of(model)
 
     def run():

@@ -268,7 +268,7 @@ def test_a_unit_that_keeps_its_result_takes_what_was_predicted(mix, coupling):
 def test_in_chunks_each_keeps_its_own(coupling):
     model = blocks()
     with in_bfloat16():
-        revwire.convert(model, INPUTS, coupling=coupling, chunks=4)
+        revwire.convert(model, INPUTS, coupling=coupling, chunks=4, rewire="everywhere")
     whole = step_gradients(model)
     for chain in chains_of(model):
         chain.modes = tuple("reversible" if i % 3 == 0 else "checkpointed" for i in range(chain.length))
@@ -294,7 +294,7 @@ def test_chunks_of_a_checkpointed_unit_take_what_was_predicted(mix, coupling, au
             loss = model(x).square().mean()
         loss.backward()
 
-    revwire.convert(model, x, coupling=coupling, chunks=4)
+    revwire.convert(model, x, coupling=coupling, chunks=4, rewire="everywhere")
     (chain,) = chains_of(model)
     bits = chain.couplings[0].kept_bits * x.nbytes // 32
     sizes = ChainSizes(tuple(bits if i else 0 for i in range(10)), x.nbytes, exact=True)
@@ -324,7 +324,7 @@ class Mixed(nn.Module):
 def test_results_of_several_16_bit_dtypes(mode):
     x = torch.randn(8, 16)
     with in_bfloat16():
-        model = revwire.convert(Blocks(Mixed, depth=4), x)
+        model = revwire.convert(Blocks(Mixed, depth=4), x, rewire="everywhere")
 
     def found():
         model.zero_grad()
@@ -362,7 +362,7 @@ def test_the_autocast_around_a_call_is_left_and_entered_again():
 def test_a_profile_under_autocast_is_that_of_a_step_that_leaves_it_for_its_backward():
     model = blocks()
     with in_bfloat16():
-        revwire.convert(model, INPUTS)
+        revwire.convert(model, INPUTS, rewire="everywhere")
         profile = revwire.profile(model, INPUTS, repeats=1)
     measured_ = peak_bytes(lambda: step(model))
     assert profile.costs["revwire"].peak_bytes == pytest.approx(measured_, rel=0.02)

@@ -205,7 +205,7 @@ def test_backward_hooks_on_blocks(when: str, exchanging: bool, dtype: torch.dtyp
         model, seen = Transformer().train().to(dtype), []
         hooked = partial(with_backward_hooks, model, seen, exchanging)
         model = hooked() if when == "before" else model
-        revwire.convert(model, example)
+        revwire.convert(model, example, rewire="everywhere")
         assert len(revwire.report(model).units) == 6
         return (model if when == "before" else hooked()), seen
 
@@ -216,7 +216,7 @@ def test_backward_hooks_on_blocks(when: str, exchanging: bool, dtype: torch.dtyp
     one_step = ["2", "2", "2", "1", "1", "1", "0", "0", "0"]  # of the pre-hook one gradient, of the hook two
     assert [name for name, _ in seen] == one_step * len(data) == [name for name, _ in seen_by_twin]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, seen_by_twin, strict=True))
-    plain = train(revwire.convert(Transformer().train().to(dtype), example), data)
+    plain = train(revwire.convert(Transformer().train().to(dtype), example, rewire="everywhere"), data)
     assert plain.losses != reversible.losses or not exchanging
 
 

@@ -146,7 +146,7 @@ def collective_in_a_branch(rank: int, folder: Path) -> None:
 def convert_a_wrapped_model(rank: int, folder: Path) -> str:
     ddp = DistributedDataParallel(Transformer())
     with pytest.raises(revwire.ConversionError) as caught:
-        revwire.convert(ddp, Transformer.example())
+        revwire.convert(ddp, Transformer.example(), rewire="everywhere")
     return str(caught.value)
 
 

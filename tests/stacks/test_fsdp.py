@@ -168,7 +168,7 @@ def convert_a_wrapped_model(rank: int, folder: Path) -> str:
     model = Transformer()
     fully_shard(model.blocks[0], mesh=mesh())
     with pytest.raises(revwire.ConversionError) as caught:
-        revwire.convert(model, Transformer.example())
+        revwire.convert(model, Transformer.example(), rewire="everywhere")
     return str(caught.value)
 
 

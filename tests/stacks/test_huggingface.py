@@ -43,7 +43,7 @@ def language_model(**options: Any) -> nn.Module:
 
 def converted() -> nn.Module:
     model = language_model()
-    revwire.convert(model, {"input_ids": Sentences().ids[:2]})
+    revwire.convert(model, {"input_ids": Sentences().ids[:2]}, rewire="everywhere")
     assert len(revwire.report(model).units) == 6
     return model
 

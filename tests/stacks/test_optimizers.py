@@ -43,7 +43,7 @@ def test_optimizers(name: str) -> None:
     torch.manual_seed(0)
     model = Transformer()
     optimizer = OPTIMIZERS[name](model.parameters())
-    revwire.convert(model, Transformer.example())
+    revwire.convert(model, Transformer.example(), rewire="everywhere")
     train(model, batches(Transformer), optimizer=optimizer).assert_like(after, recomputes=False)
 
 

@@ -51,9 +51,11 @@ def test_lora(order: str) -> None:
         torch.manual_seed(0)
         model = Transformer().train()
         if order == "convert, then adapt":
-            return revwire.convert(model, Transformer.example())
+            return revwire.convert(model, Transformer.example(), rewire="everywhere")
         wrapped = adapted(model).train()
-        revwire.convert(wrapped if order == "adapt, then convert" else model, Transformer.example())
+        revwire.convert(
+            wrapped if order == "adapt, then convert" else model, Transformer.example(), rewire="everywhere"
+        )
         return wrapped
 
     model, twin = made(), made()

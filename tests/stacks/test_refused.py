@@ -82,7 +82,7 @@ class ConvertsInside(nn.Module):
         self.inner = Transformer().eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return revwire.convert(self.inner, X)(x)
+        return revwire.convert(self.inner, X, rewire="everywhere")(x)
 
 
 @pytest.mark.parametrize(("trace", "name"), [
@@ -92,7 +92,7 @@ class ConvertsInside(nn.Module):
     (lambda m: make_fx(m)(X), "a torch.fx trace"),
     (lambda m: torch.compile(m, backend="eager")(X), "torch.compile"),
     (lambda m: torch.func.vmap(m)(X), "a torch.func transform"),
-    (lambda m: revwire.plan(m, X), "another conversion"),
+    (lambda m: revwire.plan(m, X, rewire="everywhere"), "another conversion"),
 ], ids=["fx", "jit", "export", "make_fx", "compile", "vmap", "convert"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")  # of the tracers
 @refused(
@@ -112,16 +112,16 @@ def test_inside_of_a_trace(trace: Callable[[nn.Module], Any], name: str) -> None
 def test_twice() -> None:
     model = converted(Transformer)
     with pytest.raises(revwire.ConversionError, match=r"converted already .*revwire\.revert\(model\)"):
-        revwire.convert(model, X)
+        revwire.convert(model, X, rewire="everywhere")
     holder = nn.Sequential(model)
     with pytest.raises(revwire.ConversionError, match=r"converted already \(at '0\.blocks\.0'"):
-        revwire.convert(holder, X)
+        revwire.convert(holder, X, rewire="everywhere")
 
 
 @refused(CONVERSION, "a model that is wrapped in `DataParallel`", "convert first, then wrap")
 def test_a_wrapped_model() -> None:
     with pytest.raises(revwire.ConversionError, match=r"wrapped in DataParallel already .*convert it first"):
-        revwire.convert(DataParallel(Transformer()), X)
+        revwire.convert(DataParallel(Transformer()), X, rewire="everywhere")
 
 
 @works(CONVERSION, "and back (`revert`), in the middle of training")

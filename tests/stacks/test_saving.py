@@ -46,7 +46,7 @@ def test_state_dicts(network: type[nn.Module]) -> None:
     original = network()
     original.load_state_dict(model.state_dict(), strict=True)
     assert list(original.state_dict()) == list(model.state_dict())
-    after = revwire.convert(original, network.example())
+    after = revwire.convert(original, network.example(), rewire="everywhere")
     before = converted(network, seed=1)
     before.load_state_dict(model.state_dict(), strict=True)
     assert same(before, model)

@@ -37,7 +37,7 @@ def resnet() -> nn.Module:
 
 
 def converted(make) -> nn.Module:
-    return revwire.convert(make(), X)
+    return revwire.convert(make(), X, rewire="everywhere")
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, after=lambda: None) -> Run:
@@ -115,7 +115,7 @@ def test_the_models_own_checkpointing(make, when: str) -> None:
     model, twin = make(), converted(make)
     if when == "before":
         model.set_grad_checkpointing(True)
-    revwire.convert(model, X)
+    revwire.convert(model, X, rewire="everywhere")
     if when == "after":
         model.set_grad_checkpointing(True)
     for m in (*model.modules(), *twin.modules()):

@@ -114,13 +114,13 @@ def test_the_order_does_not_matter(how: str) -> None:
     if how == "compiled first":
         model.compile(backend="eager")
         model(example)
-        revwire.convert(model, example)
+        revwire.convert(model, example, rewire="everywhere")
     elif how == "first call":
-        revwire.convert(model)
+        revwire.convert(model, rewire="everywhere")
         model.compile(backend="eager")
         model(example)
     else:
-        revwire.convert(torch.compile(model, backend="eager"), example)
+        revwire.convert(torch.compile(model, backend="eager"), example, rewire="everywhere")
     twin = converted(Transformer)
     train(model, batches(Transformer)).assert_like(train(twin, batches(Transformer)), recomputes=False)
 

@@ -76,7 +76,7 @@ def converted(make: Callable[[], nn.Module], *, seed: int = 0, **options: object
     """A freshly made and converted model, in train mode; the same one each time."""
     torch.manual_seed(seed)
     model = make().train()
-    revwire.convert(model, type(model).example(), **options)  # type: ignore[operator]
+    revwire.convert(model, type(model).example(), **options, rewire="everywhere")  # type: ignore[operator]
     assert len(revwire.report(model).units) >= 4
     return model
 
