@@ -3,10 +3,10 @@
 Note [What checkpointing leaves to its caller]
     `torch.utils.checkpoint` runs a module again in backward, with its random state and autocast. It does not see that
     weights were written to meanwhile, takes those that stand there then (`torch.func.functional_call` has taken its own
-    away), lets batch normalisation count a batch twice, and believes what comes out. Here weights are compared by their
-    version counters, those that were lent are put back, the recompute writes to copies of the buffers and gets
-    containers, settings and context variables as the forward found them; it runs to its end, and samples of its results
-    must be those of the forward, to the bit.
+    away), lets batch normalisation count a batch twice, writes to caches and other objects that it is given again, and
+    believes what comes out. Here weights are compared by their version counters, those that were lent are put back, the
+    recompute writes to copies of the buffers and gets containers, objects, settings and context variables as the
+    forward found them; it runs to its end, and samples of its results must be those of the forward, to the bit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from revwire._forwards.base import InstanceForward, put_on, standing_forward
 from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, undisturbed
 from revwire._surroundings.context import context_kept, run_again
+from revwire._surroundings.copies import as_found, is_stateful
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, versions_of
 from revwire._surroundings.modes import exporting, transformed
@@ -74,15 +75,18 @@ class _Run:
             forward.homes.note(forward.module)
         self.copies: Copies | None = None
         self.glances: list[Tensor] = []
+        self.objects: dict[int, Any] = {}  # among the leaves, as the forward found them
 
     def __call__(self, *leaves: Any) -> Any:
         """Run the module: the first time on what it was called with, then on the same leaves."""
         if self.call is not None:
             (args, kwargs), self.call = self.call, None
+            self.objects = {i: as_found(leaf) for i, leaf in enumerate(leaves) if is_stateful(leaf)}
             out = self.forward.plain(*args, **kwargs)
             self.glances = _glances(out)
             return out
-        args, kwargs = tree_unflatten(leaves, self.structure)
+        found = [as_found(self.objects[i]) if i in self.objects else leaf for i, leaf in enumerate(leaves)]
+        args, kwargs = tree_unflatten(found, self.structure)
         out = run_again(self.context, partial(self.forward.plain, *args, **kwargs))
         if not same_glances(self.glances, _glances(out)):
             raise self._fault(

@@ -84,3 +84,13 @@ def recalled(value: Any) -> Any:
 
 def _copied(value: Any) -> Any:
     return value if isinstance(value, _PLAIN) else snapshot(value)
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether a call may write to an argument that is no container."""
+    return not isinstance(value, (Tensor, nn.Module, *_PLAIN))
+
+
+def as_found(value: Any) -> Any:
+    """A copy of a stateful object for a recompute, whose tensors are detached, and want gradients as they did."""
+    return snapshot(value, lambda t: t.detach().requires_grad_(t.requires_grad))

@@ -424,3 +424,49 @@ def test_a_replica_runs_on_its_own_weights():
     model = revwire.convert(Stages(), X, checkpoint="stays", rewire="everywhere")
     replica = model.two[0]._replicate_for_data_parallel()
     assert checkpointed_of(replica).module is replica
+
+
+class Notes:
+    """An object that is given to modules, and written to."""
+
+    def __init__(self):
+        self.kept = []
+
+
+class Noting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, notes):
+        notes.kept.append(self.inner(x))
+        return torch.cat(notes.kept, 1).relu()
+
+
+class Passing(nn.Module):
+    """Hands an object of its caller's to a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Noting()
+
+    def forward(self, x, notes):
+        return self.part(x, notes)
+
+
+def test_an_object_that_a_module_writes_to_is_written_to_once():
+    torch.manual_seed(0)
+    plain = Passing()
+    model = revwire.convert(copy.deepcopy(plain), (X, Notes()), checkpoint="part", rewire="everywhere")
+    assert revwire.report(model).checkpointed == ("part",)
+    for _ in range(2):
+        found = []
+        for net in (plain, model):
+            net.zero_grad()
+            notes = Notes()
+            notes.kept.append(X[:, :1])
+            net(X, notes).square().sum().backward()
+            found.append((len(notes.kept), [p.grad for p in net.parameters()]))
+        assert [n for n, _ in found] == [2, 2]
+        for a, b in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
