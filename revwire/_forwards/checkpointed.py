@@ -24,6 +24,7 @@ from revwire._capture.intercept import is_recording
 from revwire._errors import ReconstructionError
 from revwire._forwards.base import InstanceForward, put_on, standing_forward
 from revwire._streams.samples import glance, same_glances
+from revwire._surroundings.attributes import counts_kept
 from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, undisturbed
 from revwire._surroundings.context import context_kept, run_again
 from revwire._surroundings.copies import as_found, is_stateful
@@ -126,7 +127,15 @@ class _Run:
         exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
         restored = settings_restored(self.settings)
         lent_out = put_back(lent(self.owned.tables, self.forward.homes))
-        with undisturbed([*holders, *self.held.holders]), lent_out, exchanged, self.held.found_again(), restored:
+        counts = counts_kept(self.forward.module)
+        with (
+            undisturbed([*holders, *self.held.holders]),
+            lent_out,
+            exchanged,
+            counts,
+            self.held.found_again(),
+            restored,
+        ):
             yield
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:

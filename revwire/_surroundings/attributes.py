@@ -65,6 +65,24 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
                 restore(module, before)
 
 
+_COUNTS = frozenset({bool, int, float, str, type(None)})
+
+
+@contextmanager
+def counts_kept(root: nn.Module) -> Iterator[None]:
+    """Give every module below ``root`` its numbers, strings and None among the attributes back: what a recompute counts
+    was counted before. Parameters and buffers are left to those who move them (sharding does, in a recompute).
+    """
+    kept = [(vars(m), {k: v for k, v in vars(m).items() if type(v) in _COUNTS}) for m in root.modules()]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            for k in [k for k, v in now.items() if type(v) in _COUNTS and k not in before]:
+                del now[k]
+            now.update(before)
+
+
 def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
     """Give a module the attributes back that it had at `attributes_of`."""
     now = vars(module)

@@ -470,3 +470,36 @@ def test_an_object_that_a_module_writes_to_is_written_to_once():
         assert [n for n, _ in found] == [2, 2]
         for a, b in zip(found[0][1], found[1][1], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.inner.calls, self.losses, self.last = 0, [], None
+
+    def forward(self, x):
+        self.inner.calls += 1
+        self.inner.seen = self.inner.calls
+        h = self.inner(x)
+        self.losses.append(h.mean())
+        self.last = h.detach().sum()
+        return h.relu()
+
+
+def test_what_a_module_counts_and_notes_happens_once():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(Counting()), nn.ReLU())
+    plain = copy.deepcopy(net)
+    revwire.convert(net, X, checkpoint="0", rewire="everywhere")
+    for steps in (1, 2):
+        for model in (plain, net):
+            model.zero_grad()
+            out = model(X).square().sum()
+            (out + model[0][0].losses[-1]).backward()
+        assert [m[0][0].inner.calls for m in (plain, net)] == [steps, steps]
+        assert [m[0][0].inner.seen for m in (plain, net)] == [steps, steps]
+        assert [len(m[0][0].losses) for m in (plain, net)] == [steps, steps]
+        assert torch.equal(plain[0][0].last, net[0][0].last)
+        for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=0)
