@@ -14,8 +14,8 @@ Note [Nothing is kept alive]
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def _recorded(
         stack.enter_context(recorder.watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.measure_saved, _dropped))
         stack.enter_context(Kernels(recorder))
-        stack.enter_context(recorder)
+        stack.enter_context(_seeing(recorder))
         stack.enter_context(intercepted(recorder))
         context = context_of_its_own()
         if forward is None:
@@ -86,6 +86,18 @@ def _recorded(
                 context.run, recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True
             )
     return recorder.recording
+
+
+@contextmanager
+def _seeing(recorder: Recorder) -> Iterator[None]:
+    """A function mode, which an interrupt within PyTorch's own code may have taken off its stack already."""
+    mode: Any = recorder
+    mode.__enter__()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):
+            mode.__exit__(None, None, None)
 
 
 def fullest_recording(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:

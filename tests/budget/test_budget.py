@@ -503,17 +503,3 @@ def test_a_host_of_many_units_is_no_block():
     assert plan.forecast.checkpoint is None
     assert "torch.utils.checkpoint" not in str(plan)
     assert not rival(None, plan.forecast.planned, None)
-
-
-def test_a_plan_without_a_budget_names_chains_that_save_little():
-    class Thin(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            x = x + self.a(x)
-            return x + self.b(x)
-
-    assert "chain 0: 2 units save" in str(revwire.plan(Thin(), torch.randn(2, 8)))
-    assert "consider exclude=" not in str(revwire.plan(transformer(), INPUTS))

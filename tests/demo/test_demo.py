@@ -41,7 +41,7 @@ def test_quick_demo_passes(capsys):
     assert demo.run(quick=True)
     out = capsys.readouterr().out
     for line in (
-        "units in",
+        "peak of a step: ",
         "top-1 unchanged",
         "bit-exact",
         "checkpoint every block",
