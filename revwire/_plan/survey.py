@@ -33,6 +33,7 @@ from revwire._search.units import WHOLE, UnitKey, find_units
 from revwire._splitting.core_relations import Known
 from revwire._splitting.core_search import Sizes, calls_with_cores
 from revwire._streams.fixed import asks_for_wide
+from revwire._structures import refs
 
 UNREGISTERED = (
     "its host is not registered below the model; make it an attribute of a module, or an item of an nn.ModuleList"
@@ -200,13 +201,15 @@ class Planner:
 
         What the model saves behind that chain has gone when the unit's backward begins, so it only counts as far as it
         is more than the gradients that the backward makes meanwhile, for which a quarter of the unit's own bytes is
-        allowed.
+        allowed. Results (logits, say) are there until then, and once more in a loss.
         """
         if not chains:
             return
         ends = [self.recording.values[members[-1].candidate.out].event for members in units]
         last = ends.index(max(ends))
         behind = sum(e.saved for e in self.recording.events[max(ends) + 1 :])
+        results = {self.recording.values[r.value].storage for r in refs(self.recording.events[0].out)}
+        behind += sum(self.recording.storages.get(s, 0) for s in results)
         own = plan.chains[last].units[-1].saved_bytes
         chains[last].keeps_last = own + behind <= max(own * 5 // 4, *(u.saved_bytes for u in plan.units))
 
