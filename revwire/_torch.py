@@ -123,6 +123,9 @@ queue_callback: Callable[[Callable[[], None]], None] = _bound(
 set_grad_enabled: Callable[[bool], None] = _bound("torch._C._set_grad_enabled", _REBUILT)
 """What `torch.set_grad_enabled` does, without its object: a recompute switches twice."""
 
+profiler_enabled: Callable[[], bool] = _bound("torch._C._autograd._profiler_enabled", "forecasts of what a step needs")
+"""Whether a profiler's session is on: memory cannot be traced then, as there is one session at a time."""
+
 top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _bound(
     "torch._C._autograd._top_saved_tensors_default_hooks", "units that see the saved-tensor hooks around them"
 )

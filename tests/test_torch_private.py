@@ -115,6 +115,13 @@ def retain_graph_is_seen():
     assert in_backward(_torch.current_graph_task_keeps_graph) == [False, False]
 
 
+@canary("profiler_enabled", breaks="a conversion inside of a profiler would end the caller's session")
+def a_session_of_the_profiler_is_seen():
+    assert _torch.profiler_enabled() is False
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert _torch.profiler_enabled() is True
+
+
 @canary("queue_callback", breaks="the end of a backward pass: states would stay alive, deferred checks unread")
 def callbacks_run_at_the_end_of_a_pass():
     x, order = leaf(), []

@@ -115,7 +115,9 @@ def fit(trial: Trial, budget: Budget, ways: Ways) -> Plan:
     mix = _with_selective(trial, mix, size)
     modes = _apply(trial.chains, mix)
     planned = tuple(_with_modes(c, mine) for c, mine in zip(trial.plan.chains, modes, strict=True))
-    return replace(trial.plan, chains=planned, forecast=_forecast(trial.plan, tried.first, mix, size, checkpoint))
+    forecast = _forecast(trial.plan, tried.first, mix, size, checkpoint)
+    peaks = trial.plan.peaks and replace(trial.plan.peaks, planned=forecast.peak_bytes)
+    return replace(trial.plan, chains=planned, forecast=forecast, peaks=peaks)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Note [Scratch memory]
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,11 +18,17 @@ from torch import Tensor
 
 from revwire._capture.recording import Event, Recording, Value
 from revwire._structures import Ref, leaves_of, mapped, refs
+from revwire._torch import profiler_enabled
 from revwire.measure._trace import Mark, traced
 
 _CONVOLUTION = torch.ops.aten.convolution
 
 _NEGLIGIBLE = 1 << 16
+
+_REFUSALS = (TypeError, ValueError, RuntimeError)
+"""What a call raises that takes more than its arguments show, is not deterministic where that is asked for, or finds no
+memory.
+"""
 
 _SMALL = 1 << 20
 """Bytes that a forward must save for this to be worth the time."""
@@ -67,37 +73,44 @@ def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
         return None
     x, weight, *_ = values
     settings = [leaf for leaf in leaves_of((event.args, event.kwargs)) if not isinstance(leaf, Ref)]
-    groups = "depthwise" if weight.shape[1] == 1 else weight.shape[0] if "groups" in settings else 0
     order = sorted(range(len(x.strides)), key=lambda d: -x.strides[d])  # of its layout
-    kind = (event.target, weight.shape[2:], repr(settings), groups, (*order,), x.dtype, x.wants, event.modes)
+    kind = (event.target, weight.shape[2:], repr(settings), (*order,), x.dtype, x.wants, event.modes)
     unfolded = prod(x.shape[:2]) * prod(weight.shape[2:]) * prod(results[0].shape[2:]) * x.dtype.itemsize
     return kind, _Sizes(unfolded, prod(weight.shape) * weight.dtype.itemsize)
 
 
 def _measured(recording: Recording, some: list[tuple[Event, _Sizes]]) -> list[int]:
     """What each of these convolutions needs beside its results; nothing where it does not run by itself."""
-    if not some:
-        return []
+    if not some or profiler_enabled():  # one session at a time: the caller's would end with ours
+        return [0] * len(some)
     device = _device(recording)
-    needed: list[int] = []
+    results: list[int | None] = []
 
     def run(mark: Mark) -> None:
         for event, _ in some:
-            out, inputs = _forward(recording, event, device)
+            forward: tuple[Tensor, list[Tensor]] | None = None
+            with suppress(*_REFUSALS):
+                forward = _forward(recording, event, device)
             mark()
-            if out is None:
-                needed.append(0)
-            else:
-                given = torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
-                needed.append(sum(g.untyped_storage().nbytes() for g in given if g is not None) + out.nbytes)
+            results.append(None)
+            if forward is not None:
+                with suppress(*_REFUSALS):
+                    results[-1] = _backward(*forward)
             mark()
 
     with torch.inference_mode(False), torch.enable_grad():
         stretches = traced(run, device)[1::2]
-    return [max(0, s.peak - s.begin - size) for s, size in zip(stretches, needed, strict=True)]
+    pairs = zip(stretches, results, strict=True)
+    return [0 if size is None else max(0, s.peak - s.begin - size) for s, size in pairs]
 
 
-def _forward(recording: Recording, event: Event, device: torch.device) -> tuple[Tensor | None, list[Tensor]]:
+def _backward(out: Tensor, inputs: list[Tensor]) -> int:
+    """Bytes of what the backward of a convolution is given, and gives."""
+    given = torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
+    return sum(g.untyped_storage().nbytes() for g in given if g is not None) + out.nbytes
+
+
+def _forward(recording: Recording, event: Event, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """The result of a convolution of zeros, and what is given a gradient."""
     made: dict[int, Tensor] = {}
 
@@ -108,15 +121,11 @@ def _forward(recording: Recording, event: Event, device: torch.device) -> tuple[
             made[leaf.value] = _zeros(recording.values[leaf.value], device)
         return made[leaf.value]
 
-    try:
-        with ExitStack() as stack:
-            for kind, on, dtype in event.modes[2]:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
-            out = event.target(*mapped(event.args, fill), **(mapped(event.kwargs, fill) or {}))
-    except (TypeError, ValueError, RuntimeError):  # it takes more than its arguments show
-        return None, []
-    wanted = [t for t in made.values() if t.requires_grad]
-    return (out, wanted) if isinstance(out, Tensor) and wanted else (None, [])
+    with ExitStack() as stack:
+        for kind, on, dtype in event.modes[2]:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
+        out: Tensor = event.target(*mapped(event.args, fill), **(mapped(event.kwargs, fill) or {}))
+    return out, [t for t in made.values() if t.requires_grad]
 
 
 def _zeros(value: Value, device: torch.device) -> Tensor:

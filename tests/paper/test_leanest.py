@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from revwire._capture.run import record
+from revwire._paper import scratch
 from revwire._paper.cuts import cut_of, peak
 from revwire._paper.leanest import cuts_of, leanest
 from revwire._paper.step import Step
@@ -184,6 +185,29 @@ def test_a_module_is_checkpointed_in_all_of_its_calls_or_in_none():
     assert measured(model, x) == pytest.approx(plan.peaks.planned, rel=CLOSE)
 
 
+def test_a_profile_around_a_conversion_goes_on():
+    model, x = made("shallow")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        revwire.plan(model, x)
+        torch.ones(12345).exp()
+    assert any(event.name == "aten::exp" for event in profile.events())
+
+
+def test_kernels_that_refuse_are_left_out(monkeypatch):
+    """As they do where determinism is asked for, or memory is short."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    model, x = made("shallow")
+    with_scratch = revwire.plan(model, x).peaks
+    monkeypatch.setattr(scratch, "_backward", refuse)
+    without = revwire.plan(model, x).peaks
+    assert without.stored < with_scratch.stored
+    monkeypatch.setattr(scratch, "_forward", refuse)
+    assert revwire.plan(model, x).peaks == without
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
@@ -265,3 +289,9 @@ def test_the_last_line_of_a_plan_is_the_net_gain():
 def test_a_plan_as_data_has_its_peaks():
     found = revwire.plan(*made("deep")).to_dict()["peaks"]
     assert found["planned"] < found["checkpointing"] < found["stored"]
+
+
+def test_under_a_budget_the_last_line_is_of_what_was_planned():
+    plan = revwire.plan(*made("deep"), memory_budget="4MiB")
+    assert plan.peaks.planned == plan.forecast.peak_bytes
+    assert plan.peaks.stored == revwire.plan(*made("deep")).peaks.stored
