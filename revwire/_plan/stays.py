@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from revwire._search.chains import PART_OF_WHOLE
+from revwire._search.chains import ALONE, PART_OF_WHOLE
 
 _SHOWN = 8
 """How many names of one line are shown."""
@@ -17,6 +17,10 @@ _LINES_SHOWN = 3
 
 
 _SHAPES = re.compile(r" \([x\d]+ -> [x\d]+\)")
+
+
+_ENDS = re.compile(rf"(?<={re.escape(ALONE)}) \((.*?)\)")
+"""What ends the stream of an add that stands alone."""
 
 
 DOES_NOT_PAY = (
@@ -51,10 +55,10 @@ class Skipped:
 
     @property
     def kind(self) -> str:
-        """The reason without the name of the module that it may begin with, and without shapes."""
+        """The reason without the name of the module that it may begin with, and without what differs in a kind."""
         first, _, rest = self.reason.partition(" ")
         names_its_host = self.path == first or self.path.startswith((f"{first}.", f"{first}#"))
-        return _SHAPES.sub("", rest if names_its_host else self.reason)
+        return _ENDS.sub("", _SHAPES.sub("", rest if names_its_host else self.reason))
 
 
 def stays_lines(skipped: Iterable[Skipped]) -> list[str]:
@@ -84,7 +88,11 @@ def _line(several: Sequence[Skipped]) -> str:
     counts = Counter(s.path for s in several)
     names = _some([f"{path} ({count} times)" if count > 1 else path for path, count in counts.items()], _SHOWN)
     lines = _some([*dict.fromkeys(s.line for s in several if s.line)], _LINES_SHOWN)
-    reason = several[0].reason if len(counts) == 1 else several[0].kind
+    first = several[0]
+    reason = first.reason
+    if len({s.reason for s in several}) > 1:
+        ends = _ENDS.search(first.reason)
+        reason = first.kind + (f" ({first.path}: {ends[1]})" if ends else "")
     return f"  {names}{f', at {lines}' if lines else ''}: {reason}"
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from revwire._capture.recording import Recording
 from revwire._search.dataflow import Flow
+from revwire._search.ends import what_ends_it
 from revwire._search.hosts import opened_calls, separate
 from revwire._search.links import climb, extend_last, predecessor
 from revwire._search.nesting import leanest, levels
@@ -92,7 +93,7 @@ def _found(
     alone = asked - {c.add for chain in chains for c in chain}
     if alone:
         return Search(), alone
-    rejected = _rejected(recording, candidates, chains)
+    rejected = _rejected(flow, candidates, chains)
     opened_calls(flow, [c for chain in chains for c in chain])  # a host that another one opens gives its units to that
     return Search(chains, rejected), alone
 
@@ -116,7 +117,7 @@ def _wholes(flow: Flow, candidates: list[Candidate], calls: Iterable[int], refus
     return [w for w in wholes if w is not None and refuse(w) is None]
 
 
-def _rejected(recording: Recording, candidates: list[Candidate], chains: list[list[Candidate]]) -> list[Candidate]:
+def _rejected(flow: Flow, candidates: list[Candidate], chains: list[list[Candidate]]) -> list[Candidate]:
     """The residual adds that are in no chain, each with its reason."""
     units = [c for chain in chains for c in chain]
     taken = {add for c in units for add in (c.add, *c.absorbed, *c.post)}
@@ -124,14 +125,19 @@ def _rejected(recording: Recording, candidates: list[Candidate], chains: list[li
     for c in rejected:
         outer = next((u for u in units if c.add in u.region), None)
         if outer is None:
-            c.reason = c.reason or (ALONE if taken.isdisjoint(c.region) else SPANS)
+            c.reason = c.reason or (_alone(flow, c, candidates) if taken.isdisjoint(c.region) else SPANS)
             continue
         c.inside = True
         if c.reason != PART_AS_ASKED:
-            host = f"{_name(recording, c.host)} "
+            host = f"{_name(flow.recording, c.host)} "
             cause = f": it {c.reason.removeprefix(host)}" if c.reason and c.reason.startswith(host) else ""
             c.reason = f"{PART_OF_WHOLE}{cause}" if outer.whole else INSIDE
     return rejected
+
+
+def _alone(flow: Flow, c: Candidate, candidates: list[Candidate]) -> str:
+    ends = what_ends_it(flow, c, candidates)
+    return f"{ALONE} ({ends})" if ends else ALONE
 
 
 def _refused(recording: Recording, c: Candidate, refuse: Callable[[Candidate], str | None]) -> list[int]:

@@ -325,7 +325,7 @@ class _Draw:
             r.choice(["x", "x", "list", "dict", "head"]),
             tuple(self.call(i, names) for i in range(3)),
             r.choice([4, 5]),
-            r.choice(kinds),
+            r.choice(kinds) if "checkpoint" not in loop else kinds[0],
         )
 
     def body(self, name: str, kinds: list[str], odd: int, output: str = "x", nested: bool = False) -> Body:
