@@ -38,13 +38,25 @@ class InstanceForward(ABC):
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward as it was before conversion."""
-        forward = self.original if self.original is not None else type(self.module).forward.__get__(self.module)
-        return forward(*args, **kwargs)
+        return self.before(*args, **kwargs)
+
+    @property
+    def before(self) -> Any:
+        """What `plain` calls."""
+        return self.original if self.original is not None else type(self.module).forward.__get__(self.module)
 
 
 def standing_forward(module: nn.Module) -> Any:
     """The instance attribute ``forward`` of a module, or None."""
     return vars(module).get(_FORWARD)
+
+
+def plain_forward(module: nn.Module) -> Any:
+    """The forward of a module as it was before conversion."""
+    standing = standing_forward(module)
+    if isinstance(standing, InstanceForward):
+        return standing.before
+    return type(module).forward if standing is None else standing
 
 
 def put_on(forward: InstanceForward) -> None:

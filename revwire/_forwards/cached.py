@@ -4,19 +4,22 @@ Note [Programs and signatures]
     A module keeps one program per *signature*: what Python could have decided on, apart from tensor values: the kinds
     of the arguments and the constants among them, training flags, the submodules, the constants among the attributes of
     the opened modules, autocast, whether gradients are enabled, and (only where the opened code looked at a shape) all
-    shapes and strides. A call with a new signature is captured anew and kept beside the others, so a program never runs
-    on a
-    decision it has not seen. What no signature holds: variables outside of the module (globals, closures, the clock).
+    shapes and strides, and all else that the code reads, as its source tells (Note [Reads] in `code_reads`). A call
+    with a new signature is captured anew and kept beside the others, so a program never runs on a decision it has not
+    seen. Code of which it is not known what it reads has no program.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from revwire._forwards.base import InstanceForward
+from revwire._capture.code_names import Read
+from revwire._capture.code_reads import reads_of, values_of
+from revwire._forwards.base import InstanceForward, plain_forward
 from revwire._forwards.guards import Standing, StandingGuard
 from revwire._forwards.signature import call_signature, details
 
@@ -50,14 +53,23 @@ class ProgramForward(InstanceForward, Generic[P]):
         self.by_shape: set[Any] = set()
         self.guarded: dict[int, nn.Module] = {id(module): module}
         self.guard: StandingGuard | None = None
+        self.reads: tuple[Read, ...] = ()
         self.failures = 0  # in a row that showed a change
-        self.last: tuple[Any, Standing, P] | None = (
-            None  # the signature, what the modules were, and the program of the last call
+        self.last: tuple[Any, Standing, Any, P] | None = (
+            None  # the signature, what the modules were, what was read, and the program of the last call
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs are compiled code for this module: a copy captures its own."""
-        return {**self.__dict__, "programs": {}, "by_shape": set(), "guarded": None, "guard": None, "last": None}
+        nothing: dict[str, Any] = {
+            "programs": {},
+            "by_shape": set(),
+            "reads": (),
+            "guarded": None,
+            "guard": None,
+            "last": None,
+        }
+        return {**self.__dict__, **nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -65,18 +77,23 @@ class ProgramForward(InstanceForward, Generic[P]):
 
     def program_for(self, args: Any, kwargs: Any, leaves: list[Any]) -> P | None:
         """The program for such a call, if there is one."""
-        signature, standing, last = call_signature(args, kwargs, leaves), self.standing(), self.last
-        if last is not None and last[1] is standing and last[0] == signature:  # as below, without hashing
-            return last[2]
-        key = self.keyed((signature, standing), leaves)
+        signature, standing, read = call_signature(args, kwargs, leaves), self.standing(), values_of(self.reads)
+        last = self.last
+        if last is not None and last[1] is standing and last[0] == signature and last[2] == read:  # as below, unhashed
+            return last[3]
+        key = self.keyed((signature, standing, read), leaves)
         program = self.programs.get(key)
         if program is not None and not program.shape_dependent:
-            self.last = signature, standing, program
+            self.last = signature, standing, read, program
         return program
 
     def key(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
         """The signature of a call, with shapes where a program of that signature looks at them."""
-        return self.keyed((call_signature(args, kwargs, leaves), self.standing()), leaves)
+        return self.keyed(self.signature(args, kwargs, leaves), leaves)
+
+    def signature(self, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
+        """What tells calls apart, but for shapes."""
+        return call_signature(args, kwargs, leaves), self.standing(), values_of(self.reads)
 
     def keyed(self, signature: Any, leaves: list[Any]) -> Any:
         return (signature, details(self.module, leaves)) if signature in self.by_shape else signature
@@ -84,7 +101,7 @@ class ProgramForward(InstanceForward, Generic[P]):
     def note_shapes(self, args: Any, kwargs: Any, leaves: list[Any]) -> None:
         """Let calls of such a signature be told apart by their shapes."""
         self.last = None
-        self.by_shape.add((call_signature(args, kwargs, leaves), self.standing()))
+        self.by_shape.add(self.signature(args, kwargs, leaves))
 
     def standing(self) -> Standing:
         """What the modules are now; mostly, what they were at the last call."""
@@ -102,10 +119,16 @@ class ProgramForward(InstanceForward, Generic[P]):
         return standing
 
     def keep(self, program: P, args: Any, kwargs: Any, leaves: list[Any]) -> None:
-        """Store a program under its signature."""
+        """Store a program under its signature.
+
+        Raises:
+            CaptureError: it is not known what its code reads.
+        """
         self.last = None
+        reads = self.reads_of((self.module, *program.guarded))
         new = {id(m): m for m in program.guarded if id(m) not in self.guarded}
-        if new:  # from now on signatures hold these modules' attributes too, so no older one can be met again
+        if new or reads:  # from now on signatures hold these modules' attributes too, so no older one can be met again
+            self.reads = (*self.reads, *reads)
             self.guarded.update(new)
             self.guard = None
             self.programs.clear()
@@ -115,3 +138,9 @@ class ProgramForward(InstanceForward, Generic[P]):
         if program.shape_dependent:
             self.note_shapes(args, kwargs, leaves)
         self.programs[self.key(args, kwargs, leaves)] = program
+
+    def reads_of(self, modules: Iterable[nn.Module]) -> list[Read]:
+        """What the code of these modules reads, and is not in the signatures yet."""
+        known = {(id(root), links) for root, links in self.reads}
+        found = reads_of(modules, lambda m: self.before if m is self.module else plain_forward(m))
+        return [read for read in found if (id(read[0]), read[1]) not in known]

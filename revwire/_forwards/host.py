@@ -35,6 +35,7 @@ class Planned:
             partial(_modules_of, place.modules),
             slot.later,
             line=place.line,
+            has_branch=False,
         )
 
     def as_block(self) -> Unit:

@@ -89,14 +89,13 @@ class PartedForward(ProgramForward[CoreProgram]):
         try:
             recording = record(self.module, args, kwargs, forward=self.plain, gradients=torch.is_grad_enabled())
             program = core_program(recording, self.path, self.parting, self.known)
+            if self.agrees(program, args, kwargs):
+                self.keep(program, args, kwargs, leaves)
+                return program
         except CaptureError:
-            self.keep_whole(args, kwargs, leaves)
-            return None
-        if not self.agrees(program, args, kwargs):
-            self.keep_whole(args, kwargs, leaves)
-            return None
-        self.keep(program, args, kwargs, leaves)
-        return program
+            pass
+        self.keep_whole(args, kwargs, leaves)
+        return None
 
     def is_small(self, leaves: list[Any]) -> bool:
         """Whether a call without gradients is smaller than those with: what a step has room for, it has; and generation

@@ -12,6 +12,7 @@ Note [The host's own code runs]
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from revwire._capture.intercept import is_recording
 from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
+from revwire._forwards.cached import MAX_PROGRAMS
 from revwire._forwards.following import Following
 from revwire._forwards.host import Host, make_leaves
 from revwire._forwards.opaque_calls import look_through_checkpoints, make_known
 from revwire._forwards.rewired import RewiredForward
 from revwire._forwards.straight import is_straight
 from revwire._programs.assembly import Program
+from revwire._programs.build import input_leaves
 from revwire._programs.calls import Slot
 from revwire._runtime.cells import kept_from_checkpoint
 from revwire._runtime.follower import NOW
@@ -41,7 +44,8 @@ class LiveForward(RewiredForward):
     """The forward of a host whose own code runs; see Note [The host's own code runs].
 
     Units that run in chunks need their branch before the host's code comes to it: a host that holds such a unit runs
-    the program of its example (`RewiredForward`), and so does one whose code is a straight line.
+    the program of such a call (`RewiredForward`), if all is known that its code reads; and so does one whose code is a
+    straight line.
     """
 
     def __init__(self, host: nn.Module, path: str, slots: list[Slot], layout: Layout, original: Any = None) -> None:
@@ -50,9 +54,10 @@ class LiveForward(RewiredForward):
         self.straight = original is None and not layout.opened and not layout.whole and is_straight(host)
         self.code = type(host).forward
         self.host: Host | None = None
+        self.whole: set[Any] = set()  # calls whose units run whole, though they were to run in chunks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "host": None}
+        return {**super().__getstate__(), "host": None, "whole": set()}
 
     def on_replica(self, replica: nn.Module) -> LiveForward:
         return LiveForward(replica, self.path, self.slots, self.layout)
@@ -93,7 +98,32 @@ class LiveForward(RewiredForward):
                 return self.program_of(args, kwargs)
             except CaptureError:  # this call is followed, and all others; but an exporter has no values to observe
                 self.straight = exporting()
-        return self.program_of(args, kwargs) if any(map(_runs_by_program, self.slots)) else None
+        if not any(map(_runs_by_program, self.slots)):
+            return None
+        call = self.signature(args, kwargs, input_leaves((args, kwargs)))
+        if call in self.whole:
+            return None
+        try:
+            return self.program_of(args, kwargs)
+        except CaptureError as error:
+            if exporting():
+                raise
+            self.run_whole(call, error)
+            return None
+
+    def run_whole(self, call: Any, error: CaptureError) -> None:
+        """Let such calls run whole, and warn once that they do, unless revwire only looks at what may be cut."""
+        if len(self.whole) >= MAX_PROGRAMS:
+            self.whole.clear()
+        self.whole.add(call)
+        cut = [s for s in self.slots if s.chain.cuts is not None and s.chain.cuts[s.index] is not None]
+        if cut and self.path not in cut[0].chain.told:
+            cut[0].chain.told.add(self.path)
+            warnings.warn(
+                f"{self.path or type(self.module).__name__}: its units run whole instead of in chunks, as its code "
+                f"{error.__cause__ or error}",
+                stacklevel=2,
+            )
 
     def _is_plain_call(self, args: Any, kwargs: Any) -> bool:
         """Whether it is given nothing but plain tensors and flags, and runs the code that is a straight line."""

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from revwire._capture.arguments import fresh_arguments
-from revwire._capture.recording import ASSIGNS
 from revwire._capture.run import record
 from revwire._errors import CaptureError, RevwireError
 from revwire._forwards.base import standing_forward
@@ -16,12 +14,8 @@ from revwire._forwards.cached import ProgramForward
 from revwire._programs.assembly import Program
 from revwire._programs.build import build_graph, input_leaves
 from revwire._programs.calls import Slot
-from revwire._runtime.autograd_graph import comes_from
 from revwire._runtime.run import refuse_transforms
 from revwire._search.units import find_units
-from revwire._structures import tensors_in
-from revwire._surroundings.as_found import left_as_found
-from revwire._surroundings.attributes import attributes_of, changed, restore
 from revwire._surroundings.modes import exporting
 from revwire._torch import has_old_backward_hooks
 
@@ -99,41 +93,16 @@ class RewiredForward(ProgramForward[Program]):
                 raise CaptureError("is given a nested tensor; pad it, or switch off what makes it")
             try:
                 return self.observe(args, kwargs, torch.is_grad_enabled())
-            except CaptureError as error:
-                if str(error).startswith(ASSIGNS):
-                    self.settle(args, kwargs)
-                elif torch.is_grad_enabled():
+            except CaptureError:
+                if torch.is_grad_enabled():
                     raise
-                return self.observe(args, kwargs, torch.is_grad_enabled() or not str(error).startswith(ASSIGNS))
+                return self.observe(args, kwargs, True)
         except RevwireError as error:
             raise CaptureError(
                 f"{self.path or type(self.module).__name__}: called as it was not at conversion, and {error}; call it "
                 "as in the example, give convert() an example of this call, or exclude it: convert(..., "
                 f"exclude=[{self.path + '*'!r}])"
             ) from error
-
-    def settle(self, args: Any, kwargs: Any) -> None:
-        """Run the original forward once for what it keeps in attributes in this mode (a cache, say), and does not
-        assign twice.
-
-        What it keeps is kept with its gradient, as in the original, where that comes from weights alone.
-
-        Raises:
-            CaptureError: it comes from the arguments too, of which these are copies.
-        """
-        args, kwargs = fresh_arguments((args, kwargs))
-        given = list(tensors_in((args, kwargs)))
-        before = [(m, attributes_of(m)) for m in self.module.modules()]
-        with left_as_found(self.module, given, attributes=False):
-            self.plain(*args, **kwargs)
-        for module, attributes in before:
-            for name in changed(attributes, module):
-                if any(comes_from(t, given) for t in tensors_in(vars(module).get(name))):
-                    for m, old in before:
-                        restore(m, old)
-                    raise CaptureError(
-                        f"keeps in its attribute {name!r} what it computed from its input, with the gradient"
-                    )
 
     def observe(self, args: Any, kwargs: Any, gradients: bool) -> Program:
         """One attempt of `capture`."""

@@ -10,14 +10,13 @@ Note [Straight lines]
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
-from functools import lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from revwire._capture.sources import source_of
 
 _CALLS = frozenset(["relu", "gelu", "silu", "tanh", "sigmoid", "softmax", "mul", "permute", "transpose", "flatten"])
 """Torch functions, and methods of tensors, that give a tensor, and do nothing else."""
@@ -28,27 +27,14 @@ _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 def is_straight(host: nn.Module) -> bool:
     """Whether the code of a host is a straight line, as far as its source tells."""
     forward = type(host).forward
-    function = _function(forward) if isinstance(forward, FunctionType) else None
-    if function is None or function.args.vararg or function.args.kwarg:
+    function = source_of(forward) if isinstance(forward, FunctionType) else None
+    if function is None or function.args.vararg or function.args.kwarg or function.decorator_list:
+        return False
+    if forward.__code__.co_freevars:
         return False
     names = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
     line = _Line(host, forward.__globals__, names[0], set(names[1:]))
     return all(map(line.follows, function.body))
-
-
-@lru_cache(maxsize=1024)
-def _function(forward: FunctionType) -> ast.FunctionDef | None:
-    """The source of a function, if it is what runs; else None."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-        constants = compile(tree, "", "exec", dont_inherit=True).co_consts
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    function, then = tree.body[0], forward.__code__
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list or then.co_freevars:
-        return None
-    codes = [(c.co_code, c.co_names, c.co_consts) for c in constants if isinstance(c, CodeType)]
-    return function if codes == [(then.co_code, then.co_names, then.co_consts)] else None
 
 
 class _Line:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from revwire._capture.code_reads import tells_its_reads
 from revwire._capture.lines import shown
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
@@ -164,7 +165,9 @@ class Planner:
         for number, members in enumerate(units):
             for place, u in enumerate(members):
                 for call, sizes in calls_with_cores(flow, u.candidate.host, u.candidate.region, self.known).items():
-                    if self.names.name(call) and id(events[call].target) not in hosts and call not in self.opened:
+                    module = events[call].target
+                    known = self.names.name(call) and id(module) not in hosts and call not in self.opened
+                    if known and tells_its_reads(module):
                         found.setdefault(self.names.name(call), InBranch(number, place, sizes))
         return found
 

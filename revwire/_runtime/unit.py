@@ -28,6 +28,7 @@ class Unit:
         assigned: (module, attribute) of what the branch assigns to, by the module's name in the host.
         known: what its modules were found to hold.
         line: of the code that makes its residual add, where that is known.
+        has_branch: its branch can be called by itself; not so where the code of its host is followed.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Unit:
     assigned: tuple[tuple[str, str], ...] = ()
     known: Known = field(default_factory=Known)
     line: str = ""
+    has_branch: bool = True
 
     def where(self, chain: str = "") -> str:
         """Its path, its chain and its line, for warnings: ``blocks.1.mlp (chain 0, model.py:12)``."""

@@ -74,7 +74,8 @@ class Prober(Observer):
         return not self.wants_branch(chain, place)
 
     def on_inputs(self, inputs: Inputs) -> None:
-        if self.looks or not self.wants_branch(inputs.chain, inputs.unit.index):
+        unit = inputs.unit
+        if self.looks or not unit.has_branch or not self.wants_branch(inputs.chain, unit.index):
             return
         self.looks = True
         try:
