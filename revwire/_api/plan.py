@@ -71,7 +71,7 @@ def plan(
             the names of units and hosts to ints. Windows that cannot run together are a chunk each. What may be cut is
             found on the example, with the model in eval mode and once in train mode; other units run whole, but for
             products of activations in their branches that are larger than what goes in (the maps of attention): those
-            run by heads, or queries. None: whole units, or under a memory budget, as few as fit it.
+            run by heads, queries, or windows. None: whole units, or under a memory budget, as few as fit it.
         checkpoint: globs over the qualified names of modules outside of chains that run under activation checkpointing,
             the outermost that match; ``"stays"``: the blocks whose residual adds stay, such as those that change shape.
             Their batch statistics count once. None: as ``rewire`` decides, or under a memory budget, those that stay if

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class CallGraph:
         return next((t.device for t in (*root.parameters(), *root.buffers())), torch.device("cpu"))
 
     def may_belong(self, node: fx.Node) -> bool:
-        """Whether a call may be computed again in parts: it is one of torch's, and does not multiply by weights."""
+        """Whether a call may be computed again in parts: it is one of torch's."""
         if node not in self._belongs:
             self._belongs[node] = self._may_belong(node)
         return self._belongs[node]
@@ -113,6 +114,21 @@ class CallGraph:
         ):
             return False
         event = self.event(node)
-        if event.is_module or event.opaque or (call in self.host.writes and not event.is_pointwise):
-            return False
-        return not event.is_product or multiplies_activations(self.flow, event)
+        return not (event.is_module or event.opaque or (call in self.host.writes and not event.is_pointwise))
+
+    def multiplies_by_weights(self, node: fx.Node) -> bool:
+        """Whether a call is a product, and not one of activations."""
+        event = self.event(node)
+        return event.is_product and not multiplies_activations(self.flow, event)
+
+    def enters_lightly(self, node: fx.Node, calls: Container[fx.Node]) -> bool:
+        """Whether these calls need a value, or views of it, for element-wise calls only."""
+        return all(
+            self.event(u).is_pointwise or (self.is_view(u) and self.enters_lightly(u, calls))
+            for u in self.users(node)
+            if u in calls
+        )
+
+    def is_active(self, node: fx.Node) -> bool:
+        """Whether a value comes from the module's input."""
+        return self.flow.active[self.value_of[node].number]

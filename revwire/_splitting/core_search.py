@@ -6,15 +6,23 @@ Note [Cores]
     belongs to it as long as a part of its result, along a dimension, needs the same part of its inputs alone, or what
     all parts share. For element-wise calls that is known from their declaration; of others it is found out by running
     them on random tensors of the recorded shapes, whole and in two halves (of another size each, so that statistics of
-    the whole cannot pass for those of a half). Calls that multiply by weights stay outside. Modules that own nothing
-    are opened, so that a core is made of calls of torch's alone, and others stay outside. In place, a core may write to
+    the whole cannot pass for those of a half). Modules that own nothing are opened, and those of torch's that own
+    weights alone, so that a core is made of calls of torch's alone; others stay outside. In place, a core may write to
     what it made itself. All else of the module stays in its order: the core is computed at one moment, when all is
     there that goes in, and before anything needs what comes out.
+
+Note [Cores by windows]
+    Calls that multiply by weights stay outside of a core, as they would be computed once more. Where windows were
+    folded into a dimension (shifted ones too, whatever rolled and padded them before, and with a mask for each), a core
+    along it shares no activation among its parts; then it may reach from the windows that go in to those that come out,
+    with all products between. That is preferred where it gains more: one copy of the state is kept, instead of queries,
+    keys and values, and there may be nothing else to gain where windows are small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -26,6 +34,7 @@ from revwire._programs.host_graph import HostGraph
 from revwire._search.dataflow import Flow
 from revwire._splitting.core_graph import CallGraph, multiplies_activations
 from revwire._splitting.core_relations import Known, Relations
+from revwire._surroundings.code import is_of_torch
 from revwire._surroundings.inventory import has_hooks
 from revwire._torch import is_compiled
 
@@ -104,24 +113,29 @@ def _owns_nothing(module: nn.Module) -> bool:
     return not any(m._parameters or m._buffers or has_hooks(m) for m in module.modules())
 
 
+def _owns_weights_alone(module: nn.Module) -> bool:
+    """Whether a module is one of torch's that holds weights and nothing else, without hooks."""
+    return is_of_torch(type(module)) and not (module._buffers or module._modules or has_hooks(module))
+
+
 def searched(recording: Recording, known: Known) -> CoreSearch:
-    """The search in the code of the root of a recording, with the modules opened that own nothing, if that can be."""
-    inline = set[int]()
-    for e in recording.events[1:]:
-        if (
-            e.is_module
-            and (e.parent == 0 or e.parent in inline)
-            and not e.hooked
-            and _owns_nothing(e.target)
-            and not _acts(recording, e)
-        ):
-            inline.add(e.number)
-    try:
-        return CoreSearch(build_graph(recording, inline), known)
-    except CaptureError:
-        if not inline:
-            raise
-        return CoreSearch(build_graph(recording, set()), known)
+    """The search in the code of the root of a recording, with as many modules opened as can be: those that own nothing,
+    and torch's that own weights alone.
+    """
+    for may_open in (lambda m: _owns_nothing(m) or _owns_weights_alone(m), _owns_nothing):
+        inline = set[int]()
+        for e in recording.events[1:]:
+            if (
+                e.is_module
+                and (e.parent == 0 or e.parent in inline)
+                and not e.hooked
+                and may_open(e.target)
+                and not _acts(recording, e)
+            ):
+                inline.add(e.number)
+        with suppress(CaptureError):
+            return CoreSearch(build_graph(recording, inline), known)
+    return CoreSearch(build_graph(recording, set()), known)
 
 
 class CoreSearch:
@@ -147,7 +161,7 @@ class CoreSearch:
                 core = None if (seed, dim) in seen else self.grown(seed, dim)
                 if core is not None:
                     seen.update(core.dims.items())
-                    good += [core] if self.gain(core) > 1 else []
+                    good += [c for c in (core, self.with_weights(core)) if c is not None and self.gain(c) > 1]
         if not good:
             raise CaptureError("holds no core that may run in parts")
         best = max(good, key=self.gain)
@@ -157,7 +171,9 @@ class CoreSearch:
             for core in reversed(good)
             if best.seed in core.dims and core.dims[best.seed] in order
         }
-        return [same[dim] for dim in order if dim in same]
+        if self.has_weights(best):
+            same, order = {**same, best.dims[best.seed]: best}, [best.dims[best.seed], *order]
+        return [same[dim] for dim in dict.fromkeys(order) if dim in same]
 
     def dimensions(self, shape: tuple[int, ...]) -> list[int]:
         """Those along which a core may be cut, best first: heads, then queries, then samples. The last one is what is
@@ -170,7 +186,27 @@ class CoreSearch:
         size = self.graph.value_of[seed].shape[dim]
         if size < 2 or self.relations.of(seed, dim) is None:
             return None
-        dims = self.taken_in(seed, dim, size)
+        return self.closed(self.taken_in({seed: dim}, size), size, seed)
+
+    def with_weights(self, core: Core) -> Core | None:
+        """A core with the products by weights around it, where its parts share no activation; see Note [Cores by
+        windows].
+        """
+        if self.shares_activations(core):
+            return None
+        larger = self.closed(self.taken_in(dict(core.dims), core.size, weights=True), core.size, core.seed)
+        return None if larger is None or self.shares_activations(larger) or not self.has_weights(larger) else larger
+
+    def has_weights(self, core: Core) -> bool:
+        """Whether a core multiplies by weights."""
+        return any(self.graph.multiplies_by_weights(n) for n in core.dims)
+
+    def shares_activations(self, core: Core) -> bool:
+        """Whether something that comes from the module's input goes whole into each part."""
+        return any(dim is None and self.graph.is_active(i) for i, dim in core.inputs)
+
+    def closed(self, dims: dict[fx.Node, int], size: int, seed: fx.Node) -> Core | None:
+        """The core of these nodes, with what goes in and comes out; None if it is none."""
         core = Core({n: dims[n] for n in self.graph.nodes if n in dims}, size, seed)
         if not self.takes_inputs(core):
             return None
@@ -178,15 +214,19 @@ class CoreSearch:
         floats = all(self.graph.value_of[n].dtype.is_floating_point for n in core.outs)
         return core if core.outs and floats and not self.writes_outside(core) and self.has_a_moment(core) else None
 
-    def taken_in(self, seed: fx.Node, dim: int, size: int) -> dict[fx.Node, int]:
-        """The calls around a product that can be computed in parts with it, each with its dimension."""
-        dims, todo = {seed: dim}, [seed]
+    def taken_in(self, dims: dict[fx.Node, int], size: int, *, weights: bool = False) -> dict[fx.Node, int]:
+        """Calls, and those around them that can be computed in parts with them, each with its dimension."""
+        todo = [*dims]
         while todo:
             for node in todo:  # grows
-                todo += [*self.grow_down(dims, node, size), *self.grow_up(dims, node, size)]
+                todo += [*self.grow_down(dims, node, size, weights), *self.grow_up(dims, node, size, weights)]
             # those above may serve the core alone only now, after others have come
-            todo = [new for node in list(dims) for new in self.grow_up(dims, node, size)]
+            todo = [new for node in list(dims) for new in self.grow_up(dims, node, size, weights)]
         return dims
+
+    def may_join(self, node: fx.Node, weights: bool) -> bool:
+        """Whether a call may belong to a core, that may, or may not, multiply by weights."""
+        return self.graph.may_belong(node) and (weights or not self.graph.multiplies_by_weights(node))
 
     def takes_inputs(self, core: Core) -> bool:
         """Note what goes into a core; False where a call of it needs another along another dimension than it is cut."""
@@ -216,7 +256,7 @@ class CoreSearch:
         """The calls outside of a core that need a value of it."""
         return [self.graph.call(u) for u in self.graph.users(node) if u not in core.dims]
 
-    def grow_down(self, dims: dict[fx.Node, int], node: fx.Node, size: int) -> list[fx.Node]:
+    def grow_down(self, dims: dict[fx.Node, int], node: fx.Node, size: int, weights: bool) -> list[fx.Node]:
         """Take in the calls that go on from a node of the core, and need nothing that comes from it by a way
         outside.
         """
@@ -224,7 +264,7 @@ class CoreSearch:
         if any(user in self.graph.host.elided for user in node.users):
             return new  # a module hands it on, and may act on it, or on its gradient
         for user in self.graph.users(node):
-            if user in dims or not self.graph.may_belong(user) or self.comes_back(user, dims):
+            if user in dims or not self.may_join(user, weights) or self.comes_back(user, dims):
                 continue
             for d, s in enumerate(self.graph.value_of[user].shape):
                 relation = self.relations.of(user, d) if s == size else None
@@ -243,11 +283,11 @@ class CoreSearch:
             mask |= 1 << self.graph.order[inside]
         return any(i not in dims and self.graph.above[i] & mask for i in self.graph.inputs(node))
 
-    def grow_up(self, dims: dict[fx.Node, int], node: fx.Node, size: int) -> list[fx.Node]:
+    def grow_up(self, dims: dict[fx.Node, int], node: fx.Node, size: int, weights: bool) -> list[fx.Node]:
         """Take in the calls that a node of the core needs, if only the core needs them, along one dimension."""
         new = []
         for i, d in zip(self.graph.inputs(node), self.relations.related(node, dims[node]).dims, strict=True):
-            if i in dims or d is None or not self.graph.may_belong(i) or self.graph.value_of[i].shape[d] != size:
+            if i in dims or d is None or not self.may_join(i, weights) or self.graph.value_of[i].shape[d] != size:
                 continue
             if self.serves_only(dims, i, d) and self.relations.of(i, d) is not None and not self.is_cut_out(dims, i, d):
                 dims[i] = d
@@ -293,7 +333,5 @@ class CoreSearch:
             return 0.0
         inputs, returned = {i for i, _ in core.inputs}, end.all_input_nodes
         there = [i for i in inputs if i.op in ("placeholder", "get_attr") or i in returned]
-        light = {
-            i for i in there if all(self.graph.event(u).is_pointwise for u in self.graph.users(i) if u in core.dims)
-        }
+        light = {i for i in there if self.graph.enters_lightly(i, core.dims)}
         return max([*inside, *hidden]) / max(1, sum(map(self.graph.bytes_of, inputs - light)))
