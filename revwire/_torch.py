@@ -142,9 +142,10 @@ def begin_memory_trace() -> None:
     """
     if _user_scope is None:
         raise _unsupported("torch._C._profiler.RecordScope.USER_SCOPE", _TRACES)
-    session = torch.autograd.profiler.profile(profile_memory=True)
+    session: Any = torch.autograd.profiler.profile(profile_memory=True)
     _prepare_profiler(session.config(create_trace_id=True), session.kineto_activities)
     _enable_profiler(session.config(create_trace_id=False), session.kineto_activities, {_user_scope})
+
 
 top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _bound(
     "torch._C._autograd._top_saved_tensors_default_hooks", "units that see the saved-tensor hooks around them"

@@ -38,10 +38,10 @@ Mark = Callable[[], None]
 def traced(step: Callable[[Mark], object], device: torch.device, *, collected: bool = False) -> list[Bytes]:
     """Those before the first mark that ``step`` makes, and after each; at the end its result is still alive.
 
-    Garbage is collected before, all of it unless that was ``collected`` a moment ago: in a large process that takes as
-    long as steps do.
+    Garbage is collected before: on the CPU only what is young, if all was ``collected`` a moment ago. In a large
+    process the rest takes as long as some steps do, and no release of it is told there.
     """
-    gc.collect(1 if collected else 2)
+    gc.collect(1 if collected and device.type == "cpu" else 2)
     return _on_cuda(step, device) if device.type == "cuda" else _on_cpu(step)
 
 
