@@ -55,7 +55,7 @@ def measured(
     try:
         for chain, mine in zip(chains, modes or [None] * len(chains), strict=True):
             chain.modes = mine
-        first = _stretches(chains, step, device, collected=not fresh)
+        first = _stretches(chains, step, device)
         stretches, marker = _alike(chains, step, device, first[0]) if fresh else first
         timed = _arithmetic(marker.samples.values(), device)
     finally:
@@ -70,7 +70,7 @@ def _alike(
 ) -> tuple[list[Stretch], Marker]:
     """A step with the same marks as the one before it, tried a few times."""
     for _ in range(_TRIES):
-        found, marker = _stretches(chains, step, device, collected=True)
+        found, marker = _stretches(chains, step, device)
         if [s.mark for s in found] == [s.mark for s in before]:
             return [s._replace(seconds=min(s.seconds, b.seconds)) for s, b in zip(found, before, strict=True)], marker
         before = found
@@ -102,9 +102,7 @@ def _marked(chains: Sequence[Chain], marker: Marker) -> Iterator[None]:
         yield
 
 
-def _stretches(
-    chains: Sequence[Chain], step: Callable[[], None], device: torch.device, *, collected: bool
-) -> tuple[list[Stretch], Marker]:
+def _stretches(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Stretch], Marker]:
     """Those of a step; and the marker that told where they begin."""
     markers: list[Marker] = []
     times: list[float] = []
@@ -121,7 +119,7 @@ def _stretches(
         synchronize(device)
         times.append(perf_counter())
 
-    _, *levels = traced(marked, device, collected=collected)  # before the first mark nothing happens
+    _, *levels = traced(marked, device, thorough=False)  # before the first mark nothing happens
     stretches = zip(markers[0].marks, levels, pairwise(times), strict=True)
     return [Stretch(mark, at.begin, at.peak, b - a) for mark, at, (a, b) in stretches], markers[0]
 

@@ -35,13 +35,14 @@ Mark = Callable[[], None]
 """Begins another stretch of the trace."""
 
 
-def traced(step: Callable[[Mark], object], device: torch.device, *, collected: bool = False) -> list[Bytes]:
+def traced(step: Callable[[Mark], object], device: torch.device, *, thorough: bool = True) -> list[Bytes]:
     """Those before the first mark that ``step`` makes, and after each; at the end its result is still alive.
 
-    Garbage is collected before: on the CPU only what is young, if all was ``collected`` a moment ago. In a large
-    process the rest takes as long as some steps do, and no release of it is told there.
+    Garbage is collected before. On the CPU, where its release is not told, that only keeps the collector from what the
+    step itself leaves behind; if it is not to be ``thorough``, what is old is passed over, which in a large process
+    takes as long as some steps do.
     """
-    gc.collect(1 if collected and device.type == "cpu" else 2)
+    gc.collect(2 if thorough or device.type != "cpu" else 1)
     return _on_cuda(step, device) if device.type == "cuda" else _on_cpu(step)
 
 
