@@ -45,12 +45,12 @@ def spend_less(model: nn.Module, call: Call, options: Options, hints: Hints) -> 
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(iter(Ways(model, state, call, options.chunks, hints.kinds))).apply()
+        next(iter(Ways(model, state, call, options.chunks, hints))).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
         switch(state.checkpointed, on=not wanted)
-        ways = Ways(model, state, call, options.chunks, hints.kinds, choose=wanted)
+        ways = Ways(model, state, call, options.chunks, hints, choose=wanted)
         found = _fitted(model, state, call, options.budget, ways, hints)
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)

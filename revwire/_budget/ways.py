@@ -15,9 +15,9 @@ from revwire._errors import ConversionError
 from revwire._forwards.converted import Converted, Parted, switch
 from revwire._plan.costed import pieces_of
 from revwire._plan.globs import refuse_idle_globs
+from revwire._plan.hints import Hints
 from revwire._plan.options import Chunks, wanted
 from revwire._runtime.chunks import Cut
-from revwire._splitting.kinds import Kinds
 from revwire._splitting.probe import Prober, probed
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import nothing_compiled
@@ -56,12 +56,12 @@ class Ways:
         state: Converted,
         call: Call,
         chunks: Chunks | None,
-        kinds: Kinds,
+        hints: Hints,
         *,
         choose: bool = False,
     ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
-        self.kinds = kinds
+        self.kinds, self.quiet = hints.kinds, hints.quiet
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
         self.tried: list[tuple[Prober, Chunks]] = []
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
@@ -108,7 +108,7 @@ class Ways:
 
     def _probed(self, wishes: Iterable[Chunks]) -> Prober:
         counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
-        return probed(self.model, self.state.chains, self._run, counts, self.kinds)
+        return probed(self.model, self.state.chains, self._run, counts, self.kinds, quiet=self.quiet)
 
     def _cut(self, way: int, place: tuple[int, int]) -> tuple[int, Cut | None, int]:
         """(how many chunks a way wants of the unit at a place, how it may be cut, how many chunks there are then)."""

@@ -204,7 +204,8 @@ class Read:
 @dataclass
 class Recording:
     """All that one run did. ``events[0]`` is the call of the root module; ``storages`` has the bytes of each memory;
-    ``derived`` what has been found out about it, once for all who ask.
+    ``training``: all modules were in train mode; ``drew``: random numbers were drawn, as far as generators tell that
+    belong to nobody; ``derived``: what has been found out about it, once for all who ask.
     """
 
     root: nn.Module
@@ -213,6 +214,8 @@ class Recording:
     values: list[Value] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     storages: dict[int, int] = field(default_factory=dict)
+    training: bool = False
+    drew: bool = True
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of_call(self, call: int) -> Recording:
