@@ -102,8 +102,8 @@ class Ways:
         return (chunks, *(p.forward.parts_in(-(-count // chunks)) for p in self._parted(place)))
 
     def _as_wished(self) -> None:
-        whole = self.chunks in (None, 1)
-        self.tried = [(Prober([1], {}), 1) if whole else (self._probed([self.chunks]), self.chunks)]  # type: ignore[list-item]
+        chunks = self.chunks
+        self.tried = [(Prober([1], {}), 1) if chunks is None or chunks == 1 else (self._probed([chunks]), chunks)]
         self.pick({})
 
     def _probed(self, wishes: Iterable[Chunks]) -> Prober:
