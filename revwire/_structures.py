@@ -52,6 +52,11 @@ class Opaque:
     fields: dict[str, Any] | None = None
 
 
+_ATOMS = frozenset({int, float, bool, str, type(None)})
+
+_SINGLE = _ATOMS | {Ref}
+
+
 def is_constant(leaf: Any) -> bool:
     """Whether a leaf is a plain constant, or one of NumPy's scalars, which count as such."""
     numpy = sys.modules.get("numpy")
@@ -92,6 +97,8 @@ def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:
     """A structure with ``leaf`` applied to all that is no list, tuple, dict or slice (nor such an `Opaque` with
     fields).
     """
+    if type(structure) in _SINGLE:
+        return leaf(structure)
     if is_sequence(structure):
         items = [mapped(s, leaf) for s in structure]
         if isinstance(structure, list):
@@ -110,18 +117,28 @@ def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:
 
 def leaves_of(structure: Any, into_objects: bool = True) -> Iterator[Any]:
     """What `mapped` would apply its function to, in order; or an `Opaque` as one leaf, even if it has fields."""
-    if is_sequence(structure):
+    out: list[Any] = []
+    _gather(structure, into_objects, out)
+    return iter(out)
+
+
+def _gather(structure: Any, into_objects: bool, out: list[Any]) -> None:
+    """Add the leaves of a structure to a list. A plan asks so often that generators, one for each level, would show."""
+    kind = type(structure)
+    if kind in _SINGLE:
+        out.append(structure)
+    elif kind is tuple or kind is list or is_sequence(structure):
         for item in structure:
-            yield from leaves_of(item, into_objects)
+            _gather(item, into_objects, out)
     elif is_mapping(structure):
         for item in structure.values():
-            yield from leaves_of(item, into_objects)
+            _gather(item, into_objects, out)
     elif isinstance(structure, slice):
-        yield from leaves_of((structure.start, structure.stop, structure.step), into_objects)
+        _gather((structure.start, structure.stop, structure.step), into_objects, out)
     elif isinstance(structure, Opaque) and structure.fields is not None and into_objects:
-        yield from leaves_of(structure.fields)
+        _gather(structure.fields, into_objects, out)
     else:
-        yield structure
+        out.append(structure)
 
 
 def renumbered(structure: Any, numbers: dict[int, int]) -> Any:
@@ -132,9 +149,6 @@ def renumbered(structure: Any, numbers: dict[int, int]) -> Any:
 def refs(structure: Any) -> Iterator[Ref]:
     """The `Ref`s in a recorded structure, in order."""
     return (leaf for leaf in leaves_of(structure) if isinstance(leaf, Ref))
-
-
-_ATOMS = frozenset({int, float, bool, str, type(None)})
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Tensor]:

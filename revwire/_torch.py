@@ -126,6 +126,27 @@ set_grad_enabled: Callable[[bool], None] = _bound("torch._C._set_grad_enabled", 
 profiler_enabled: Callable[[], bool] = _bound("torch._C._autograd._profiler_enabled", "forecasts of what a step needs")
 """Whether a profiler's session is on: memory cannot be traced then, as there is one session at a time."""
 
+_TRACES = "bytes on the CPU: profile(), and memory budgets there"
+
+_prepare_profiler: Callable[..., None] = _bound("torch._C._autograd._prepare_profiler", _TRACES)
+_enable_profiler: Callable[..., None] = _bound("torch._C._autograd._enable_profiler", _TRACES)
+_user_scope: Any = getattr(getattr(torch._C._profiler, "RecordScope", None), "USER_SCOPE", None)
+
+end_of_memory_trace: Callable[[], Any] = _bound("torch._C._autograd._disable_profiler", _TRACES)
+"""End the session that `begin_memory_trace` began, and return what it saw."""
+
+
+def begin_memory_trace() -> None:
+    """Begin a profiler's session that sees what the CPU allocator reports, and what `record_function` marks: no
+    operators, of which there are many more.
+    """
+    if _user_scope is None:
+        raise _unsupported("torch._C._profiler.RecordScope.USER_SCOPE", _TRACES)
+    session: Any = torch.autograd.profiler.profile(profile_memory=True)
+    _prepare_profiler(session.config(create_trace_id=True), session.kineto_activities)
+    _enable_profiler(session.config(create_trace_id=False), session.kineto_activities, {_user_scope})
+
+
 top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = _bound(
     "torch._C._autograd._top_saved_tensors_default_hooks", "units that see the saved-tensor hooks around them"
 )

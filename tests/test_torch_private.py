@@ -741,13 +741,16 @@ def memory_is_known_to_be_gone():
     assert reference.expired()
 
 
-@canary("kineto_results", breaks="bytes on the CPU: profile(), and memory budgets there")
-def the_profiler_tells_what_is_allocated_and_freed():
-    with profiler.profile(profile_memory=True) as trace:
+@canary("begin_memory_trace", "end_of_memory_trace", breaks="bytes on the CPU: profile(), and memory budgets there")
+def the_profiler_tells_what_is_allocated_and_freed_and_of_the_rest_what_is_marked():
+    _torch.begin_memory_trace()
+    with profiler.record_function("a mark"):
         x = torch.empty(1000, dtype=torch.uint8)
         del x
-    found = [e.nbytes() for e in trace.kineto_results.events() if e.name() == "[memory]"]
+    events = _torch.end_of_memory_trace().events()
+    found = [e.nbytes() for e in events if e.name() == "[memory]"]
     assert found == [1000, -1000] or (len(found) == 2 and found[0] == -found[1] >= 1000), f"changes of {found} bytes"
+    assert [e.name() for e in events if e.name() != "[memory]"] == ["a mark"]
 
 
 OPERATORS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,12 +45,12 @@ def spend_less(model: nn.Module, call: Call, options: Options, hints: Hints) -> 
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(iter(Ways(model, state, call, options.chunks, hints.kinds))).apply()
+        next(iter(Ways(model, state, call, options.chunks, hints))).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide
         switch(state.checkpointed, on=not wanted)
-        ways = Ways(model, state, call, options.chunks, hints.kinds, choose=wanted)
+        ways = Ways(model, state, call, options.chunks, hints, choose=wanted)
         found = _fitted(model, state, call, options.budget, ways, hints)
     for forward in [f for f in state.checkpointed if not f.on]:
         take_off(forward.module)
@@ -69,21 +70,26 @@ def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways
     device = device_of(model, leaves)
     drawn, python_drawn = random_states(accelerators_of(model.parameters())), python_random_state()
 
-    def step() -> None:
+    def forward() -> Any:
         set_random_states(drawn)  # each draws the same: which layers it leaves out, say
         set_python_random_state(python_drawn)
         with entered():
             output = run_model(model, leaves)
             ended(state.chains)
-            loss = mean_square(output)
-            del output
+            return mean_square(output)
+
+    def step() -> None:
+        loss = forward()
         if not loss.requires_grad:
             raise BudgetError(
                 f"{state.plan.model}: got outputs that need no gradient; expected a step to measure; unfreeze some "
                 "weights"
             )
         turn(state.chains)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
+
+    def make_once() -> None:
+        forward()
 
     with (
         left_as_found(model, leaves, backward=True),
@@ -93,7 +99,8 @@ def _fitted(model: nn.Module, state: Converted, call: Call, budget: Budget, ways
     ):
         allocate_gradients(model)
         ways.around = entered
-        trial = Trial(state.plan, state.chains, partial(interruptible, step), device, progress, hints.weights)
+        run, once = partial(interruptible, step), partial(interruptible, make_once)
+        trial = Trial(state.plan, state.chains, run, once, device, progress, hints.weights)
         return fit(trial, budget, ways)
 
 

@@ -69,6 +69,33 @@ class Costs:
             out.waiting[p] = Peaks(max(forward), max(backward))
         return out
 
+    def changed(self, like: Sequence[tuple[Costs, int]]) -> Costs:
+        """Those of a step in which each run is changed as one of its kind was in another measured step: ``like`` has
+        the costs of that step, and which run.
+        """
+        out, here = copy(self), self.starts
+        starts = [here[0]]
+        for run, (there, of) in enumerate(like):
+            grown = there.starts[of + 1] - there.starts[of] - here[of + 1] + here[of]
+            starts.append(starts[-1] + here[run + 1] - here[run] + grown)
+        out.levels = [
+            at.moved(start - at.start).changed(
+                self.levels[of].moved(start - here[of]), there.levels[of].moved(start - there.starts[of])
+            )
+            for at, start, (there, of) in zip(self.levels, starts, like, strict=False)
+        ]
+        out.units = [
+            u.changed(self.units[of], there.units[of]) for u, (there, of) in zip(self.units, like, strict=True)
+        ]
+        out.spent = [s + there.spent[of] - self.spent[of] for s, (there, of) in zip(self.spent, like, strict=True)]
+        out.recomputing = [
+            s + there.recomputing[of] - self.recomputing[of]
+            for s, (there, of) in zip(self.recomputing, like, strict=True)
+        ]
+        out.seconds = self.seconds + sum(out.spent) - sum(self.spent)
+        out.waiting = [at.moved(new - old) for at, new, old in zip(self.waiting, starts, here, strict=True)]
+        return out
+
     def samples(self, size: int) -> list[int]:
         """Runs, one for each kind of unit, of which some may be selective within a budget: as many as one step may try
         together.

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from revwire._budget.advice import idle
+from revwire._budget.by_kind import costs_of, survey
 from revwire._budget.costs import Costs
 from revwire._budget.forms import Form
 from revwire._budget.measured import Measured
@@ -28,11 +30,8 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
 from revwire.measure.sizes import spelled
 
-MOST_STEPS = 10
+MOST_STEPS = 8
 """A plan measures no more steps. Beside them, the model runs forward a few times."""
-
-_STEPS_ONCE, _STEPS_ONCE_MORE = 3, 2
-"""Steps that a way to run takes, and those of one that differs little from the one before."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Trial:
     Attributes:
         plan, chains: of the model.
         step: forward and backward on the example.
+        make_once: a forward, in which is made what a first step makes, such as programs of units that are cut.
         device: where it runs.
         progress: counts steps.
         weights: bytes of the largest weight that is trained, of each unit of each chain.
@@ -50,6 +50,7 @@ class Trial:
     plan: Plan
     chains: Sequence[Chain]
     step: Callable[[], None]
+    make_once: Callable[[], None]
     device: torch.device
     progress: Progress
     weights: Sequence[Sequence[int]]
@@ -152,31 +153,39 @@ class _Tried:
 
 
 def _tried(trial: Trial, ways: Ways, size: int | None) -> _Tried:
-    """Measure one way after another, until some mix fits, or the next is no better."""
+    """Measure one way after another, until some mix fits, or the next is no better; then finer cuts, if need be."""
     best: _Tried | None = None
-    ways.may_help = lambda count: best is None or best.may_get_better(count, size)
     for way in ways:
-        if trial.progress.left < (_STEPS_ONCE if way.fresh else _STEPS_ONCE_MORE):
-            break
         way.apply()
-        costs = trial.costs(fresh=way.fresh)
-        if best is None:
-            new = _Tried.of(costs, [costs], size)
-        elif costs.measured.places != best.first.measured.places:
+        costs = trial.costs(fresh=best is None)
+        if best is not None and costs.measured.places != best.first.measured.places:
             raise trial.unsteady()
-        else:
-            before = best.by_way if way.undo is None else best.by_way[:-1]
-            new = _Tried.of(best.first, [*before, costs], size)
+        new = _Tried.of(costs if best is None else best.first, [costs], size)
         if size is not None and new.smallest <= size:
             return new
         if best is None or new.smallest <= 0.98 * best.smallest:
             best = new
-        elif way.undo is None:
-            break
-        else:
+        elif way.undo is not None:
             way.undo()
     assert best is not None
-    return best
+    finer = ways.finer(partial(best.may_get_better, size=size))
+    return _in_finer_cuts(trial, ways, best, finer, size) if finer else best
+
+
+def _in_finer_cuts(trial: Trial, ways: Ways, best: _Tried, finer: Sequence[int], size: int | None) -> _Tried:
+    """Measure what finer cuts cost; see Note [One of each kind] in `by_kind`."""
+    base = best.by_way[0]
+    found = survey(base.measured.places, ways.kinds, finer, ways.cut_of, trial.progress.left)
+    steps: list[Costs] = []
+    for picks in found.steps:
+        ways.pick(picks)
+        trial.make_once()
+        steps.append(trial.costs(fresh=False))
+        if steps[-1].measured.places != base.measured.places:
+            raise trial.unsteady()
+    finest = [costs_of(base, steps, found, ways.kinds, way, ways.cut_of) for way in found.ways]
+    ways.keep([0, *found.ways])
+    return _Tried.of(best.first, [base, *finest], size)
 
 
 def _with_selective(trial: Trial, mix: Mix, size: int | None) -> Mix:
@@ -187,7 +196,7 @@ def _with_selective(trial: Trial, mix: Mix, size: int | None) -> Mix:
     if size is None or all(unit.fixed or form.stored for unit, form in zip(units, mix.forms, strict=True)):
         return mix
     runs = mix.costs.samples(size)
-    if not runs or trial.progress.left < _STEPS_ONCE_MORE:
+    if not runs or trial.progress.left < 1:
         return mix
     modes = _reversible(trial.chains)
     for run in runs:

@@ -12,7 +12,7 @@ Note [Bytes by prefix]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -87,16 +87,23 @@ class Levels:
 
     def moved(self, by: int) -> Levels:
         """Those where so many more bytes lie before the run."""
-        return replace(
-            self,
-            start=self.start + by,
-            forward=self.forward + by,
-            stepped=self.stepped + by,
-            rebuild=self.rebuild + by,
-            backward=self.backward + by,
-            complete=self.complete + by,
-            undone=self.undone + by,
+        return replace(self, start=self.start + by, **{name: at + by for name, at in self._absolute()})
+
+    def changed(self, before: Levels, after: Levels) -> Levels:
+        """Those of a run that changes as another of its kind, which begins at the same level, has changed."""
+        out = replace(
+            self, grown=self.grown + after.grown - before.grown, again=max(0, self.again + after.again - before.again)
         )
+        there = dict(before._absolute())
+        for name, at in after._absolute():
+            setattr(out, name, getattr(self, name) + at - there[name] if name in there and getattr(self, name) else at)
+        return out
+
+    def _absolute(self) -> Iterator[tuple[str, int]]:
+        """The levels of those stretches that there were."""
+        for name in ("forward", "stepped", "rebuild", "backward", "complete", "undone", "asked"):
+            if at := getattr(self, name):
+                yield name, at
 
 
 @dataclass

@@ -96,13 +96,11 @@ class Operands(NamedTuple):
 
 
 class Marker(Observer):
-    """Looks on, and calls ``note`` at each mark; unless it only ``times``,
-    sees what is saved.
-    """
+    """Looks on, calls ``note`` at each mark, and sees what is saved."""
 
-    def __init__(self, chains: Sequence[Chain], note: Callable[[], None], *, times: bool = False) -> None:
+    def __init__(self, chains: Sequence[Chain], note: Callable[[], None]) -> None:
         self.numbers: dict[object, int] = {chain: i for i, chain in enumerate(chains)}
-        self.note, self.times = note, times
+        self.note = note
         self.marks: list[Mark] = []
         self.places: list[Place] = []
         self.samples: dict[Place, Operands] = {}
@@ -143,8 +141,6 @@ class Marker(Observer):
         return sum(seen.size for seen in self.seen.get(run, ()) if seen.alive)
 
     def on_branch(self, x: Tensor, standing: Sequence[Tensor]) -> Callable[[Tensor], None] | None:
-        if self.times:
-            return None
         run, there = len(self.places) - 1, _addresses(standing)
         seen, state = self.seen.setdefault(run, []), _address(x) if x.dtype == stream_dtype(x.dtype) else None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from revwire._budget.marker import Mark, Place
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """A piece of a step.
 
     Attributes:
@@ -65,6 +65,12 @@ class Run:
     early: int = 0
     lasting: int = 0
     saves_state: bool = False
+
+    def changed(self, before: Run, after: Run) -> Run:
+        """That of a unit that changes as another of its kind has changed."""
+        names = ("saved", "rebuilt", "held", "glances", "result", "early", "lasting")
+        by = {name: getattr(after, name) - getattr(before, name) for name in names}
+        return replace(self, **{name: max(0, getattr(self, name) + more) for name, more in by.items()})
 
 
 @dataclass(frozen=True)

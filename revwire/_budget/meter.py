@@ -5,7 +5,9 @@ Note [Marks]
     A chain tells its observer where each unit begins and ends in the forward pass, and when a state has been rebuilt; a
     hook on each unit's output tells when its gradient arrives. Between two marks lies a *stretch*. On the
     CPU the marks stand among the allocator's own reports in one trace (see `revwire.measure`); on CUDA the caching
-    allocator is asked at each mark. Seconds are measured in steps of their own, as a trace slows them down.
+    allocator is asked at each mark. The clock is read in the same step: a trace of memory sees no operators, and slows
+    all stretches down by little. A step in which something is made once (programs, caches) runs twice: bytes are those
+    of the second, seconds the lesser of both, as what disturbs a machine only ever adds.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from revwire._budget.marker import Marker, Operands
 from revwire._budget.measured import Arithmetic, Measured, Run, Stretch
 from revwire._runtime.chain import Chain, observed
 from revwire._runtime.unit import Mode
-from revwire.measure._trace import Bytes, synchronize, traced
+from revwire.measure._trace import synchronize, traced
 
 _TRIES = 3
 
@@ -53,25 +55,26 @@ def measured(
     try:
         for chain, mine in zip(chains, modes or [None] * len(chains), strict=True):
             chain.modes = mine
-        before = _seconds(chains, step, device) if fresh else []
-        for _ in range(_TRIES):
-            seconds = _seconds(chains, step, device)
-            levels, marker = _levels(chains, step, device)
-            if len(seconds) == len(marker.marks):
-                break
-        else:
-            raise Unsteady
-        if len(before) == len(seconds):
-            seconds = [*map(min, before, seconds)]  # what disturbs a machine only ever adds
+        first = _stretches(chains, step, device)
+        stretches, marker = _alike(chains, step, device, first[0]) if fresh else first
         timed = _arithmetic(marker.samples.values(), device)
     finally:
         for chain, modes_before in zip(chains, found, strict=True):
             chain.modes = modes_before
-    stretches = tuple(
-        Stretch(mark, at.begin, at.peak, s) for mark, at, s in zip(marker.marks, levels, seconds, strict=True)
-    )
     runs = (_run(marker, i, timed[marker.samples[place]]) for i, place in enumerate(marker.places))
-    return Measured(tuple(runs), stretches)
+    return Measured(tuple(runs), tuple(stretches))
+
+
+def _alike(
+    chains: Sequence[Chain], step: Callable[[], None], device: torch.device, before: list[Stretch]
+) -> tuple[list[Stretch], Marker]:
+    """A step with the same marks as the one before it, tried a few times."""
+    for _ in range(_TRIES):
+        found, marker = _stretches(chains, step, device)
+        if [s.mark for s in found] == [s.mark for s in before]:
+            return [s._replace(seconds=min(s.seconds, b.seconds)) for s, b in zip(found, before, strict=True)], marker
+        before = found
+    raise Unsteady
 
 
 def _run(marker: Marker, run: int, arithmetic: Arithmetic) -> Run:
@@ -99,31 +102,26 @@ def _marked(chains: Sequence[Chain], marker: Marker) -> Iterator[None]:
         yield
 
 
-def _levels(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Bytes], Marker]:
-    """Of each stretch; and the marker that told where they begin."""
+def _stretches(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> tuple[list[Stretch], Marker]:
+    """Those of a step; and the marker that told where they begin."""
     markers: list[Marker] = []
-
-    def marked(mark: Callable[[], None]) -> None:
-        markers.append(Marker(chains, mark))
-        with _marked(chains, markers[0]):
-            step()
-
-    _, *found = traced(marked, device)  # before the first mark nothing happens
-    return found, markers[0]
-
-
-def _seconds(chains: Sequence[Chain], step: Callable[[], None], device: torch.device) -> list[float]:
-    """Of each stretch."""
     times: list[float] = []
 
-    def note() -> None:
+    def marked(mark: Callable[[], None]) -> None:
+        def note() -> None:
+            synchronize(device)
+            times.append(perf_counter())
+            mark()
+
+        markers.append(Marker(chains, note))
+        with _marked(chains, markers[0]):
+            step()
         synchronize(device)
         times.append(perf_counter())
 
-    with _marked(chains, Marker(chains, note, times=True)):
-        step()
-    note()
-    return [b - a for a, b in pairwise(times)]
+    _, *levels = traced(marked, device, thorough=False)  # before the first mark nothing happens
+    stretches = zip(markers[0].marks, levels, pairwise(times), strict=True)
+    return [Stretch(mark, at.begin, at.peak, b - a) for mark, at, (a, b) in stretches], markers[0]
 
 
 def _arithmetic(samples: Iterable[Operands], device: torch.device) -> dict[Operands, Arithmetic]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from revwire._budget.forms import Form, forms_after
 from revwire._budget.measured import Run
@@ -63,6 +63,16 @@ class UnitCost:
     relief: float
     fixed: bool
     selective: Selective | None = None
+
+    def changed(self, before: UnitCost, after: UnitCost) -> UnitCost:
+        """That of a unit that changes as another of its kind has changed."""
+        return replace(
+            self,
+            run=self.run.changed(before.run, after.run),
+            gain=max(0.0, self.gain + after.gain - before.gain),
+            relief=max(0.0, self.relief + after.relief - before.relief),
+            fixed=self.fixed or after.fixed,
+        )
 
     @property
     def chain(self) -> int:

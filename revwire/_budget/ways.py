@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
 from revwire._budget.mixes import Picks
 from revwire._capture.arguments import Call, fresh_arguments
 from revwire._errors import ConversionError
-from revwire._forwards.converted import Converted, switch
-from revwire._plan.costed import chunks_of
+from revwire._forwards.converted import Converted, Parted, switch
+from revwire._plan.costed import pieces_of
 from revwire._plan.globs import refuse_idle_globs
+from revwire._plan.hints import Hints
 from revwire._plan.options import Chunks, wanted
-from revwire._splitting.kinds import Kinds
+from revwire._runtime.chunks import Cut
 from revwire._splitting.probe import Prober, probed
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import nothing_compiled
@@ -26,26 +28,26 @@ COUNTS = (2, 4, 16)
 
 
 class Way(NamedTuple):
-    """One of several ways to run a model, such as its units in so many chunks.
+    """One of several ways to run a model.
 
     Attributes:
         apply: lets the model run so, on top of the ways that were kept before.
-        undo: lets it run as before. Where there is none, it is a way to cut units; the next such is a finer one, and
-            replaces it.
-        fresh: whether a first step is slower in the midst of units, in which something is made once.
+        undo: lets it run as before; None: it is the first.
     """
 
     apply: Callable[[], None]
     undo: Callable[[], None] | None = None
-    fresh: bool = True
 
 
 class Ways:
-    """Ways to cut the units, the coarsest first: the one that the caller wants, or those among which a budget may
-    choose.
+    """Ways to run a model: with its units whole, or as the caller wants them cut, and then with what lies outside of
+    chains checkpointed, where there is something to ``choose``. And the `finer` ways to cut units among which a budget
+    may choose.
 
-    Whether what lies outside of chains is checkpointed is another choice, where there is one to ``choose``.
-    How units may be cut is looked at when a way is asked for that cuts some: that takes several runs of each.
+    How units may be cut is looked at when a way is asked for that cuts some: that takes several runs of each kind.
+
+    Attributes:
+        tried: the ways to cut units, the coarsest first.
     """
 
     def __init__(
@@ -54,16 +56,15 @@ class Ways:
         state: Converted,
         call: Call,
         chunks: Chunks | None,
-        kinds: Kinds,
+        hints: Hints,
         *,
         choose: bool = False,
     ) -> None:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
-        self.kinds = kinds
+        self.kinds, self.quiet = hints.kinds, hints.quiet
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
         self.tried: list[tuple[Prober, Chunks]] = []
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
-        self.may_help: Callable[[Any], bool] = lambda count: True  # whether so many chunks are worth a try
         refuse_idle_globs(
             "chunks",
             chunks if isinstance(chunks, Mapping) else (),
@@ -71,58 +72,68 @@ class Ways:
         )
 
     def __iter__(self) -> Iterator[Way]:
-        chunks = self.chunks
-        others = [Way(self._switched(True), self._switched(False))] if self.choose else []
-        if chunks in (None, 1):
-            yield self._cutting(Prober([1], {}), 1)
-            yield from others
-        wishes = self._wishes()
-        counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
-        if not counts:
-            return
-        try:
-            prober = probed(self.model, self.state.chains, self._run, counts, self.kinds)
-        except ConversionError:
-            if chunks is not None:
-                raise
-            return  # it does not run in eval mode: whole units are what there is
-        if prober.cuts_something or self.state.parted or chunks is not None:
-            yield from (self._cutting(prober, w, fresh=bool(self.state.parted) and w == wishes[0]) for w in wishes)
-            yield from others if chunks not in (None, 1) else ()
+        yield Way(self._as_wished)
+        if self.choose:
+            yield Way(
+                partial(switch, self.state.checkpointed, on=True), partial(switch, self.state.checkpointed, on=False)
+            )
 
-    def _wishes(self) -> list[Chunks]:
-        """The numbers of chunks that are worth a try."""
-        if self.chunks is None:
-            return [count for count in COUNTS if self.may_help(count)]
-        return [] if self.chunks == 1 else [self.chunks]
+    def finer(self, may_help: Callable[[int], bool]) -> list[int]:
+        """The places, among those that are tried, of finer ways to cut units, where that may help."""
+        counts = [count for count in COUNTS if may_help(count)] if self.chunks is None else []
+        if not counts:
+            return []
+        try:
+            prober = self._probed(counts)
+        except ConversionError:
+            return []  # it does not run in eval mode: whole units are what there is
+        if not (prober.cuts_something or self.state.parted):
+            return []
+        self.tried += [(prober, count) for count in counts]
+        return list(range(len(self.tried) - len(counts), len(self.tried)))
+
+    def keep(self, ways: Iterable[int]) -> None:
+        """Forget all other ways to cut units."""
+        self.tried = [self.tried[way] for way in ways]
+
+    def cut_of(self, way: int, place: tuple[int, int]) -> tuple[int, ...]:
+        """What a way makes of the unit at a place of a chain: how many chunks, and how many parts of each core."""
+        count, _, chunks = self._cut(way, place)
+        return (chunks, *(p.forward.parts_in(-(-count // chunks)) for p in self._parted(place)))
+
+    def _as_wished(self) -> None:
+        chunks = self.chunks
+        self.tried = [(Prober([1], {}), 1) if chunks is None or chunks == 1 else (self._probed([chunks]), chunks)]
+        self.pick({})
+
+    def _probed(self, wishes: Iterable[Chunks]) -> Prober:
+        counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
+        return probed(self.model, self.state.chains, self._run, counts, self.kinds, quiet=self.quiet)
+
+    def _cut(self, way: int, place: tuple[int, int]) -> tuple[int, Cut | None, int]:
+        """(how many chunks a way wants of the unit at a place, how it may be cut, how many chunks there are then)."""
+        (prober, wish), (number, at) = self.tried[way], place
+        count = wanted(wish, self.names[number][at])
+        cut = prober.cut(self.state.chains[number], at, count)
+        return count, cut, pieces_of(cut, self.state.plan.chains[number].units[at])
+
+    def _parted(self, place: tuple[int, int]) -> list[Parted]:
+        return [p for p in self.state.parted if (p.chain, p.place) == place]
 
     def _run(self) -> None:
         given = fresh_arguments((self.call.args, self.call.kwargs))
         with self.around(), left_as_found(self.model, given), nothing_compiled():
             run_model(self.model, given)
 
-    def _switched(self, on: bool) -> Callable[[], None]:
-        return lambda: switch(self.state.checkpointed, on=on)
-
-    def _cutting(self, prober: Prober, wish: Chunks, *, fresh: bool = True) -> Way:
-        def apply() -> None:
-            self.tried.append((prober, wish))
-            last = len(self.tried) - 1
-            self.pick({(c, place): last for c, several in enumerate(self.names) for place in range(len(several))})
-
-        return Way(apply, fresh=fresh)
-
     def pick(self, picks: Picks) -> None:
-        """Cut each unit in one of the ways that were tried; where it is not cut into as many chunks, the rest is left
-        to its cores.
+        """Cut each unit in one of the ways that are tried (the first, where nothing is said); where it is not cut into
+        as many chunks, the rest is left to its cores.
         """
         for number, (chain, names) in enumerate(zip(self.state.chains, self.names, strict=True)):
-            ways = [self.tried[picks.get((number, place), 0)] for place in range(len(names))]
-            chain.cuts = tuple(
-                prober.cut(chain, place, wanted(wish, names[place])) for place, (prober, wish) in enumerate(ways)
-            )
-        for parted in self.state.parted:
-            place, chain = (parted.chain, parted.place), self.state.chains[parted.chain]
-            count = wanted(self.tried[picks.get(place, 0)][1], self.names[parted.chain][parted.place])
-            unit = self.state.plan.chains[parted.chain].units[parted.place]
-            parted.forward.cut(-(-count // chunks_of(unit, chain, parted.place)))
+            cuts = []
+            for place in ((number, at) for at in range(len(names))):
+                count, cut, chunks = self._cut(picks.get(place, 0), place)
+                cuts.append(cut)
+                for parted in self._parted(place):
+                    parted.forward.cut(-(-count // chunks))
+            chain.cuts = tuple(cuts)

@@ -203,7 +203,10 @@ class Read:
 
 @dataclass
 class Recording:
-    """All that one run did. ``events[0]`` is the call of the root module; ``storages`` has the bytes of each memory."""
+    """All that one run did. ``events[0]`` is the call of the root module; ``storages`` has the bytes of each memory;
+    ``training``: all modules were in train mode; ``drew``: random numbers were drawn, as far as generators tell that
+    belong to nobody; ``derived``: what has been found out about it, once for all who ask.
+    """
 
     root: nn.Module
     module_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -211,9 +214,18 @@ class Recording:
     values: list[Value] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     storages: dict[int, int] = field(default_factory=dict)
+    training: bool = False
+    drew: bool = True
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of_call(self, call: int) -> Recording:
         """The recording of one module call, as if its module had been the root."""
+        if ("call", call) not in self.derived:
+            self.derived["call", call] = self._of_call(call)
+        found: Recording = self.derived["call", call]
+        return found
+
+    def _of_call(self, call: int) -> Recording:
         top = self.events[call]
         inside = self.events[call : top.end]
         numbers = {

@@ -32,7 +32,7 @@ from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.context import context_of_its_own
 from revwire._surroundings.interrupts import interruptible, uninterrupted
 from revwire._surroundings.modes import nothing_compiled
-from revwire._surroundings.randomness import accelerators_of
+from revwire._surroundings.randomness import accelerators_of, python_random_state, random_states, same_random_state
 
 
 def record(
@@ -77,6 +77,8 @@ def _recorded(
         stack.enter_context(Kernels(recorder))
         stack.enter_context(_seeing(recorder))
         stack.enter_context(intercepted(recorder))
+        recorder.recording.training = all(m.training for m in module.modules())
+        drawn, python_drawn = random_states(devices), python_random_state()
         context = context_of_its_own()
         if forward is None:
             interruptible(context.run, module, *args, **kwargs)
@@ -85,6 +87,10 @@ def _recorded(
             interruptible(
                 context.run, recorder.module_call, lambda _, *a, **k: body(*a, **k), module, args, kwargs, body=True
             )
+        drawn_after = random_states(devices)
+        recorder.recording.drew = not same_random_state(python_drawn, python_random_state()) or any(
+            not torch.equal(state, drawn_after[device]) for device, state in drawn.items()
+        )
     return recorder.recording
 
 

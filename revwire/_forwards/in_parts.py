@@ -62,7 +62,11 @@ class PartedForward(ProgramForward[CoreProgram]):
     @property
     def parts(self) -> int:
         """In how many it runs on the example."""
-        return len(parts_of(self.sizes[which(self.sizes, self.count)], self.count))
+        return self.parts_in(self.count)
+
+    def parts_in(self, count: int) -> int:
+        """In how many it would run there, of so many that are wanted."""
+        return len(parts_of(self.sizes[which(self.sizes, count)], count))
 
     def cut(self, count: int) -> None:
         """Run its core in so many parts from now on."""

@@ -6,7 +6,7 @@ from collections import Counter
 
 from revwire._capture.recording import Recording
 from revwire._plan.outside import name_of
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import flow_of
 from revwire._search.residuals import residual_adds
 
 Add = tuple[str, int]
@@ -22,7 +22,7 @@ def adds_of(recording: Recording) -> dict[int, Add]:
     """All residual adds of a run, by their event numbers."""
     counts: Counter[str] = Counter()
     found: dict[int, Add] = {}
-    for c in residual_adds(Flow(recording)):
+    for c in residual_adds(flow_of(recording)):
         name = name_of(recording, recording.calls_around(c.add)[-1])
         found[c.add] = name, counts[name]
         counts[name] += 1

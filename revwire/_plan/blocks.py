@@ -17,7 +17,7 @@ from torch import nn
 
 from revwire._capture.recording import Recording
 from revwire._plan.outside import name_of
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import flow_of
 from revwire._search.residuals import Candidate, residual_adds
 
 _STACKS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -40,7 +40,7 @@ class _Calls:
     def __init__(self, recording: Recording) -> None:
         self.recording, self.events = recording, recording.events
         self.adds: dict[int, list[Candidate]] = {}
-        for c in residual_adds(Flow(recording)):
+        for c in residual_adds(flow_of(recording)):
             if any(self.events[e].is_product for e in c.region):
                 self.adds.setdefault(self.registered(c.host), []).append(c)
 

@@ -7,6 +7,7 @@ from math import prod
 
 from revwire._plan.plan import PlannedChain, PlannedUnit
 from revwire._runtime.chain import Chain
+from revwire._runtime.chunks import Cut
 
 
 def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
@@ -44,5 +45,9 @@ def _kept(u: PlannedUnit, planned: PlannedChain, chain: Chain, place: int, bits:
 
 def chunks_of(u: PlannedUnit, chain: Chain, place: int) -> int:
     """Into how many chunks a unit is cut, with the shape of the example."""
-    cut = None if chain.cuts is None else chain.cuts[place]
+    return pieces_of(None if chain.cuts is None else chain.cuts[place], u)
+
+
+def pieces_of(cut: Cut | None, u: PlannedUnit) -> int:
+    """Into how many chunks a cut cuts a unit, with the shape of the example."""
     return 1 if cut is None else max(1, len(cut.chunks_of(u.shape)))

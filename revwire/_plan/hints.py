@@ -29,12 +29,14 @@ class Hints(NamedTuple):
             for a moment, however the unit is cut.
         lowest: bytes of a step on paper below which nothing goes; see `OnPaper.lowest`.
         reversible: those of a step with all chains reversible, and their units whole.
+        quiet: in train mode the example draws no random numbers, and writes to nothing that the model holds.
     """
 
     kinds: Kinds = ()
     weights: Sequence[Sequence[int]] = ()
     lowest: int = 0
     reversible: int = 0
+    quiet: bool = False
 
 
 def hints_of(
@@ -54,7 +56,15 @@ def hints_of(
         for place in places:
             kinds[chain][place] = -1 - number
     weights = [[max(_trained(recording, c), default=0) for c in chain] for chain in units]
-    return Hints(kinds, weights, *((paper.lowest(), paper.peaks(chosen).planned) if paper.saves else (0, 0)))
+    on_paper = (paper.lowest(), paper.peaks(chosen).planned) if paper.saves else (0, 0)
+    return Hints(kinds, weights, *on_paper, quiet=_is_quiet(recording))
+
+
+def _is_quiet(recording: Recording) -> bool:
+    if recording.drew or not recording.training or any(read.kind in ("random", "state") for read in recording.reads):
+        return False
+    written = (recording.values[before] for e in recording.events for before, _ in e.writes)
+    return not any(e.opaque or e.changes for e in recording.events) and all(v.event >= 0 for v in written)
 
 
 def repeated(chains: Sequence[Chain], slots: Mapping[str, Sequence[Slot]]) -> Places:

@@ -14,7 +14,7 @@ from revwire._paper.step import NONE, Bytes, Step
 from revwire._plan.blocks import every_block
 from revwire._plan.outside import can_be_checkpointed, name_of
 from revwire._plan.plan import Peaks, PlannedChain
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import flow_of
 from revwire._search.residuals import Candidate
 
 _TELLING = 1 << 20
@@ -94,7 +94,7 @@ class OnPaper:
         return lowest(self.step, self._cuts(), bare)
 
     def _cuts(self) -> list[Cut]:
-        flow = Flow(self.recording)
+        flow = flow_of(self.recording)
         calls = [e.number for e in self.recording.events[1:] if e.is_module]
         return [c for c in cuts_of(self.step, calls) if can_be_checkpointed(flow, c.begin)]
 

@@ -9,7 +9,7 @@ from revwire._capture.recording import Recording
 from revwire._plan.globs import idle_glob, matches
 from revwire._plan.options import STAYS
 from revwire._search.chains import CALLER
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import Flow, flow_of
 from revwire._search.residuals import Candidate, can_run_twice
 
 
@@ -65,7 +65,7 @@ class _Calls:
     """The calls of modules in a recording, and where the rewired ones are."""
 
     def __init__(self, recording: Recording, hosts: set[int]) -> None:
-        self.recording, self.flow = recording, Flow(recording)
+        self.recording, self.flow = recording, flow_of(recording)
         self.rewired = [e.number for e in recording.events if e.is_module and id(e.target) in hosts]
         self.around = {call for number in self.rewired for call in recording.calls_around(number)}
 

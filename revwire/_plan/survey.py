@@ -27,7 +27,7 @@ from revwire._plan.stays import DOES_NOT_PAY, Skipped
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
 from revwire._search.chains import Search, find_chains
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import flow_of
 from revwire._search.places import Layout, layout
 from revwire._search.residuals import Candidate
 from revwire._search.units import WHOLE, UnitKey, find_units
@@ -159,7 +159,7 @@ class Planner:
         """The modules in the branches of units whose cores may run in parts; looked for where chunks may be wanted."""
         if self.options.chunks == 1 or not self.options.spends_less:
             return {}
-        flow, events = Flow(self.recording), self.recording.events
+        flow, events = flow_of(self.recording), self.recording.events
         hosts = _hosts(self.recording, units)
         found: dict[str, InBranch] = {}
         for number, members in enumerate(units):

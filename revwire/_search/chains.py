@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from revwire._capture.recording import Recording
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import Flow, flow_of
 from revwire._search.ends import what_ends_it
 from revwire._search.hosts import opened_calls, separate
 from revwire._search.links import climb, extend_last, predecessor
@@ -82,7 +82,7 @@ def _found(
     recording: Recording, refuse: Refusal, shortest: int, whole: Wish, barred: set[int]
 ) -> tuple[Search, set[int]]:
     """(the search, those of the calls that the caller would have whole which are in no chain: their parts may be)."""
-    flow = Flow(recording)
+    flow = flow_of(recording)
     candidates = residual_adds(flow)
     asked = {
         call for c in candidates if c.reason is None for call in [call for call in whole(c) if call not in barred][:1]

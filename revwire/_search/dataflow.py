@@ -9,8 +9,14 @@ LONGEST_STEP = 32
 """How many calls a hop from a value to the one that it comes from may be long."""
 
 
+def flow_of(recording: Recording) -> Flow:
+    """Dataflow questions about a recording, whose run is over: the same object for all who ask."""
+    found: Flow = recording.derived.get(Flow) or recording.derived.setdefault(Flow, Flow(recording))
+    return found
+
+
 class Flow:
-    """Dataflow questions about a recording.
+    """Dataflow questions about a recording; see `flow_of`.
 
     A value is *active* if it comes from the root's arguments, and *unseen* if it comes from a tensor that is neither an
     argument nor the model's own: it was made by a call that is not in the recording, or was held by an object.

@@ -14,7 +14,7 @@ from revwire._capture.lines import shown
 from revwire._capture.reads import name_of
 from revwire._capture.recording import HIDDEN, HOOKED, Event, Recording, at
 from revwire._errors import CaptureError
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import flow_of
 from revwire._search.residuals import Candidate
 from revwire._search.units import CLOSED
 from revwire._structures import Opaque, Ref, is_mapping, is_sequence, refs
@@ -139,7 +139,7 @@ class _Seen:
     """What shows of a run in the code of its root and of the calls ``inline``."""
 
     def __init__(self, recording: Recording, inline: set[int]) -> None:
-        self.recording, self.flow = recording, Flow(recording)
+        self.recording, self.flow = recording, flow_of(recording)
         self.inline, self.code = inline, {0, *inline}
         self.events = [e for e in recording.events[1:] if e.parent in self.code and e.number not in inline]
 

@@ -13,7 +13,7 @@ Definitions, on the values (tensors) and events (calls) of a `Recording`:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from revwire._capture.recording import Event
@@ -68,6 +68,14 @@ class Candidate:
 
 
 def residual_adds(flow: Flow) -> list[Candidate]:
+    """Those of a recording, in order; looked for once, and each time other objects, as the search writes to them."""
+    found = flow.recording.derived.get(Candidate)
+    if found is None:
+        found = flow.recording.derived[Candidate] = _residual_adds(flow)
+    return [replace(c) for c in found]
+
+
+def _residual_adds(flow: Flow) -> list[Candidate]:
     out: list[Candidate] = []
     forks: dict[int, int] = {}
     for event in flow.recording.events:

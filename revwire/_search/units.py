@@ -6,7 +6,7 @@ from collections.abc import Container
 
 from revwire._capture.recording import Recording
 from revwire._errors import CaptureError
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import Flow, flow_of
 from revwire._search.hosts import opened_calls
 from revwire._search.links import Hops, begin_at, climb, events_of, predecessor
 from revwire._search.order import keeps_layout
@@ -25,7 +25,7 @@ def unit_keys(recording: Recording) -> dict[int, UnitKey]:
     """The key of every residual add in the recording of a host, by event number."""
     counts: dict[tuple[str, ...], int] = {}
     keys: dict[int, UnitKey] = {}
-    for c in residual_adds(Flow(recording)):
+    for c in residual_adds(flow_of(recording)):
         around = [n for n in recording.calls_around(c.add) if not recording.events[n].hooked]
         names = tuple(recording.module_names.get(id(recording.events[n].target), ("?",))[0] for n in around)
         keys[c.add] = (names, counts.get(names, 0))
@@ -53,7 +53,7 @@ def find_units(
     Raises:
         CaptureError: this run of the host does not have those units.
     """
-    flow = Flow(recording)
+    flow = flow_of(recording)
     if [key for key, _ in wanted] == [WHOLE]:
         return [_whole(flow)], CLOSED
     by_key = {key: add for add, key in unit_keys(recording).items()}

@@ -11,7 +11,7 @@ from torch import fx
 
 from revwire._capture.recording import Event, Value
 from revwire._programs.host_graph import HostGraph
-from revwire._search.dataflow import Flow
+from revwire._search.dataflow import Flow, flow_of
 from revwire._structures import refs
 
 
@@ -36,7 +36,7 @@ class CallGraph:
 
     def __init__(self, host: HostGraph) -> None:
         self.host = host
-        self.flow = Flow(host.recording)
+        self.flow = flow_of(host.recording)
         self.nodes = list(host.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.value_of: dict[fx.Node, Value] = {n: host.recording.values[v] for v, n in host.node_of.items()}

@@ -134,10 +134,16 @@ class Prober(Observer):
 
 
 def probed(
-    model: nn.Module, chains: Sequence[Chain], run: Callable[[], Any], counts: Iterable[int], kinds: Kinds
+    model: nn.Module,
+    chains: Sequence[Chain],
+    run: Callable[[], Any],
+    counts: Iterable[int],
+    kinds: Kinds,
+    *,
+    quiet: bool = False,
 ) -> Prober:
-    """Run a converted model on its example in eval mode, and in train mode, and see how its units may be cut into so
-    many chunks.
+    """Run a converted model on its example in eval mode, and in train mode (unless that is known to be ``quiet``: it
+    draws nothing), and see how its units may be cut into so many chunks.
 
     The model is left as it was. One that cannot run in train mode on the example counts as one that draws random
     numbers.
@@ -156,12 +162,13 @@ def probed(
                 f"inputs ({type(error).__name__}: {error}); pass an example that it takes in eval mode, or leave "
                 "chunks= out"
             ) from error
-        prober.stage = "draws"
-        model.train()
-        try:
-            run()
-        except Exception:  # noqa: BLE001 - anything: models want labels, or a larger batch, in train mode
-            prober.draws.update(dict.fromkeys(prober.found, ()))
+        if not quiet:
+            prober.stage = "draws"
+            model.train()
+            try:
+                run()
+            except Exception:  # noqa: BLE001 - anything: models want labels, or a larger batch, in train mode
+                prober.draws.update(dict.fromkeys(prober.found, ()))
         if prober.unsettled:
             prober.stage = "batch"
             model.eval()

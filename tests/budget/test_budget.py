@@ -460,7 +460,7 @@ def test_the_plan_says_where_checkpointing_would_need_less():
     "options", [{"memory_budget": "1GiB"}, {"memory_budget": "least", "chunks": 1}], ids=["fits", "whole"]
 )
 def test_how_units_may_be_cut_is_looked_at_only_where_they_are_to_be(options, monkeypatch):
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("it was looked at")
 
     monkeypatch.setattr("revwire._budget.ways.probed", never)

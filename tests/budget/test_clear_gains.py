@@ -79,42 +79,27 @@ def test_a_chain_that_cannot_be_stored_is_not_named():
 
 
 class Several(list):
-    """Ways, which ask whether so many chunks may help."""
+    """Ways, none of which cuts units finer."""
 
-    may_help = None
-
-
-def trial(costs):
-    return SimpleNamespace(costs=costs, progress=SimpleNamespace(left=100))
+    def finer(self, may_help):
+        return []
 
 
-@pytest.mark.parametrize(("second", "third", "measured", "smallest"), [(980, 900, 3, 900), (981, 900, 2, 1000)])
-def test_finer_chunks_are_tried_as_long_as_each_lowers_the_peak_by_two_percent(
-    second, third, measured, smallest, monkeypatch
+@pytest.mark.parametrize(("second", "undone", "smallest"), [(980, 0, 980), (981, 1, 1000)])
+def test_another_way_is_kept_where_it_lowers_the_peak_by_two_percent_and_undone_elsewhere(
+    second, undone, smallest, monkeypatch
 ):
-    peaks = iter([1000, second, third])
+    peaks = iter([1000, second])
 
     def costs(*, fresh):
         return SimpleNamespace(peak=next(peaks), measured=SimpleNamespace(places=()), units=[])
 
     monkeypatch.setattr("revwire._budget.fit.least_of", lambda by_way: (by_way[-1].peak, []))
-    applied = []
-    ways = Several(Way(lambda: applied.append(0)) for _ in range(3))
-    found = _tried(trial(costs), ways, None)
-    assert len(applied) == measured
+    said = []
+    ways = Several(
+        [Way(lambda: said.append("first")), Way(lambda: said.append("other"), lambda: said.append("undone"))]
+    )
+    found = _tried(SimpleNamespace(costs=costs, progress=SimpleNamespace(left=100)), ways, None)
+    assert said == ["first", "other", "undone"][: 2 + undone]
     assert found.smallest == smallest
-    assert len(found.by_way) == (3 if measured == 3 else 1)
-
-
-def test_a_way_that_lowers_no_peak_is_undone_and_the_next_one_tried(monkeypatch):
-    peaks = iter([1000, 990, 500])
-
-    def costs(*, fresh):
-        return SimpleNamespace(peak=next(peaks), measured=SimpleNamespace(places=()), units=[])
-
-    monkeypatch.setattr("revwire._budget.fit.least_of", lambda by_way: (by_way[-1].peak, []))
-    undone = []
-    ways = Several([Way(lambda: None), Way(lambda: None, lambda: undone.append(1)), Way(lambda: None)])
-    found = _tried(trial(costs), ways, None)
-    assert undone == [1]
-    assert found.smallest == 500
+    assert len(found.by_way) == 1

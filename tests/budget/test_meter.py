@@ -34,7 +34,23 @@ def clock(monkeypatch):
 def test_a_stretch_lasts_from_its_mark_to_the_next(clock):
     chain = Seen()
     clock(0.0, 5.0, 7.0)
-    assert meter._seconds([chain], lambda: chain.observer.mark("turn"), CPU) == [5.0, 2.0]
+    stretches, marker = meter._stretches([chain], lambda: chain.observer.mark("turn"), CPU)
+    assert [s.seconds for s in stretches] == [5.0, 2.0]
+    assert [s.mark for s in stretches] == marker.marks
+    assert [m.kind for m in marker.marks] == ["begin", "turn"]
+
+
+def test_of_two_steps_bytes_are_those_of_the_second_and_seconds_the_lesser(clock):
+    chain, made = Seen(), []
+
+    def step():
+        made.append(torch.zeros(1000 // len([*made, 1])))
+        chain.observer.mark("turn")
+
+    clock(0.0, 5.0, 7.0, 10.0, 13.0, 18.0)
+    begin, turn = meter.measured([chain], step, CPU).stretches
+    assert (begin.seconds, turn.seconds) == (3.0, 2.0)
+    assert begin.peak == turn.level == 2000
 
 
 def test_of_three_runs_of_an_operation_the_least_counts(clock):
@@ -54,30 +70,35 @@ def test_keeping_bits_takes_what_a_step_takes_longer_and_never_less_than_nothing
 
 
 class Steps:
-    """Steps whose first ``unlike`` tries have other marks when they are timed."""
+    """Steps of which each of the first ``unlike`` has marks like no other."""
 
     def __init__(self, unlike, chain):
-        self.unlike, self.chain, self.tries = unlike, chain, 0
+        self.unlike, self.chain, self.runs = unlike, chain, 0
 
     def __call__(self):
-        marker = self.chain.observer
-        if isinstance(marker, Marker):
-            self.tries += not marker.times
-            for _ in range(2 if marker.times and self.tries <= self.unlike else 1):
-                marker.mark("turn")
+        self.runs += 1
+        for _ in range(1 + self.runs if self.runs <= self.unlike else 1):
+            self.chain.observer.mark("turn")
 
 
-@pytest.mark.parametrize("unlike", [1, 2])
-def test_steps_that_are_not_alike_are_tried_three_times(unlike):
+@pytest.mark.parametrize(("unlike", "runs"), [(0, 2), (1, 3), (2, 4), (3, 4)])
+def test_steps_that_are_not_alike_are_tried_again_three_times(unlike, runs):
     chain = Seen()
     steps = Steps(unlike, chain)
-    if unlike == 2:
+    if unlike == 3:
         with pytest.raises(meter.Unsteady):
             meter.measured([chain], steps, CPU, modes=[("stored",)])
     else:
         assert [s.mark.kind for s in meter.measured([chain], steps, CPU).stretches] == ["begin", "turn"]
-    assert steps.tries == 3
+    assert steps.runs == runs
     assert chain.modes == "as before"
+
+
+def test_a_step_in_which_nothing_is_made_runs_once():
+    chain = Seen()
+    steps = Steps(0, chain)
+    meter.measured([chain], steps, CPU, fresh=False)
+    assert steps.runs == 1
 
 
 def test_what_is_held_until_a_unit_is_rebuilt_is_held_until_the_forward_ends():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import revwire
+from revwire._budget.by_kind import survey
 from revwire._budget.fit import MOST_STEPS
 from revwire._budget.progress import Progress
 from revwire._splitting.separable import separable
@@ -29,10 +30,10 @@ def forwards_of(run):
 class Counted(nn.Module):
     """A transformer that counts its forwards."""
 
-    def __init__(self, depth=6):
+    def __init__(self, depth=6, dropout=0.1):
         super().__init__()
         torch.manual_seed(0)
-        self.body, self.head = encoder(depth, 32, 4, 128), nn.Linear(32, 2)
+        self.body, self.head = encoder(depth, 32, 4, 128, dropout=dropout), nn.Linear(32, 2)
 
     def forward(self, x):
         next(FORWARDS)
@@ -42,14 +43,65 @@ class Counted(nn.Module):
 X = torch.randn(16, 64, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_plan_runs_a_dozen_forwards_at_most():
-    """One is observed, and how units may be cut is looked at in up to three, without a backward pass."""
-    model = Counted().train()
-    least = revwire.plan(model, X, memory_budget="least").forecast.peak_bytes
-    budgets = ["least", *(int(share * least) for share in (0.9, 1.02, 1.5))]
-    runs = [forwards_of(lambda b=b: revwire.plan(model, X, memory_budget=b)) for b in budgets]
-    assert min(runs) >= 4
-    assert max(runs) <= MOST_STEPS + 4
+@pytest.fixture
+def steps(monkeypatch):
+    """How many steps were measured, as a list of ones."""
+    seen = []
+
+    def counted(progress):
+        seen.append(1)
+        advance(progress)
+
+    advance = Progress.advance
+    monkeypatch.setattr(Progress, "advance", counted)
+    return seen
+
+
+@pytest.mark.parametrize("budget", ["least", 2_400_000, 3_700_000, 8_000_000])
+def test_a_budget_takes_five_steps_and_a_dozen_forwards_at_most(budget, steps):
+    """Units whole twice, as something is made in the first step; each kind of unit in finer cuts; selective ones."""
+    runs = forwards_of(lambda: revwire.convert(Counted().train(), X, memory_budget=budget))
+    assert 2 <= len(steps) <= 5 < MOST_STEPS
+    assert len(steps) < runs <= 12
+
+
+def test_a_deeper_model_takes_no_more_steps(steps):
+    for depth in (6, 12):
+        revwire.convert(Counted(depth).train(), X, memory_budget="least")
+    assert sum(steps) % 2 == 0
+    assert len(steps) <= 8
+
+
+@pytest.mark.parametrize(("dropout", "runs"), [(0.0, 2), (0.1, 3)])
+def test_a_model_that_draws_nothing_is_not_run_again_to_see_what_it_draws(dropout, runs):
+    model = Counted(dropout=dropout).train()
+    assert forwards_of(lambda: revwire.convert(model, X, chunks=2, rewire="everywhere")) == runs
+    assert {u.chunks for u in revwire.report(model).units} == {2}
+
+
+def cut(way, place):
+    """Units at even places may be cut, and those of the second chain into two chunks at most."""
+    return (1,) if place[1] % 2 else (min(way + 1, 2) if place[0] else way + 1,)
+
+
+def test_each_kind_is_seen_in_each_of_its_cuts_in_as_few_steps_as_there_can_be():
+    places = [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)]
+    found = survey(places, [[0, 1, 0, 1, 0]], [1, 2], cut, 8)
+    assert found.steps == [{(0, 0): 2, (0, 2): 1}]  # the finest first
+    assert found.seen == {(0, (3,)): (0, (0, 0)), (0, (2,)): (0, (0, 2))}
+    assert found.ways == [1, 2]
+
+
+def test_a_kind_with_fewer_units_than_cuts_takes_more_steps_and_the_coarsest_cut_goes_first_where_they_run_out():
+    kinds = [[0, 1]]
+    assert survey([(0, 0), (0, 1)], kinds, [1, 2], cut, 8).steps == [{(0, 0): 2}, {(0, 0): 1}]
+    found = survey([(0, 0), (0, 1)], kinds, [1, 2], cut, 1)
+    assert (found.steps, found.ways) == ([{(0, 0): 2}], [2])
+
+
+def test_ways_that_cut_a_kind_alike_are_seen_once():
+    found = survey([(1, 0)], [[], [0]], [1, 2], cut, 8)
+    assert (found.steps, found.ways) == ([{(1, 0): 2}], [1, 2])
 
 
 def test_a_hopeless_budget_is_refused_before_a_step_is_measured():
