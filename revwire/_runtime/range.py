@@ -19,8 +19,9 @@ Note [Synchronisation]
     read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
     optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
     wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
-    a number, and ends in an error: nothing can be scaled anew when it is too late. Therefore, after a forward that came
-    near the end of the range, each unit is read for a while. Where the first value that does not fit is not finite
+    a number, and ends in an error: nothing can be scaled anew when it is too late. (In the plain form all values of its
+    state do; see Note [Out of range on a GPU] in `fused`.) Therefore, after a forward that came near the end of the
+    range, each unit is read for a while. Where the first value that does not fit is not finite
     (`FixedStreams` leaves it so), the plain network has none either: there is no error, and all gradients are NaN.
 """
 

@@ -12,6 +12,7 @@ Note [Out of range on a GPU]
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -49,7 +50,22 @@ def available() -> bool:
 
 def serves(device: torch.device) -> bool:
     """Whether the kernels run on this device."""
-    return (device.type == "cuda" or INTERPRETED) and available()
+    return (device.type == "cuda" or INTERPRETED) and available() and _compiles_for(device)
+
+
+@lru_cache(maxsize=32)
+def _compiles_for(device: torch.device) -> bool:
+    """Whether Triton can: it needs a C compiler, and a GPU that it knows."""
+    try:
+        return summed(torch.zeros(8, dtype=torch.int32, device=device)).tolist() == [0]
+    except Exception as error:  # noqa: BLE001 (whatever compilers raise)
+        warnings.warn(
+            f"Triton: got {type(error).__name__} on {device} ({error}); expected kernels for the streams of reversible "
+            "chains. The plain arithmetic computes the same, in a dozen kernels a step. Triton needs a C compiler; "
+            "REVWIRE_KERNELS=0 turns its kernels off",
+            stacklevel=2,
+        )
+        return False
 
 
 def suits(*tensors: Tensor) -> bool:

@@ -75,6 +75,25 @@ def test_a_device_adds_and_multiplies_as_it_is_written(name, m):
     assert not any(word in made for word in (".ftz", ".approx", "mad.f32", ".f64"))
 
 
+def test_where_triton_fails_the_plain_form_does(monkeypatch):
+    def fails(state):
+        raise RuntimeError("Failed to find C compiler")
+
+    fused._compiles_for.cache_clear()
+    monkeypatch.setattr(fused, "summed", fails)
+    monkeypatch.setattr(fused, "INTERPRETED", True)
+    with pytest.warns(UserWarning, match=r"Triton: got RuntimeError on cpu \(Failed.*The plain arithmetic"):
+        assert not fused.serves(torch.device("cpu"))
+    assert FixedStreams.for_range(1.0, torch.float32).form is not fused  # said once
+    fused._compiles_for.cache_clear()
+
+
+def test_importing_revwire_imports_no_triton():
+    code = "import sys, revwire, revwire._streams.fused; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def tensors_of(size, layout, dtype, seed=0):
     """(x_{k-1}, x_k, f); where the layout is another for ``f``, that of the kernels must be made."""
     g = torch.Generator().manual_seed(seed)
