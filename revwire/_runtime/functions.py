@@ -16,7 +16,8 @@ Note [Gradients that wait]
     the third: so it is made of the third then, by a node (`_Later`) that stands before the branch in forward, and
     therefore comes after it in backward. While the branch holds the most memory, one gradient of a state is there
     instead of two. The branch gets the exact c·g. A branch that writes to the gradient that it is given, which PyTorch
-    forbids, would change that of x_{k-1} too: the node sees it, and refuses.
+    forbids, would change that of x_{k-1} too: the node sees it, and refuses. A branch of 16 bits gets another tensor
+    anyway, and nothing waits.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
 from revwire._streams.base import Streams
+from revwire._streams.gradients import multiples
 from revwire._surroundings.inventory import version_of
 from revwire._torch import backward_node
-from revwire.couplings.base import Factor
 
 
 class _Enter(torch.autograd.Function):
@@ -127,32 +128,24 @@ class _Step(torch.autograd.Function):
         rule, g = ctx.rule, grads[0]
         if ctx.range.deferred and ctx.range.settle():
             g = g * float("nan")  # see Note [Synchronisation] in `range`
-        need = ctx.needs_input_grad
-        branch = _scale(g, rule.c) if need[3] else None
-        share = ctx.share
-        if share is None or branch is None or isinstance(rule.c, Tensor) or isinstance(rule.back, Tensor):
-            before = _scale(g, rule.back) if need[1] else None
-        else:
-            before, share.divisor, share.version = branch, rule.c / rule.back, version_of(branch)
-        return (
-            None,
-            before,
-            _scale(g, rule.a) if need[2] else None,
-            None if branch is None else branch.to(ctx.dtype),
-            None,
+        need, share, c, back = ctx.needs_input_grad, ctx.share, rule.c, rule.back
+        if ctx.dtype != g.dtype or isinstance(c, Tensor) or isinstance(back, Tensor) or not need[3]:
+            share = None
+        f, x, previous = multiples(
+            g,
+            (
+                (c, ctx.dtype) if need[3] else None,
+                (rule.a, g.dtype) if need[2] else None,
+                (back, g.dtype) if need[1] and share is None else None,
+            ),
         )
+        if share is not None and f is not None:
+            previous, share.divisor, share.version = f, c / back, version_of(f)
+        return None, previous, x, f, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         _refuse_forward_mode()
-
-
-def _scale(g: Tensor, factor: Factor) -> Tensor | None:
-    if isinstance(factor, Tensor):
-        return g * factor
-    if factor == 0:
-        return None
-    return g if factor == 1 else g * factor
 
 
 def _refuse_forward_mode() -> NoReturn:

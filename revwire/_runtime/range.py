@@ -19,8 +19,9 @@ Note [Synchronisation]
     read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
     optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
     wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
-    a number, and ends in an error: nothing can be scaled anew when it is too late. Therefore, after a forward that came
-    near the end of the range, each unit is read for a while. Where the first value that does not fit is not finite
+    a number, and ends in an error: nothing can be scaled anew when it is too late. (In the plain form all values of its
+    state do; see Note [Out of range on a GPU] in `fused`.) Therefore, after a forward that came near the end of the
+    range, each unit is read for a while. Where the first value that does not fit is not finite
     (`FixedStreams` leaves it so), the plain network has none either: there is no error, and all gradients are NaN.
 """
 
@@ -170,28 +171,32 @@ class RangeCheck:
         if self.bound is None:
             return True
         if self.deferred:
-            self._read_later(unit, stepped.value, self.bound)
+            self._read_later(unit, stepped, self.bound)
             return True
         if stepped.in_range:
             largest = stepped.largest
+        elif stepped.reached is not None:
+            largest = float(stepped.reached.amax())
         elif not stepped.value.numel():
             return True
         else:
             low, high = torch.aminmax(stepped.value)  # a NaN anywhere makes both NaN; many times faster than a norm
             largest = max(-float(low), float(high))
-            if not largest < self.bound:
-                return False
+        if not largest < self.bound:
+            return False
         if largest > self.largest:
             self.largest = largest
         return True
 
-    def _read_later(self, unit: Unit, out: Tensor, bound: float) -> None:
+    def _read_later(self, unit: Unit, stepped: Stepped, bound: float) -> None:
         """A value out of range becomes NaN meanwhile."""
-        if out.numel():
+        out, reached = stepped.value, stepped.reached
+        if reached is None and out.numel():
             low, high = torch.aminmax(out)
-            norm = torch.maximum(-low, high)
-            self.norms.append((unit, norm))
-            out.mul_(torch.where(norm < bound, 1.0, float("nan")))
+            reached = torch.maximum(-low, high).view(1)
+            out.mul_(torch.where(reached < bound, 1.0, float("nan")))
+        if reached is not None:
+            self.norms.append((unit, reached))
 
     def settle(self) -> bool:
         """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled.
@@ -201,14 +206,22 @@ class RangeCheck:
         """
         norms, self.norms = self.norms, []
         if norms and self.bound is not None:
-            for (unit, _), norm in zip(norms, torch.stack([n for _, n in norms]).tolist(), strict=True):
-                if not norm < self.bound:
-                    self._found_late(unit, norm, self.bound)
-                    break
-                self.largest = max(self.largest, norm)
+            largest = float(torch.cat([reached for _, reached in norms]).amax())
+            if largest < self.bound:
+                self.largest = max(self.largest, largest)
+            else:
+                self._look_for_the_first(norms, self.bound)
         if self.error is not None:
             raise self.error
         return self.spoiled
+
+    def _look_for_the_first(self, norms: list[tuple[Unit, Tensor]], bound: float) -> None:
+        for unit, reached in norms:
+            norm = float(reached.amax())
+            if not norm < bound:
+                self._found_late(unit, norm, bound)
+                return
+            self.largest = max(self.largest, norm)
 
     def _found_late(self, unit: Unit, norm: float, bound: float) -> None:
         if not isfinite(norm):

@@ -185,7 +185,7 @@ def _streams_for(chain: Chain, largest: float, usual: float, x: Tensor, branch: 
     states are kept, where that is not finite. Branches compute in the dtype ``branch``.
     """
     try:
-        return FixedStreams.for_range(largest, x.dtype, usual, branch)
+        return FixedStreams.for_range(largest, x.dtype, usual, branch, x.device)
     except RangeError:
         return FloatStreams(chain.tolerance, rebuilds=False)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ def canonical(x: Tensor) -> Tensor:
     return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` lie side by side in memory, in any order, each once."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride != extent:
+                return False
+            extent *= size
+    return True
+
+
 def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``x``, of which each element is stored once, in the order of other strides."""
     order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
@@ -48,7 +59,8 @@ class Stepped(NamedTuple):
     """The state of x_{k+1}, its float value, the bits that are kept to come back.
 
     Besides, where they are known: the `Streams.summary` of the state of x_{k-1}; that all values are in range, and the
-    largest magnitude, to a factor of 2.
+    largest magnitude, to a factor of 2; or, on their device, magnitudes of which the largest is that of all values, and
+    not finite where one of them is not. Values out of range are NaN then.
     """
 
     state: Tensor
@@ -57,6 +69,7 @@ class Stepped(NamedTuple):
     summary: Tensor | None = None
     in_range: bool = False
     largest: float = 0.0
+    reached: Tensor | None = None
 
 
 class Undone(NamedTuple):
@@ -64,6 +77,41 @@ class Undone(NamedTuple):
 
     state: Tensor
     summary: Tensor | None = None
+
+
+class Form(Protocol):
+    """A module that does the arithmetic of fixed-point streams in one pass over memory; see `kernels`."""
+
+    def suits(self, *tensors: Tensor) -> bool: ...
+    def advance(
+        self,
+        previous: Tensor,
+        x: Tensor,
+        f: Tensor,
+        a: float,
+        c: float,
+        m: int,
+        *,
+        negative: bool,
+        scale: int,
+        keep: bool,
+    ) -> Stepped: ...
+    def retreat(
+        self,
+        following: Tensor,
+        x: Tensor,
+        f: Tensor,
+        a: float,
+        c: float,
+        m: int,
+        bits: Tensor | None,
+        *,
+        negative: bool,
+        scale: int,
+    ) -> Undone: ...
+    def read(self, state: Tensor, scale: int) -> Tensor: ...
+    def summed(self, state: Tensor) -> Tensor: ...
+    def sampled(self, f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Tensor | None: ...
 
 
 class Streams(ABC):

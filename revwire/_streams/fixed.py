@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from revwire._errors import RangeError
-from revwire._streams import kernels
-from revwire._streams.base import Stepped, Streams, Undone, add_scaled, scaled
+from revwire._streams import fused, kernels
+from revwire._streams.base import Form, Stepped, Streams, Undone, add_scaled, scaled
 from revwire._streams.bits import pack_bits, unpack_bits
 from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
@@ -54,6 +54,9 @@ _SATURATES = platform.machine().lower() not in ("x86_64", "amd64", "i686")
 _INF = float("inf")
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class FixedStreams(Streams):
     """Streams as integers round(x·2^scale): int64 for float64 streams, int32 or int64 for float32.
@@ -61,19 +64,25 @@ class FixedStreams(Streams):
     Args:
         scale: K, the number of fractional bits.
         integer: ``torch.int32`` or ``torch.int64``.
-        compiled: in one pass over memory where that is possible (`kernels`); the same for step and unstep.
+        form: does the arithmetic in one pass over memory where it can (`kernels`, `fused`), the same for step and
+            unstep; None: the plain form does.
         dtype: of the values: ``torch.float32`` or ``torch.float64``.
     """
 
     scale: int
     integer: torch.dtype
-    compiled: bool = False
+    form: Form | None = None
     dtype: torch.dtype = torch.float32
     witnesses: ClassVar[int] = 2
 
     @classmethod
     def for_range(
-        cls, largest: float, dtype: torch.dtype, usual: float = 0.0, branch: torch.dtype = torch.float32
+        cls,
+        largest: float,
+        dtype: torch.dtype,
+        usual: float = 0.0,
+        branch: torch.dtype = torch.float32,
+        device: torch.device = _CPU,
     ) -> FixedStreams:
         """Streams scaled so that values up to ``largest``·2^`HEADROOM_BITS` fit.
 
@@ -82,6 +91,7 @@ class FixedStreams(Streams):
             dtype: of the streams.
             usual: the magnitude of most values; 0 where it is not known.
             branch: the dtype in which branches compute.
+            device: where the states will be.
 
         Raises:
             RangeError: ``largest`` is not finite.
@@ -92,7 +102,7 @@ class FixedStreams(Streams):
         top = 57 if integer == torch.int64 else 30
         exponent = floor(log2(largest)) + 1 if largest > 0 else 0
         scale = max(-100, min(100, top - HEADROOM_BITS - exponent))
-        return cls(scale, integer, compiled=dtype == torch.float32 and kernels.available(), dtype=dtype)
+        return cls(scale, integer, _form_on(device) if dtype == torch.float32 else None, dtype)
 
     @property
     def bound(self) -> float:
@@ -103,15 +113,15 @@ class FixedStreams(Streams):
         return _rounded(torch.mul(x.detach(), 2.0**self.scale)).to(self.integer)
 
     def read(self, state: Tensor) -> Tensor:
-        if self.compiled and kernels.suits(state):
-            return kernels.read(state, self.scale)
+        if self.form and self.form.suits(state):
+            return self.form.read(state, self.scale)
         return state.to(self.dtype).mul_(2.0**-self.scale)
 
     def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
         numbers = self._numbers(previous, x, rule)
-        if numbers is not None:
-            done = kernels.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
-            if done.in_range:
+        if self.form and numbers:
+            done = self.form.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
+            if done.in_range or done.reached is not None:
                 return done
         wide = self._increment(x, f, rule)
         m, bits = _bits(rule), None
@@ -134,8 +144,8 @@ class FixedStreams(Streams):
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
-        if numbers is not None:
-            return kernels.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
+        if self.form and numbers:
+            return self.form.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if rule.signs is not None:
@@ -146,15 +156,15 @@ class FixedStreams(Streams):
         return Undone(out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m)))
 
     def _numbers(self, state: Tensor, x: Tensor, rule: Rule) -> tuple[float, float, int] | None:
-        """(a, c, m) where the compiled form serves: for numbers, not for one number per sample."""
+        """(a, c, m) where the form serves: for numbers, not for one number per sample."""
         if (
-            self.compiled
+            self.form
             and rule.bits is not None
             and isinstance(rule.a, float)
             and isinstance(rule.c, float)
             and rule.signs is None
         ):
-            return (rule.a, rule.c, rule.bits) if kernels.suits(state, x) else None
+            return (rule.a, rule.c, rule.bits) if self.form.suits(state, x) else None
         return None
 
     def _increment(self, x: Tensor, f: Tensor, rule: Rule) -> Tensor:
@@ -165,8 +175,8 @@ class FixedStreams(Streams):
 
     def summary(self, state: Tensor) -> Tensor:
         """Sums of integers: their order does not matter."""
-        if self.compiled and kernels.suits(state):
-            return kernels.summed(state)
+        if self.form and self.form.suits(state):
+            return self.form.summed(state)
         return folds(state).sum(1, dtype=self.integer)
 
     def sample(self, f: Tensor, saved: Sequence[Tensor]) -> Sample:
@@ -175,7 +185,7 @@ class FixedStreams(Streams):
         Where the last layer of a branch is zero, its result is zero whatever its other layers do, but the gradient of
         that layer is not.
         """
-        values = kernels.sampled(f, saved, FOLD, _FEWER) if self.compiled else None
+        values = self.form.sampled(f, saved, FOLD, _FEWER) if self.form else None
         if values is None:
             with torch.no_grad():
                 wide = (
@@ -191,6 +201,13 @@ class FixedStreams(Streams):
 
     def allowed(self, before: Fingerprint) -> tuple[float, float]:
         return 0, 0
+
+
+def _form_on(device: torch.device) -> Form | None:
+    """What does the arithmetic of states on this device in one pass."""
+    if fused.serves(device):
+        return fused
+    return kernels if device.type == "cpu" and kernels.available() else None
 
 
 def asks_for_wide(largest: float, usual: float, branch: torch.dtype) -> bool:

@@ -3,7 +3,7 @@
 `base` says what is computed; its plain form, one PyTorch call after the other, is the reference. Each of its dozen
 calls reads and writes a whole stream, most of them into new memory; here each stream is read once and written once. The
 rounding of a·x + c·f may differ from the plain form in its last bit (PyTorch's CPU kernels fuse that multiplication and
-addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.compiled` says
+addition). Step and unstep must therefore both be of this form, or both of the other: `FixedStreams.form` says
 which.
 
 The kernels (`native`) work on the flat memory of dense tensors. Their results are new tensors, so no version counter is

@@ -31,7 +31,7 @@ def arithmetic_seconds(coupling: Coupling, x: Tensor, calls: int = 2000) -> tupl
         True
     """
     x = x.detach()
-    streams = FixedStreams.for_range(8.0, stream_dtype(x.dtype))
+    streams = FixedStreams.for_range(8.0, stream_dtype(x.dtype), device=x.device)
     state, f = streams.enter(x.to(stream_dtype(x.dtype))), torch.zeros_like(x)
     value = streams.read(state)
     rule = coupling.rule("residual", state)

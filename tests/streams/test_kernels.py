@@ -48,7 +48,7 @@ def streams_of(size, layout, seed):
 def test_compiled_and_plain_forms_agree(size, layout, coupling, kind, dtype, integer, seed):
     """The last bit of float32 below 16, where values lie, is one of 32-bit integers here, and 2^24 of 64-bit ones."""
     scale, last = (SCALE, 1) if integer == torch.int32 else (44, 2**24)
-    compiled, plain = FixedStreams(scale, integer, compiled=True), FixedStreams(scale, integer)
+    compiled, plain = FixedStreams(scale, integer, form=_kernels), FixedStreams(scale, integer)
     before, x, f = streams_of(size, layout, seed)
     rule, f = Rule.of(coupling.coefficients if kind == "residual" else coupling.coefficients.for_block), f.to(dtype)
     previous, current = plain.enter(before), plain.enter(x)
@@ -83,7 +83,7 @@ def test_kept_bits_lie_as_in_the_plain_form(bits, size):
 
 @pytest.mark.parametrize("at", [0, 50, 63, 64, 999])
 def test_a_change_anywhere_shows_in_the_summary(at):
-    streams, state = FixedStreams(SCALE, torch.int32, compiled=True), torch.arange(1000, dtype=torch.int32)
+    streams, state = FixedStreams(SCALE, torch.int32, form=_kernels), torch.arange(1000, dtype=torch.int32)
     other = state.clone()
     other[at] ^= 1
     assert not torch.equal(streams.summary(state), streams.summary(other))
@@ -93,7 +93,7 @@ def test_a_change_anywhere_shows_in_the_summary(at):
 @pytest.mark.parametrize("at", [0, 17, 99])
 @pytest.mark.parametrize(("scale", "integer"), [(SCALE, torch.int32), (SCALE + 32, torch.int64)])
 def test_what_is_out_of_range_is_told(value, at, scale, integer):
-    streams, f = FixedStreams(scale, integer, compiled=True), torch.zeros(100)
+    streams, f = FixedStreams(scale, integer, form=_kernels), torch.zeros(100)
     f[at] = value
     start = streams.enter(torch.zeros(100))
     stepped = streams.step(start, streams.read(start), f, Rule.of(Re2TAL().coefficients))
@@ -108,7 +108,7 @@ def test_many_threads_make_the_same_bits(monkeypatch):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            streams = FixedStreams(SCALE, torch.int32, compiled=True)
+            streams = FixedStreams(SCALE, torch.int32, form=_kernels)
             previous, x = streams.enter(before), streams.read(streams.enter(x))
             results.append(streams.step(previous, x, f, Rule.of(Bdia().coefficients)))
             undone = streams.unstep(results[-1].state, x, f, Rule.of(Bdia().coefficients), results[-1].bits)
@@ -120,9 +120,9 @@ def test_many_threads_make_the_same_bits(monkeypatch):
 
 
 def test_other_devices_and_streams_of_64_bits_take_the_plain_form():
-    assert FixedStreams.for_range(1.0, torch.float32, 1e-3).compiled  # float32, in wide integers
-    assert not FixedStreams.for_range(1.0, torch.float64).compiled
-    assert FixedStreams.for_range(1.0, torch.float32).compiled
+    assert FixedStreams.for_range(1.0, torch.float32, 1e-3).form is _kernels  # float32, in wide integers
+    assert FixedStreams.for_range(1.0, torch.float64).form is None
+    assert FixedStreams.for_range(1.0, torch.float32).form is _kernels
     assert not _kernels.suits(torch.empty(3, device="meta", dtype=torch.int32))
     assert not _kernels.suits(torch.empty(2, 3, dtype=torch.int32), torch.empty(3, 2).t())
 

@@ -7,7 +7,7 @@ import torch
 
 from revwire import Bdia, ReconstructionError
 from revwire._runtime.chain import Chain
-from revwire._runtime.checks import Checks
+from revwire._runtime.checks import Checks, _Pending
 from revwire._streams.fixed import FixedStreams
 from revwire._streams.floats import FloatStreams
 from revwire._streams.samples import Fingerprint, alike, can_be_sampled, glance, same_glances, size_of_glance, spread
@@ -27,9 +27,9 @@ def off(state, branch, dtype=torch.float32):
 
 def judged(streams, before, after):
     """The checks, as a backward pass makes them, of a unit that was ``before`` and is ``after``."""
-    record = SimpleNamespace(fingerprint=before, fault=lambda chain, got, expected: ReconstructionError(got))
+    unit = SimpleNamespace(path="blocks.1", where=lambda chain: "blocks.1")
     checks = Checks(Chain("chain 0", Bdia(1 / 8), exact=False, length=2), streams, deferred=False)
-    checks._judge(record, after, streams.difference(before, after).tolist())
+    checks._judge(_Pending(unit, before, after), streams.difference(before, after).tolist())
 
 
 @pytest.mark.parametrize(

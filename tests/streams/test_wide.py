@@ -126,7 +126,7 @@ def test_so_are_units_in_all_modes(case, mix, dtype):
 def test_a_value_that_is_read_late_is_that_of_its_state(coupling, monkeypatch):
     """As on accelerators, where it is made in another way."""
     monkeypatch.setattr(fixed, "_is_read_late", lambda device: True)
-    streams = replace(FixedStreams.for_range(1e6, torch.float32, 1.0), compiled=False)
+    streams = replace(FixedStreams.for_range(1e6, torch.float32, 1.0), form=None)
     x = network(None, 1e6)[1]
     state, rule = streams.enter(x), coupling.rule("residual", x)
     stepped = streams.step(state, streams.read(state), x.roll(1), rule)
