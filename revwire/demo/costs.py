@@ -60,10 +60,14 @@ def costs(ways: Mapping[str, nn.Module], inputs: Inputs, rounds: int) -> list[Co
     return [Cost(name, peaks[name], timings.seconds(name), timings.ratio(name, rival)) for name in ways]
 
 
-def verdict(table: list[Cost]) -> str:
-    """What the plain call gains over checkpointing, in words, from what was measured."""
-    rival, mine = table[1], next(cost for cost in table if cost.name == REVWIRE)
-    share, seconds = mine.peak / rival.peak, f"{mine.ratio.median:.2f} of its seconds"
+def verdict(table: list[Cost]) -> list[str]:
+    """What each way with revwire gains over checkpointing, in words, from what was measured."""
+    rival = table[1]
+    return [_verdict(cost, cost.peak / rival.peak) for cost in table if cost.name.startswith(REVWIRE)]
+
+
+def _verdict(cost: Cost, share: float) -> str:
+    seconds = f"{cost.ratio.median:.2f} of its seconds"
     if share < 0.97:
-        return f"revwire: {share:.2f} of checkpointing's peak, in {seconds}"
-    return f"revwire gains nothing here, use checkpointing ({share:.2f} of its peak, in {seconds})"
+        return f"{cost.name}: {share:.2f} of checkpointing's peak, in {seconds}"
+    return f"{cost.name} gains nothing here, use checkpointing ({share:.2f} of its peak, in {seconds})"

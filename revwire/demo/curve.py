@@ -26,9 +26,7 @@ def drawn(table: list[Cost]) -> str:
     low, high = f"{min(peaks):.1f}", f"{max(peaks):.1f} MiB"
     axis = [f"{'':>6} +{'-' * COLUMNS}", f"{'':>8}{low}{high:>{COLUMNS - len(low)}}"]
     below = f"{'peak of a step (log)':>{COLUMNS}}"
-    return "\n".join(
-        ["seconds of a step / those of checkpointing", *lines, *axis, f"{'peak of a step (log)':>{COLUMNS}}"]
-    )
+    return "\n".join(["seconds of a step / those of checkpointing", *lines, *axis, below])
 
 
 def _scaled(values: list[float], last: int) -> list[int]:
