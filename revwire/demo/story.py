@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 
 import revwire
 from revwire.demo import clips, curve, photos, texts
-from revwire.demo.costs import REVWIRE, Cost, Inputs, costs, training_step, verdict, without_revwire
+from revwire.demo.costs import REVWIRE, Cost, Inputs, costs, verdict, without_revwire
 from revwire.demo.finetune import Batch, accuracy, fine_tune
 from revwire.demo.show import Show
-from revwire.measure import peak_bytes
 from revwire.testing import deterministic_kernels, holds
 
 Options = dict[str, Any]
@@ -37,9 +35,10 @@ def deep(show: Show, options: Options, picture: Path, *, quick: bool) -> bool:
     passed = _checked(show, model, inputs)
 
     ways[REVWIRE] = model
-    stored, rival = (peak_bytes(partial(training_step, way.train(), inputs)) for way in list(ways.values())[:2])
+    peaks = revwire.report(model).peaks
+    assert peaks is not None  # nothing runs in chunks
     for share in (0.4,) if quick else (0, 0.3):  # of the way from checkpointing's bytes to stored activations'
-        budget = rival + int(share * (stored - rival))
+        budget = peaks.checkpointing + int(share * (peaks.stored - peaks.checkpointing))
         planned = revwire.convert(copy.deepcopy(plain).train(), inputs, memory_budget=budget, **options)
         ways[f"memory_budget={budget / curve.MIB:.1f} MiB"] = planned
     table = _measured(show, ways, inputs, quick)
@@ -53,7 +52,7 @@ def deep(show: Show, options: Options, picture: Path, *, quick: bool) -> bool:
 def text(show: Show, options: Options, *, quick: bool) -> bool:
     """all-MiniLM-L6-v2 on PyTorch's documentation: search, and fine-tuning to tell from which text an excerpt is."""
     show.title("all-MiniLM-L6-v2, its pretrained weights, PyTorch's own documentation")
-    length = 48 if quick else 128
+    length, words = (24, 10) if quick else (128, 24)
     model, documents = texts.Reader(), texts.passages()
     inputs = texts.tokens(documents, length)
     ways, before = without_revwire(model, inputs), texts.nearest(model, length)
@@ -64,8 +63,8 @@ def text(show: Show, options: Options, *, quick: bool) -> bool:
 
     model.head = nn.Linear(384, len(documents))
     torch.manual_seed(0)
-    batches = [texts.excerpts(documents, each=1) for _ in range(4 if quick else 12)]
-    unseen = texts.excerpts(documents, each=2 if quick else 6)
+    batches = [texts.excerpts(documents, each=1, words=words) for _ in range(4 if quick else 10)]
+    unseen = texts.excerpts(documents, each=2 if quick else 6, words=words)
     return _fine_tuned(show, model, batches, unseen, "which passage is this excerpt from?") and passed
 
 
@@ -93,7 +92,7 @@ def video(show: Show, options: Options, *, quick: bool, pretrained: bool) -> boo
 def images(show: Show, options: Options, *, quick: bool) -> bool:
     """EfficientNet-Lite0 on photographs: a network whose blocks change shape, where revwire gains nothing."""
     show.title("EfficientNet-Lite0, ImageNet weights, photographs")
-    names = photos.PHOTOGRAPHS[: 2 if quick else 4]
+    names = photos.PHOTOGRAPHS[: 1 if quick else 4]
     model = photos.classifier()
     inputs = (torch.stack([photos.EVALUATION(picture) for picture in photos.photographs()[: len(names)]]),)
     ways = without_revwire(model, inputs)

@@ -65,7 +65,7 @@ def passages() -> list[str]:
     return [str(getattr(nn, name).__doc__) for name in PASSAGES]
 
 
-def excerpts(texts: list[str], each: int, words: int = 24) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def excerpts(texts: list[str], each: int, words: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """``each`` random excerpts of every text, and which text each is from: numbers and mask (n, tokens), (n,)."""
     labels = torch.arange(len(texts)).repeat(each)
     found = []

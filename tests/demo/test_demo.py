@@ -91,7 +91,7 @@ def test_quick_demo_passes(capsys, tmp_path):
     out = capsys.readouterr().out
     for line in (
         "peak of a step: ",
-        "top-1 unchanged on 2 of 2",
+        "top-1 unchanged on 1 of 1",
         "bit-exact: 32 states rebuilt to the bit",
         "checkpoint (own switch)",
         "checkpoint every block",
