@@ -42,7 +42,6 @@ def deep(show: Show, options: Options, picture: Path, *, quick: bool) -> bool:
         planned = revwire.convert(copy.deepcopy(plain).train(), inputs, memory_budget=budget, **options)
         ways[f"memory_budget={budget / curve.MIB:.1f} MiB"] = planned
     table = _measured(show, ways, inputs, quick)
-    show.say("with memory_budget=..., it takes as much memory as there is, and less time:")
     show.plain("\n" + curve.drawn(table))
     curve.saved(table, f"A ViT of {depth} blocks", picture)
     show.say(f"saved as a picture: {picture}")

@@ -69,14 +69,16 @@ def test_the_picture_is_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("peak", "said"),
+    ("peak", "seconds", "said"),
     [
-        (5, "revwire: 0.50 of checkpointing's peak, in 1.10 of its seconds"),
-        (10, "revwire gains nothing here, use checkpointing (1.00 of its peak, in 1.10 of its seconds)"),
+        (5, 1.1, "revwire: 0.50 of checkpointing's peak, in 1.10 of its seconds"),
+        (20, 0.9, "revwire: 2.00 of checkpointing's peak, in 0.90 of its seconds"),
+        (20, 1.1, "revwire gains nothing here, use checkpointing (2.00 of its peak, in 1.10 of its seconds)"),
+        (10, 0.9, "revwire gains nothing here, use checkpointing (1.00 of its peak, in 0.90 of its seconds)"),
     ],
 )
-def test_the_verdict_says_where_nothing_is_gained(peak, said):
-    assert verdict([*TABLE[:2], cost("revwire", peak, 1.1)]) == [said]
+def test_the_verdict_says_where_nothing_is_gained(peak, seconds, said):
+    assert verdict([*TABLE[:2], cost("revwire", peak, seconds)]) == [said]
 
 
 def test_a_missing_package_is_named(monkeypatch):
