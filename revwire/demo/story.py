@@ -62,7 +62,7 @@ def text(show: Show, options: Options, *, quick: bool) -> bool:
 
     model.head = nn.Linear(384, len(documents))
     torch.manual_seed(0)
-    batches = [texts.excerpts(documents, each=1, words=words) for _ in range(4 if quick else 10)]
+    batches = 2 * [texts.excerpts(documents, each=1, words=words) for _ in range(2 if quick else 5)]  # two epochs
     unseen = texts.excerpts(documents, each=2 if quick else 6, words=words)
     return _fine_tuned(show, model, batches, unseen, "which passage is this excerpt from?") and passed
 
@@ -71,7 +71,7 @@ def video(show: Show, options: Options, *, quick: bool, pretrained: bool) -> boo
     """Video Swin-T on a clip, as it is and in chunks."""
     show.title(f"Video Swin-T, {'Kinetics-400' if pretrained else 'random'} weights, a real clip")
     model = clips.backbone(pretrained)
-    window = clips.Window(frames=16 if quick else 32, side=56)
+    window = clips.Window(frames=16, side=56 if quick else 64)
     with show.working("decoding"):
         inputs = (window.cut(clips.decoded(clips.CLIP))[None],)
     plain, ways = copy.deepcopy(model), without_revwire(model, inputs)
@@ -137,8 +137,8 @@ def _measured(show: Show, ways: dict[str, nn.Module], inputs: Inputs, quick: boo
 
 
 def _fine_tuned(show: Show, model: nn.Module, batches: list[Batch], unseen: Batch, task: str) -> bool:
-    """Train, and train a twin with stored activations: the losses must agree to the bit. Then go back to the original
-    wiring.
+    """Train, and train a twin with stored activations: the losses must agree to the bit, and be less in the second
+    epoch. Then go back to the original wiring.
     """
     show.say(f"\nfine-tuning, {len(batches)} steps: {task}")
     twin = copy.deepcopy(model)
@@ -147,7 +147,8 @@ def _fine_tuned(show: Show, model: nn.Module, batches: list[Batch], unseen: Batc
         with revwire.stored_activations(twin):
             expected = _losses(show, twin, batches, "stored activations")
     show.losses(losses)
-    same, down = losses == expected, losses[-1] < losses[0]
+    half = len(losses) // 2
+    same, down = losses == expected, sum(losses[half:]) < sum(losses[:half])
     show.say(
         f"the loss went {'down' if down else 'UP'}; {'the same to the bit' if same else 'NOT THE SAME'} with stored "
         "activations"
@@ -161,4 +162,4 @@ def _fine_tuned(show: Show, model: nn.Module, batches: list[Batch], unseen: Batc
 
 def _losses(show: Show, model: nn.Module, batches: list[Batch], what: str) -> list[float]:
     torch.manual_seed(1)  # the same dropout for the model and its twin
-    return list(show.counted(fine_tune(model, batches, learning_rate=1e-3), len(batches), what))
+    return list(show.counted(fine_tune(model, batches, learning_rate=5e-4), len(batches), what))
