@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -197,17 +198,20 @@ def profile_command(
 
 @app.command("demo")
 def demo_command(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer images, fewer steps, a smaller clip")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="smaller networks and inputs, fewer steps")] = False,
     coupling: CouplingName = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="load Kinetics weights for the video backbone from its hub")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="where memory against time is drawn")
+    ] = None,
 ) -> None:
-    """The whole story on real photographs and a real clip: plan, predictions, checks, memory, time, fine-tuning."""
+    """What revwire gains, and where it gains nothing: memory and time beside checkpointing, on real inputs."""
     with _reported():
         from revwire.demo import run
 
-        passed = run(quick=quick, pretrained=pretrained, **_given(coupling=coupling))
+        passed = run(quick=quick, pretrained=pretrained, **_given(coupling=coupling, picture=picture))
     raise typer.Exit(0 if passed else 1)
 
 

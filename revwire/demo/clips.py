@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from revwire import RevwireError
 from revwire.demo.photos import packaged
 
-CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")
+CLIP = "bikes.mp4"
 
 
 CATEGORIES: list[str] = Swin3D_T_Weights.KINETICS400_V1.meta["categories"]
@@ -66,10 +66,3 @@ def backbone(pretrained: bool) -> nn.Module:
             f"the Kinetics-400 weights of swin3d_t could not be fetched ({error}); leave out --pretrained"
         ) from error
     return model.eval()
-
-
-def windows(clips: list[Tensor], window: Window, each: int) -> tuple[Tensor, Tensor]:
-    """A batch of ``each`` random windows per clip, and which clip each is from: (n, 3, frames, side, side), (n,)."""
-    labels = torch.arange(len(clips)).repeat(each)
-    starts = [int(torch.randint(window.starts(clips[i]), ())) for i in labels]
-    return torch.stack([window.cut(clips[i], start) for i, start in zip(labels, starts, strict=True)]), labels

