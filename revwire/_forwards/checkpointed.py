@@ -25,7 +25,7 @@ from revwire._errors import ReconstructionError
 from revwire._forwards.base import InstanceForward, put_on, standing_forward
 from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.attributes import counts_kept
-from revwire._surroundings.buffers import Copies, Written, buffers_exchanged, undisturbed
+from revwire._surroundings.buffers import Constants, Copies, Written, buffers_exchanged, undisturbed
 from revwire._surroundings.context import context_kept, run_again
 from revwire._surroundings.copies import as_found, is_stateful
 from revwire._surroundings.holdings import Held, Known
@@ -75,6 +75,7 @@ class _Run:
         if not forward.homes:  # a copy, whose tensors are others
             forward.homes.note(forward.module)
         self.copies: Copies | None = None
+        self.changed: frozenset[tuple[int, str]] = frozenset()  # buffers of integers that the forward wrote
         self.glances: list[Tensor] = []
         self.objects: dict[int, Any] = {}  # among the leaves, as the forward found them
 
@@ -104,10 +105,10 @@ class _Run:
         """Around the forward."""
         writers = [m for m in self.owned.writers if m.training]
         with undisturbed([*writers, *self.held.holders]):
-            written = Written(writers, copied=True)
+            written, constants = Written(writers, copied=True), Constants(self.forward.module.modules())
             self.settings, self.context = settings_now(), context_kept()
             yield
-            self.copies = written.copies()
+            self.copies, self.changed = written.copies(), constants.written()
             self.held.settle(self.forward.known, self.forward.module.training)
 
     @contextmanager
@@ -124,7 +125,7 @@ class _Run:
                 name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
-        exchanged = buffers_exchanged(holders, self.copies, only_training=False, every=True)
+        exchanged = buffers_exchanged(holders, self.copies, only_training=False, more=self.changed)
         restored = settings_restored(self.settings)
         lent_out = put_back(lent(self.owned.tables, self.forward.homes))
         counts = counts_kept(self.forward.module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock
 from weakref import WeakSet
@@ -54,6 +54,27 @@ class Written:
         return found
 
 
+class Constants:
+    """Buffers of these modules that are usually constants (tables of integers): which of them a forward writes."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        """Before the forward."""
+        self.before = [
+            (m, name, b, version_of(b))
+            for m in modules
+            for name, b in m._buffers.items()
+            if b is not None and not is_written(b)
+        ]
+
+    def written(self) -> frozenset[tuple[int, str]]:
+        """After the forward: the identity of the module, and the name."""
+        return frozenset(
+            (id(m), name)
+            for m, name, b, version in self.before
+            if version_of(b) != version or _standing(m, name) is not b
+        )
+
+
 def _standing(module: nn.Module, name: str) -> Tensor | None:
     """The buffer of that name (the table of a scripted module is no dict)."""
     return next((b for n, b in module._buffers.items() if n == name), None)
@@ -93,7 +114,11 @@ def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def buffers_exchanged(
-    modules: Iterable[nn.Module], copies: Copies | None = None, *, only_training: bool = True, every: bool = False
+    modules: Iterable[nn.Module],
+    copies: Copies | None = None,
+    *,
+    only_training: bool = True,
+    more: Container[tuple[int, str]] = (),
 ) -> Iterator[None]:
     """Let these modules (not those below them) write to copies of their buffers, and give them the originals back.
 
@@ -101,7 +126,7 @@ def buffers_exchanged(
         modules: whose buffers are exchanged.
         copies: older values for some of them.
         only_training: not of those in eval mode.
-        every: also what is usually a constant (integers).
+        more: which of those that are usually constants (integers) too: copies of all would be large.
 
     Batch normalisation writes its statistics without touching their version counter, so what was written cannot be
     seen afterwards; and writing values back would race with, and look like, a change by somebody else.
@@ -112,7 +137,7 @@ def buffers_exchanged(
         try:
             for module in writers:
                 for name, buffer in module._buffers.items():
-                    if buffer is not None and (every or is_written(buffer)):
+                    if buffer is not None and (is_written(buffer) or (id(module), name) in more):
                         kept.append((module, name, buffer))
                         module._buffers[name] = (copies or {}).get((id(module), name), buffer).clone()
             yield

@@ -297,6 +297,25 @@ class Counter(nn.Module):
         return torch.tanh(y)
 
 
+class Table(nn.Module):
+    """Holds a large table of integers, which it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("table", torch.arange(100_000))
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)) * self.table[:8]
+
+
+def test_no_copy_is_made_of_a_table_that_the_forward_only_reads():
+    x = torch.randn(4, 8)
+    model = revwire.convert(Around(Table(), lambda m, x: m(x)), x, checkpoint="middle", rewire="everywhere")
+    assert checkpointed_of(model.middle) is not None
+    assert peak_bytes(lambda: model(x).sum().backward()) < model.middle.table.nbytes
+
+
 def twice(middle, x):
     d = {"x": x}
     for _ in range(2):
