@@ -21,7 +21,7 @@ from benchmarks.tal.backbones.published import load_all, subtree
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.schema import Config, ConfigError
 
-STORED, CHECKPOINT, STAYS = "stored", "checkpoint", "stays"
+STORED, CHECKPOINT, LEANEST, STAYS = "stored", "checkpoint", "leanest", "stays"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
 
 EXAMPLE = 8
@@ -171,8 +171,9 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     Args:
         frames: an example of what the backbone sees.
         memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run
-            again in backward. Else a coupling: those units are rewired by `revwire.convert`; ``re2tal+8chunks``: and
-            run in eight chunks; ``re2tal+stays``: and the blocks that cannot be rewired are checkpointed.
+            again in backward. ``leanest``: `revwire.convert` as it is called plainly. Else a coupling: those units are
+            rewired by it; ``re2tal+8chunks``: and run in eight chunks; ``re2tal+stays``: and the blocks that cannot be
+            rewired are checkpointed.
 
     Raises:
         ConfigError: what stands behind a plus is none of these.
@@ -180,7 +181,7 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
     backbone = network.backbone
     if backbone is None or backbone.frozen:
         return
-    if memory in (STORED, CHECKPOINT):
+    if memory in (STORED, CHECKPOINT, LEANEST):
         plan = revwire.plan(backbone, frames, rewire="everywhere")
     else:
         wish = rewiring_of(memory)
@@ -188,6 +189,8 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         revwire.convert(backbone, frames, **options, rewire="everywhere")
         plan = revwire.report(backbone)
     network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))
+    if memory == LEANEST:
+        revwire.convert(backbone, frames)
     if memory == CHECKPOINT:
         for name in network.blocks:
             block = backbone.get_submodule(name)
@@ -197,13 +200,13 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
 def observe(network: Network | Classifier, config: Config) -> None:
     """`rewire` by a configuration, on a few frames of noise: a clip of another shape is observed when it comes.
 
-    In chunks, on as many as a clip has: windows are found for that size.
+    In chunks, or for the leanest layout, on as many as a clip has: windows, and what pays, are found for that size.
     """
     if network.backbone is None:
         return
     most = (
         EXAMPLE * network.backbone.network.frame_stride
-        if rewiring_of(config.memory).chunks == 1
+        if config.memory != LEANEST and rewiring_of(config.memory).chunks == 1
         else config.sampling.frames
     )
     frames = config.backbone.chunk or min(config.sampling.frames, most)

@@ -53,7 +53,9 @@ def leaves(tree, prefix=""):
             yield f"{prefix}{key}", value
 
 
-@pytest.mark.parametrize("memory", ["stored", "checkpoint", "re2tal", "bdia:1/8", "re2tal+8chunks", "re2tal+stays"])
+@pytest.mark.parametrize(
+    "memory", ["stored", "checkpoint", "leanest", "re2tal", "bdia:1/8", "re2tal+8chunks", "re2tal+stays"]
+)
 def test_variants_differ_in_one_line(memory):
     base, variant = (dataclasses.asdict(load("thumos14", [f"memory={m}"])) for m in ("stored", memory))
     assert {key for key in base if base[key] != variant[key]} <= {"memory"}

@@ -216,6 +216,14 @@ def test_checkpointing_has_the_gradients_of_stored_activations(tiny):
     torch.testing.assert_close(checkpointed, stored, rtol=0, atol=1e-7)
 
 
+def test_the_leanest_is_the_plain_call(tiny):
+    module, _ = runs.prepared(tiny("memory=leanest"))
+    plan = revwire.report(module.network.backbone)
+    assert plan.peaks is not None
+    assert module.network.blocks
+    assert all(g is not None for g in gradients_of_first_clips(tiny("memory=leanest")).values())
+
+
 def test_what_a_spelling_asks_for():
     assert networks.rewiring_of("re2tal") == ("re2tal", 1, None)
     assert networks.rewiring_of("bdia:1/8+stays+2chunks") == ("bdia:1/8", 2, "stays")
