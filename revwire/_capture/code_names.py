@@ -8,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Names(ABC):
         self.local = {*first, *(a.arg for a in args.kwonlyargs), *more} - {self.own}
         self.modules: set[str] = set()  # names of locals that are modules of one's own
         self.imported: dict[str, Read] = {}  # names of locals that lead outside
+        self.is_sure = True  # that the statement is run
         self.made = set(more)  # names of locals that this code, or the call itself, made
         positional, named = given or ((), {})
         for name, what in {**dict(zip(first, positional, strict=False)), **named}.items():
@@ -112,6 +113,11 @@ class Names(ABC):
             return True
         return chain is not None and is_pure(follow_chain(*chain))
 
+    def free(self, name: str) -> CellType:
+        """The cell of a name of the code around."""
+        cell: CellType = self.function.__closure__[self.function.__code__.co_freevars.index(name)]
+        return cell
+
     def chain(self, value: ast.expr) -> Read | None:
         """Where a name, an attribute or an item leads, if it begins outside: at one's own module, a global, a
         builtin.
@@ -124,8 +130,8 @@ class Names(ABC):
                     return None
                 if name in self.imported:
                     return self.imported[name]
-                if name in (free := self.function.__code__.co_freevars):
-                    return (self.function.__closure__ or ())[free.index(name)], (("attr", "cell_contents"),)
+                if name in self.function.__code__.co_freevars:
+                    return self.free(name), (("attr", "cell_contents"),)
                 scope = self.function.__globals__
                 return (scope, (("item", name),)) if name in scope else (builtins, (("attr", name),))
             case ast.Call(ast.Name("type"), [ast.Name(name)], []) if name == self.own:
@@ -135,8 +141,12 @@ class Names(ABC):
             ):
                 chain = self.chain(inner)
                 return chain and (chain[0], (*chain[1], ("attr", name)))
+            case ast.Call(ast.Name("super"), [], []) if self.own and "__class__" in self.function.__code__.co_freevars:
+                return super(self.free("__class__").cell_contents, self.module), ()
             case ast.Subscript(inner, ast.Constant(key)):
                 chain = self.chain(inner)
+                if chain is not None and isinstance(follow_chain(*chain), Tensor):
+                    return None
                 return chain and (chain[0], (*chain[1], ("item", key)))
         return None
 

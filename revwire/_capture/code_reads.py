@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from revwire._capture.code_names import MISSING, Read, follow_chain
 from revwire._capture.code_values import Values
-from revwire._capture.pure_calls import is_torchs
+from revwire._capture.pure_calls import is_context, is_torchs
 from revwire._errors import CaptureError
 from revwire._structures import CONSTANTS
 
@@ -92,8 +92,10 @@ class _Code(Values):
         defaults = (*(self.function.__defaults__ or ()), *(self.function.__kwdefaults__ or {}).values())
         if not all(isinstance(d, (*CONSTANTS, tuple)) for d in defaults):
             raise self.refused(self.tree, "has a default value that may change")
-        for statement in self.tree.body:
-            self.follow(statement)
+        if isinstance(self.tree, ast.Lambda):
+            self.value(self.tree.body)
+        else:
+            self.block(self.tree.body)
 
     def follow(self, statement: ast.stmt) -> None:
         match statement:
@@ -101,6 +103,9 @@ class _Code(Values):
                 pass
             case ast.Return(value) | ast.Expr(value):
                 self.value(value)
+            case ast.Assign([ast.Name(name)], value) if self.is_sure and self.leads_to_object(value):
+                self.imported[name] = self.chain(value) or (None, ())
+                self.local.discard(name)
             case ast.Assign(targets, value):
                 self.value(value)
                 for target in targets:
@@ -116,27 +121,53 @@ class _Code(Values):
                 self.value(message)
             case ast.If(test, body, others):
                 known = self.settled(test)
-                self.block([*body, *others] if known is MISSING else body if known else others)
+                ways = [*body, *others] if known is MISSING else body if known else others
+                self.block(ways, sure=known is not MISSING)
             case ast.Try(body, handlers, others, last):
-                self.block([*body, *(s for h in handlers for s in h.body), *others, *last])
+                self.block([*body, *(s for h in handlers for s in h.body), *others, *last], sure=False)
+            case ast.With(items, body) if all(i.optional_vars is None for i in items):
+                for item in items:
+                    self.enter(item.context_expr)
+                self.block(body)
             case ast.Import(names):
                 for alias in names:
                     name = alias.asname or alias.name.partition(".")[0]
-                    self.imported[name] = sys.modules, (("item", alias.name if alias.asname else name),)
+                    self.bring(statement, name, (("item", alias.name if alias.asname else name),))
             case ast.ImportFrom(str(package), names, 0):
                 for alias in names:
-                    self.imported[alias.asname or alias.name] = sys.modules, (("item", package), ("attr", alias.name))
+                    self.bring(statement, alias.asname or alias.name, (("item", package), ("attr", alias.name)))
             case ast.Delete(targets) if all(isinstance(t, ast.Name) for t in targets):
                 pass
             case ast.For(target, over, body, others):
                 self.iterated(target, over)
-                self.block([*body, *others])
+                self.block([*body, *others], sure=False)
             case _:
                 raise self.refused(statement, f"holds the statement {ast.unparse(statement).splitlines()[0]!r}")
 
-    def block(self, statements: Iterable[ast.stmt]) -> None:
+    def enter(self, context: ast.expr) -> None:
+        chain = self.chain(context.func) if isinstance(context, ast.Call) else None
+        if not isinstance(context, ast.Call) or chain is None or not is_context(follow_chain(*chain)):
+            raise self.refused(context, f"enters {ast.unparse(context)}")
+        for part in (*context.args, *(k.value for k in context.keywords)):
+            self.value(part)
+
+    def bring(self, statement: ast.stmt, name: str, links: tuple[tuple[str, Any], ...]) -> None:
+        """An import; two of one name, or of what is not there yet, might lead elsewhere."""
+        if follow_chain(sys.modules, links) is MISSING or self.imported.get(name, (None, links))[1] != links:
+            raise self.refused(statement, f"imports {name}")
+        self.imported[name] = sys.modules, links
+
+    def leads_to_object(self, value: ast.expr) -> bool:
+        """Whether an expression leads outside, to what is no constant and no tensor: then its name leads there too."""
+        chain = self.chain(value)
+        return chain is not None and not isinstance(follow_chain(*chain), (*CONSTANTS, Tensor, list, tuple))
+
+    def block(self, statements: Iterable[ast.stmt], *, sure: bool = True) -> None:
+        """Statements; not ``sure`` where they may not be run."""
+        before, self.is_sure = self.is_sure, self.is_sure and sure
         for statement in statements:
             self.follow(statement)
+        self.is_sure = before
 
     def iterated(self, target: ast.expr, over: ast.expr) -> None:
         """A loop: over modules of one's own, or over what an expression gives."""

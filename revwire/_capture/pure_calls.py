@@ -31,7 +31,7 @@ def _pure() -> frozenset[Any]:
     """Functions that read nothing but what they are given, and do nothing outside."""
     overridable = torch.overrides.get_overridable_functions()
     of_tensors = {f for namespace, several in overridable.items() if namespace is not Tensor for f in several}
-    makers = "zeros ones full empty arange eye linspace is_tensor is_grad_enabled is_autocast_enabled finfo iinfo Size"
+    makers = "zeros ones full empty arange eye linspace rand randn randint is_tensor finfo iinfo Size"
     plain = "abs all any bool enumerate float int isinstance len list max min range reversed round set slice str sum"
     maths = [f for f in vars(math).values() if isinstance(f, BuiltinFunctionType)]
     arithmetic = [f for f in vars(operator).values() if isinstance(f, BuiltinFunctionType)]
@@ -43,21 +43,44 @@ def _pure() -> frozenset[Any]:
     ])  # fmt: skip
 
 
+def is_context(value: Any) -> bool:
+    """Whether it makes one of PyTorch's contexts that a recorded call tells of."""
+    return is_torchs(value) and getattr(value, "__name__", "") in ("no_grad", "enable_grad", "autocast")
+
+
 @functools.cache
 def methods() -> frozenset[str]:
-    """Methods of tensors that PyTorch lets be overridden, and of constants and shapes."""
-    found = {getattr(f, "__name__", "") for f in torch.overrides.get_overridable_functions()[Tensor]}
-    return frozenset({n for n in found if "hook" not in n and n != "backward"} | _OF_VALUES | _MAKERS)
+    """Methods of tensors but for those that do something outside; and of shapes, lists and text."""
+    found = {n for n in dir(Tensor) if not n.startswith("_") and callable(getattr(Tensor, n))}
+    return frozenset({n for n in found if "hook" not in n} - _EFFECTS | _OF_VALUES)
 
 
-_LAYOUT = ("shape", "ndim", "dtype", "device", "layout", "T", "mT", "H", "mH", "real", "imag", "is_cuda")
+_EFFECTS = frozenset(
+    ["apply_", "backward", "detach_", "map_", "map2_", "requires_grad_", "retain_grad", "set_", "share_memory_"]
+)
 
 
-OF_TENSORS = frozenset([*_LAYOUT, "min", "max", "eps", "parameters", "__class__", "__module__", "__name__"])
+_LAYOUT = (
+    "shape",
+    "ndim",
+    "dtype",
+    "device",
+    "layout",
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "real",
+    "imag",
+    "is_cuda",
+    "requires_grad",
+)
+
+
+OF_TENSORS = frozenset(
+    [*_LAYOUT, "values", "indices", "min", "max", "eps", "parameters", "__class__", "__module__", "__name__"]
+)
 """Attributes of what an expression gives; others may be a user's own."""
-
-
-_MAKERS = frozenset(["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"])
 
 
 _OF_VALUES = frozenset(["numel", "copy", "index", "count", "startswith", "endswith"])

@@ -7,36 +7,47 @@ import functools
 import linecache
 from types import CodeType, FunctionType
 
+Function = ast.FunctionDef | ast.Lambda
 
-def source_of(function: FunctionType) -> ast.FunctionDef | None:
+
+def source_of(function: FunctionType) -> Function | None:
     """The syntax tree of a function, if its source is what runs."""
     code = function.__code__
-    found = _functions_in(code.co_filename).get((code.co_name, code.co_firstlineno))
-    return found[0] if found is not None and _same_code(found[1], code) else None
+    found = _functions_in(code.co_filename).get((code.co_name, code.co_firstlineno), [])
+    return next((node for node, then in found if _same_code(then, code)), None)
 
 
 @functools.lru_cache(maxsize=256)
-def _functions_in(file: str) -> dict[tuple[str, int], tuple[ast.FunctionDef, CodeType]]:
+def _functions_in(file: str) -> dict[tuple[str, int], list[tuple[Function, CodeType]]]:
     """The functions of a file, by name and first line. It is compiled as a whole: what stands around a function (an
     import, a class) makes a difference to its code.
     """
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
-        todo = [compile(tree, file, "exec", dont_inherit=True)]
+        codes = _by_place(compile(tree, file, "exec", dont_inherit=True))
     except (SyntaxError, ValueError):
         return {}
-    nodes = {
-        (n.name, min([n.lineno, *(d.lineno for d in n.decorator_list)])): n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef)
+    nodes: dict[tuple[str, int], list[Function]] = {}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.FunctionDef):
+            nodes.setdefault((n.name, min([n.lineno, *(d.lineno for d in n.decorator_list)])), []).append(n)
+        elif isinstance(n, ast.Lambda):
+            nodes.setdefault(("<lambda>", n.lineno), []).append(n)
+    return {
+        place: [*zip(sorted(several, key=lambda n: n.col_offset), codes[place], strict=True)]
+        for place, several in nodes.items()
+        if len(several) == len(codes.get(place, ()))  # equal ones are one code
     }
-    found = {}
+
+
+def _by_place(code: CodeType) -> dict[tuple[str, int], list[CodeType]]:
+    """The codes in a code, by name and first line, in order."""
+    found: dict[tuple[str, int], list[CodeType]] = {}
+    todo = [code]
     while todo:
         code = todo.pop()
-        todo += [c for c in code.co_consts if isinstance(c, CodeType)]
-        place = code.co_name, code.co_firstlineno
-        if place in nodes:
-            found[place] = nodes[place], code
+        todo += [c for c in reversed(code.co_consts) if isinstance(c, CodeType)]
+        found.setdefault((code.co_name, code.co_firstlineno), []).append(code)
     return found
 
 

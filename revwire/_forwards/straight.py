@@ -28,7 +28,12 @@ def is_straight(host: nn.Module) -> bool:
     """Whether the code of a host is a straight line, as far as its source tells."""
     forward = type(host).forward
     function = source_of(forward) if isinstance(forward, FunctionType) else None
-    if function is None or function.args.vararg or function.args.kwarg or function.decorator_list:
+    if (
+        not isinstance(function, ast.FunctionDef)
+        or function.args.vararg
+        or function.args.kwarg
+        or function.decorator_list
+    ):
         return False
     if forward.__code__.co_freevars:
         return False
