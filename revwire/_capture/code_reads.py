@@ -119,6 +119,14 @@ class _Code(Values):
             case ast.Assert(test, message):
                 self.value(test)
                 self.value(message)
+            case ast.Delete(targets) if all(isinstance(t, ast.Name) for t in targets):
+                pass
+            case _:
+                self.compound(statement)
+
+    def compound(self, statement: ast.stmt) -> None:
+        """A statement that holds others, or an import."""
+        match statement:
             case ast.If(test, body, others):
                 known = self.settled(test)
                 ways = [*body, *others] if known is MISSING else body if known else others
@@ -136,8 +144,6 @@ class _Code(Values):
             case ast.ImportFrom(str(package), names, 0):
                 for alias in names:
                     self.bring(statement, alias.asname or alias.name, (("item", package), ("attr", alias.name)))
-            case ast.Delete(targets) if all(isinstance(t, ast.Name) for t in targets):
-                pass
             case ast.For(target, over, body, others):
                 self.iterated(target, over)
                 self.block([*body, *others], sure=False)

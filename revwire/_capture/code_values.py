@@ -17,7 +17,7 @@ from revwire._capture.pure_calls import OF_CONTAINERS, OF_TENSORS, is_pure, is_t
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.Eq: operator.eq, ast.NotEq: operator.ne,
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Lt: operator.lt, ast.Gt: operator.gt,
 }  # fmt: skip
 
 

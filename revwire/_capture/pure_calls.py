@@ -22,8 +22,12 @@ def is_torchs(function: Any) -> bool:
 
 
 def is_pure(value: Any) -> bool:
-    asks = isinstance(value, FunctionType) and is_torchs(value) and value.__name__.startswith("is_")
-    return asks or (_hashable(value) and value in _pure())
+    """Whether a function reads nothing but what it is given, its modes and its type, and does nothing outside."""
+    if isinstance(value, (FunctionType, BuiltinFunctionType)) and is_torchs(value):
+        name = value.__name__.strip("_")
+        if name.startswith("is_") or name in ("assert", "log_api_usage_once"):
+            return True
+    return _hashable(value) and value in _pure()
 
 
 @functools.cache
@@ -39,7 +43,7 @@ def _pure() -> frozenset[Any]:
         *(f for f in of_tensors if _hashable(f)),
         *(getattr(torch, name) for name in makers.split()),
         *(getattr(builtins, name) for name in plain.split()), tuple, type, zip,
-        *maths, *arithmetic, math, inspect.signature, warnings.warn, torch._assert, torch._C._log_api_usage_once,
+        *maths, *arithmetic, math, inspect.signature, warnings.warn,
     ])  # fmt: skip
 
 

@@ -13,11 +13,13 @@ Note [The host's own code runs]
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revwire._capture.code_names import Read
 from revwire._capture.intercept import is_recording
 from revwire._errors import CaptureError
 from revwire._forwards.base import put_on, standing_forward
@@ -100,16 +102,18 @@ class LiveForward(RewiredForward):
                 self.straight = exporting()
         if not any(map(_runs_by_program, self.slots)):
             return None
-        call = self.signature(args, kwargs, input_leaves((args, kwargs)))
-        if call in self.whole:
+        if self.whole and self.signature(args, kwargs, input_leaves((args, kwargs))) in self.whole:
             return None
         try:
             return self.program_of(args, kwargs)
         except CaptureError as error:
             if exporting():
                 raise
-            self.run_whole(call, error)
+            self.run_whole(self.signature(args, kwargs, input_leaves((args, kwargs))), error)
             return None
+
+    def reads_of(self, modules: Iterable[nn.Module]) -> list[Read]:
+        return [] if self.straight else super().reads_of(modules)  # a straight line reads nothing
 
     def run_whole(self, call: Any, error: CaptureError) -> None:
         """Let such calls run whole, and warn once that they do, unless revwire only looks at what may be cut."""
