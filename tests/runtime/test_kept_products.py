@@ -397,7 +397,11 @@ def test_a_selective_unit_takes_what_was_predicted(mix, coupling, autocast):
     run()
     stored = len(mix) - len(mix.rstrip("s"))
     forms = forms_of([*mix[: len(mix) - stored], *"zyx"[:stored]])
-    assert peak_bytes(run) == pytest.approx(costs.forecast(forms)[0], rel=0.02)
+    peak, forecast = peak_bytes(run), costs.forecast(forms)[0]
+    # Where a processor has no bfloat16 products, what they need beside their results differs from unit to unit: the
+    # unit that stands for others may need a cast of the stream more than they do, and the forecast is above, not below.
+    cast = x.nbytes // 2 if autocast and torch.backends.cpu.get_cpu_capability() != "AVX512" else 0
+    assert 0.98 * forecast - cast <= peak <= 1.02 * forecast
 
 
 def test_samples_are_tried_only_as_far_as_the_budget_goes():
