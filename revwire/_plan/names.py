@@ -58,6 +58,6 @@ class Names:
             if c.host in around and around[-1] != c.host:
                 child = self.recording.events[around[around.index(c.host) + 1]].target
                 name = next(iter(self.recording.module_names.get(id(child), ())), "")
-                if name:
+                if name and name not in sizes:
                     sizes[name] = max(1, sum(p.numel() for p in child.parameters()))
         return max(sizes, key=lambda n: sizes[n]) if sizes else f"{self.name(c.host)}#{key[1]}"
