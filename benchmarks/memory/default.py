@@ -82,9 +82,8 @@ def _fill(row: Row, model: nn.Module, example: Any, rounds: int) -> None:
 
 def step(model: nn.Module, example: Any) -> None:
     """Forward and backward of the mean square of all that a model gives out."""
-    out = (
-        model(**example) if isinstance(example, dict) else model(*example if isinstance(example, tuple) else [example])
-    )
+    given = [*example] if isinstance(example, list) else example  # a model may write to the list of its pathways
+    out = model(**given) if isinstance(given, dict) else model(*given if isinstance(given, tuple) else [given])
     found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
     torch.stack([t.float().square().mean() for t in found]).mean().backward()
 
