@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import revwire
 from benchmarks.harness.record import RESULTS, Record, Row, environment, read
@@ -82,7 +82,7 @@ def _fill(row: Row, model: nn.Module, example: Any, rounds: int) -> None:
 
 def step(model: nn.Module, example: Any) -> None:
     """Forward and backward of the mean square of all that a model gives out."""
-    given = [*example] if isinstance(example, list) else example  # a model may write to the list of its pathways
+    given = tree_map(lambda leaf: leaf, example)  # a model may write to the list of its pathways
     out = model(**given) if isinstance(given, dict) else model(*given if isinstance(given, tuple) else [given])
     found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
     torch.stack([t.float().square().mean() for t in found]).mean().backward()
