@@ -34,6 +34,21 @@ IDENTITIES = (type, Enum, FunctionType, BuiltinFunctionType, MethodType, nn.Modu
 """Objects that Python decides on by what they are, not by what they hold."""
 
 
+class ByIdentity:
+    """Compares by identity, and keeps what it stands for alive, so that no other object takes its id."""
+
+    __slots__ = ("obj",)
+
+    def __init__(self, obj: Any) -> None:
+        self.obj = obj
+
+    def __hash__(self) -> int:
+        return id(self.obj)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and other.obj is self.obj
+
+
 @dataclass(frozen=True)
 class Ref:
     """In a recorded argument or result: the tensor with this value number."""

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -46,6 +48,21 @@ def outcomes(checks: dict[str, Check], backend: str = "gloo") -> dict[str, str]:
             ]
             found[name] = next((t for t in texts if t.startswith("failed")), texts[0])
         return found
+
+
+def passes_interpreted(file: str) -> None:
+    """Run a file of tests under Triton's interpreter: in a process of its own, as Triton must find its variable when it
+    is imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", file],
+        env={**os.environ, "REVWIRE_KERNELS": "interpreted", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
 
 
 def _worker(rank: int, checks: dict[str, Check], port: int, folder: Path, backend: str = "gloo") -> None:

@@ -43,6 +43,19 @@ def follow_chain(root: Any, links: Iterable[tuple[str, Any]]) -> Any:
     return root
 
 
+def identity(read: Read) -> Any:
+    """By which a read is known."""
+    root, links = read
+    if isinstance(root, super):  # each is a new one
+        return *(id(getattr(root, name)) for name in ("__thisclass__", "__self__")), links
+    return id(root), links
+
+
+def leads_to_object(read: Read) -> bool:
+    """Whether a chain leads to what is no constant and no tensor, and may have reads of its own."""
+    return not isinstance(follow_chain(*read), (*CONSTANTS, Tensor, tuple))
+
+
 class Names(ABC):
     """The names of one function; what it reads by them goes to ``found``."""
 
@@ -88,6 +101,8 @@ class Names(ABC):
         """An assignment: to names, and to what this code made itself."""
         match target:
             case ast.Name(name) if name != self.own:
+                if name in self.imported and not self.is_sure and leads_to_object(self.imported[name]):
+                    raise self.refused(target, f"assigns to {name} in some calls")
                 self.local.add(name)
                 self.modules.discard(name)
                 self.imported.pop(name, None)
@@ -169,7 +184,7 @@ class Names(ABC):
         return value
 
     def note(self, chain: Read) -> None:
-        self.found.setdefault((id(chain[0]), chain[1]), chain)
+        self.found.setdefault(identity(chain), chain)
 
 
 def _is_table_entry(owner: Any, chain: Read) -> bool:

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from revwire._capture.code_names import MISSING, Read, follow_chain
+from revwire._capture.code_names import MISSING, Read, follow_chain, identity, leads_to_object
 from revwire._capture.code_values import Values
 from revwire._capture.pure_calls import is_context, is_torchs
 from revwire._errors import CaptureError
-from revwire._structures import CONSTANTS
+from revwire._structures import CONSTANTS, ByIdentity
 
 
 def reads_of(modules: Iterable[nn.Module], forwards: Callable[[nn.Module], Any]) -> tuple[Read, ...]:
@@ -41,8 +41,9 @@ def reads_of(modules: Iterable[nn.Module], forwards: Callable[[nn.Module], Any])
     for module in modules:
         forward = forwards(module)
         function = getattr(forward, "__func__", forward)
-        found[id(type(module)), "forward"] = type(module), (("attr", "forward"),)
-        if not is_torchs(function):
+        own = type(module), (("attr", "forward"),)
+        found[identity(own)] = own
+        if not (is_torchs(function) and is_torchs(type(module))):  # a class of one's own may have other parts
             _Code(function, module, found, 0).check()
     return tuple(found.values())
 
@@ -67,22 +68,7 @@ def _told(value: Any) -> Any:
         return type(value), value
     if type(value) in (list, tuple, torch.Size):
         return type(value), tuple(map(_told, value))
-    return _Same(getattr(value, "__func__", value))
-
-
-class _Same:
-    """Compares by identity, and keeps what it stands for alive, so that no other object takes its id."""
-
-    __slots__ = ("obj",)
-
-    def __init__(self, obj: Any) -> None:
-        self.obj = obj
-
-    def __hash__(self) -> int:
-        return id(self.obj)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.obj is self.obj
+    return ByIdentity(getattr(value, "__func__", value))
 
 
 class _Code(Values):
@@ -103,8 +89,10 @@ class _Code(Values):
                 pass
             case ast.Return(value) | ast.Expr(value):
                 self.value(value)
-            case ast.Assign([ast.Name(name)], value) if self.is_sure and self.leads_to_object(value):
-                self.imported[name] = self.chain(value) or (None, ())
+            case ast.Assign([ast.Name(name)], value) if (chain := self.chain(value)) and leads_to_object(chain):
+                if not self.is_sure:
+                    raise self.refused(statement, f"assigns {ast.unparse(value)} in some calls")
+                self.imported[name] = chain
                 self.local.discard(name)
             case ast.Assign(targets, value):
                 self.value(value)
@@ -113,7 +101,7 @@ class _Code(Values):
             case ast.AnnAssign(target, _, value):
                 self.value(value)
                 self.bind(target, value)
-            case ast.AugAssign(target, _, value) if not isinstance(value, (ast.List, ast.ListComp)):
+            case ast.AugAssign(target, _, value) if getattr(target, "id", None) not in self.imported:
                 self.value(value)
                 self.bind(target, None)
             case ast.Assert(test, message):
@@ -162,11 +150,6 @@ class _Code(Values):
         if follow_chain(sys.modules, links) is MISSING or self.imported.get(name, (None, links))[1] != links:
             raise self.refused(statement, f"imports {name}")
         self.imported[name] = sys.modules, links
-
-    def leads_to_object(self, value: ast.expr) -> bool:
-        """Whether an expression leads outside, to what is no constant and no tensor: then its name leads there too."""
-        chain = self.chain(value)
-        return chain is not None and not isinstance(follow_chain(*chain), (*CONSTANTS, Tensor, list, tuple))
 
     def block(self, statements: Iterable[ast.stmt], *, sure: bool = True) -> None:
         """Statements; not ``sure`` where they may not be run."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from revwire._capture.code_names import MISSING, Given, Names, Read, follow_chain
-from revwire._capture.pure_calls import OF_CONTAINERS, OF_TENSORS, is_pure, is_torchs, methods
+from revwire._capture.pure_calls import OF_CONTAINERS, OF_MODULES, OF_TENSORS, is_pure, is_torchs, methods
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.Eq: operator.eq, ast.NotEq: operator.ne,
@@ -42,7 +42,7 @@ class Values(Names):
                 self.read(value, chain)
             case ast.Call(ast.Name("getattr" | "hasattr")) if self.chain(value) is not None:
                 self.settled(value)
-            case ast.Attribute(inner, name) if name in OF_TENSORS:
+            case ast.Attribute(inner, name) if name in OF_TENSORS and getattr(inner, "id", None) not in self.modules:
                 self.value(inner)
             case ast.Call(function, given, named):
                 self.called(value, function)
@@ -107,12 +107,15 @@ class Values(Names):
         return self.settled(default)
 
     def comprehended(self, value: ast.ListComp | ast.GeneratorExp) -> None:
+        names = self.local, self.modules, self.imported, self.made
+        self.local, self.modules, self.imported, self.made = ({*names[0]}, {*names[1]}, {**names[2]}, {*names[3]})
         for loop in value.generators:
             self.value(loop.iter)
             self.bind(loop.target, None)
             for test in loop.ifs:
                 self.value(test)
         self.value(value.elt)
+        self.local, self.modules, self.imported, self.made = names  # what it binds is its own
 
     def called(self, call: ast.Call, function: ast.expr) -> None:
         """What is called: a module, a function without effects, code that is looked through, a method of a tensor."""
@@ -133,14 +136,19 @@ class Values(Names):
         if isinstance(target, nn.Module) or is_pure(target):
             return None
         if isinstance(target, MethodType) and isinstance(target.__self__, nn.Module):
-            given = self.given(call, None)
-            if not is_torchs(target):
-                type(self)(target.__func__, target.__self__, self.found, self.depth + 1, given).check()
-            return None
+            return self.called_method(call, target.__func__, target.__self__)
         if isinstance(target, FunctionType) and not is_torchs(target):
             module = self.module if self.hands_on(call) else None
             return type(self)(target, module, self.found, self.depth + 1, self.given(call)).check()
         raise self.refused(call, f"calls {ast.unparse(function)}")
+
+    def called_method(self, call: ast.Call, target: Callable[..., Any], module: nn.Module) -> None:
+        name = getattr(target, "__name__", "")
+        if vars(nn.Module).get(name) is target:  # train(), apply(), register_forward_hook() ...
+            if name not in OF_MODULES:
+                raise self.refused(call, f"calls {name}() of a module")
+        elif not (is_torchs(target) and is_torchs(type(module))):
+            type(self)(target, module, self.found, self.depth + 1, self.given(call, None)).check()
 
     def is_method(self, function: ast.Attribute) -> bool:
         """Whether it is a method of a tensor, or one that changes what this code made."""

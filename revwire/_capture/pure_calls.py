@@ -8,17 +8,24 @@ import inspect
 import math
 import operator
 import warnings
+from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_TORCH = PurePath(torch.__file__).parent
+
 
 def is_torchs(function: Any) -> bool:
-    """Whether it is PyTorch's own code, which reads nothing but what it is given, its module and the modes."""
-    name = getattr(function, "__module__", None) or ""
-    return name == "torch" or name.startswith("torch.")
+    """Whether it is PyTorch's own code, which reads nothing but what it is given, its module and the modes. (A wrapper
+    around it has its name, and is not.)
+    """
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is not None:
+        return PurePath(code.co_filename).is_relative_to(_TORCH)
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def is_pure(value: Any) -> bool:
@@ -38,12 +45,12 @@ def _pure() -> frozenset[Any]:
     makers = "zeros ones full empty arange eye linspace rand randn randint is_tensor finfo iinfo Size"
     plain = "abs all any bool enumerate float int isinstance len list max min range reversed round set slice str sum"
     maths = [f for f in vars(math).values() if isinstance(f, BuiltinFunctionType)]
-    arithmetic = [f for f in vars(operator).values() if isinstance(f, BuiltinFunctionType)]
+    arithmetic = [operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.getitem]
     return frozenset([
         *(f for f in of_tensors if _hashable(f)),
         *(getattr(torch, name) for name in makers.split()),
         *(getattr(builtins, name) for name in plain.split()), tuple, type, zip,
-        *maths, *arithmetic, math, inspect.signature, warnings.warn,
+        *maths, *arithmetic, inspect.signature, warnings.warn,
     ])  # fmt: skip
 
 
@@ -82,9 +89,13 @@ _LAYOUT = (
 
 
 OF_TENSORS = frozenset(
-    [*_LAYOUT, "values", "indices", "min", "max", "eps", "parameters", "__class__", "__module__", "__name__"]
+    [*_LAYOUT, "values", "indices", "min", "max", "parameters", "__class__", "__module__", "__name__"]
 )
 """Attributes of what an expression gives; others may be a user's own."""
+
+
+OF_MODULES = frozenset(["buffers", "children", "get_buffer", "get_parameter", "get_submodule", "modules", "parameters"])
+"""Methods of all modules that change nothing."""
 
 
 _OF_VALUES = frozenset(["numel", "copy", "index", "count", "startswith", "endswith"])

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from revwire._capture.code_names import Read
+from revwire._capture.code_names import Read, identity
 from revwire._capture.code_reads import reads_of, values_of
 from revwire._forwards.base import InstanceForward, plain_forward
 from revwire._forwards.guards import Standing, StandingGuard
@@ -141,6 +141,6 @@ class ProgramForward(InstanceForward, Generic[P]):
 
     def reads_of(self, modules: Iterable[nn.Module]) -> list[Read]:
         """What the code of these modules reads, and is not in the signatures yet."""
-        known = {(id(root), links) for root, links in self.reads}
+        known = {identity(read) for read in self.reads}
         found = reads_of(modules, lambda m: self.before if m is self.module else plain_forward(m))
-        return [read for read in found if (id(read[0]), read[1]) not in known]
+        return [read for read in found if identity(read) not in known]

@@ -10,26 +10,11 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
-from revwire._structures import CONSTANTS
+from revwire._structures import CONSTANTS, ByIdentity
 from revwire._surroundings.inventory import has_hooks
 from revwire._torch import CALL, REPLICATE, hooks_on_all_modules
 
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "forward", "_revwire", REPLICATE, CALL, "compile"})
-
-
-class ByIdentity:
-    """Compares by identity, and keeps what it stands for alive, so that no other object takes its id."""
-
-    __slots__ = ("obj",)
-
-    def __init__(self, obj: Any) -> None:
-        self.obj = obj
-
-    def __hash__(self) -> int:
-        return id(self.obj)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByIdentity) and other.obj is self.obj
 
 
 class Standing:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._forwards.guards import ByIdentity
-from revwire._structures import IDENTITIES, is_constant, is_mapping, is_sequence, plain
+from revwire._structures import IDENTITIES, ByIdentity, is_constant, is_mapping, is_sequence, plain
 from revwire._torch import FakeTensor, FunctionalTensor
 
 _STAND_INS = (FakeTensor, FunctionalTensor)  # what torch.export runs on

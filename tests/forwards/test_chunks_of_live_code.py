@@ -2,8 +2,11 @@
 the same, and code of which that is not known, or which does something outside, runs whole.
 """
 
+import functools
+import operator
 import os
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,10 @@ import torch
 from torch import nn
 
 import revwire
+from revwire._capture.code_names import identity
+from revwire._capture.code_reads import reads_of
+from revwire._capture.pure_calls import is_torchs
+from revwire._errors import CaptureError
 
 X = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
 
@@ -259,3 +266,78 @@ def test_a_call_whose_code_cannot_be_told_runs_whole_with_one_warning():
     assert [str(w.message) for w in told] == [f"{i}: {cause}" for i in range(3)]
     model(x).sum().backward()
     assert model[1].calls == 2
+
+
+def in_evaluation(self, x):
+    self.train(False)
+    return x + self.down(self.hidden(x))
+
+
+def writing_by_operator(self, x):
+    operator.setitem(self.items, 0, self.items[0] + 1.0)
+    return x + self.down(self.hidden(x))
+
+
+def shadowed(self, x):
+    widths = [SCALE + 1 for SCALE in range(2)]
+    return x + self.down(self.hidden(x)) * (SCALE + len(widths) - 2)
+
+
+def growing(self, x):
+    items = self.items
+    items += [1.0]
+    return x + self.down(self.hidden(x)) * len(items)
+
+
+def of_one_of_two(self, x):
+    settings = self.config.mlp
+    for _ in range(2):
+        x = x * settings.scale
+        settings = self.slots
+    return x + self.down(self.hidden(x))
+
+
+class Sums(nn.Linear):
+    """A module whose forward is PyTorch's own in part."""
+
+    def forward(self, x):
+        return super().forward(x) * SCALE
+
+
+FORMS = {
+    in_evaluation: "calls train() of a module",
+    writing_by_operator: "calls operator.setitem",
+    growing: "holds the statement 'items += [1.0]'",
+    of_one_of_two: "assigns self.slots in some calls",
+}
+
+
+@pytest.mark.parametrize("forward", FORMS, ids=lambda f: f.__name__)
+def test_what_changes_something_or_may_lead_elsewhere_is_refused(forward):
+    module = stack(forward)[0]
+    line = forward.__code__.co_firstlineno
+    with pytest.raises(CaptureError, match=re.escape(FORMS[forward])) as error:
+        reads_of((module,), lambda m: m.forward)
+    assert line < int(str(error.value).rpartition(":")[2].rstrip(")")) <= line + 4
+
+
+def test_a_name_that_a_comprehension_binds_is_its_own():
+    close(shadowed, READS[of_a_global], X.double())
+
+
+def test_a_wrapper_with_the_name_of_a_torch_function_is_code_like_any_other():
+    linear = nn.Linear(4, 4)
+
+    @functools.wraps(nn.Linear.forward)
+    def forward(x):
+        return nn.Linear.forward(linear, x) * float(os.environ["REVWIRE_TEST_SCALE"])
+
+    assert not is_torchs(forward)
+
+
+def test_what_is_read_by_way_of_the_class_above_is_known_again():
+    """Else each capture would add to the reads, and forget all programs."""
+    module = Sums(4, 4)
+    first, second = (reads_of((module,), lambda m: m.forward) for _ in range(2))
+    assert len(first) > 2
+    assert {identity(read) for read in first} == {identity(read) for read in second}

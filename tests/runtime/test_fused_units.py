@@ -4,9 +4,6 @@ They run on a CUDA device where there is one, and under Triton's interpreter in 
 `tests/streams/test_fused.py`.
 """
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from contextlib import nullcontext
 
@@ -17,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import revwire
+from processes import passes_interpreted
 from revwire import RangeError, ReconstructionError
 from revwire._streams import fused
 
@@ -30,15 +28,7 @@ on_device = pytest.mark.skipif(not RUNS, reason="needs a CUDA device, or Triton'
 
 @pytest.mark.skipif(RUNS, reason="this is that process, or a device")
 def test_all_of_this_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "REVWIRE_KERNELS": "interpreted", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    passes_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

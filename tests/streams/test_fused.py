@@ -4,7 +4,6 @@ These tests run on a CUDA device where there is one. Elsewhere `test_all_of_this
 another process, whose kernels Triton interprets on the CPU.
 """
 
-import os
 import subprocess
 import sys
 from itertools import product
@@ -12,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 
+from processes import passes_interpreted
 from revwire import Bdia, Dr2Net, Midpoint, Momentum, Re2TAL
 from revwire._streams import fused
 from revwire._streams.fixed import FixedStreams
@@ -37,16 +37,7 @@ SCALE = 20
 
 @pytest.mark.skipif(RUNS, reason="this is that process, or a device")
 def test_all_of_this_under_the_interpreter():
-    """Triton must find its variable when it is imported: hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "REVWIRE_KERNELS": "interpreted", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    passes_interpreted(__file__)
 
 
 @pytest.mark.skipif(fused.INTERPRETED, reason="nothing is compiled there")
