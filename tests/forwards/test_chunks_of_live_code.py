@@ -268,6 +268,17 @@ def test_a_call_whose_code_cannot_be_told_runs_whole_with_one_warning():
     assert model[1].calls == 2
 
 
+@pytest.mark.parametrize("forward", [outside, logging, counting], ids=lambda f: f.__name__)
+def test_a_call_that_cannot_be_told_does_once_what_it_does(forward):
+    """It is refused before it is observed."""
+    model, x = stack(of_an_attribute), X.double()
+    revwire.convert(model, x, chunks=2)
+    type(model[1]).forward = forward
+    with pytest.warns(UserWarning, match="run whole instead of in chunks"):
+        model(x)
+    assert len(CALLS) + len(model[0].log) + model[0].calls == (3 if forward is outside else 1)
+
+
 def in_evaluation(self, x):
     self.train(False)
     return x + self.down(self.hidden(x))
