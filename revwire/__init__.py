@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from revwire import couplings, measure
+from revwire._api.calibrate import calibrate
 from revwire._api.config import load_config, save_config
 from revwire._api.convert import convert
 from revwire._api.plan import plan
@@ -15,6 +16,7 @@ from revwire._api.stored_activations import stored_activations
 from revwire._api.verify import Check, verify
 from revwire._errors import (
     BudgetError,
+    CalibrationWarning,
     CaptureError,
     ConversionError,
     CouplingError,
@@ -27,13 +29,14 @@ from revwire._errors import (
     UnsupportedTransformError,
 )
 from revwire._plan.plan import Forecast, Plan
-from revwire.couplings import Bdia, Coupling, Dr2Net, Midpoint, Momentum, RandomBdia, Re2TAL
+from revwire.couplings import Bdia, Coupling, Dr2Net, Innovation, Midpoint, Momentum, RandomBdia, Re2TAL
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bdia",
     "BudgetError",
+    "CalibrationWarning",
     "CaptureError",
     "Check",
     "ConversionError",
@@ -43,6 +46,7 @@ __all__ = [
     "Dr2Net",
     "Forecast",
     "FunctionLostWarning",
+    "Innovation",
     "Midpoint",
     "Momentum",
     "NothingToRewireWarning",
@@ -56,6 +60,7 @@ __all__ = [
     "Rival",
     "UnsupportedTorchError",
     "UnsupportedTransformError",
+    "calibrate",
     "convert",
     "couplings",
     "load_config",

@@ -26,6 +26,10 @@ class NothingToRewireWarning(UserWarning):
     """`convert` found no chain of residual units, and left the model as it was."""
 
 
+class CalibrationWarning(UserWarning):
+    """Examples were no ground for the predictors of a coupling."""
+
+
 class FunctionLostWarning(UserWarning):
     """Weights that were trained in a form whose function the plain network does not have are about to run in another
     one.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
 from torch import nn
 
+from revwire._api.calibrate import calibrate as fit
 from revwire._budget.rewire import rewire as convert_as
 from revwire._errors import ConversionError, NothingToRewireWarning
 from revwire._forwards.converted import converted
@@ -42,6 +43,7 @@ def convert(
     memory_budget: Budget = None,
     rewire: Rewire = None,
     plan: Plan | None = None,
+    calibrate: Iterable[Any] | None = None,
 ) -> M:
     """Rewire the residual chains of ``model`` into reversible ones, where that pays, in place, and return it.
 
@@ -56,6 +58,8 @@ def convert(
         plan: do what this plan says, and measure nothing: one that `plan` made of the same network, `Plan.load` has
             read, or `report` gives. Whatever shapes the example has, the layout is that of the plan, in every process.
             All other options are then the plan's.
+        calibrate: examples of real data for couplings that predict (``"innovation"``), each as ``example_inputs``; the
+            example alone where that is None. ``()``: none, until `revwire.calibrate` is called.
 
     Warns:
         NothingToRewireWarning: there is no chain, so the model stays as it was; says why.
@@ -81,10 +85,11 @@ def convert(
         options = options_of(choice, include, exclude, whole, strict, chunks, checkpoint, memory_budget, rewire)
         how = partial(convert_as, options=options)
     refuse_converted(model)
+    rewired = partial(_rewire, how=how, examples=None if calibrate is None else list(calibrate))
     if example_inputs is None:
-        vars(model)["forward"] = FirstCall(model, vars(model).get("forward"), partial(_rewire, how=how))
+        vars(model)["forward"] = FirstCall(model, vars(model).get("forward"), rewired)
         return model
-    _rewire(model, example_inputs, how=how)
+    rewired(model, example_inputs)
     return model
 
 
@@ -103,10 +108,17 @@ def _refuse_both(plan: Any, others: Mapping[str, Any]) -> None:
             )
 
 
-def _rewire(model: nn.Module, example_inputs: Any, *, how: Callable[..., None]) -> None:
-    """Convert ``model``, and say so where that changes nothing."""
+def _rewire(model: nn.Module, example_inputs: Any, *, how: Callable[..., None], examples: list[Any] | None) -> None:
+    """Convert ``model``, calibrate it, and say so where that changes nothing."""
     how(model, example_inputs)
     plan = converted(model).plan
+    waits = any(c == c.bare and c.move is not None for chain in converted(model).chains for c in chain.couplings)
+    if examples or (waits and examples is None):
+        try:
+            fit(model, examples or [example_inputs])
+        except BaseException:
+            take_all_off(model)
+            raise
     if plan.chains or plan.checkpointed:
         return
     said = f"{plan.model}: nothing was rewired, and the model runs as before: {why_nothing(plan.skipped)}"

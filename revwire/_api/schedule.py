@@ -16,7 +16,6 @@ from revwire._errors import CouplingError
 from revwire._forwards.converted import converted
 from revwire._forwards.first_call import FirstCall
 from revwire._forwards.rewired import rewired_of
-from revwire._plan.costed import with_costs
 from revwire._plan.options import Choice, Couplings
 from revwire._plan.plan import PlannedChain
 from revwire._runtime.chain import Chain
@@ -75,7 +74,7 @@ def _couplings(
 ) -> tuple[list[Coupling], bool, int | None]:
     """(the coupling of each unit, whether exact, units between anchors)."""
     couplings = [
-        (replace(choice, default=old) if by_glob else choice).coupling((u.path, u.host), u.pattern)
+        (replace(choice, default=old) if by_glob else choice).coupling((u.path, u.host), u.pattern).in_place_of(old)
         for u, old in zip(planned.units, chain.couplings, strict=True)
     ]
     return couplings, *choice.arithmetic(chain.name, couplings)
@@ -88,13 +87,18 @@ def _set(model: nn.Module, found: Sequence[tuple[Sequence[Coupling], bool, int |
         moved = moved or any(a.drops_skip != b.drops_skip for a, b in zip(couplings, chain.couplings, strict=True))
         chain.couplings, chain.exact = tuple(couplings), exact
         chain.set_anchors(spacing, adapts=chain.adapts, tolerance=chain.tolerance)
-    chains = tuple(with_costs(planned, chain) for planned, chain in zip(state.plan.chains, state.chains, strict=True))
-    state.plan = replace(state.plan, chains=chains, peaks=None)  # those were of the couplings before
+    recosted(model)
     if moved:  # whether a post-activation block drops its skip stands in the programs
         for module in model.modules():
             rewired = rewired_of(module)
             if rewired is not None:
                 rewired.programs.clear()
+
+
+def recosted(model: nn.Module) -> None:
+    """Let the plan tell of the couplings that the chains have now; its peaks were of those before."""
+    state = converted(model)
+    state.plan = replace(state.present_plan(), peaks=None)
 
 
 class CouplingSchedule:
@@ -197,11 +201,11 @@ class CouplingSchedule:
         self._apply()
 
     def _apply(self) -> None:
-        if any(c != self.coupling for chain in converted(self.model).chains for c in chain.couplings):
+        if any(c.bare != self.coupling for chain in converted(self.model).chains for c in chain.couplings):
             set_coupling(self.model, self.coupling, exact=self.exact)
 
     def _now(self) -> Coupling:
-        found = {c for chain in converted(self.model).chains for c in chain.couplings}
+        found = {c.bare for chain in converted(self.model).chains for c in chain.couplings}
         if len(found) != 1:
             names = ", ".join(sorted(c.name for c in found)) or "no chain"
             raise CouplingError(f"CouplingSchedule: got a model with {names}; expected one coupling for all units")

@@ -112,6 +112,12 @@ class Choice:
         Raises:
             CouplingError: it cannot be inverted in that arithmetic.
         """
+        moving = {c.move is not None: c.name for c in couplings}
+        if len(moving) > 1:
+            raise CouplingError(
+                f"{where}: got couplings {moving[True]!r} and {moving[False]!r} in one chain; expected all of its units "
+                "under 'innovation', whose two streams mean something else than those of other couplings, or none"
+            )
         spacing = self._spacing(couplings)
         run = len(couplings) if spacing is None else min(spacing, len(couplings))
         worst = max((_float_error(couplings[i : i + run]), i) for i in range(0, len(couplings), run))

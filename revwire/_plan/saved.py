@@ -41,9 +41,9 @@ def _version() -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as dicts, lists, numbers and strings; a coupling as its spelling."""
+    """A value as dicts, lists, numbers and strings; a coupling as `Coupling.to_plain` has it."""
     if isinstance(value, Coupling):
-        return value.name
+        return value.to_plain()
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -149,10 +149,10 @@ class _Reader:
         return kind(**{name: self.read(kinds[name], value, f"{place}.{name}") for name, value in data.items()})
 
     def _coupling(self, data: Any, place: str) -> Coupling:
-        if data in self.couplings:
+        if isinstance(data, str) and data in self.couplings:
             return self.couplings[data]
         try:
-            return coupling_from(str(data))
+            return coupling_from(data if isinstance(data, Mapping) else str(data))
         except CouplingError:
             raise CouplingError(
                 f"{self.where}: got {place} {data!r}, which is no coupling of revwire's; expected a spelling that "

@@ -21,6 +21,7 @@ from revwire._runtime.kinds import Kind
 from revwire._runtime.replay import Replay
 from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit
+from revwire._streams.base import Streams
 from revwire._streams.samples import Fingerprint, Sample
 from revwire._surroundings.buffers import Copies
 from revwire._surroundings.copies import Versions
@@ -28,6 +29,7 @@ from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, version_of
 from revwire._surroundings.surroundings import Surroundings
 from revwire.couplings.base import Rule
+from revwire.couplings.maps import Move
 
 TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -140,6 +142,19 @@ class UnitRecord:
     def fault(self, chain: Chain, got: str, expected: str) -> ReconstructionError:
         """The error that says what a recompute of this unit found changed."""
         return fault(self.unit, chain, got, expected)
+
+
+@dataclass(slots=True)
+class MoveRecord:
+    """A step between two units (`revwire.couplings.maps`): (z_k, y_{k+1}) became (y_{k+1}, z_{k+1})."""
+
+    move: Move
+    bits: Tensor | None
+
+    def undo(self, streams: Streams, previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before it, from those after it."""
+        y = streams.read(previous)
+        return streams.unstep(current, y, self.move.value(y), self.move.rule, self.bits).state, previous
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams
 from revwire.couplings.base import Coupling
+from revwire.couplings.maps import Move
 
 Key = tuple[int, int]
 """Tells a run of a unit, or of its chunk, from all others that wait for their backward pass."""
@@ -101,6 +102,14 @@ class Observer:
 
     def on_drop(self, key: Key, state: Tensor) -> None:
         """It has run, or a chunk of it, and its state x_{k-1} is dropped."""
+
+    def on_move(self, chain: object, place: int, y: Tensor, z: Tensor) -> Move | None:
+        """The state ``y`` has come of the unit at this place, whose branch saw ``z``.
+
+        Returns:
+            What is to move the point of the next branch; None: what the coupling says.
+        """
+        return None
 
     def on_leave(self, outcome: Outcome) -> None:
         """It hands on what it gave."""

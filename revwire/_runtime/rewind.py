@@ -18,7 +18,7 @@ from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import NO_PASS, recording_nothing, running_pass
 from revwire._runtime.checks import Checks
 from revwire._runtime.chunks import joined
-from revwire._runtime.entries import Anchor, UnitRecord, ViewRecord
+from revwire._runtime.entries import Anchor, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Rebuilt
 from revwire._runtime.recompute import Again, evaluated_again
 from revwire._runtime.tape import Tape
@@ -115,6 +115,11 @@ class Rewind:
             )
         return tensor
 
+    def newest(self, position: int) -> Tensor:
+        """The float value of x_k before the record at ``position``."""
+        self.undo(position)
+        return self.tape.streams.read(self._now())
+
     def _start_over(self, position: int) -> None:
         if not self.retained or position >= len(self.tape.records):
             raise ReconstructionError(
@@ -131,6 +136,8 @@ class Rewind:
         record = records[position]
         if isinstance(record, ViewRecord):
             self.previous, self.current = record.undo(self.previous), record.undo(self._now())
+        elif isinstance(record, MoveRecord):
+            self.previous, self.current = record.undo(self.tape.streams, self.previous, self._now())
         elif isinstance(record, Anchor):  # past a run of stored units
             self.previous, self.current = self.tape.anchored(record)
         else:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import edge_behind, recording_nothing, running_pass
+from revwire._runtime.move import next_point
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
 from revwire._runtime.functions import comes_from_chain, enter, later, step
@@ -77,7 +78,7 @@ def run(
     previous, current = link.carriers(x)
     chunks = chain.chunks(unit.place(link.tape.position), link.tape.plain, x, extras)
     out, dtype, sides = _run(UnitRun(link.tape, unit, host, chunks), x, extras, previous, current)
-    return left(link, out, current, dtype, kind_of(x)), sides
+    return left(link, unit, out, current, dtype, kind_of(x)), sides
 
 
 def entered(
@@ -95,11 +96,11 @@ def entered(
     return x, link
 
 
-def left(link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
+def left(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
     """What a unit hands on, whose float value is ``out``; ``current``: that of its input."""
     tape, chain = link.tape, link.tape.chain
     place = tape.position - 1
-    out = outside_inference_mode(_give_out, chain, link, out, current, dtype, kind)
+    out = outside_inference_mode(_give_out, link, unit, out, current, dtype, kind)
     if chain.observer:
         chain.observer.on_leave(Outcome(chain, place, tape.couplings[place], tape.streams, out))
     return out
@@ -157,14 +158,18 @@ def outside_inference_mode(call: Callable[..., T], *args: Any) -> T:
         return call(*args)
 
 
-def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
-    tape = link.tape
+def _give_out(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
+    tape, chain = link.tape, link.tape.chain
     link.spend()
     if tape.position == chain.length:
         tape.range.close()
         return dressed((out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype), kind)
     if tape.left:
         tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
+    if not tape.plain and (move := next_point(tape, unit, current, out)) is not None:
+        current, out = out, move
+        if tape.left:
+            tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
     return linked(dressed(out.to(dtype), kind), tape, current, out)
 
 

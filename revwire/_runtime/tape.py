@@ -21,7 +21,7 @@ from torch import Tensor
 
 from revwire._errors import ReconstructionError
 from revwire._runtime.chain import Chain
-from revwire._runtime.entries import Anchor, Before, UnitRecord, ViewRecord
+from revwire._runtime.entries import Anchor, Before, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
 from revwire._runtime.range import RangeCheck
 from revwire._streams.base import Streams
@@ -65,7 +65,7 @@ class Tape:
         self.plain = plain
         self.rewinds = keep and not chain.stored and not plain
         self.couplings = chain.couplings  # those of this forward, whatever is set later
-        self.records: list[UnitRecord | ViewRecord | Anchor | None] = []
+        self.records: list[UnitRecord | ViewRecord | MoveRecord | Anchor | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
@@ -100,12 +100,15 @@ class Tape:
         moved = view(previous), view(current)
         if moved[0].numel() != previous.numel() or moved[1].numel() != current.numel():
             return False
-        if self.rewinds and not self._passing:
-            self.records.append(
-                ViewRecord(view, torch.empty_like(current, device="meta")) if self.start is not None else None
-            )
+        if self.records_more:
+            self.records.append(ViewRecord(view, torch.empty_like(current, device="meta")))
         self.advance(moved)
         return True
+
+    @property
+    def records_more(self) -> bool:
+        """Whether a backward pass may have to undo what comes between two units now."""
+        return self.rewinds and not self._passing and self.start is not None
 
     def advance(self, state: tuple[Tensor, Tensor]) -> None:
         """Go on to these states."""

@@ -6,8 +6,9 @@ measures whether it is what it declares.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite, nan
+from typing import Any
 
 from revwire._errors import CouplingError
 from revwire.couplings.base import (
@@ -25,6 +26,8 @@ from revwire.couplings.base import (
 from revwire.couplings.bdia import Bdia
 from revwire.couplings.bdia_random import RandomBdia
 from revwire.couplings.dr2net import Dr2Net
+from revwire.couplings.innovation import Innovation
+from revwire.couplings.maps import Affine, Move, StateMap
 from revwire.couplings.midpoint import Midpoint
 from revwire.couplings.momentum import Momentum
 from revwire.couplings.re2tal import Re2TAL
@@ -35,16 +38,20 @@ __all__ = [
     "FLOAT_TOLERANCE",
     "MOST_BITS",
     "SPELLINGS",
+    "Affine",
     "Bdia",
     "Coefficients",
     "Coupling",
     "Dr2Net",
+    "Innovation",
     "Kind",
     "Midpoint",
     "Momentum",
+    "Move",
     "RandomBdia",
     "Re2TAL",
     "Rule",
+    "StateMap",
     "bits_of",
     "coupling_from",
     "named",
@@ -70,15 +77,17 @@ SPELLINGS: dict[str, tuple[Callable[..., Coupling], int]] = {
     "momentum": (Momentum, 1),
     "dr2net": (Dr2Net, 2),
     "midpoint": (Midpoint, 2),
+    "innovation": (Innovation, 1),
 }
 """What a name makes, and how many numbers may follow it."""
 
 
-def coupling_from(spec: str | Coupling) -> Coupling:
+def coupling_from(spec: str | Coupling | Mapping[str, Any]) -> Coupling:
     """The coupling a user named: a `Coupling`, or a name with its parameters.
 
     ``"re2tal"``, ``"bdia:1/8"`` (γ), ``"bdia-random:1/2"`` (the magnitude of γ), ``"momentum:1/4"`` (γ),
-    ``"dr2net:1,1/8"`` (α, β), ``"midpoint:1/2,3/2"`` (a, h).
+    ``"dr2net:1,1/8"`` (α, β), ``"midpoint:1/2,3/2"`` (a, h), ``"innovation:1/2"`` (ε; without
+    a number, calibration chooses), or what `Coupling.to_plain` made of one.
 
     Raises:
         CouplingError: the name or its parameter is unknown.
@@ -89,6 +98,8 @@ def coupling_from(spec: str | Coupling) -> Coupling:
     """
     if isinstance(spec, Coupling):
         return spec
+    if isinstance(spec, Mapping):
+        return Innovation.from_plain(spec)
     name, colon, parameters = str(spec).partition(":")
     make, most = SPELLINGS.get(name, (None, 0))
     values = [_number(spec, text) for text in parameters.split(",")] if colon else []

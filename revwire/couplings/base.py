@@ -19,12 +19,15 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import inf, log2
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from revwire._errors import CouplingError
+
+if TYPE_CHECKING:
+    from revwire.couplings.maps import Move
 
 FLOAT_TOLERANCE = 1e-4
 """Float mode is the default only where the rebuilt input of a chain is expected within this relative error."""
@@ -140,6 +143,24 @@ class Coupling(ABC):
     @abstractmethod
     def merge(self, previous: Tensor, current: Tensor) -> Tensor:
         """The output of a chain from its two streams (x_{K-1}, x_K), both of the chain's shape."""
+
+    @property
+    def move(self) -> Move | None:
+        """What moves the point of the next branch after each unit but the last of a chain: a second step (`maps`)."""
+        return None
+
+    def to_plain(self) -> Any:
+        """It as `coupling_from` reads it: its spelling, or a dict of plain data (JSON-ready) that has its ``name``."""
+        return self.name
+
+    @property
+    def bare(self: C) -> C:
+        """The scheme without what was fitted to one place in a chain."""
+        return self
+
+    def in_place_of(self: C, old: Coupling) -> C:
+        """The scheme at the place of ``old``, from which it takes what was fitted there, if it is of the same kind."""
+        return self
 
     @property
     def drops_skip(self) -> bool:

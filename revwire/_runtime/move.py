@@ -1,0 +1,77 @@
+"""The step between two units of a scheme on a pair of states (`revwire.couplings.maps`): engine and gradient.
+
+A unit has led from the states (y_k, z_k) to (z_k, y_{k+1}); this leads on to (y_{k+1}, z_{k+1}). Its branch is a small
+function of y_{k+1}, which a backward pass has again, so nothing is kept but the bits of z_k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revwire._runtime.entries import MoveRecord
+from revwire._runtime.rewind import Rewind
+from revwire._runtime.tape import Tape
+from revwire._runtime.unit import Unit
+from revwire._streams.floats import FloatStreams
+from revwire.couplings.maps import Move
+
+
+class _MoveNode(torch.autograd.Function):
+    """z_{k+1} = a·y_{k+1} + b·z_k + c·p(y_{k+1})."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, unit: Unit, move: Move, z: Tensor, y: Tensor) -> Tensor:
+        out = _moved(tape, unit, move, y)
+        ctx.move, ctx.range, ctx.tape, ctx.y = move, tape.range, None, None
+        if move.map is not None and not move.map.is_affine:
+            if tape.records and isinstance(tape.records[-1], MoveRecord):
+                ctx.tape, ctx.position = tape, len(tape.records) - 1
+            else:
+                ctx.y = y.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        move, g = ctx.move, grads[0]
+        if ctx.range.deferred and ctx.range.settle():
+            g = g * float("nan")  # see Note [Synchronisation] in `range`
+        need = ctx.needs_input_grad
+
+        def value() -> Tensor:
+            return ctx.y if ctx.tape is None else Rewind.of(ctx.tape).newest(ctx.position)
+
+        return None, None, None, g * move.rule.b if need[3] else None, move.pulled(g, value) if need[4] else None
+
+
+def next_point(tape: Tape, unit: Unit, z: Tensor, y: Tensor) -> Tensor | None:
+    """The float value of z_{k+1}, if the scheme of the unit that has just run moves it; ``z`` and ``y``: those of the
+    states z_k and y_{k+1}, with which the tape stands. Where it leaves the range, the tape ends before it.
+    """
+    place, chain = tape.position - 1, tape.chain
+    move = tape.couplings[place].move
+    if move is None:
+        return None
+    if chain.observer:
+        move = chain.observer.on_move(chain, place, y.detach(), z.detach()) or move
+    if tape.keep:
+        return _MoveNode.apply(tape, unit, move, z, y)  # type: ignore[no-any-return]
+    return _moved(tape, unit, move, y)
+
+
+def _moved(tape: Tape, unit: Unit, move: Move, y: Tensor) -> Tensor:
+    before, newest = tape.intact_state()
+    y = y.detach()
+    p, more = move.value(y), tape.records_more
+    done = tape.streams.step(before, y, p, move.rule, undone=more)
+    if not tape.range.holds(unit, done):
+        out = FloatStreams().step(tape.streams.read(before), y, p, move.rule).value
+        tape.range.leave(unit, out)
+        tape.left = True
+        return out
+    if more:
+        tape.records.append(MoveRecord(move, done.bits))
+    tape.advance((newest, done.state))
+    return done.value
