@@ -78,10 +78,19 @@ def check_invertible(
     for f in branches:
         rule = coupling.rule("residual", current)
         following, _, bits, *_ = streams.step(previous, streams.read(current), f.to(dtype), rule)
-        kept.append((rule, bits))
+        kept.append((f.to(dtype), rule, bits))
         previous, current = current, following
-    for f, (rule, bits) in zip(reversed(branches), reversed(kept), strict=True):
-        rebuilt = streams.unstep(current, streams.read(previous), f.to(dtype), rule, bits).state
+        if coupling.move is not None:
+            y, rule = streams.read(current), coupling.move.rule
+            following, _, bits, *_ = streams.step(previous, y, coupling.move.value(y), rule)
+            kept.append((None, rule, bits))
+            previous, current = current, following
+    for f, rule, bits in reversed(kept):
+        x = streams.read(previous)
+        if f is None:
+            assert coupling.move is not None
+            f = coupling.move.value(x)
+        rebuilt = streams.unstep(current, x, f, rule, bits).state
         previous, current = rebuilt, previous
     error = max(_relative(previous, start), _relative(current, start))
     assert error <= tolerance, (
@@ -91,9 +100,13 @@ def check_invertible(
 
 
 def check_error_growth(coupling: Coupling) -> None:
-    """Law: ``error_growth`` is 1 / min|λ| over the roots of λ² = aλ + b."""
-    a, b, _ = coupling.coefficients
-    smallest = float(torch.linalg.eigvals(torch.tensor([[a, b], [1.0, 0.0]], dtype=torch.float64)).abs().min())
+    """Law: ``error_growth`` is 1 / min|λ| over the roots of λ² = aλ + b; of a scheme that moves the points of its
+    branches, over the eigenvalues of both its steps, without the map.
+    """
+    steps = [coupling.coefficients, *([coupling.move.rule] if coupling.move else [])]
+    matrices = [torch.tensor([[s.a, s.b], [1.0, 0.0]], dtype=torch.float64) for s in steps]
+    both = matrices[0] if len(matrices) == 1 else matrices[1] @ matrices[0]
+    smallest = float(torch.linalg.eigvals(both).abs().min())
     declared = coupling.error_growth
     assert abs(declared * smallest - 1) < 1e-9, f"{coupling.name}: error growth is {1 / smallest}, declared {declared}"
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from revwire import Bdia, Coupling, Dr2Net, Midpoint, Momentum, Re2TAL
+from revwire import Bdia, Coupling, Dr2Net, Innovation, Midpoint, Momentum, Re2TAL
+from revwire.couplings import StateMap
 
 DEPTH = 8
 """Units of the chains that the tolerances are declared for."""
@@ -34,6 +35,16 @@ class Case:
         return f"{self.coupling.name}-{'exact' if self.exact else 'float'}-{str(self.dtype)[6:]}"
 
 
+class Sines(StateMap):
+    """A map that is neither affine nor one of revwire's own, for states of any shape."""
+
+    def value(self, y):
+        return torch.sin(y) / 4
+
+
+SINES = Sines()
+
+
 _BIT = (
     "rebuilt states have the bits of the forward pass; the oracle sums in another order and does not round to the grid"
 )
@@ -51,6 +62,11 @@ CASES = [
     *(
         Case(coupling, True, torch.float32, 0.0, 1e-6, _BIT)
         for coupling in (Momentum(1 / 8), Dr2Net(7 / 8, 1 / 8), Midpoint(1 / 2))
+    ),
+    *(
+        Case(coupling, True, dtype, 0.0, oracle, _BIT)
+        for coupling in (Innovation(1.0, SINES), Innovation(1 / 2, SINES), Innovation(-1 / 4))
+        for dtype, oracle in ((torch.float32, 1e-6), (torch.float64, 1e-12))
     ),
 ]
 EXACT = [case for case in CASES if case.exact]

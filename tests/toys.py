@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import DEPTH
-from revwire import Coupling
+from revwire import Coupling, Innovation
 from revwire._budget.forms import Form
 from revwire._runtime import run as runner
 from revwire._runtime.chain import Chain
@@ -222,6 +222,9 @@ class Toy(nn.Module):
 
     def oracle(self, x, *extras):
         """The same function in plain floating point, by the recurrence of the papers, written down a second time."""
+        scheme = self.chain.couplings[0]
+        if isinstance(scheme, Innovation):
+            return self._innovation(x, extras, scheme)
         a, b, c = coefficients(self.chain.coupling_name)
         before, now, sides = x, x, []
         for branch in self.branches:
@@ -231,6 +234,17 @@ class Toy(nn.Module):
             sides += extra
         out = (before + now) / 2 if self.chain.coupling_name == "re2tal" else now
         return (out, *sides) if sides else out
+
+
+    def _innovation(self, x, extras, scheme):
+        y, z, sides = x, x, []
+        for branch in self.branches:
+            f, extra = as_residual(branch, z, *extras)
+            y = y + (f if self.kind == "residual" else torch.tanh(z + f) - z)
+            predicted = y - (0 if scheme.map is None else scheme.map.value(y))
+            z = y + scheme.epsilon * (z - predicted)
+            sides += extra
+        return (y, *sides) if sides else y
 
 
 class Oracle(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revwire._errors import UnsupportedTransformError
 from revwire._runtime.entries import MoveRecord
 from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
@@ -41,6 +42,11 @@ class _MoveNode(torch.autograd.Function):
         need = ctx.needs_input_grad
 
         def value() -> Tensor:
+            if torch.is_grad_enabled():
+                raise UnsupportedTransformError(
+                    f"{type(move.map).__name__}: got create_graph=True (a double backward) through a map that is not "
+                    "affine; expected a first-order backward; compute it on `revwire.revert(model)`"
+                )
             return ctx.y if ctx.tape is None else Rewind.of(ctx.tape).newest(ctx.position)
 
         return None, None, None, g * move.rule.b if need[3] else None, move.pulled(g, value) if need[4] else None

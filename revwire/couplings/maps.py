@@ -41,8 +41,8 @@ class StateMap(ABC):
         """The gradient of ⟨g, p(y)⟩ by y, in the shape of ``g``; ``y()`` gives the state. By autograd, unless a map
         knows better.
         """
+        at = y().detach().requires_grad_()
         with torch.enable_grad():
-            at = y().detach().requires_grad_()
             return torch.autograd.grad(self.value(at), at, g)[0]
 
     def to_plain(self) -> dict[str, Any]:
