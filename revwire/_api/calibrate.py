@@ -185,7 +185,12 @@ class _Fitter(Observer):
     def coupling(self, chain: Chain, place: int) -> Coupling:
         """What was found for a place; else what it has."""
         fit = self.fits.get((id(chain), place))
-        return chain.couplings[place] if fit is None else fit.coupling
+        if fit is not None:
+            return fit.coupling
+        coupling, before = chain.couplings[place], self.fits.get((id(chain), place - 1))
+        if isinstance(coupling, Innovation) and before is not None:  # the last one moves nothing: it is named as the rest
+            return replace(coupling, map=None, chosen=before.coupling.chosen)
+        return coupling
 
     def refused(self) -> str:
         """Why what was seen is no ground for predictors; nothing where it is."""

@@ -15,6 +15,8 @@ def with_costs(planned: PlannedChain, chain: Chain) -> PlannedChain:
     keep.
     """
     bits = [c.kept_bits if chain.exact else 0 for c in chain.couplings]
+    if chain.couplings[-1].move is not None:  # what keeps bits there comes between two units
+        bits[-1] = 0
     cuts = chain.cuts or (None,) * chain.length
     units = tuple(
         replace(

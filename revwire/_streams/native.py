@@ -83,7 +83,7 @@ def advance(a, c, one, m, half, sign, like, n, first, last, previous, x, f, stat
         All bits that a magnitude of the new state has: less than twice the largest one. -1: a value is out of range.
     """
     top = _top(like)
-    a, c, one, limit = _float32(a), _float32(c), _float32(one), _float32(top)
+    a, c, one, limit = _float32(a), _float32(c), _float32(one), _float32(top) * _float32(2)
     m, half, sign, outside, reached = _as(m, like), _as(half, like), _as(sign, like), _as(0, like), _as(0, like)
     all_olds, all_news = carray(_to(previous, like), n), carray(_to(state, like), n)
     all_xs, all_fs, all_values = (
@@ -102,7 +102,7 @@ def advance(a, c, one, m, half, sign, like, n, first, last, previous, x, f, stat
         )
         for j in range(len(olds)):
             wide = _rint(fs[j] * c + xs[j] * a)
-            fits = abs(wide) < limit  # not so for NaN
+            fits = abs(wide) < limit  # not so for NaN; an increment may be larger than the state that it leads to
             rounded = _as(wide if fits else _zero, like)
             old = olds[j]
             out = _as(rounded + _as(sign * _as(_as(old + half, like) >> m, like), like), like)
@@ -119,7 +119,7 @@ def advance(a, c, one, m, half, sign, like, n, first, last, previous, x, f, stat
 @_compiled
 def retreat(a, c, m, half, sign, like, n, first, last, following, x, f, out, sums):
     """The inverse of `advance`; ``out`` holds the kept bits, and becomes the state."""
-    a, c, limit = _float32(a), _float32(c), _float32(_top(like))
+    a, c, limit = _float32(a), _float32(c), _float32(_top(like)) * _float32(2)
     m, half, sign = _as(m, like), _as(half, like), _as(sign, like)
     mask = _as((_as(1, like) << m) - 1, like)
     all_news, all_olds = carray(_to(following, like), n), carray(_to(out, like), n)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cases import SINES, Case
+from cases import BENT, Case
 from revwire import Bdia, Dr2Net, Innovation, Midpoint, Momentum, RandomBdia, Re2TAL
 from revwire._runtime.observer import Observer
 from revwire.measure import saved_bytes
@@ -25,7 +25,7 @@ EVERY = [
     *(Dr2Net(1 - b, b) for b in (1 / 8, 1.0)),
     *(Midpoint(a, h) for a, h in ((1 / 2, 1.5), (1, 2))),
     *(Innovation(e) for e in (1 / 2, -1 / 2, 1 / 4, -1 / 4, 1 / 128)),
-    *(Innovation(e, SINES) for e in (1.0, 1 / 2, 1 / 4)),
+    *(Innovation(e, BENT) for e in (1.0, 1 / 2, 1 / 4)),
 ]
 """Each scheme, with each number of bits that it may keep, or the fewest, some and the most."""
 
@@ -37,7 +37,7 @@ FAMILIES = [
     Dr2Net(7 / 8, 1 / 8),
     Midpoint(1 / 2),
     Midpoint(1, 2),
-    Innovation(1 / 2, SINES),
+    Innovation(1 / 2, BENT),
 ]
 
 numbers = st.floats(1 / 8, 1)

@@ -17,7 +17,7 @@ from revwire._budget.meter import measured
 from revwire._budget.unit_cost import ChainSizes
 from revwire._errors import ReconstructionError
 from revwire._forwards.converted import chains_of
-from revwire._runtime.entries import Result
+from revwire._runtime.entries import Result, UnitRecord
 from revwire.measure import peak_bytes, saved_bytes
 from revwire.measure._training_step import autocast_left
 from steps import (
@@ -61,7 +61,7 @@ mixed = partial(toys.mixed, kind=Narrow)
 
 
 def results_of(loss):
-    return [r.result for r in records_of(loss) if r.result is not None]
+    return [r.result for r in records_of(loss) if isinstance(r, UnitRecord) and r.result is not None]
 
 
 @each_fast_exact_case

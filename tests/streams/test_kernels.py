@@ -183,3 +183,16 @@ def test_bytes_are_compared_to_the_last(size, compiled, monkeypatch):
         b[place] ^= 128
         assert not _kernels.same_bytes(a, b)
     assert not _kernels.same_bytes(a, torch.cat([a, a]))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_increment_may_be_larger_than_the_state_that_it_leads_to(sign):
+    """x_{k+1} is in range, and x_{k+1} − b·x_{k-1} is not."""
+    streams = FixedStreams.for_range(1.0, torch.float32)
+    assert streams.form is not None
+    largest = torch.linspace(0.8, 0.99, 64) * streams.bound
+    x, rule = largest, Rule(1.25, -0.25 * sign, 0.0, 2)
+    previous = streams.enter(x * sign)
+    done = streams.step(previous, x, x, rule)
+    assert done.in_range
+    assert torch.equal(streams.unstep(done.state, x, x, rule, done.bits).state, previous)
