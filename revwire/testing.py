@@ -103,8 +103,8 @@ def check_error_growth(coupling: Coupling) -> None:
     """Law: ``error_growth`` is 1 / min|λ| over the roots of λ² = aλ + b; of a scheme that moves the points of its
     branches, over the eigenvalues of both its steps, without the map.
     """
-    steps = [coupling.coefficients, *([coupling.move.rule] if coupling.move else [])]
-    matrices = [torch.tensor([[s.a, s.b], [1.0, 0.0]], dtype=torch.float64) for s in steps]
+    steps = [coupling.coefficients[:2], *([(coupling.move.rule.a, coupling.move.rule.b)] if coupling.move else [])]
+    matrices = [torch.tensor([[a, b], [1.0, 0.0]], dtype=torch.float64) for a, b in steps]
     both = matrices[0] if len(matrices) == 1 else matrices[1] @ matrices[0]
     smallest = float(torch.linalg.eigvals(both).abs().min())
     declared = coupling.error_growth

@@ -235,7 +235,6 @@ class Toy(nn.Module):
         out = (before + now) / 2 if self.chain.coupling_name == "re2tal" else now
         return (out, *sides) if sides else out
 
-
     def _innovation(self, x, extras, scheme):
         y, z, sides = x, x, []
         for branch in self.branches:

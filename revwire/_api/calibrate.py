@@ -102,8 +102,8 @@ def calibrate(model: nn.Module, examples: Iterable[Any]) -> None:
     if refused:
         warnings.warn(
             f"{type(model).__name__}: got {refused} to calibrate with; expected a few batches of real data "
-            "(calibrate=...), as predictors that were fitted to less are worse than none. Until revwire.calibrate(model, "
-            "examples) is called with some, its units run as under 'bdia'",
+            "(calibrate=...), as predictors that were fitted to less are worse than none. Until "
+            "revwire.calibrate(model, examples) is called with some, its units run as under 'bdia'",
             CalibrationWarning,
             stacklevel=2,
         )
@@ -188,7 +188,9 @@ class _Fitter(Observer):
         if fit is not None:
             return fit.coupling
         coupling, before = chain.couplings[place], self.fits.get((id(chain), place - 1))
-        if isinstance(coupling, Innovation) and before is not None:  # the last one moves nothing: it is named as the rest
+        if (
+            isinstance(coupling, Innovation) and before is not None
+        ):  # the last one moves nothing: it is named as the rest
             return replace(coupling, map=None, chosen=before.coupling.chosen)
         return coupling
 
@@ -258,7 +260,7 @@ def _is_noise(t: Tensor) -> bool:
 
 def _is_drawn(t: Tensor) -> bool | None:
     """Whether integers come as evenly as those drawn from their range; None where they are too few to tell."""
-    _, counts = t.unique(return_counts=True)
+    _, counts = torch.unique(t, return_counts=True)
     size = int(t.max()) - int(t.min()) + 1
     mean = t.numel() / size
     squares = float(counts.double().square().sum()) - t.numel() * mean  # around the mean, absent ones too

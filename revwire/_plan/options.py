@@ -115,8 +115,8 @@ class Choice:
         moving = {c.move is not None: c.name for c in couplings}
         if len(moving) > 1:
             raise CouplingError(
-                f"{where}: got couplings {moving[True]!r} and {moving[False]!r} in one chain; expected all of its units "
-                "under 'innovation', whose two streams mean something else than those of other couplings, or none"
+                f"{where}: got couplings {moving[True]!r} and {moving[False]!r} in one chain; expected all of its "
+                "units under 'innovation', whose two streams mean something else than those of other couplings, or none"
             )
         spacing = self._spacing(couplings)
         run = len(couplings) if spacing is None else min(spacing, len(couplings))

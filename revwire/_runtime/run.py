@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import edge_behind, recording_nothing, running_pass
-from revwire._runtime.move import next_point
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
 from revwire._runtime.functions import comes_from_chain, enter, later, step
 from revwire._runtime.kinds import Kind, dressed, kind_of
 from revwire._runtime.kinds import plain as plain_tensor
 from revwire._runtime.links import Link, link_of, linked, linked_view
+from revwire._runtime.move import next_point
 from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.range import magnitude, warn_of_what_is_not_finite
 from revwire._runtime.rewind import unpacker

@@ -70,7 +70,7 @@ class Innovation(Coupling):
         return Coefficients(0.0, 1.0, 1.0)
 
     @cached_property
-    def move(self) -> Move:  # type: ignore[override]
+    def move(self) -> Move:
         return Move.innovation(self._epsilon, self.map)
 
     @property
@@ -94,7 +94,7 @@ class Innovation(Coupling):
     def between(self, other: Coupling, share: float, *, exact: bool) -> Innovation:
         """Magnitudes go from this ε to the other, in powers of two, with the other's sign; what was fitted stays."""
         if not isinstance(other, Innovation):
-            super().between(other, share, exact=exact)  # raises
+            return super().between(other, share, exact=exact)  # raises
         start, end = self._epsilon, other._epsilon
         wanted = abs(start) + share * (abs(end) - abs(start))
         return replace(self, epsilon=nearest_power(wanted) if end > 0 else -nearest_power(wanted), chosen=None)

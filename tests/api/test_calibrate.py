@@ -79,7 +79,9 @@ def test_without_a_number_each_unit_keeps_what_it_needs():
     assert sum(bits(easy)) < sum(bits(hard))
     assert max(change(easy), change(hard)) < 0.2
     assert revwire.report(easy).chains[0].bits == max(bits(easy))
-    assert [u.kept_bytes for u in revwire.report(easy).units] == [X[..., :1].numel() * WIDE * b // 8 for b in (*bits(easy), 0)]
+    assert [u.kept_bytes for u in revwire.report(easy).units] == [
+        X[..., :1].numel() * WIDE * b // 8 for b in (*bits(easy), 0)
+    ]
 
 
 def test_calibration_leaves_the_model_as_it_was():
@@ -217,7 +219,7 @@ def test_what_cannot_be_calibrated_is_said():
         revwire.calibrate(converted("innovation:1/2"), [])
     with pytest.raises(CouplingError, match="in one chain"):
         converted({"1": "innovation:1/2", "*": "bdia"})
-    with pytest.raises(CouplingError, match="epsilon = 0.3"):
+    with pytest.raises(CouplingError, match=r"epsilon = 0\.3"):
         converted("innovation:0.3")
     model = network()
     with pytest.raises(CouplingError, match="innovation"):
