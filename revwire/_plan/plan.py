@@ -13,6 +13,7 @@ from revwire._plan.saved import AnyPath, beheaded, headed, parsed_file, written_
 from revwire._plan.stays import Skipped, stays_lines, why_nothing
 from revwire._runtime.chunks import Cut
 from revwire._runtime.unit import Mode
+from revwire.couplings import Affine, Innovation
 from revwire.couplings.base import FLOAT_TOLERANCE, Coupling
 from revwire.measure.sizes import spelled
 
@@ -306,7 +307,8 @@ class Plan:
         """What is said below the table; the net gain is the last line."""
         told = [str(self.forecast)] if self.forecast else []
         net = [str(self.peaks)] if self.peaks else []
-        return [*told, *self._checkpointed_lines(), *stays_lines(self.skipped), *net]
+        predicted = [line for chain in self.chains if (line := _predicted(chain))]
+        return [*told, *predicted, *self._checkpointed_lines(), *stays_lines(self.skipped), *net]
 
     def _checkpointed_lines(self) -> list[str]:
         some = ", ".join(self.checkpointed[:8]) + (" ..." if len(self.checkpointed) > 8 else "")
@@ -315,6 +317,18 @@ class Plan:
         if self.forecast and self.forecast.planned == self.forecast.stored:
             return ["every activation fits: nothing is rebuilt, and the network as it was would do as well"]
         return []
+
+
+def _predicted(c: PlannedChain) -> str:
+    """How well the maps of a coupling that predicts do, and what they take; nothing where there are none."""
+    maps = [(u.path, u.scheme.map) for u in c.units if isinstance(u.scheme, Innovation) and u.scheme.map is not None]
+    if not maps:
+        return ""
+    shares = [(p.predicted, path) for path, p in maps if isinstance(p, Affine)]
+    least, where = min(shares, default=(1.0, ""))
+    size = spelled(sum(p.nbytes for _, p in maps))
+    mean = sum(share for share, _ in shares) / max(len(shares), 1)
+    return f"{c.name}: {len(maps)} predictors ({size}) tell {mean:.0%} of what was held out, {least:.0%} at {where}"
 
 
 def _modes(c: PlannedChain) -> str:
