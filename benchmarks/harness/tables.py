@@ -26,6 +26,7 @@ DOCUMENTS = (
     "benchmarks/README.md",
     "docs/coverage.md",
     "docs/choosing-a-coupling.md",
+    "docs/innovation.md",
     "docs/performance.md",
     "benchmarks/tal/README.md",
 )

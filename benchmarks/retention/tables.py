@@ -93,6 +93,23 @@ def kept_bytes(rows: list[Row]) -> Table:
     return [head, *([r["wiring"], *cells] for r, cells in zip(rows, figures, strict=True))]
 
 
+def innovation(rows: list[Row]) -> Table:
+    """The figure by coupling (rows) and network (columns), and the bits that are kept there."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    units = {row["network"]: row["unit"] for row in rows}
+    table = [["coupling", "units", *(f"{network}: {units[network]} (bits)" for network in networks)]]
+    for coupling, whole in dict.fromkeys((row["coupling"], row["whole"]) for row in rows):
+        mine = {r["network"]: r for r in rows if (r["coupling"], r["whole"]) == (coupling, whole)}
+        cells = [_kept(mine[network]) if network in mine else "–" for network in networks]
+        table.append([coupling, "whole blocks" if whole else "residual adds", *cells])
+    return table
+
+
+def _kept(row: Row) -> str:
+    figure = _number(row["figure"]) if row["unit"] != "top-1" else _share(row["figure"])
+    return figure if row["bits"] is None else f"{figure} ({row['bits']:.1f})"
+
+
 def _share(value: float | None) -> str:
     return "diverges" if value is None else f"{value:.1%}"
 
@@ -115,5 +132,6 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "cifar_finetuning": cifar_finetuning,
     "language_model_finetuning": language_model_finetuning,
     "kept_bytes": kept_bytes,
+    "innovation": innovation,
 }
 SUMMARIES = {"retention": claims}

@@ -20,9 +20,8 @@ from revwire._runtime.observer import Inputs, Observer
 from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
 from revwire.couplings import BY_PATTERN
-from revwire.couplings.base import MOST_BITS, Coupling
+from revwire.couplings.base import MOST_BITS, Coupling, Move
 from revwire.couplings.innovation import Innovation
-from revwire.couplings.maps import Move
 from revwire.couplings.ridge import Moments, missed
 
 PERTURBATION = 0.05

@@ -28,8 +28,7 @@ from revwire._surroundings.copies import Versions
 from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, version_of
 from revwire._surroundings.surroundings import Surroundings
-from revwire.couplings.base import Rule
-from revwire.couplings.maps import Move
+from revwire.couplings.base import Move, Rule
 
 TensorMeta = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -146,7 +145,7 @@ class UnitRecord:
 
 @dataclass(slots=True)
 class MoveRecord:
-    """A step between two units (`revwire.couplings.maps`): (z_k, y_{k+1}) became (y_{k+1}, z_{k+1})."""
+    """A step between two units (`revwire.couplings.base.Move`): (z_k, y_{k+1}) became (y_{k+1}, z_{k+1})."""
 
     move: Move
     bits: Tensor | None
@@ -167,8 +166,11 @@ class ViewRecord:
     view: Callable[[Tensor], Tensor]
     before: Tensor  # a meta tensor with the layout before the view
 
-    def undo(self, state: Tensor) -> Tensor:
-        """The state before the view."""
+    def undo(self, _: Streams, previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before the view, from those behind it."""
+        return self._undone(previous), self._undone(current)
+
+    def _undone(self, state: Tensor) -> Tensor:
         shape, strides = self.before.shape, self.before.stride()
         out = torch.empty_strided(
             shape, strides, dtype=state.dtype, device=state.device

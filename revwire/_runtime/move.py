@@ -1,6 +1,6 @@
-"""The step between two units of a scheme on a pair of states (`revwire.couplings.maps`): engine and gradient.
+"""The step between two units of a scheme on a pair of states (`revwire.couplings.base.Move`): engine and gradient.
 
-A unit has led from the states (y_k, z_k) to (z_k, y_{k+1}); this leads on to (y_{k+1}, z_{k+1}). Its branch is a small
+A unit goes from the states (y_k, z_k) to (z_k, y_{k+1}); this goes on to (y_{k+1}, z_{k+1}). Its branch is a small
 function of y_{k+1}, which a backward pass has again, so nothing is kept but the bits of z_k.
 """
 
@@ -17,7 +17,7 @@ from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._streams.floats import FloatStreams
-from revwire.couplings.maps import Move
+from revwire.couplings.base import Move
 
 
 class _MoveNode(torch.autograd.Function):
@@ -47,9 +47,18 @@ class _MoveNode(torch.autograd.Function):
                     f"{type(move.map).__name__}: got create_graph=True (a double backward) through a map that is not "
                     "affine; expected a first-order backward; compute it on `revwire.revert(model)`"
                 )
-            return ctx.y if ctx.tape is None else Rewind.of(ctx.tape).newest(ctx.position)
+            kept: Tensor | None = ctx.y
+            if kept is not None:
+                return kept
+            tape: Tape = ctx.tape
+            walk = Rewind.of(tape)
+            walk.undo(ctx.position)
+            assert walk.current is not None
+            return tape.streams.read(walk.current)
 
-        return None, None, None, g * move.rule.b if need[3] else None, move.pulled(g, value) if need[4] else None
+        b = move.rule.b
+        z = (g if b == 1 else g * b) if need[3] else None  # no copy where there need be none
+        return None, None, None, z, move.pulled(g, value) if need[4] else None
 
 
 def next_point(tape: Tape, unit: Unit, z: Tensor, y: Tensor) -> Tensor | None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams
-from revwire.couplings.base import Coupling
-from revwire.couplings.maps import Move
+from revwire.couplings.base import Coupling, Move
 
 Key = tuple[int, int]
 """Tells a run of a unit, or of its chunk, from all others that wait for their backward pass."""

@@ -115,11 +115,6 @@ class Rewind:
             )
         return tensor
 
-    def newest(self, position: int) -> Tensor:
-        """The float value of x_k before the record at ``position``."""
-        self.undo(position)
-        return self.tape.streams.read(self._now())
-
     def _start_over(self, position: int) -> None:
         if not self.retained or position >= len(self.tape.records):
             raise ReconstructionError(
@@ -134,9 +129,7 @@ class Rewind:
     def _step_back(self) -> None:
         position, records = self.position - 1, self.tape.records
         record = records[position]
-        if isinstance(record, ViewRecord):
-            self.previous, self.current = record.undo(self.previous), record.undo(self._now())
-        elif isinstance(record, MoveRecord):
+        if isinstance(record, (ViewRecord, MoveRecord)):
             self.previous, self.current = record.undo(self.tape.streams, self.previous, self._now())
         elif isinstance(record, Anchor):  # past a run of stored units
             self.previous, self.current = self.tape.anchored(record)

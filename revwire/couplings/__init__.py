@@ -17,7 +17,9 @@ from revwire.couplings.base import (
     Coefficients,
     Coupling,
     Kind,
+    Move,
     Rule,
+    StateMap,
     bits_of,
     named,
     nearest_power,
@@ -27,7 +29,7 @@ from revwire.couplings.bdia import Bdia
 from revwire.couplings.bdia_random import RandomBdia
 from revwire.couplings.dr2net import Dr2Net
 from revwire.couplings.innovation import Innovation
-from revwire.couplings.maps import Affine, Move, StateMap
+from revwire.couplings.maps import Affine
 from revwire.couplings.midpoint import Midpoint
 from revwire.couplings.momentum import Momentum
 from revwire.couplings.re2tal import Re2TAL

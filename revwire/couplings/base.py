@@ -3,6 +3,12 @@
     x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k),   x_{-1} = x_0            (step)
     x_{k-1} = (x_{k+1} − a·x_k − c·F_k(x_k)) / b                        (unstep)
 
+A scheme may take a second step after each unit but the last, which moves the point where the next branch is evaluated:
+
+    (y_k, z_k) → (z_k, y_{k+1}) → (y_{k+1}, z_{k+1}),   z_{k+1} = a·y_{k+1} + b·z_k + c·p(y_{k+1})      (move)
+
+On two streams it is the same rule again, with p(y_{k+1}) in the place of a branch; so all laws hold for it.
+
 Laws, measured on every scheme by the tests:
 
 1. ``unstep(step(x_{k-1}, x_k, f), x_k, f) == x_{k-1}`` in exact arithmetic, for every f.
@@ -15,19 +21,17 @@ Laws, measured on every scheme by the tests:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import inf, log2
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from revwire._errors import CouplingError
-
-if TYPE_CHECKING:
-    from revwire.couplings.maps import Move
 
 FLOAT_TOLERANCE = 1e-4
 """Float mode is the default only where the rebuilt input of a chain is expected within this relative error."""
@@ -96,6 +100,74 @@ class Rule:
         return cls(*coefficients, bits=bits_of(coefficients.b))
 
 
+class StateMap(ABC):
+    """p: a function of a state, by which `Coupling.move` moves the point of the next branch.
+
+    It must give the same bits whenever it is given the same. It runs without gradients, and outside of autocast.
+    """
+
+    is_affine: ClassVar[bool] = False
+    """Whether its gradient is the same for every y, so that y is not needed for it."""
+
+    @abstractmethod
+    def value(self, y: Tensor) -> Tensor:
+        """p(y), in the shape of ``y`` (a float state, in the stream dtype)."""
+
+    def pulled(self, g: Tensor, y: Callable[[], Tensor]) -> Tensor:
+        """The gradient of ⟨g, p(y)⟩ by y, in the shape of ``g``; ``y()`` gives the state. By autograd, unless a map
+        knows better.
+        """
+        at = y().detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(self.value(at), at, g)[0]
+
+    def to_plain(self) -> dict[str, Any]:
+        """It as plain data (JSON-ready), where it can be saved within a plan.
+
+        Raises:
+            CouplingError: it cannot.
+        """
+        raise CouplingError(f"{type(self).__name__}: got a map that cannot be saved; expected one with to_plain()")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it holds."""
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """The step between two units: z_{k+1} = a·y_{k+1} + b·z_k + c·p(y_{k+1}).
+
+    Attributes:
+        rule: (a, b, c), with |b| = 2^-m where it is to be exact.
+        map: p; None: there is none, and c counts for nothing.
+    """
+
+    rule: Rule
+    map: StateMap | None
+
+    @classmethod
+    def innovation(cls, epsilon: float, p: StateMap | None) -> Move:
+        """z_{k+1} = (1−ε)·y_{k+1} + ε·(z_k + p(y_{k+1}))."""
+        return cls(Rule.of(Coefficients(1 - epsilon, epsilon, epsilon if p is not None else 0.0)), p)
+
+    def value(self, y: Tensor) -> Tensor:
+        """p(y), in the shape of ``y``; ``y`` where there is no map."""
+        if self.map is None:
+            return y
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            return self.map.value(y)
+
+    def pulled(self, g: Tensor, y: Callable[[], Tensor]) -> Tensor:
+        """The gradient by y_{k+1} where that by z_{k+1} is ``g``: a·g + c·pᵀ(g)."""
+        a, c = float(self.rule.a), float(self.rule.c)
+        if self.map is None:
+            return g * a
+        with torch.autocast(g.device.type, enabled=False):
+            return torch.add(self.map.pulled(g, y) * c, g, alpha=a)
+
+
 def bits_of(b: float) -> int | None:
     """m, where |b| = 2^-m for a whole m from 0 to `MOST_BITS`; else None."""
     m = -log2(abs(b)) if b else -1.0
@@ -146,7 +218,7 @@ class Coupling(ABC):
 
     @property
     def move(self) -> Move | None:
-        """What moves the point of the next branch after each unit but the last of a chain: a second step (`maps`)."""
+        """What moves the point of the next branch after each unit but the last of a chain: a second step; `Move`."""
         return None
 
     def to_plain(self) -> Any:

@@ -22,8 +22,19 @@ from typing import Any
 from torch import Tensor
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import KEEPING, MOST_BITS, Coefficients, Coupling, bits_of, is_number, named, nearest_power
-from revwire.couplings.maps import Affine, Move, StateMap
+from revwire.couplings.base import (
+    KEEPING,
+    MOST_BITS,
+    Coefficients,
+    Coupling,
+    Move,
+    StateMap,
+    bits_of,
+    is_number,
+    named,
+    nearest_power,
+)
+from revwire.couplings.maps import Affine
 
 UNCALIBRATED = -1 / 16
 """ε where none was given, and no example has chosen it: `Bdia` with γ = 1/16."""

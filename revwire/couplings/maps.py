@@ -1,16 +1,7 @@
-"""What a scheme on a pair of states does between two of its units: it moves the point at which branches are evaluated.
-
-    y_{k+1} = y_k + F_k(z_k)                                            (the unit: (a, b, c) = (0, 1, 1))
-    z_{k+1} = (1−ε)·y_{k+1} + ε·(z_k + p_{k+1}(y_{k+1})),  |ε| = 2^-m    (between)
-
-On two streams both are one two-step rule each, one after the other: (y_k, z_k) → (z_k, y_{k+1}) → (y_{k+1}, z_{k+1}).
-So what holds for steps holds for both: an exact inverse, m kept bits, the same kernels. p is any function of
-y_{k+1} alone, which is there again when z_k is wanted.
-"""
+"""A map that is fitted to examples: affine, over the channels; for schemes on a pair of states (`Move`)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,42 +12,7 @@ import torch
 from torch import Tensor
 
 from revwire._errors import CouplingError
-from revwire.couplings.base import Coefficients, Rule
-
-
-class StateMap(ABC):
-    """p: a function of a state, by which `Coupling.move` moves the point of the next branch.
-
-    It must give the same bits whenever it is given the same. It runs without gradients, and outside of autocast.
-    """
-
-    is_affine: ClassVar[bool] = False
-    """Whether its gradient is the same for every y, so that y is not needed for it."""
-
-    @abstractmethod
-    def value(self, y: Tensor) -> Tensor:
-        """p(y), in the shape of ``y`` (a float state, in the stream dtype)."""
-
-    def pulled(self, g: Tensor, y: Callable[[], Tensor]) -> Tensor:
-        """The gradient of ⟨g, p(y)⟩ by y, in the shape of ``g``; ``y()`` gives the state. By autograd, unless a map
-        knows better.
-        """
-        at = y().detach().requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(self.value(at), at, g)[0]
-
-    def to_plain(self) -> dict[str, Any]:
-        """It as plain data (JSON-ready), where it can be saved within a plan.
-
-        Raises:
-            CouplingError: it cannot.
-        """
-        raise CouplingError(f"{type(self).__name__}: got a map that cannot be saved; expected one with to_plain()")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what it holds."""
-        return 0
+from revwire.couplings.base import StateMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,36 +95,3 @@ class Affine(StateMap):
     @property
     def nbytes(self) -> int:
         return self.down.nbytes + self.up.nbytes + self.bias.nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class Move:
-    """The step between two units: z_{k+1} = a·y_{k+1} + b·z_k + c·p(y_{k+1}).
-
-    Attributes:
-        rule: (a, b, c), with |b| = 2^-m where it is to be exact.
-        map: p; None: there is none, and c counts for nothing.
-    """
-
-    rule: Rule
-    map: StateMap | None
-
-    @classmethod
-    def innovation(cls, epsilon: float, p: StateMap | None) -> Move:
-        """z_{k+1} = (1−ε)·y_{k+1} + ε·(z_k + p(y_{k+1}))."""
-        return cls(Rule.of(Coefficients(1 - epsilon, epsilon, epsilon if p is not None else 0.0)), p)
-
-    def value(self, y: Tensor) -> Tensor:
-        """p(y), in the shape of ``y``; ``y`` where there is no map."""
-        if self.map is None:
-            return y
-        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-            return self.map.value(y)
-
-    def pulled(self, g: Tensor, y: Callable[[], Tensor]) -> Tensor:
-        """The gradient by y_{k+1} where that by z_{k+1} is ``g``: a·g + c·pᵀ(g)."""
-        own = g * float(self.rule.a)
-        if self.map is None:
-            return own
-        with torch.autocast(g.device.type, enabled=False):
-            return own.add_(self.map.pulled(g, y), alpha=float(self.rule.c))

@@ -13,7 +13,7 @@ FULL_RANK = 64
 """Up to so many channels the rank is full."""
 
 
-_LEAST_RANK, _CHANNELS_PER_RANK = 16, 16
+_LEAST_RANK, _CHANNELS_PER_RANK = 32, 16
 """Of wider states: the rank is a sixteenth of the channels, and at least this."""
 
 
