@@ -11,6 +11,7 @@ import torch
 from cases import each_exact_case, each_fast_case
 from revwire._runtime import run as runner
 from revwire._runtime.entries import ViewRecord
+from revwire._streams.floats import FloatStreams
 from toys import SHAPE, WIDTH, Linear, Weightless, inputs_of, run_units, stored, toy
 
 
@@ -272,6 +273,7 @@ def test_a_state_before_a_view_has_the_strides_that_it_had():
     x = torch.randn(1, 49, 16)
     seen = x.transpose(1, 2).view(1, 16, 7, 7)
     assert seen.stride() != torch.empty_like(torch.empty_like(seen, device="meta"), device="cpu").stride()
-    undone = ViewRecord(lambda t: t.flatten(2).transpose(1, 2), torch.empty_like(seen, device="meta")).undo(x)
+    record = ViewRecord(lambda t: t.flatten(2).transpose(1, 2), torch.empty_like(seen, device="meta"))
+    undone, _ = record.undo(FloatStreams(), x, x)
     assert undone.stride() == seen.stride()
     assert torch.equal(undone, seen)
