@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from revwire._budget.costs import Costs
 from revwire._budget.levels import Levels
-from revwire._budget.search import least, search
+from revwire._budget.search import fits
 from revwire._budget.unit_cost import UnitCost
 from revwire._errors import BudgetError
 from revwire._plan.hints import Hints
@@ -27,8 +27,7 @@ def may_help(costs: Costs, finer: float, size: int | None, smallest: int) -> boo
     """Whether chunks so many times finer than in the step of these ``costs`` may let a mix fit a budget, or (where
     there is none) need clearly less than the smallest that was found.
     """
-    hoped = _in_chunks(costs, finer)
-    return least(hoped) <= _PAYS * smallest if size is None else search(hoped, size) is not None
+    return fits(_in_chunks(costs, finer), int(_PAYS * smallest) if size is None else size)
 
 
 def refuse_hopeless(plan: Plan, budget: Budget, hints: Hints) -> None:
