@@ -31,6 +31,7 @@ from revwire.measure import paired_seconds, peak_bytes
 
 NAME = "default"
 STORED, RIVAL, PLAIN = "stored", "rival", "plain"
+LOSS = "none: gradients of ones"
 MOST_SECONDS = 20
 """For the timed rounds of a model: one that is slow has fewer."""
 
@@ -80,12 +81,31 @@ def _fill(row: Row, model: nn.Module, example: Any, rounds: int) -> None:
     row.update({f"to_{base}": asdict(timings.ratio(PLAIN, base)) for base in (STORED, RIVAL)})
 
 
+class _Handed(torch.autograd.Function):
+    """A loss that keeps nothing of what it is given, whose gradient is there once: what is measured is the model alone,
+    as a plan forecasts it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        ctx.like = t.new_empty(()).expand(t.shape)
+        return torch.zeros((), device=t.device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.ones(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
+
+
 def step(model: nn.Module, example: Any) -> None:
-    """Forward and backward of the mean square of all that a model gives out."""
+    """Forward and backward of the model alone: each output is given a gradient of ones, and nobody holds it."""
+    _loss(model, example).backward()
+
+
+def _loss(model: nn.Module, example: Any) -> Tensor:
     given = tree_map(lambda leaf: leaf, example)  # a model may write to the list of its pathways
     out = model(**given) if isinstance(given, dict) else model(*given if isinstance(given, tuple) else [given])
     found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-    torch.stack([t.float().square().mean() for t in found]).mean().backward()
+    return torch.stack([_Handed.apply(t) for t in found]).sum()
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -97,9 +117,10 @@ def _seconds(call: Callable[[], object]) -> float:
 def sweep(names: list[str], rounds: int, resume: bool, folder: Path) -> Record:
     """Measure what is missing, writing the record after every model."""
     order = {name: i for i, name in enumerate(MODELS)}
-    rows = [r for record in read(NAME, folder)[:1] for r in record.results or [] if resume and r["model"] in order]
+    there = [record for record in read(NAME, folder)[:1] if resume and record.config["loss"] == LOSS]
+    rows = [r for record in there for r in record.results or [] if r["model"] in order]
     done = {row["model"] for row in rows}
-    config = {"loss": "mean square", "mode": "train", "rounds": rounds, "call": "revwire.convert(model, example)"}
+    config = {"loss": LOSS, "mode": "train", "rounds": rounds, "call": "revwire.convert(model, example)"}
     record = Record(NAME, "ok", None, config, rows, environment("cpu"))
     for name in track([n for n in names if n not in done], "models"):
         found = [*(record.results or []), measured(name, rounds)]

@@ -17,7 +17,7 @@ from revwire._budget.forms import Form
 from revwire._budget.measured import Measured
 from revwire._budget.meter import Modes, Unsteady, measured
 from revwire._budget.mixes import Mix, by_place, coarsest, fitting, least_of
-from revwire._budget.outlook import may_help
+from revwire._budget.outlook import may_help, too_large_whole
 from revwire._budget.progress import Progress
 from revwire._budget.rival import blocks_of, checkpointing, rival
 from revwire._budget.search import search
@@ -28,6 +28,7 @@ from revwire._plan.options import Budget, parse_budget
 from revwire._plan.plan import Forecast, Plan, PlannedChain, Point
 from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Mode
+from revwire._splitting.kinds import Kinds
 from revwire.measure.sizes import spelled
 
 MOST_STEPS = 8
@@ -151,6 +152,11 @@ class _Tried:
             return False  # the finer ones tell nearly all
         return may_help(self.by_way[0], count, size, self.smallest)
 
+    def kinds_to_cut(self, kinds: Kinds, size: int | None) -> frozenset[int]:
+        """The kinds of units of which some do not fit whole."""
+        units = [self.by_way[0].units[run] for run in too_large_whole(self.by_way[0], COUNTS[-1], size)]
+        return frozenset(kinds[unit.chain][unit.unit] for unit in units)
+
 
 def _tried(trial: Trial, ways: Ways, size: int | None) -> _Tried:
     """Measure one way after another, until some mix fits, or the next is no better; then finer cuts, if need be."""
@@ -168,7 +174,7 @@ def _tried(trial: Trial, ways: Ways, size: int | None) -> _Tried:
         elif way.undo is not None:
             way.undo()
     assert best is not None
-    finer = ways.finer(partial(best.may_get_better, size=size))
+    finer = ways.finer(partial(best.may_get_better, size=size), partial(best.kinds_to_cut, size=size))
     return _in_finer_cuts(trial, ways, best, finer, size) if finer else best
 
 

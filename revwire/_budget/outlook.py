@@ -6,8 +6,9 @@ from copy import copy
 from dataclasses import replace
 
 from revwire._budget.costs import Costs
+from revwire._budget.forms import Form
 from revwire._budget.levels import Levels
-from revwire._budget.search import least, search
+from revwire._budget.search import fits, least
 from revwire._budget.unit_cost import UnitCost
 from revwire._errors import BudgetError
 from revwire._plan.hints import Hints
@@ -27,8 +28,15 @@ def may_help(costs: Costs, finer: float, size: int | None, smallest: int) -> boo
     """Whether chunks so many times finer than in the step of these ``costs`` may let a mix fit a budget, or (where
     there is none) need clearly less than the smallest that was found.
     """
-    hoped = _in_chunks(costs, finer)
-    return least(hoped) <= _PAYS * smallest if size is None else search(hoped, size) is not None
+    return fits(_in_chunks(costs, finer), int(_PAYS * smallest) if size is None else size)
+
+
+def too_large_whole(costs: Costs, finest: float, size: int | None) -> list[int]:
+    """The runs of units that may have to be cut: those that do not fit whole within a budget, or (where there is none)
+    within what nothing beats in chunks so many times finer.
+    """
+    enough = _PAYS * (least(_in_chunks(costs, finest)) if size is None else size)
+    return [run for run in range(len(costs.units)) if costs.own(run, Form.REVERSIBLE) > enough]
 
 
 def refuse_hopeless(plan: Plan, budget: Budget, hints: Hints) -> None:

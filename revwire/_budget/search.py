@@ -4,7 +4,8 @@ Note [The search]
     Units are decided in the order of the forward pass. What those before a stretch keep is one number (see Note [Bytes
     by prefix] in `levels`), so partial choices that keep about as many bytes, and leave the open chains in the same
     forms, compare by their seconds alone: the best of each such class goes on. The classes are 1/`_CLASSES` of the
-    budget wide; bytes themselves are never rounded.
+    budget wide; bytes themselves are never rounded. Whether anything fits at all hangs on the choice that keeps least,
+    which goes on in any case, so the smallest budget is found with few classes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from revwire._budget.costs import Costs
 from revwire._budget.forms import Form
 
 _CLASSES = 256
+_FEW = 8
+"""Enough to tell whether anything fits: beside the fastest of each class, the one that keeps least goes on."""
 
 
 _LEAST_KEPT = -(10**12)
@@ -45,13 +48,15 @@ _Linked = Any  # None, or (the newest form, those before it in the same way)
 _Open = tuple[tuple[int, Form], ...]
 
 
-def search(costs: Costs, budget: int) -> list[Form] | None:
-    """The fastest forms whose predicted peak is at most ``budget``; None if there are none."""
+def search(costs: Costs, budget: int, classes: int = _CLASSES) -> list[Form] | None:
+    """The fastest forms whose predicted peak is at most ``budget``; None if there are none. Few ``classes`` tell soon
+    whether there are any.
+    """
     states: dict[_Open, list[_Choice]] = {(): [_Choice(0, 0, 0.0, None)]}
     if max(costs.waiting[0]) > budget:
         return None
     for run in range(len(costs.units)):
-        states = _grouped(_decided(costs, run, states, budget))
+        states = _grouped(_decided(costs, run, states, budget, max(1, budget // classes)))
         if not states:
             return None
     last = max((c for choices in states.values() for c in choices), key=lambda c: c.gain)
@@ -59,10 +64,12 @@ def search(costs: Costs, budget: int) -> list[Form] | None:
 
 
 def _decided(
-    costs: Costs, run: int, states: dict[_Open, list[_Choice]], budget: int
+    costs: Costs, run: int, states: dict[_Open, list[_Choice]], budget: int, width: int
 ) -> dict[tuple[_Open, int], _Choice]:
-    """The choices that go on, each with a form for one run more: of each class the best that fits."""
-    width, unit = max(1, budget // _CLASSES), costs.units[run]
+    """The choices that go on, each with a form for one run more: of each class, so many bytes wide, the best that
+    fits.
+    """
+    unit = costs.units[run]
     own = {form: costs.peaks(run, form) for form in Form if form is not Form.SELECTIVE or unit.selective}
     best: dict[tuple[_Open, int], _Choice] = {}
     for open_, choices in states.items():
@@ -111,11 +118,21 @@ def _unrolled(forms: _Linked) -> list[Form]:
 
 def least(costs: Costs) -> int:
     """The smallest budget, within a thousandth, that some forms fit."""
+    found = _lowered(costs, _FEW)
+    return found if search(costs, found) else _lowered(costs, _CLASSES)  # where the fastest took the place of what fits
+
+
+def fits(costs: Costs, budget: int) -> bool:
+    """Whether there are forms whose predicted peak is at most ``budget``."""
+    return search(costs, budget, _FEW) is not None
+
+
+def _lowered(costs: Costs, classes: int) -> int:
     high = min(costs.forecast(costs.uniform(mode))[0] for mode in ("reversible", "stored"))
     low = 0
     while high - low > max(1, high // 1000):
         middle = (low + high) // 2
-        forms = search(costs, middle)
+        forms = search(costs, middle, classes)
         if forms is None:
             low = middle
         else:

@@ -18,6 +18,7 @@ from revwire._plan.globs import refuse_idle_globs
 from revwire._plan.hints import Hints
 from revwire._plan.options import Chunks, wanted
 from revwire._runtime.chunks import Cut
+from revwire._splitting.kinds import Kinds
 from revwire._splitting.probe import Prober, probed
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.modes import nothing_compiled
@@ -37,6 +38,20 @@ class Way(NamedTuple):
 
     apply: Callable[[], None]
     undo: Callable[[], None] | None = None
+
+
+class _Tried(NamedTuple):
+    """A way to cut units.
+
+    Attributes:
+        prober: knows how they may be cut.
+        chunks: into how many.
+        kinds: of units that are cut; None: all.
+    """
+
+    prober: Prober
+    chunks: Chunks
+    kinds: frozenset[int] | None = None
 
 
 class Ways:
@@ -63,7 +78,7 @@ class Ways:
         self.model, self.state, self.call, self.chunks, self.choose = model, state, call, chunks, choose
         self.kinds, self.quiet = hints.kinds, hints.quiet
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
-        self.tried: list[tuple[Prober, Chunks]] = []
+        self.tried: list[_Tried] = []
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
         refuse_idle_globs(
             "chunks",
@@ -78,18 +93,21 @@ class Ways:
                 partial(switch, self.state.checkpointed, on=True), partial(switch, self.state.checkpointed, on=False)
             )
 
-    def finer(self, may_help: Callable[[int], bool]) -> list[int]:
-        """The places, among those that are tried, of finer ways to cut units, where that may help."""
+    def finer(self, may_help: Callable[[int], bool], wanted: Callable[[Kinds], frozenset[int]]) -> list[int]:
+        """The places, among those that are tried, of finer ways to cut units, where that may help: units of the kinds
+        that are wanted.
+        """
         counts = [count for count in COUNTS if may_help(count)] if self.chunks is None else []
-        if not counts:
+        cut = wanted(self.kinds) if counts else frozenset[int]()
+        if not cut:
             return []
         try:
-            prober = self._probed(counts)
+            prober = self._probed(counts, cut)
         except ConversionError:
             return []  # it does not run in eval mode: whole units are what there is
         if not (prober.cuts_something or self.state.parted):
             return []
-        self.tried += [(prober, count) for count in counts]
+        self.tried += [_Tried(prober, count, cut) for count in counts]
         return list(range(len(self.tried) - len(counts), len(self.tried)))
 
     def keep(self, ways: Iterable[int]) -> None:
@@ -103,17 +121,18 @@ class Ways:
 
     def _as_wished(self) -> None:
         chunks = self.chunks
-        self.tried = [(Prober([1], {}), 1) if chunks is None or chunks == 1 else (self._probed([chunks]), chunks)]
+        whole = chunks is None or chunks == 1
+        self.tried = [_Tried(Prober([1], {}), 1) if whole else _Tried(self._probed([chunks]), chunks)]
         self.pick({})
 
-    def _probed(self, wishes: Iterable[Chunks]) -> Prober:
+    def _probed(self, wishes: Iterable[Chunks], kinds: frozenset[int] | None = None) -> Prober:
         counts = {wanted(wish, n) for wish in wishes for several in self.names for n in several}
-        return probed(self.model, self.state.chains, self._run, counts, self.kinds, quiet=self.quiet)
+        return probed(self.model, self.state.chains, self._run, counts, self.kinds, kinds, quiet=self.quiet)
 
     def _cut(self, way: int, place: tuple[int, int]) -> tuple[int, Cut | None, int]:
         """(how many chunks a way wants of the unit at a place, how it may be cut, how many chunks there are then)."""
-        (prober, wish), (number, at) = self.tried[way], place
-        count = wanted(wish, self.names[number][at])
+        (prober, wish, kinds), (number, at) = self.tried[way], place
+        count = wanted(wish, self.names[number][at]) if kinds is None or self.kinds[number][at] in kinds else 1
         cut = prober.cut(self.state.chains[number], at, count)
         return count, cut, pieces_of(cut, self.state.plan.chains[number].units[at])
 

@@ -28,7 +28,7 @@ Note [Random numbers in chunks]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -139,11 +139,12 @@ def probed(
     run: Callable[[], Any],
     counts: Iterable[int],
     kinds: Kinds,
+    some: Container[int] | None = None,
     *,
     quiet: bool = False,
 ) -> Prober:
     """Run a converted model on its example in eval mode, and in train mode (unless that is known to be ``quiet``: it
-    draws nothing), and see how its units may be cut into so many chunks.
+    draws nothing), and see how its units (of ``some`` kinds, or of all) may be cut into so many chunks.
 
     The model is left as it was. One that cannot run in train mode on the example counts as one that draws random
     numbers.
@@ -151,7 +152,7 @@ def probed(
     Raises:
         ConversionError: the model fails in eval mode.
     """
-    prober = Prober(counts, _alike(chains, kinds))
+    prober = Prober(counts, _alike(chains, kinds, some))
     with left_as_found(model), torch.no_grad(), observed(chains, prober):
         model.eval()
         try:
@@ -176,11 +177,12 @@ def probed(
     return prober
 
 
-def _alike(chains: Sequence[Chain], kinds: Kinds) -> dict[_Key, _Key]:
-    """For each unit the first of its kind."""
+def _alike(chains: Sequence[Chain], kinds: Kinds, some: Container[int] | None) -> dict[_Key, _Key]:
+    """For each unit the first of its kind, if that is one of some."""
     first: dict[int, _Key] = {}
     return {
         (chain, place): first.setdefault(kind, (chain, place))
         for chain, several in zip(chains, kinds, strict=True)
         for place, kind in enumerate(several)
+        if some is None or kind in some
     }

@@ -40,10 +40,15 @@ def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) ->
 
 def leaves_traces(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
     """Whether the branch draws random numbers, or writes to what its modules hold."""
+    return _observed(unit, host, x, extras)[0]
+
+
+def _observed(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...]]:
+    """Whether it does, and its side outputs."""
     devices = accelerators_of([x])
     before, held = random_states(devices), Held.by(Known(), Inventory.of(unit.modules(host)), (), host.training)
-    evaluate(unit, host, x, extras)
-    return held.was_changed() or not _same_states(before, random_states(devices))
+    sides = evaluate(unit, host, x, extras)[1]
+    return held.was_changed() or not _same_states(before, random_states(devices)), sides
 
 
 def _same_states(before: RandomStates, after: RandomStates) -> bool:
@@ -58,9 +63,10 @@ def separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], c
     last, and only where nothing else may be cut: it takes two samples.
     """
     none, most = Separable(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
-    if unit.assigned or Inventory.of(unit.modules(host)).writers or leaves_traces(unit, host, x, extras):
+    if unit.assigned or Inventory.of(unit.modules(host)).writers:
         return none
-    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(evaluate(unit, host, x, extras)[1])):
+    traces, sides = _observed(unit, host, x, extras)
+    if traces or any(isinstance(leaf, Tensor) for leaf in tree_leaves(sides)):
         return none  # side outputs would have to be joined
     dims, windows = [], []
     with _moved_weights(unit.modules(host)):
@@ -70,7 +76,7 @@ def separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], c
         )
         if slices is not None:
             dims.append(BATCH)
-            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(extras)):
+            if not slices:
                 x = canonical(x[:1])  # one sample tells the rest
         whole = evaluate(unit, host, x, extras)[0]
         for d in range(1, x.dim() - 1):

@@ -4,12 +4,14 @@ sweep goes on where it was cut short.
 
 import pytest
 import torch
+from torch import nn
 
 import revwire
 from benchmarks.harness import record
 from benchmarks.harness.gpt import GPT
 from benchmarks.memory import default, models
 from benchmarks.memory import tables as memory_tables
+from revwire.measure import peak_bytes
 
 TOKENS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
 
@@ -45,6 +47,36 @@ def test_the_variants_are_those_of_the_same_weights(toys):
     default.step(model, example)
     for mine, true in zip(got, (p.grad for p in model.parameters()), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-8)
+
+
+class Widening(nn.Module):
+    """Gives out much more than it takes and keeps, as a language model its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 512)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_the_loss_takes_no_memory_of_its_own():
+    """The output; then, as nobody holds it any more, its gradient, beside what is kept for the weights."""
+    x = torch.randn(4096, 8)
+    net = Widening()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    output = x.shape[0] * 512 * 4
+    assert output <= peak_bytes(lambda: default.step(net, x)) <= 1.1 * output
+
+
+def test_rows_that_were_measured_under_another_loss_are_measured_again(toys, tmp_path, monkeypatch):
+    default.sweep(["missing"], 1, False, tmp_path)
+    measured = []
+    monkeypatch.setattr(default, "measured", lambda name, rounds: measured.append(name) or {"model": name})
+    monkeypatch.setattr(default, "LOSS", "another")
+    default.sweep(["missing"], 1, True, tmp_path)
+    assert measured == ["missing"]
 
 
 def test_a_model_that_fails_is_null_and_a_reason(toys):

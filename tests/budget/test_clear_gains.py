@@ -81,7 +81,7 @@ def test_a_chain_that_cannot_be_stored_is_not_named():
 class Several(list):
     """Ways, none of which cuts units finer."""
 
-    def finer(self, may_help):
+    def finer(self, *_):
         return []
 
 

@@ -40,6 +40,17 @@ class Counted(nn.Module):
         return self.head(self.body(x))
 
 
+class Perceptron(nn.Module):
+    """A block of two layers."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, width), nn.Linear(width, 32)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
 X = torch.randn(16, 64, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -63,6 +74,40 @@ def test_a_budget_takes_five_steps_and_a_dozen_forwards_at_most(budget, steps):
     runs = forwards_of(lambda: revwire.convert(Counted().train(), X, memory_budget=budget))
     assert 2 <= len(steps) <= 5 < MOST_STEPS
     assert len(steps) < runs <= 12
+
+
+@pytest.mark.parametrize("depth", [4, 12])
+def test_the_least_budget_takes_the_work_of_nine_steps_at_most(depth, steps, monkeypatch):
+    """A step: one forward, and a backward of two. What units are looked at for counts by its share in a forward."""
+    work = [0]
+
+    def counted(linear, x):
+        work[0] += x.numel() * linear.out_features
+        return forward(linear, x)
+
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    model = nn.Sequential(*(Perceptron() for _ in range(depth)))
+    model(X)
+    once, work[0] = work[0], 0
+    revwire.convert(model, X, memory_budget="least")
+    assert len(steps) >= 3
+    assert (work[0] / once + 2 * len(steps)) / 3 <= 9
+
+
+def test_units_that_fit_whole_are_not_looked_at(monkeypatch):
+    looked = []
+
+    def noted(unit, *rest):
+        looked.append(unit.path)
+        return separable(unit, *rest)
+
+    monkeypatch.setattr("revwire._splitting.probe.separable", noted)
+    model = nn.Sequential(*(Perceptron(width) for width in (2048, 2048, 8, 8)))
+    revwire.convert(model, X, memory_budget="least")
+    assert looked
+    assert all(path.startswith(("0", "1")) for path in looked)
+    assert [u.chunks > 1 for u in revwire.report(model).units] == [True, True, False, False]
 
 
 def test_a_deeper_model_takes_no_more_steps(steps):
