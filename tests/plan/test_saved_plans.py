@@ -291,7 +291,7 @@ def test_every_option_of_convert_is_the_plans():
     from inspect import signature
 
     tried = {m.args[1][i][0] for m in test_other_options_beside_a_plan_are_refused.pytestmark for i in range(12)}
-    assert tried == {*signature(revwire.convert).parameters} - {"model", "example_inputs", "plan"}
+    assert tried == {*signature(revwire.convert).parameters} - {"model", "example_inputs", "plan", "calibrate"}
 
 
 @pytest.mark.parametrize("plan", ["plan.json", {}, revwire.plan])
