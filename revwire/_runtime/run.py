@@ -22,7 +22,7 @@ from revwire._errors import ConversionError, RangeError, ReconstructionError, Un
 from revwire._runtime.autograd_graph import edge_behind, recording_nothing, running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
-from revwire._runtime.functions import comes_from_chain, enter, later, step
+from revwire._runtime.functions import comes_from_chain, enter, gated, later, step
 from revwire._runtime.kinds import Kind, dressed, kind_of
 from revwire._runtime.kinds import plain as plain_tensor
 from revwire._runtime.links import Link, link_of, linked, linked_view
@@ -37,7 +37,7 @@ from revwire._streams.fixed import FixedStreams, asks_for_wide
 from revwire._streams.floats import FloatStreams
 from revwire._streams.samples import usual_magnitude
 from revwire._surroundings.inventory import version_of
-from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.modes import exporting, stalls, transformed
 from revwire._torch import disable_dynamo
 
 _HEADROOM_UNCALIBRATED = 2.0**6
@@ -162,7 +162,8 @@ def _give_out(chain: Chain, link: Link, out: Tensor, current: Tensor, dtype: tor
     link.spend()
     if tape.position == chain.length:
         tape.range.close()
-        return dressed((out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype), kind)
+        out = out if tape.plain else tape.couplings[-1].merge(current, out)
+        return dressed((gated(out, tape.range) if tape.range.late else out).to(dtype), kind)
     if tape.left:
         tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
     return linked(dressed(out.to(dtype), kind), tape, current, out)
@@ -220,7 +221,8 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
     floats = plain or exported or not chain.exact
-    streams = FloatStreams(chain.tolerance) if floats else _begun(chain, unit, wide, x.dtype)
+    late = not floats and _is_read_late(chain, host, wide)
+    streams = FloatStreams(chain.tolerance) if floats else _begun(chain, unit, wide, x.dtype, late=late)
     state = streams.enter(wide)
     tape = Tape(
         chain,
@@ -230,8 +232,12 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         keep=torch.is_grad_enabled(),
         unpacker=unpacker,
         plain=plain,
+        late=late,
+        training=host.training,
     )
     carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state, tape)
+    if tape.range.late:
+        tape.range.admit(unit, wide, carrier.detach())
     outward = dressed(carrier.to(x.dtype), kind)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
@@ -261,17 +267,30 @@ def _cut(chain: Chain, where: str) -> ReconstructionError:
     )
 
 
-def _begun(chain: Chain, unit: Unit, x: Tensor, dtype: torch.dtype) -> Streams:
-    """The streams of a forward that enters the chain at this unit, by a state that came in this dtype."""
-    largest, followed = magnitude(x), chain.reach.begin()
+def _is_read_late(chain: Chain, host: nn.Module, x: Tensor) -> bool:
+    """Whether a forward is read in its backward pass only; see Note [Synchronisation] in `range`."""
+    waits = torch.is_grad_enabled() and not chain.stored and stalls(x.device)
+    return waits and chain.reach.awaits_backward(host.training)
+
+
+def _begun(chain: Chain, unit: Unit, x: Tensor, dtype: torch.dtype, *, late: bool) -> Streams:
+    """The streams of a forward that enters the chain at this unit, by a state that came in this dtype; one that is read
+    ``late`` is not looked at.
+    """
+    followed, branch = chain.reach.begin(), _of_branches(dtype, x.device)
+    if late:
+        return _streams_for(chain, followed, chain.reach.beside, x, branch)
+    largest = magnitude(x)
     if not isfinite(largest):
         if torch.is_grad_enabled():
             warn_of_what_is_not_finite(chain.reach, chain.name, unit)
         return FloatStreams(chain.tolerance, rebuilds=False)
     least = largest if chain.reach.calibrated is not None else largest * _HEADROOM_UNCALIBRATED
-    usual, branch = chain.reach.beside, _of_branches(dtype, x.device)
+    usual = chain.reach.beside
     if largest > followed and asks_for_wide(largest, usual, branch):
         usual = max(usual, usual_magnitude(x))  # all of it may have grown
+    if stalls(x.device):
+        chain.reach.widen(least, usual)
     return _streams_for(chain, max(least, followed), usual, x, branch)
 
 
