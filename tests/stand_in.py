@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def as_accelerator(monkeypatch, wanted=True):
     """Let the runtime take the CPU for a device that stalls where a number is read (or not)."""
-    for module in ("tape", "run"):
-        monkeypatch.setattr(f"revwire._runtime.{module}.stalls", lambda device: wanted)
+    for module in ("_runtime.tape", "_runtime.run", "_forwards.checkpointed"):
+        monkeypatch.setattr(f"revwire.{module}.stalls", lambda device: wanted)
     monkeypatch.setattr("revwire._streams.fixed._is_read_late", lambda device: wanted)
 
 

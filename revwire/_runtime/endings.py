@@ -34,7 +34,8 @@ class Ending:
     _lock = Lock()
 
     def __init__(self) -> None:
-        self.walks: list[tuple[Callable[[], None], Question]] = []
+        self.frees: list[Callable[[], None]] = []
+        self.questions: list[Question] = []
         self.ranges: dict[int, RangeCheck] = {}
 
     @classmethod
@@ -47,6 +48,12 @@ class Ending:
                 queue_callback(found.come)
         return found
 
+    def add(self, question: Question, free: Callable[[], None] | None = None) -> None:
+        """Ask this at the end, after ``free`` was called."""
+        self.questions.append(question)
+        if free is not None:
+            self.frees.append(free)
+
     def come(self) -> None:
         """The pass is over.
 
@@ -54,12 +61,12 @@ class Ending:
             RangeError: a value left the range of the streams.
             ReconstructionError: a comparison failed.
         """
-        for free, _ in self.walks:
+        for free in self.frees:
             free()
         for check in [*self.ranges.values()]:
             check.reach.came_back(check.training)
             self.ranges.update((id(other), other) for other in check.reach.unread)
-        answer([*self.ranges.values(), *(checks for _, checks in self.walks)])
+        answer([*self.ranges.values(), *self.questions])
 
 
 def answer(questions: list[Question]) -> None:

@@ -60,7 +60,7 @@ class Rewind:
             found = cls(tape, task)
             if task != NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
                 tape.passes[task] = found
-                Ending.of(task).walks.append((found.finish, found.checks))
+                Ending.of(task).add(found.checks, found.finish)
         return found
 
     def finish(self) -> None:

@@ -216,6 +216,8 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
             "mode)",
             stacklevel=2,
         )
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise _captured(chain, unit.path)
     exported = exporting()  # then there are no values to scale the streams for
     kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
@@ -257,6 +259,14 @@ def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
         plain=old.plain,
     )
     return Link(tape, tape.progress, link.version, link.previous, link.current)
+
+
+def _captured(chain: Chain, where: str) -> UnsupportedTransformError:
+    return UnsupportedTransformError(
+        f"{where} ({chain.name}): got the capture of a CUDA graph; expected to run eagerly: the host reads the checks "
+        "of each backward pass, and Python's part of a recompute would not be replayed; capture what is outside of "
+        "chains, or revwire.revert(model)"
+    )
 
 
 def _cut(chain: Chain, where: str) -> ReconstructionError:

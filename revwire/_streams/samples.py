@@ -73,6 +73,11 @@ _COMPARED = frozenset(
 )
 
 
+def is_random_state(t: Tensor) -> bool:
+    """Whether a saved tensor may be what flash attention keeps of its generator: no operator takes such an index."""
+    return t.dtype is torch.uint64 and t.numel() < 3
+
+
 def glance(t: Tensor) -> Tensor | None:
     """At most `FOLD` of its own elements of a tensor that a branch saves; None where it cannot be compared.
 
