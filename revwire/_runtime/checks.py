@@ -50,11 +50,6 @@ class Checks:
         self.chain, self.streams, self.deferred, self.range = chain, streams, deferred, range
         self.pending: list[_Pending | _Stopped] = []
 
-    @property
-    def spoiled(self) -> bool:
-        """Whether it is known that there is nothing to compare with."""
-        return self.range is not None and self.range.spoiled
-
     def compare(self, record: UnitRecord, previous: Tensor, again: Again, summary: Tensor | None = None) -> None:
         """Compare the rebuilt state x_{k-1} (with its summary, if known), and a recompute, with the forward.
 
@@ -63,7 +58,7 @@ class Checks:
         """
         before = record.fingerprint
         assert before is not None
-        if self.spoiled:
+        if self.range is not None and self.range.spoiled:
             return
         if again.f is None and self.deferred and record.stop:
             self.pending.append(_Stopped(record.unit, record.stop.looks, again.looks))
@@ -98,7 +93,8 @@ class Checks:
             ReconstructionError: a comparison failed.
         """
         pending = self.pending
-        if values is None or self.spoiled or (self.streams.witnesses and not values[0]):
+        spoiled = self.range is not None and self.range.spoiled
+        if values is None or spoiled or (self.streams.witnesses and not values[0]):
             self.pending = []
             return
         if self.streams.witnesses:

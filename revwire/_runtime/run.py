@@ -197,7 +197,8 @@ def _of_branches(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if casts else dtype
 
 
-def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
+def _refuse(chain: Chain, unit: Unit, x: Tensor) -> None:
+    """Raise where no chain can begin on ``x``, and warn where none should."""
     if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
         raise ConversionError(
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
@@ -218,6 +219,10 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         )
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise _captured(chain, unit.path)
+
+
+def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
+    _refuse(chain, unit, x)
     exported = exporting()  # then there are no values to scale the streams for
     kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))

@@ -26,6 +26,7 @@ from revwire._surroundings.buffers import Copies, Written, statistics_of, undist
 from revwire._surroundings.context import context_kept
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of, versions_of
+from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.randomness import accelerators_of
 from revwire._surroundings.settings import kernels_not_searched, searches_kernels, settings_now
 from revwire._surroundings.surroundings import Surroundings
@@ -115,11 +116,8 @@ class Segment:
         try:
             push_saved_tensors_hooks(self.pack, opened_cell)
             try:
-                if self.products is None:
+                with self.products or NOTHING:
                     out = run(*args, **kwargs)
-                else:
-                    with self.products:
-                        out = run(*args, **kwargs)
             finally:
                 pop_saved_tensors_hooks()
         except BaseException:
