@@ -334,6 +334,9 @@ SETTINGS: tuple[_Setting, ...] = (
 )
 """What chooses kernels: those of attention and their order, cuDNN's and oneDNN's."""
 
+BENCHMARK = 8
+"""The place of `torch.backends.cudnn.benchmark` among them."""
+
 PRECISIONS: dict[tuple[str, str], _Setting] = {
     (backend, operation): _setting("_get_fp32_precision_getter", "_set_fp32_precision_setter", backend, operation)
     for backend, operations in (

@@ -1,6 +1,8 @@
-"""What would serve as well as what was planned: chains that may as well be stored."""
+"""What would serve as well as what was planned: chains that may as well be stored; and what a budget leaves out."""
 
 from __future__ import annotations
+
+import torch
 
 from revwire._budget.costs import Costs
 from revwire._plan.plan import Plan
@@ -25,3 +27,10 @@ def idle(plan: Plan, costs: Costs) -> tuple[str, ...]:
                 f"of {spelled(peak)}, in {faster / seconds:.0%} of the time"
             )
     return tuple(out)
+
+
+def reserved(device: torch.device) -> tuple[str, ...]:
+    """Where an allocator holds more than it hands out: say so."""
+    if device.type == "cpu":
+        return ()
+    return (f"bytes of tensors on {device}: its allocator reserves more (mostly a tenth), as freed blocks do not fit",)

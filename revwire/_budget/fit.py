@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from revwire._budget.advice import idle
+from revwire._budget.advice import idle, reserved
 from revwire._budget.by_kind import costs_of, survey
 from revwire._budget.costs import Costs
 from revwire._budget.forms import Form
@@ -117,7 +117,7 @@ def fit(trial: Trial, budget: Budget, ways: Ways) -> Plan:
     mix = _with_selective(trial, mix, size)
     modes = _apply(trial.chains, mix)
     planned = tuple(_with_modes(c, mine) for c, mine in zip(trial.plan.chains, modes, strict=True))
-    forecast = _forecast(trial.plan, tried.first, mix, size, checkpoint)
+    forecast = _forecast(trial.plan, tried.first, mix, size, checkpoint, trial.device)
     peaks = trial.plan.peaks and replace(trial.plan.peaks, planned=forecast.peak_bytes)
     return replace(trial.plan, chains=planned, forecast=forecast, peaks=peaks)
 
@@ -236,7 +236,9 @@ def _with_modes(planned: PlannedChain, modes: Sequence[Mode]) -> PlannedChain:
     return replace(planned, units=tuple(replace(u, mode=mode) for u, mode in zip(planned.units, modes, strict=True)))
 
 
-def _forecast(plan: Plan, first: Costs, mix: Mix, size: int | None, checkpoint: Point | None) -> Forecast:
+def _forecast(
+    plan: Plan, first: Costs, mix: Mix, size: int | None, checkpoint: Point | None, device: torch.device
+) -> Forecast:
     def point(costs: Costs, forms: Sequence[Form]) -> Point:
         return Point(*costs.forecast(forms))
 
@@ -246,7 +248,7 @@ def _forecast(plan: Plan, first: Costs, mix: Mix, size: int | None, checkpoint: 
         planned=planned,
         stored=point(first, first.uniform("stored")),
         reversible=point(mix.costs, mix.costs.uniform("reversible")),
-        advice=(*idle(plan, mix.costs), *rival(size, planned, checkpoint)),
+        advice=(*idle(plan, mix.costs), *rival(size, planned, checkpoint), *reserved(device)),
         checkpoint=checkpoint,
     )
 

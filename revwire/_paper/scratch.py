@@ -19,7 +19,7 @@ from torch import Tensor
 from revwire._capture.recording import Event, Recording, Value
 from revwire._structures import Ref, leaves_of, mapped, refs
 from revwire._torch import profiler_enabled
-from revwire.measure._trace import Mark, traced
+from revwire.measure._trace import Mark, keeps_peak, traced
 
 _CONVOLUTION = torch.ops.aten.convolution
 
@@ -81,9 +81,9 @@ def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
 
 def _measured(recording: Recording, some: list[tuple[Event, _Sizes]]) -> list[int]:
     """What each of these convolutions needs beside its results; nothing where it does not run by itself."""
-    if not some or profiler_enabled():  # one session at a time: the caller's would end with ours
-        return [0] * len(some)
     device = _device(recording)
+    if not some or profiler_enabled() or not keeps_peak(device):  # one session at a time: the caller's would end
+        return [0] * len(some)
     results: list[int | None] = []
 
     def run(mark: Mark) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ReferenceType
@@ -59,6 +59,7 @@ class Chain:
         self.keeps_last = keeps_last
         self.set_anchors(None)
         self.run_whole: set[str] = set()  # units whose recompute was seen not to be comparable when it stops early
+        self.comparable: set[Hashable] = set()  # units, with what they save, that were seen to be
         self.waiting: ReferenceType[Kept] | None = None  # of the forward that keeps its last unit's activations
         self.modes: tuple[Mode, ...] | None = None
         self.homes = Homes()

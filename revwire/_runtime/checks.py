@@ -8,6 +8,7 @@ Note [What the checks see]
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import UnitRecord
 from revwire._runtime.faults import fault
+from revwire._runtime.range import RangeCheck
 from revwire._runtime.recompute import Again
 from revwire._runtime.unit import Unit
 from revwire._streams.base import Streams
-from revwire._streams.samples import Fingerprint, same_bits
+from revwire._streams.samples import Fingerprint, same_bits_of, same_glances
 
 
 class _Pending(NamedTuple):
@@ -30,15 +32,23 @@ class _Pending(NamedTuple):
     after: Fingerprint
 
 
+class _Stopped(NamedTuple):
+    """The same of a recompute that stopped early: glances at what it saved."""
+
+    unit: Unit
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+
+
 class Checks:
     """The comparisons of one backward pass; where they are ``deferred``, they are read at its end.
 
-    A ``spoiled`` forward has nothing to be compared with: its gradients are NaN.
+    A forward that its ``range`` found spoiled has nothing to be compared with: its gradients are NaN.
     """
 
-    def __init__(self, chain: Chain, streams: Streams, *, deferred: bool, spoiled: bool = False) -> None:
-        self.chain, self.streams, self.deferred, self.spoiled = chain, streams, deferred, spoiled
-        self.pending: list[_Pending] = []
+    def __init__(self, chain: Chain, streams: Streams, *, deferred: bool, range: RangeCheck | None = None) -> None:
+        self.chain, self.streams, self.deferred, self.range = chain, streams, deferred, range
+        self.pending: list[_Pending | _Stopped] = []
 
     def compare(self, record: UnitRecord, previous: Tensor, again: Again, summary: Tensor | None = None) -> None:
         """Compare the rebuilt state x_{k-1} (with its summary, if known), and a recompute, with the forward.
@@ -48,7 +58,11 @@ class Checks:
         """
         before = record.fingerprint
         assert before is not None
-        if self.spoiled or (again.f is None and not record.by_result):  # then it was compared
+        if self.range is not None and self.range.spoiled:
+            return
+        if again.f is None and self.deferred and record.stop:
+            self.pending.append(_Stopped(record.unit, record.stop.looks, again.looks))
+        if again.f is None and not record.by_result:
             return
         if record.stop and not record.by_result:
             summary = before.state
@@ -60,23 +74,48 @@ class Checks:
         elif not before.same_bits(after):
             self._judge(pending, self.streams.difference(before, after).tolist())
 
-    def settle(self) -> None:
-        """Read the deferred comparisons: one synchronisation, or one more where not all is equal to the bit.
+    def numbers(self) -> Tensor | None:
+        """Whether any of the deferred comparisons is not equal to the bit; in float streams, whose states come back
+        with other bits, all that `Streams.difference` tells.
+        """
+        if not self.pending:
+            return None
+        if self.streams.witnesses:
+            pairs = [pair for one in self.pending for pair in _pairs(one)]
+            same = same_bits_of([a for a, _ in pairs], [b for _, b in pairs])
+            return (~same).view(1).to(torch.float32)
+        return torch.cat(self._differences())
+
+    def judge(self, values: list[float] | None) -> None:
+        """Hear what `numbers` were.
 
         Raises:
-            ReconstructionError: one of them failed.
+            ReconstructionError: a comparison failed.
         """
-        pending, self.pending = self.pending, []
-        if not pending:
+        pending = self.pending
+        spoiled = self.range is not None and self.range.spoiled
+        if values is None or spoiled or (self.streams.witnesses and not values[0]):
+            self.pending = []
             return
-        exact = bool(self.streams.witnesses)  # floats come back with other bits
-        before = [t for p in pending for t in (p.before.state, p.before.branch)]
-        after = [t for p in pending for t in (p.after.state, p.after.branch)]
-        if exact and same_bits(before, after):
-            return
-        read = torch.stack([self.streams.difference(p.before, p.after) for p in pending]).tolist()
-        for one, values in zip(pending, read, strict=True):
-            self._judge(one, values)
+        if self.streams.witnesses:
+            values = torch.cat(self._differences()).tolist()
+        self.pending = []
+        for one in pending:
+            if isinstance(one, _Stopped):
+                self._judge_glances(one)
+            else:
+                self._judge(one, values[:2])
+                values = values[2:]
+
+    def _differences(self) -> list[Tensor]:
+        found = [self.streams.difference(p.before, p.after) for p in self.pending if isinstance(p, _Pending)]
+        return found or [torch.zeros(0)]
+
+    def _judge_glances(self, stopped: _Stopped) -> None:
+        if not same_glances(stopped.before, stopped.after):
+            self.chain.run_whole.add(stopped.unit.path)
+            got = "its branch computed other values (in a recompute that stopped early; the next one does not)"
+            raise fault(stopped.unit, self.chain, got, "the same as in the forward pass")
 
     def _judge(self, pending: _Pending, values: list[float]) -> None:
         unit, before, after = pending
@@ -86,3 +125,10 @@ class Checks:
             if not value <= allowed and not self.streams.hopeless(before, after):
                 got = f"{what} (by {value:.3g}; {allowed:.3g} is allowed)"
                 raise fault(unit, self.chain, got, "the same as in the forward pass")
+
+
+def _pairs(one: _Pending | _Stopped) -> Iterable[tuple[Tensor, Tensor]]:
+    """The tensors of both evaluations."""
+    if isinstance(one, _Stopped):
+        return zip(one.before, one.after, strict=True)
+    return (one.before.state, one.after.state), (one.before.branch, one.after.branch)

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
-from revwire._runtime.autograd_graph import nodes_behind, running_pass
+from revwire._runtime.autograd_graph import NO_PASS, nodes_behind, running_pass
 from revwire._runtime.chain import Chain
+from revwire._runtime.endings import Ending
 from revwire._runtime.faults import fault
+from revwire._runtime.range import RangeCheck
 from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -105,6 +107,38 @@ class _Later(torch.autograd.Function):
         _refuse_forward_mode()
 
 
+class _Gate(torch.autograd.Function):
+    """The output of a chain whose range is read late, where gradients enter; see Note [Synchronisation] in `range`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, check: RangeCheck) -> Tensor:
+        ctx.check = check
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g = unless_spoiled(ctx.check, grads[0])
+        ctx.check.gated = running_pass()
+        return g, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+
+def unless_spoiled(check: RangeCheck, g: Tensor) -> Tensor:
+    """A gradient, which is NaN where the forward was spoiled; behind a gate it is so already."""
+    task = running_pass()
+    if check.gated == task != NO_PASS:
+        return g
+    if task != NO_PASS:
+        Ending.of(task).ranges[id(check)] = check
+    if (task == NO_PASS or not check.late) and not check.settle():
+        check.gated = task
+        return g
+    return check.poisoned(g)
+
+
 class _Step(torch.autograd.Function):
     """x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k); see Note [Two kinds of graph node]."""
 
@@ -126,8 +160,8 @@ class _Step(torch.autograd.Function):
             Rewind.of(ctx.tape).undo(ctx.position)
         ctx.kept = None
         rule, g = ctx.rule, grads[0]
-        if ctx.range.deferred and ctx.range.settle():
-            g = g * float("nan")  # see Note [Synchronisation] in `range`
+        if ctx.range.deferred:
+            g = unless_spoiled(ctx.range, g)
         need, share, c, back = ctx.needs_input_grad, ctx.share, rule.c, rule.back
         if ctx.dtype != g.dtype or isinstance(c, Tensor) or isinstance(back, Tensor) or not need[3]:
             share = None
@@ -166,6 +200,11 @@ def comes_from_chain(x: Tensor, chain: Chain, most: int = 8) -> bool:
 def enter(x: Tensor, streams: Streams, state: Tensor, tape: Tape | None = None) -> Tensor:
     """Differentiable entry of ``x`` into the streams, which hold it as ``state``; ``tape``: which begins with it."""
     return _Enter.apply(x, streams, state, tape)  # type: ignore[no-any-return]
+
+
+def gated(out: Tensor, check: RangeCheck) -> Tensor:
+    """``out``, which leaves a chain whose range this check has not read."""
+    return _Gate.apply(out, check)  # type: ignore[no-any-return]
 
 
 def later(run: UnitRun, previous: Tensor) -> tuple[Tensor, Share | None]:

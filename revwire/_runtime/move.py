@@ -13,6 +13,7 @@ from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
 from revwire._runtime.entries import MoveRecord
+from revwire._runtime.functions import unless_spoiled
 from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -37,8 +38,8 @@ class _MoveNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         move, g = ctx.move, grads[0]
-        if ctx.range.deferred and ctx.range.settle():
-            g = g * float("nan")  # see Note [Synchronisation] in `range`
+        if ctx.range.deferred:
+            g = unless_spoiled(ctx.range, g)
         need = ctx.needs_input_grad
 
         def value() -> Tensor:

@@ -15,14 +15,18 @@ Note [Following the range]
     runs one again) takes the scale of the one before.
 
 Note [Synchronisation]
-    Reading one number from an accelerator stalls it. There, range checks and comparisons stay on the device, and are
-    read once per chain and pass: at the end of the chain, and at the end of the backward pass, which is before an
-    optimizer can use a gradient. (The magnitude of a chain's input is read once more, where it begins: it may ask for a
-    wider range than the example at conversion.) A value out of range becomes NaN meanwhile, so that it never passes for
-    a number, and ends in an error: nothing can be scaled anew when it is too late. (In the plain form all values of its
-    state do; see Note [Out of range on a GPU] in `fused`.) Therefore, after a forward that came near the end of the
-    range, each unit is read for a while. Where the first value that does not fit is not finite
-    (`FixedStreams` leaves it so), the plain network has none either: there is no error, and all gradients are NaN.
+    Reading one number from an accelerator stalls it. There, range checks and comparisons stay on the device, and all of
+    a backward pass are read at its end by one transfer (`endings`), which is before an optimizer can use a gradient. A
+    value out of range becomes NaN meanwhile, so that it never passes for a number, and ends in an error: nothing can be
+    scaled anew when it is too late. (In the plain form all values of its state do; see Note [Out of range on a GPU] in
+    `fused`.) Therefore, after a forward that came near the end of the range, each unit is read for a while. Where the
+    first value that does not fit is not finite (`FixedStreams` leaves it so), the plain network has none either: there
+    is no error, and all gradients are NaN, as the gradient that enters the chain is multiplied by NaN on the device.
+    A forward is read so late only where its backward is expected to come: as many forwards may wait for theirs as were
+    seen to wait together, in the mode (train or eval) in which they did. Any other (the first one, an evaluation, one
+    without gradients) is read at the end of its chain, together with those that still wait. Nor is the input of a
+    forward that is read late looked at where it begins: it is scaled for the widest input before it, and its own must
+    fit like any other value. One that was wider has the next forward look again.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +80,10 @@ class Reach:
         careful: forwards that are still to be read unit by unit.
         idle: forwards in a row that left the range unused.
         warned: of which kinds of things a warning was given.
+        begun: forwards since the latest backward pass; see Note [Synchronisation].
+        together: how many were seen to wait for their backward together.
+        training: the mode in which they did.
+        unread: the checks of those that still wait.
     """
 
     calibrated: float | None
@@ -87,10 +96,32 @@ class Reach:
     careful: int = 0
     idle: int = 0
     warned: set[str] = field(default_factory=set)
+    begun: int = 0
+    together: int = 0
+    training: bool = True
+    unread: list[RangeCheck] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.largest = self.following = self.calibrated or 0.0
         self.beside = self.following_beside = self.usual
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "unread": []}
+
+    def awaits_backward(self, training: bool) -> bool:
+        """Whether the forward that begins may be read in its backward pass; see Note [Synchronisation]."""
+        self.begun += 1
+        return self.begun <= self.together and training == self.training and not (self.careful or self.held)
+
+    def came_back(self, training: bool) -> None:
+        """A backward pass has come through the chain."""
+        self.together, self.begun, self.training = max(self.together, self.begun), 0, training
+
+    def widen(self, met: float, usual: float) -> None:
+        """An input of magnitude ``met`` asks for a wider range, now and later; ``usual`` is that of most of it."""
+        if not self.held and met > self.largest:
+            self.largest = self.following = met
+            self.beside = self.following_beside = usual
 
     def begin(self) -> float:
         """A forward begins: for which magnitude its streams are scaled at least."""
@@ -136,6 +167,12 @@ def ranges_held(reaches: Iterable[Reach]) -> Iterator[None]:
             reach.held = held
 
 
+def _reached(x: Tensor) -> Tensor:
+    """The largest magnitude, one number on its device; NaN where any is."""
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(-low, high).view(1)
+
+
 def magnitude(*tensors: Tensor) -> float:
     """The largest magnitude in these tensors; not finite where one of them is not. It waits for the device."""
     found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
@@ -151,20 +188,39 @@ class RangeCheck:
         bound: the magnitude below which every value must stay; None: there is nothing to check.
         keep: whether gradients are recorded; else nobody is warned, and no forward is scaled for this one.
         deferred: whether they are read at the end; see Note [Synchronisation].
+        late: whether that is the end of the backward pass.
+        training: the mode in which the forward runs.
 
     Attributes:
         largest: the largest magnitude so far, as far as it was read (to a factor of 2).
         spoiled: a deferred check found what is not finite: there are no gradients but NaN.
+        gated: the backward pass whose gradients are NaN already where this forward is spoiled.
     """
 
-    __slots__ = ("bound", "chain", "deferred", "error", "keep", "largest", "norms", "reach", "spoiled")
+    __slots__ = (
+        *("bound", "chain", "deferred", "error", "gated", "keep", "largest", "late", "norms", "reach", "spoiled"),
+        *("entered", "training", "_poison"),
+    )
 
-    def __init__(self, chain: str, reach: Reach, bound: float | None, *, keep: bool, deferred: bool) -> None:
+    def __init__(
+        self,
+        chain: str,
+        reach: Reach,
+        bound: float | None,
+        *,
+        keep: bool,
+        deferred: bool,
+        late: bool = False,
+        training: bool = True,
+    ) -> None:
         self.chain, self.reach, self.bound, self.keep = chain, reach, bound, keep
         self.deferred = deferred and not reach.careful
+        self.late, self.training, self.gated = late, training, NO_PASS
         self.largest, self.spoiled = 0.0, False
         self.error: RangeError | None = None
+        self.entered = 0  # how many of the norms are of what entered
         self.norms: list[tuple[Unit, Tensor]] = []
+        self._poison: Tensor | None = None
 
     def holds(self, unit: Unit, stepped: Stepped) -> bool:
         """Whether all values of a unit are in range, as far as that can be told without waiting for a device."""
@@ -188,32 +244,70 @@ class RangeCheck:
             self.largest = largest
         return True
 
-    def _read_later(self, unit: Unit, stepped: Stepped, bound: float) -> None:
+    def admit(self, unit: Unit, x: Tensor, value: Tensor) -> None:
+        """``x`` has entered the streams before this unit, as ``value``, and was not looked at."""
+        assert self.bound is not None
+        if x.numel():
+            self._read_later(unit, Stepped(x, value, None, reached=_reached(x)), self.bound, everywhere=True)
+            self.entered = len(self.norms)
+
+    def _read_later(self, unit: Unit, stepped: Stepped, bound: float, *, everywhere: bool = False) -> None:
         """A value out of range becomes NaN meanwhile."""
         out, reached = stepped.value, stepped.reached
         if reached is None and out.numel():
-            low, high = torch.aminmax(out)
-            reached = torch.maximum(-low, high).view(1)
-            out.mul_(torch.where(reached < bound, 1.0, float("nan")))
+            reached, everywhere = _reached(out), True
         if reached is not None:
+            if everywhere:
+                out.mul_(torch.where(reached < bound, 1.0, float("nan")))
             self.norms.append((unit, reached))
 
-    def settle(self) -> bool:
-        """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled.
+    def numbers(self) -> Tensor | None:
+        """What is to be read: the largest magnitude of what entered, and of all; None where nothing is."""
+        found = [reached for _, reached in self.norms]
+        if not found or self.bound is None:
+            return None
+        entered = torch.cat(found[: self.entered]).amax() if self.entered else found[0].new_zeros(())
+        return torch.stack([entered, torch.cat(found).amax()])
+
+    def judge(self, values: list[float] | None) -> None:
+        """Hear what `numbers` were; None where there were none.
 
         Raises:
             RangeError: a value left the range of the streams; names the first unit at which one did.
         """
         norms, self.norms = self.norms, []
-        if norms and self.bound is not None:
-            largest = float(torch.cat([reached for _, reached in norms]).amax())
-            if largest < self.bound:
-                self.largest = max(self.largest, largest)
+        if self in self.reach.unread:
+            self.reach.unread.remove(self)
+        if values is not None and self.bound is not None:
+            if values[1] < self.bound:
+                self.largest = max(self.largest, values[1])
             else:
                 self._look_for_the_first(norms, self.bound)
         if self.error is not None:
             raise self.error
+        if values is not None and self.late and not self.spoiled:
+            self._stay()
+            if values[0] > self.reach.largest:
+                self.reach.together = 0
+
+    def settle(self) -> bool:
+        """Read the deferred checks, by one synchronisation: whether they tell that this forward is spoiled.
+
+        Raises:
+            RangeError: see `judge`.
+        """
+        found = self.numbers()
+        self.judge(None if found is None else found.tolist())
         return self.spoiled
+
+    def poisoned(self, g: Tensor) -> Tensor:
+        """A gradient that enters the chain: NaN where this forward is spoiled, or left its range."""
+        if self.norms and self._poison is None and self.bound is not None:
+            reached = torch.cat([reached for _, reached in self.norms]).amax()
+            self._poison = torch.where(reached < self.bound, 1.0, float("nan")).to(g.dtype)
+        if self.spoiled:
+            return g * float("nan")
+        return g if self._poison is None else g * self._poison
 
     def _look_for_the_first(self, norms: list[tuple[Unit, Tensor]], bound: float) -> None:
         for unit, reached in norms:
@@ -235,9 +329,18 @@ class RangeCheck:
         """The forward is over.
 
         Raises:
-            RangeError: see `settle`.
+            RangeError: see `judge`; of this forward, or of one before it that still waits for its backward.
         """
-        if not self.settle() and self.keep and self.bound is not None:
+        if self.late:
+            self.reach.unread.append(self)
+            return
+        for check in [*self.reach.unread]:
+            check.settle()
+        if not self.settle():
+            self._stay()
+
+    def _stay(self) -> None:
+        if self.keep and self.bound is not None:
             self.reach.stay(self.largest, self.bound)
 
     def leave(self, unit: Unit, out: Tensor) -> None:
@@ -268,8 +371,9 @@ _GOES_ON = (
 
 
 _TOO_LATE = (
-    "here that is read when the chain is over, too late to scale them anew; the next forward is scaled for it. Convert "
-    "with an example whose values are of the magnitude you train on, lower the learning rate, or pass exact=False"
+    "here that is read when the chain is over, or its backward pass is, too late to scale them anew; the next forward "
+    "is scaled for it. Convert with an example whose values are of the magnitude you train on, lower the learning "
+    "rate, or pass exact=False"
 )
 
 

@@ -10,10 +10,17 @@ Note [What need not be rebuilt]
     Branches with hooks on their modules (which may come in pairs), those that save what cannot be compared, and all
     inside of ``set_checkpoint_early_stop(False)`` are computed to their end; so are the first unit of a chain and units
     with anchors, whose gain is small, and float streams, which see the result only.
+
+Note [What is compared later]
+    On accelerators these samples are compared at the end of the backward pass, where nothing can be computed again: one
+    that differs is an error there. So a unit's first recompute, and the first of each size, compares at once; and the
+    branch runs once more with all memory filled that PyTorch hands out (`deterministic_kernels` has it do so), which
+    shows where samples fall on scratch space, even if that held the same twice. Such a branch is computed to its end.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -38,7 +45,7 @@ from revwire._surroundings.buffers import buffers_exchanged, undisturbed
 from revwire._surroundings.context import run_again
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place, versions_of
-from revwire._surroundings.modes import NOTHING
+from revwire._surroundings.modes import NOTHING, deterministic_kernels
 from revwire._surroundings.weights import lent, put_back
 from revwire._torch import inside_checkpoint, set_grad_enabled
 
@@ -163,21 +170,49 @@ def _modules_as_found(record: UnitRecord, gone: list[Place]) -> AbstractContextM
 
 
 def evaluated_again(
-    chain: Chain, streams: Streams, record: UnitRecord, state: Tensor, complete: Callable[[], None] | None
+    chain: Chain,
+    streams: Streams,
+    record: UnitRecord,
+    state: Tensor,
+    complete: Callable[[], None] | None,
+    *,
+    deferred: bool,
 ) -> Again:
     """The branch on the state x_k again, as far as that is needed; where what it saved seems to differ, to its end.
 
-    ``complete`` is called as soon as all that its gradient needs is there.
+    ``complete`` is called as soon as all that its gradient needs is there. Comparisons may be ``deferred`` where they
+    are known to tell; see Note [What is compared later].
 
     Raises:
         ReconstructionError: it is not what the forward was.
     """
     again = _recompute(chain, streams, record, state, record.stop, complete)
-    if again.f is None and record.stop and not same_glances(record.stop.looks, again.looks):
+    if again.f is not None or record.stop is None:
+        return again
+    known = (record.unit.path, *record.saved) if deferred else None
+    if known is not None and known in chain.comparable:
+        return again
+    if not same_glances(record.stop.looks, again.looks) or (deferred and _sees_scratch(chain, streams, record, state)):
         chain.run_whole.add(record.unit.path)
         record.products = None
-        again = _recompute(chain, streams, record, state, None, complete)
+        return _recompute(chain, streams, record, state, None, complete)
+    if known is not None:
+        chain.comparable.add(known)
     return again
+
+
+def _sees_scratch(chain: Chain, streams: Streams, record: UnitRecord, state: Tensor) -> bool:
+    """Whether glances fall on memory that no kernel writes to; see Note [What is compared later]."""
+    assert record.stop is not None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            filled = _recompute(chain, streams, record, state, record.stop, None, deterministic_kernels())
+    except ReconstructionError:  # other kernels save other tensors: it cannot be told
+        return True
+    pairs = zip(record.stop.looks, filled.looks, strict=True)
+    found = [(b.isnan() & ~a.isnan()) if a.is_floating_point() else a != b for a, b in pairs]
+    return bool(found) and bool(torch.cat(found).any())
 
 
 def _recompute(
@@ -187,8 +222,11 @@ def _recompute(
     state: Tensor,
     stop: Stop | None,
     complete: Callable[[], None] | None,
+    within: AbstractContextManager[None] = NOTHING,
 ) -> Again:
-    """Evaluate the branch as in forward, until all is there that tells it to ``stop``, or to its end."""
+    """Evaluate the branch as in forward, until all is there that tells it to ``stop``, or to its end; ``within`` a
+    context.
+    """
     _check_versions(chain, record)
     wide = streams.read(state)
     x = dressed((wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach(), record.kind)
@@ -201,7 +239,15 @@ def _recompute(
     f: Tensor | None = None
     products = record.products.recalled(partial(record.fault, chain, *_OTHER_CALLS)) if record.products else NOTHING
     hooks = saved_tensors_hooks(refill.hook(), _never)
-    with refill, record.surroundings.restored(), _modules_as_found(record, gone), hooks, watch or NOTHING, products:
+    with (
+        refill,
+        record.surroundings.restored(),
+        _modules_as_found(record, gone),
+        hooks,
+        watch or NOTHING,
+        products,
+        within,
+    ):
         f = _branch_again(record, x)
     if x._version != version:
         raise record.fault(chain, *WROTE_INPUT)

@@ -3,7 +3,7 @@
 Note [Which backward is this]
     A tape serves several backward passes (``retain_graph``, threads). Autograd gives each an id; each walks back on its
     own from the end of the tape. A pass that does not retain the graph takes the end state away with it and frees
-    records as it goes; what it did not reach, it leaves to the next one. PyTorch runs `Rewind.finish` when it is over.
+    records as it goes; what it did not reach, it leaves to the next one. When it is over, `Rewind.finish` runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import NO_PASS, recording_nothing, running_pass
 from revwire._runtime.checks import Checks
 from revwire._runtime.chunks import joined
+from revwire._runtime.endings import Ending
 from revwire._runtime.entries import Anchor, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Rebuilt
 from revwire._runtime.recompute import Again, evaluated_again
 from revwire._runtime.tape import Tape
-from revwire._torch import current_graph_task_id, current_graph_task_keeps_graph, queue_callback
+from revwire._torch import current_graph_task_id, current_graph_task_keeps_graph
 
 
 class Rewind:
@@ -35,7 +36,8 @@ class Rewind:
     """
 
     def __init__(self, tape: Tape, task: int) -> None:
-        spoiled = tape.range.settle()
+        if task == NO_PASS or not tape.range.late:  # else it is read when the pass ends
+            tape.range.settle()
         self.tape = tape
         self.task = task
         self.retained = task == NO_PASS or bool(current_graph_task_keeps_graph())
@@ -44,7 +46,7 @@ class Rewind:
         self.previous, self.current = tape.intact_state()
         self.position = len(tape.records)
         self.cache: dict[int, tuple[Tensor, int]] = {}
-        self.checks = Checks(tape.chain, tape.streams, deferred=tape.deferred, spoiled=spoiled)
+        self.checks = Checks(tape.chain, tape.streams, deferred=tape.deferred, range=tape.range)
         self.parts: list[tuple[Tensor, Tensor]] = []  # (x_{k-1}, x_k) of the chunks so far, from the last to the newest
         if not self.retained:
             tape.state = None
@@ -58,20 +60,15 @@ class Rewind:
             found = cls(tape, task)
             if task != NO_PASS:  # else somebody looks at a graph by hand: nothing is kept
                 tape.passes[task] = found
-                queue_callback(found.finish)
+                Ending.of(task).add(found.checks, found.finish)
         return found
 
     def finish(self) -> None:
-        """At the end of the pass: free what it held, and read the deferred comparisons.
-
-        Raises:
-            ReconstructionError: a deferred comparison failed.
-        """
+        """At the end of the pass: free what it held. Then its deferred comparisons are read."""
         self.tape.passes.pop(self.task, None)
         self.cache.clear()
         if not self.retained and not self.parts and self.current is not None:  # else nothing is left to go on from
             self.tape.shorten(self.position, (self.previous, self.current))
-        self.checks.settle()
 
     def let_go(self) -> None:
         """The walk is over, and all gradients behind it are there: free the states before the pass ends."""
@@ -95,8 +92,12 @@ class Rewind:
                 "compute it inside `with revwire.stored_activations(model):`, or on `revwire.revert(model)`"
             )
         with recording_nothing():
-            while self.position > position:
-                self._step_back()
+            try:
+                while self.position > position:
+                    self._step_back()
+            except ReconstructionError:
+                self.tape.range.settle()  # what left the range cannot be found again
+                raise
 
     def saved(self, position: int, index: int) -> Tensor:
         """The tensor that the branch of the unit at ``position`` saved as its ``index``-th."""
@@ -219,7 +220,7 @@ class Rewind:
         """The branch of a unit, or of its chunk, on the state x_k again; what it saves is in the cache then."""
         chain = self.tape.chain
         complete = partial(chain.observer.on_complete, self.tape.key(position)) if chain.observer else None
-        again = evaluated_again(chain, self.tape.streams, record, state, complete)
+        again = evaluated_again(chain, self.tape.streams, record, state, complete, deferred=self.tape.deferred)
         self.cache = again.saved
         if not self.retained:
             record.products = None

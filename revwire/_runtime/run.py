@@ -22,7 +22,7 @@ from revwire._errors import ConversionError, RangeError, ReconstructionError, Un
 from revwire._runtime.autograd_graph import edge_behind, recording_nothing, running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
-from revwire._runtime.functions import comes_from_chain, enter, later, step
+from revwire._runtime.functions import comes_from_chain, enter, gated, later, step
 from revwire._runtime.kinds import Kind, dressed, kind_of
 from revwire._runtime.kinds import plain as plain_tensor
 from revwire._runtime.links import Link, link_of, linked, linked_view
@@ -38,7 +38,7 @@ from revwire._streams.fixed import FixedStreams, asks_for_wide
 from revwire._streams.floats import FloatStreams
 from revwire._streams.samples import usual_magnitude
 from revwire._surroundings.inventory import version_of
-from revwire._surroundings.modes import exporting, transformed
+from revwire._surroundings.modes import exporting, stalls, transformed
 from revwire._torch import disable_dynamo
 
 _HEADROOM_UNCALIBRATED = 2.0**6
@@ -163,7 +163,8 @@ def _give_out(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch
     link.spend()
     if tape.position == chain.length:
         tape.range.close()
-        return dressed((out if tape.plain else tape.couplings[-1].merge(current, out)).to(dtype), kind)
+        out = out if tape.plain else tape.couplings[-1].merge(current, out)
+        return dressed((gated(out, tape.range) if tape.range.late else out).to(dtype), kind)
     if tape.left:
         tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
     if not tape.plain and (move := next_point(tape, unit, current, out)) is not None:
@@ -201,7 +202,8 @@ def _of_branches(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if casts else dtype
 
 
-def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
+def _refuse(chain: Chain, unit: Unit, x: Tensor) -> None:
+    """Raise where no chain can begin on ``x``, and warn where none should."""
     if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested:
         raise ConversionError(
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
@@ -220,12 +222,19 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
             "mode)",
             stacklevel=2,
         )
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise _captured(chain, unit.path)
+
+
+def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor, Link]:
+    _refuse(chain, unit, x)
     exported = exporting()  # then there are no values to scale the streams for
     kind, x = kind_of(x), plain_tensor(x)
     wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
     floats = plain or exported or not chain.exact
-    streams = FloatStreams(chain.tolerance) if floats else _begun(chain, unit, wide, x.dtype)
+    late = not floats and _is_read_late(chain, host, wide)
+    streams = FloatStreams(chain.tolerance) if floats else _begun(chain, unit, wide, x.dtype, late=late)
     state = streams.enter(wide)
     tape = Tape(
         chain,
@@ -235,8 +244,12 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         keep=torch.is_grad_enabled(),
         unpacker=unpacker,
         plain=plain,
+        late=late,
+        training=host.training,
     )
     carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state, tape)
+    if tape.range.late:
+        tape.range.admit(unit, wide, carrier.detach())
     outward = dressed(carrier.to(x.dtype), kind)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
@@ -258,6 +271,14 @@ def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
     return Link(tape, tape.progress, link.version, link.previous, link.current)
 
 
+def _captured(chain: Chain, where: str) -> UnsupportedTransformError:
+    return UnsupportedTransformError(
+        f"{where} ({chain.name}): got the capture of a CUDA graph; expected to run eagerly: the host reads the checks "
+        "of each backward pass, and Python's part of a recompute would not be replayed; capture what is outside of "
+        "chains, or revwire.revert(model)"
+    )
+
+
 def _cut(chain: Chain, where: str) -> ReconstructionError:
     return ReconstructionError(
         f"{where} ({chain.name}): got a part of the chain inside of torch.utils.checkpoint (or another function that "
@@ -266,17 +287,30 @@ def _cut(chain: Chain, where: str) -> ReconstructionError:
     )
 
 
-def _begun(chain: Chain, unit: Unit, x: Tensor, dtype: torch.dtype) -> Streams:
-    """The streams of a forward that enters the chain at this unit, by a state that came in this dtype."""
-    largest, followed = magnitude(x), chain.reach.begin()
+def _is_read_late(chain: Chain, host: nn.Module, x: Tensor) -> bool:
+    """Whether a forward is read in its backward pass only; see Note [Synchronisation] in `range`."""
+    waits = torch.is_grad_enabled() and not chain.stored and stalls(x.device)
+    return waits and chain.reach.awaits_backward(host.training)
+
+
+def _begun(chain: Chain, unit: Unit, x: Tensor, dtype: torch.dtype, *, late: bool) -> Streams:
+    """The streams of a forward that enters the chain at this unit, by a state that came in this dtype; one that is read
+    ``late`` is not looked at.
+    """
+    followed, branch = chain.reach.begin(), _of_branches(dtype, x.device)
+    if late:
+        return _streams_for(chain, followed, chain.reach.beside, x, branch)
+    largest = magnitude(x)
     if not isfinite(largest):
         if torch.is_grad_enabled():
             warn_of_what_is_not_finite(chain.reach, chain.name, unit)
         return FloatStreams(chain.tolerance, rebuilds=False)
     least = largest if chain.reach.calibrated is not None else largest * _HEADROOM_UNCALIBRATED
-    usual, branch = chain.reach.beside, _of_branches(dtype, x.device)
+    usual = chain.reach.beside
     if largest > followed and asks_for_wide(largest, usual, branch):
         usual = max(usual, usual_magnitude(x))  # all of it may have grown
+    if stalls(x.device):
+        chain.reach.widen(least, usual)
     return _streams_for(chain, max(least, followed), usual, x, branch)
 
 

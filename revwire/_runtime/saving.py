@@ -19,12 +19,13 @@ from revwire._runtime.kinds import kind_of
 from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit, evaluate
 from revwire._streams.base import Streams
-from revwire._streams.samples import can_be_sampled, glance
+from revwire._streams.samples import can_be_sampled, glance, is_random_state
 from revwire._surroundings.buffers import Written, statistics_of, undisturbed
 from revwire._surroundings.copies import Versions, detached
 from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
 from revwire._surroundings.modes import NOTHING
+from revwire._surroundings.settings import kernels_not_searched, searches_kernels
 from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import checkpoint_stops_early
 from revwire.couplings.base import Rule
@@ -76,6 +77,9 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
         ReconstructionError: the branch wrote to its input.
     """
     chain, x = call.chain, call.x
+    if searches_kernels():
+        with kernels_not_searched():
+            return recorded(call, unpack)
     version = version_of(x)
     record = _record(call)
     last: deque[tuple[int, Tensor]] = deque(maxlen=call.streams.witnesses)
@@ -213,7 +217,12 @@ def seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callab
 
 
 def _look(record: UnitRecord, stop: Stop, number: int, t: Tensor) -> None:
-    """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its recompute."""
+    """Take a sample of what a branch saves; where it has none, the branch is computed to its end in its recompute.
+
+    Of the state of a generator none is needed: what attention drew from it shows in the result that it saves, too.
+    """
+    if is_random_state(t):
+        return
     found = glance(t) if record.stop else None
     if found is None:
         record.stop = None

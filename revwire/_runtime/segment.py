@@ -26,8 +26,9 @@ from revwire._surroundings.buffers import Copies, Written, statistics_of, undist
 from revwire._surroundings.context import context_kept
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of, versions_of
+from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.randomness import accelerators_of
-from revwire._surroundings.settings import settings_now
+from revwire._surroundings.settings import kernels_not_searched, searches_kernels, settings_now
 from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks
 
@@ -102,6 +103,9 @@ class Segment:
                 out = run(*args, **kwargs)
             self._note_made(out)
             return out
+        if searches_kernels():
+            with kernels_not_searched():
+                return self.make(function, args, kwargs, run, tensors)
         needs: list[int] = []
         recorded = [self.values.noted(a, needs) for a in args]
         named = {k: self.values.noted(a, needs) for k, a in kwargs.items()} if kwargs else None
@@ -112,11 +116,8 @@ class Segment:
         try:
             push_saved_tensors_hooks(self.pack, opened_cell)
             try:
-                if self.products is None:
+                with self.products or NOTHING:
                     out = run(*args, **kwargs)
-                else:
-                    with self.products:
-                        out = run(*args, **kwargs)
             finally:
                 pop_saved_tensors_hooks()
         except BaseException:

@@ -42,6 +42,8 @@ class Tape:
         position: index of the unit at which this pass enters the chain.
         keep: whether gradients are recorded (else, ``no_grad``, it is the plain loop and nothing is kept).
         plain: whether the units run as in the original network, with ordinary autograd (`Coupling.plain_in_eval`).
+        late: whether the range is read in the backward pass; see Note [Synchronisation] in `range`.
+        training: the mode of the host at which this pass enters the chain.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Tape:
         keep: bool,
         unpacker: Unpacker,
         plain: bool = False,
+        late: bool = False,
+        training: bool = True,
     ) -> None:
         self.chain = chain
         self.streams = streams
@@ -70,7 +74,13 @@ class Tape:
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
         self.unpacker = unpacker
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
-        self.range = RangeCheck(chain.name, chain.reach, streams.bound, keep=keep, deferred=self.deferred)
+        self.range = RangeCheck(
+            *(chain.name, chain.reach, streams.bound),
+            keep=keep,
+            deferred=self.deferred,
+            late=late and streams.bound is not None,
+            training=training,
+        )
         self.left = False  # it ends where a value left the range; see Note [Out of range] in `range`
 
     def key(self, position: int) -> Key:

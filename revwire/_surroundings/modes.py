@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,15 @@ def backward_hooks_left_out(module: nn.Module) -> Iterator[None]:
         vars(module).update(kept)
 
 
-NOTHING = nullcontext()
+class _Nothing(AbstractContextManager[None]):
+    """Does nothing, without a call of a Python function: a formatted empty string takes any arguments, and is false."""
+
+    __slots__ = ()
+    __enter__: Any = "".format
+    __exit__: Any = "".format
+
+
+NOTHING = _Nothing()
 """A context that does nothing; one serves all."""
 
 

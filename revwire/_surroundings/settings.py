@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from revwire._surroundings.modes import NOTHING
-from revwire._torch import PRECISIONS, SETTINGS, default_device
+from revwire._torch import BENCHMARK, PRECISIONS, SETTINGS, default_device
 
 _ALWAYS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -65,6 +65,21 @@ def settings_restored(then: Settings, accelerated: bool = True) -> AbstractConte
     where they are the same.
     """
     return NOTHING if settings_now(accelerated) is then else _restored(then)
+
+
+searches_kernels: Callable[[], bool] = SETTINGS[BENCHMARK][0]
+"""Whether cuDNN tries the algorithms of each new convolution, and takes the fastest: in each thread for itself."""
+
+
+@contextmanager
+def kernels_not_searched() -> Iterator[None]:
+    """Let cuDNN choose by its rules: what it finds by trying is another algorithm in the thread of a backward pass."""
+    set_search, before = SETTINGS[BENCHMARK][1], searches_kernels()
+    set_search(False)
+    try:
+        yield
+    finally:
+        set_search(before)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ Note [Bytes on the CPU]
     The CPU allocator keeps no statistics, but it reports each allocation and each release to PyTorch's profiler. Their
     running sum is exact and repeatable to the byte, for what goes through PyTorch's allocator (scratch memory inside a
     maths library does not). Blocks that were allocated before the trace began are released in it without a report, so
-    all figures count from the level at rest. On CUDA the caching allocator's own statistics give the same.
+    all figures count from the level at rest. On accelerators the caching allocator's own statistics give the same, of
+    the device that is named: bytes that are allocated. It reserves more, as freed blocks do not fit what comes next.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import profiler
 
+from revwire._errors import RevwireError
 from revwire._torch import begin_memory_trace, end_of_memory_trace
 
 _MARK = "revwire mark"
@@ -43,26 +45,39 @@ def traced(step: Callable[[Mark], object], device: torch.device, *, thorough: bo
     takes as long as some steps do.
     """
     gc.collect(2 if thorough or device.type != "cpu" else 1)
-    return _on_cuda(step, device) if device.type == "cuda" else _on_cpu(step)
+    return _on_cpu(step) if device.type == "cpu" else _on_accelerator(step, device)
+
+
+def keeps_peak(device: torch.device) -> bool:
+    """Whether the most bytes alive during a stretch can be told there: not on MPS, whose allocator keeps no such
+    statistic.
+    """
+    return device.type == "cpu" or hasattr(torch.get_device_module(device), "reset_peak_memory_stats")
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def _on_cuda(step: Callable[[Mark], object], device: torch.device) -> list[Bytes]:
+def _on_accelerator(step: Callable[[Mark], object], device: torch.device) -> list[Bytes]:
+    if not keeps_peak(device):
+        raise RevwireError(
+            f"peak of a step: got a model on {device}, whose allocator tells no peak; expected a CPU, CUDA or XPU; "
+            "measure and plan on the CPU (plan.save, Plan.load), or convert without memory_budget"
+        )
+    statistics = torch.get_device_module(device)
     synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    rest = begin = torch.cuda.memory_allocated(device)
+    statistics.reset_peak_memory_stats(device)
+    rest = begin = statistics.memory_allocated(device)
     found: list[Bytes] = []
 
     def mark() -> None:
         nonlocal begin
-        now = torch.cuda.memory_allocated(device)
-        found.append(Bytes(begin - rest, torch.cuda.max_memory_allocated(device) - rest, now - rest))
-        torch.cuda.reset_peak_memory_stats(device)
+        now = statistics.memory_allocated(device)
+        found.append(Bytes(begin - rest, statistics.max_memory_allocated(device) - rest, now - rest))
+        statistics.reset_peak_memory_stats(device)
         begin = now
 
     result = step(mark)

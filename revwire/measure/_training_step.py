@@ -73,6 +73,6 @@ def autocast_left(device: torch.device) -> Iterator[Callable[[], AbstractContext
 
 
 def device_of(model: nn.Module, inputs: Any) -> torch.device:
-    """The CUDA device that a step runs on, if any; else the CPU."""
+    """The accelerator that a step runs on, if any; else the CPU."""
     tensors = [*model.parameters(), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
-    return next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))
+    return next((t.device for t in tensors if t.device.type not in ("cpu", "meta")), torch.device("cpu"))

@@ -1,5 +1,5 @@
-"""On accelerators, checks are read once per chain and pass. Here the CPU is treated as one: the same errors, and the
-same bits.
+"""On accelerators, checks are read at the end of a backward pass. Here the CPU is treated as one: the same errors, and
+the same bits.
 """
 
 import gc
@@ -8,7 +8,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import EXACT, each_case, each_exact_case, each_fast_case
 from revwire import RangeError, ReconstructionError
@@ -17,6 +16,7 @@ from revwire._runtime.entries import UnitRecord
 from revwire._runtime.range import Reach, ranges_held
 from revwire._streams import fused
 from revwire.testing import Step, check_gradients
+from stand_in import as_accelerator
 from toys import Attention, Dropped, Linear, PreNorm, Toy, attention_extras, inputs_of, stored, toy
 
 SINGLE = pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.float32], ids=str)
@@ -24,8 +24,7 @@ SINGLE = pytest.mark.parametrize("case", [c for c in EXACT if c.dtype == torch.f
 
 @pytest.fixture(autouse=True)
 def deferred(monkeypatch):
-    monkeypatch.setattr("revwire._runtime.tape.stalls", lambda device: True)
-    monkeypatch.setattr("revwire._streams.fixed._is_read_late", lambda device: True)
+    as_accelerator(monkeypatch)
 
 
 @each_case
@@ -33,45 +32,8 @@ def test_gradients_are_the_same(case, monkeypatch):
     model = toy(case, Attention)
     inputs = (inputs_of(model, case), *attention_extras(case.dtype))
     step = check_gradients(model, inputs, tolerance=3 * case.stored, stored=stored)
-    monkeypatch.setattr("revwire._runtime.tape.stalls", lambda device: False)
+    as_accelerator(monkeypatch, wanted=False)
     step.assert_like(Step.of(model, inputs))
-
-
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
-
-    waits = (
-        torch.ops.aten._local_scalar_dense.default,
-        torch.ops.aten.equal.default,
-        torch.ops.aten.is_nonzero.default,
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in self.waits
-        return function(*args, **(kwargs or {}))
-
-
-@each_fast_case
-def test_the_host_waits_as_often_for_a_deep_chain_as_for_a_shallow_one(case, monkeypatch):
-    monkeypatch.setattr(
-        "revwire._surroundings.surroundings.same_bytes", lambda a, b: True
-    )  # random states lie on the host
-    lists = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(1) or tolist(t))
-    waits = []
-    for depth in (3, 9):
-        model = toy(case, Linear, depth=depth)
-        lists.clear()
-        with Reads() as reads:
-            model(inputs_of(model, case)).sum().backward()
-        waits.append(reads.count + len(lists))
-    assert waits[0] == waits[1]
-    assert waits[0] == (3 if case.exact else 1)  # the range at the start; at the end of the chain; of the backward
 
 
 @each_exact_case

@@ -16,7 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import revwire
 from processes import passes_interpreted
 from revwire import RangeError, ReconstructionError
+from revwire._forwards.converted import chains_of
 from revwire._streams import fused
+from revwire._streams.samples import glance
+from stand_in import as_accelerator
+from toys import modes_of
 
 pytest.importorskip("triton")
 
@@ -33,8 +37,7 @@ def test_all_of_this_under_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def deferred(monkeypatch):
-    monkeypatch.setattr("revwire._runtime.tape.stalls", lambda device: True)
-    monkeypatch.setattr("revwire._streams.fixed._is_read_late", lambda device: True)
+    as_accelerator(monkeypatch)
 
 
 class Block(nn.Module):
@@ -162,6 +165,30 @@ def test_a_unit_launches_four_kernels_forward_and_eight_backward(coupling, dtype
     assert (forward["advance"], forward["sample"]) == (1, 1)
     assert [backward[name] for name in ("read", "retreat", "sample")] == [1, 1, 1]
     assert backward.get("scale", 0) == (coupling != "re2tal")  # whose gradients are handed on as they are
+
+
+@on_device
+def test_a_checkpointed_unit_launches_as_many_and_glances_at_what_it_saves(launches, monkeypatch):
+    """One glance at each tensor but its input and those that others look after, in forward and in recompute."""
+    looks = []
+    for module in ("saving", "recompute"):
+        monkeypatch.setattr(f"revwire._runtime.{module}.glance", lambda t: looks.append(1) or glance(t))
+
+    def counts(depth):
+        model, x = network(depth), example().requires_grad_()
+        (chain,) = chains_of(model)
+        chain.modes, chain.keeps_last = modes_of(["r", *"c" * (depth - 2), "r"]), False
+        counted(training(model, x, autocast=False), launches)
+        looks.clear()
+        found = counted(training(model, x, autocast=False), launches)
+        return *(sum(names.values()) for names in found), len(looks) / 2  # it runs twice
+
+    few, many = counts(4), counts(6)
+    forward, backward, looked = ((b - a) / 2 for a, b in zip(few, many, strict=True))
+    branch, gradients = 4, 17  # norm, product, activation, product; what autograd launches for them
+    assert forward - branch <= 4
+    assert backward - (branch - 1) - gradients <= 8
+    assert looked <= 2 * 10
 
 
 @on_device
