@@ -167,7 +167,7 @@ def _give_out(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch
         return dressed((gated(out, tape.range) if tape.range.late else out).to(dtype), kind)
     if tape.left:
         tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
-    if not tape.plain and (move := next_point(tape, unit, current, out)) is not None:
+    if tape.moves and (move := next_point(tape, unit, current, out)) is not None:
         current, out = out, move
         if tape.left:
             tape, current, out = _scaled_anew(chain, tape, current, out, dtype)

@@ -69,6 +69,7 @@ class Tape:
         self.plain = plain
         self.rewinds = keep and not chain.stored and not plain
         self.couplings = chain.couplings  # those of this forward, whatever is set later
+        self.moves = not plain and self.couplings[0].move is not None  # so all of them do
         self.records: list[UnitRecord | ViewRecord | MoveRecord | Anchor | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
