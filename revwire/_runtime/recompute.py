@@ -66,14 +66,14 @@ class Again(NamedTuple):
     """A second evaluation of a branch.
 
     Attributes:
-        x: the float value of x_k.
+        x: the float value of x_k, if that is what the branch was given; where it computes in fewer bits, None.
         f: F_k(x_k); None where the branch was not run to its end.
         witnesses: those among what it saved.
         looks: glances at what it saved, where it may have stopped early.
         saved: what it saved, by number, with version counters.
     """
 
-    x: Tensor
+    x: Tensor | None
     f: Tensor | None
     witnesses: list[Tensor]
     looks: list[Tensor]
@@ -228,8 +228,10 @@ def _recompute(
     context.
     """
     _check_versions(chain, record)
-    wide = streams.read(state)
+    wide: Tensor | None = streams.read(state)
+    assert wide is not None
     x = dressed((wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach(), record.kind)
+    wide = wide if wide.dtype == record.dtype else None  # as large as all that a branch in 16 bits saves
     if record.input_requires_grad:
         x.requires_grad_()
     version = x._version

@@ -192,7 +192,8 @@ class Rewind:
             return before if chunk is None else chunk.of(before), None, again
         assert again.f is not None
         following = self._now() if chunk is None else chunk.of(self._now())
-        undone = self.tape.streams.unstep(following, again.x, again.f, record.rule, record.bits)
+        x = current if again.x is None else again.x
+        undone = self.tape.streams.unstep(following, x, again.f, record.rule, record.bits)
         return undone.state, undone.summary, again
 
     def _spend_following(self) -> None:
@@ -208,7 +209,7 @@ class Rewind:
         following = self._now() if record.chunk is None else record.chunk.of(self._now())
         if not self.retained:
             record.result = None
-        return self.tape.streams.unstep(following, self.tape.streams.read(current), value, record.rule, record.bits)
+        return self.tape.streams.unstep(following, current, value, record.rule, record.bits)
 
     def _before(self, record: UnitRecord) -> tuple[Tensor, Tensor]:
         """The states (x_{k-1}, x_k) that a unit, or its chunk, begins with; the walk stands before it."""

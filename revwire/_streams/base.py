@@ -144,7 +144,7 @@ class Streams(ABC):
 
     @abstractmethod
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
-        """The state of x_{k-1} from that of x_{k+1}; ``x`` is the float value of x_k."""
+        """The state of x_{k-1} from that of x_{k+1}; ``x`` is the float value of x_k, or its state."""
 
     @abstractmethod
     def summary(self, state: Tensor) -> Tensor:

@@ -144,6 +144,8 @@ class FixedStreams(Streams):
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
+        if not (x.is_floating_point() or (numbers and self.form is kernels)):
+            x = self.read(x)
         if self.form and numbers:
             return self.form.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
         increment = self._increment(x, f, rule).to(self.integer)

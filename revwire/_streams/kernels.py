@@ -40,6 +40,10 @@ beside it.
 """
 
 
+_PIECE = 1 << 14
+"""Elements of a stream that are converted at a time."""
+
+
 def available() -> bool:
     """Whether the kernels can be compiled here; ``REVWIRE_KERNELS=0`` in the environment turns them off."""
     return os.environ.get("REVWIRE_KERNELS", "1") != "0" and find_spec("numba") is not None
@@ -94,17 +98,44 @@ def retreat(
     negative: bool,
     scale: int,
 ) -> Undone:
-    """X_{k-1}, the inverse of `advance`, and its sums."""
-    k, n, f, out, sums = _native(), following.numel(), _like(f, x), torch.empty_like(following), _no_sums(following)
+    """X_{k-1}, the inverse of `advance`, and its sums; ``x`` may be the state of x_k instead of its value."""
+    k, n, out, sums = _native(), following.numel(), torch.empty_like(following), _no_sums(following)
     like = k.LIKE[following.itemsize]
     if m:
         assert bits is not None
         layout = layout_of(n, m)
         k.unpack(like, bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
     numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1, like)
-    given = following.data_ptr(), x.data_ptr(), f.data_ptr()
-    _in_parts(k.retreat, numbers, n, (*given, out.data_ptr(), sums.data_ptr()))
+    if x.dtype is _FLOAT is f.dtype and x.stride() == f.stride() and type(f) is Tensor:
+        given = following.data_ptr(), x.data_ptr(), f.data_ptr()
+        _in_parts(k.retreat, numbers, n, (*given, out.data_ptr(), sums.data_ptr()))
+        return Undone(out, sums)
+    f = f if f.stride() == x.stride() and type(f) is Tensor else torch.empty_like(x, dtype=f.dtype).copy_(f.detach())
+    xs, fs = _flat(x), _flat(f.detach())
+
+    def in_pieces(*numbers: Any) -> None:
+        """A few segments at a time, so that no value of a whole stream is there."""
+        *numbers, _, first, last = numbers
+        step = max(1, SEGMENTS // max(1, n // _PIECE))
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            low, high = n * a // SEGMENTS, n * b // SEGMENTS
+            at, with_ = _value(xs[low:high], scale), fs[low:high].to(_FLOAT)
+            floats = at.data_ptr() - low * _FLOAT.itemsize, with_.data_ptr() - low * _FLOAT.itemsize
+            k.retreat(*numbers, n, a, b, following.data_ptr(), *floats, out.data_ptr(), sums.data_ptr())
+
+    _in_parts(in_pieces, numbers, n, ())
     return Undone(out, sums)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """The elements of a dense tensor as they lie in memory."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def _value(x: Tensor, scale: int) -> Tensor:
+    """Some values of a stream, from these or from their states."""
+    return x if x.dtype is _FLOAT else x.to(_FLOAT).mul_(ldexp(1.0, -scale))
 
 
 def read(state: Tensor, scale: int) -> Tensor:

@@ -17,6 +17,7 @@ from revwire._streams import kernels as _kernels
 from revwire._streams.bits import pack_bits
 from revwire._streams.fixed import FixedStreams
 from revwire.couplings.base import Rule
+from revwire.measure import peak_bytes
 
 pytest.importorskip("numba")
 
@@ -196,3 +197,25 @@ def test_an_increment_may_be_larger_than_the_state_that_it_leads_to(sign):
     done = streams.step(previous, x, x, rule)
     assert done.in_range
     assert torch.equal(streams.unstep(done.state, x, x, rule, done.bits).state, previous)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 100_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [_kernels, None], ids=["compiled", "plain"])
+def test_a_step_is_undone_by_the_state_as_by_its_value(size, dtype, form):
+    streams, rule = FixedStreams(SCALE, torch.int32, form=form), Rule.of(Bdia(1 / 8).coefficients)
+    before, x, f = streams_of(size, "transposed", 0)
+    previous, current, f = streams.enter(before), streams.enter(x), f.to(dtype)
+    done = streams.step(previous, streams.read(current), f, rule)
+    undone = streams.unstep(done.state, current, f, rule, done.bits)
+    assert torch.equal(undone.state, previous)
+    assert undone.summary is None or torch.equal(undone.summary, streams.summary(previous))
+
+
+def test_undoing_a_step_of_16_bits_makes_no_value_of_a_whole_stream():
+    streams, rule, n = FixedStreams(SCALE, torch.int32, form=_kernels), Rule.of(Bdia(1 / 8).coefficients), 1 << 18
+    before, x, f = streams_of(n, "flat", 0)
+    previous, current, f = streams.enter(before), streams.enter(x), f.bfloat16()
+    done = streams.step(previous, streams.read(current), f, rule)
+    peak = peak_bytes(lambda: streams.unstep(done.state, current, f, rule, done.bits))
+    assert peak < 1.3 * previous.nbytes  # the state that comes back, and pieces
