@@ -5,6 +5,7 @@ from __future__ import annotations
 from revwire import couplings, measure
 from revwire._api.config import load_config, save_config
 from revwire._api.convert import convert
+from revwire._api.doctor import Diagnosis, doctor
 from revwire._api.plan import plan
 from revwire._api.profile import Profile, profile
 from revwire._api.report import report
@@ -40,6 +41,7 @@ __all__ = [
     "Coupling",
     "CouplingError",
     "CouplingSchedule",
+    "Diagnosis",
     "Dr2Net",
     "Forecast",
     "FunctionLostWarning",
@@ -58,6 +60,7 @@ __all__ = [
     "UnsupportedTransformError",
     "convert",
     "couplings",
+    "doctor",
     "load_config",
     "measure",
     "plan",
