@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from revwire._streams.fused import INTERPRETED
 from revwire._torch import (
     dynamo_is_imported,
     full_backward_hook_tables,
@@ -82,5 +83,7 @@ def saved_tensors_hooked() -> bool:
 
 
 def stalls(device: torch.device) -> bool:
-    """Whether reading one number from a device waits for all that it has been given to do."""
-    return device.type != "cpu"
+    """Whether reading one number from a device waits for all that it has been given to do; where kernels are
+    interpreted, the CPU stands in for such a device.
+    """
+    return device.type != "cpu" or INTERPRETED
