@@ -77,13 +77,15 @@ class Book:
 
 
 def run(part: str, book: Book, setting: Setting, left: float) -> str:
-    """Run what is missing of a part, in its own time and in what is ``left`` of all; what became of it."""
-    start, limit = monotonic(), min(PARTS[part].seconds, left)
+    """Run what is missing of a part, in its own time (a dry run asks for none) and in what is ``left`` of all; what
+    became of it.
+    """
+    start, limit = monotonic(), left if setting.tiny else min(PARTS[part].seconds, left)
     try:
         for row in stage.rows(part, setting, book.cases(part), limit):
             book.add(part, row)
     except stage.Stopped as reason:
-        if limit < PARTS[part].seconds and monotonic() - start >= limit:
+        if limit == left and monotonic() - start >= limit:
             return "not finished: the time of all parts is over; the same command goes on"
         book.add(part, {"case": part, "reason": str(reason)})
         book.end(part, "stopped", monotonic() - start)

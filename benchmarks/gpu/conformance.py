@@ -115,7 +115,9 @@ def _tests(file: str, *, only_marked: bool) -> Row:
     except ImportError as error:
         return _row(file, 0, [], reason=first_line(error))
     seen = _Reports()
-    options = ["-q", "-n0", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *(["-m", "gpu"] if only_marked else [])]
+    options = ["-q", "-n0", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # much of what it would rewrite is imported
+    options += ["-m", "gpu"] if only_marked else []
     with contextlib.redirect_stdout(sys.stderr):
         code = pytest.main([*options, str(ROOT / file)], plugins=[seen])
     reason = None if code in (0, 1, 5) else f"pytest ended with {int(code)}"

@@ -1,4 +1,6 @@
-"""Seconds and peak bytes of a step: stored activations, checkpointing, the plain call, the paper's coupling, budgets."""
+"""Seconds and peak bytes of a step: stored activations, checkpointing, the plain call, the paper's coupling, and
+budgets.
+"""
 
 from __future__ import annotations
 

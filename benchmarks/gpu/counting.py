@@ -1,5 +1,5 @@
-"""What a device would be given to do, counted on the CPU: each operation of PyTorch's, and each kernel of Triton's, with
-the bytes that it reads and writes and its floating-point operations.
+"""What a device would be given to do, counted on the CPU: each operation of PyTorch's, and each kernel of Triton's,
+with the bytes that it reads and writes and its floating-point operations.
 
 The environment of `INTERPRETED` must be there when Python starts: the library then uses its kernels on the CPU, and
 defers checks as on a device. Kernels write zeros while they are counted, as Triton's interpreter takes seconds for
@@ -135,7 +135,7 @@ def _zeros(function: Any, args: Any, kwargs: Any) -> Any:
 
 def _of_random_states(name: str, args: tuple[Any, ...]) -> bool:
     """Random states are compared on the host."""
-    return name.startswith("equal") and args[0].numel() == torch.get_rng_state().numel()
+    return name.startswith("equal") and args[0].nbytes == torch.get_rng_state().nbytes
 
 
 def _bytes(values: Any) -> int:

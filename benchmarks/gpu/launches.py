@@ -107,7 +107,8 @@ def rows(setting: Setting, done: set[str]) -> Iterator[Row]:
         if setting.device.type == "cuda":
             row["profiled"] = per_unit(*map(seen, steps(method, setting.device, 256)))
         else:
-            list(map(lambda run: run(), steps(method, setting.device, 16)))
+            for run in steps(method, setting.device, 16):
+                run()
             row["reason"] = "nothing is launched on a CPU"
         yield row
 

@@ -79,6 +79,14 @@ def _slowfast() -> nn.Module:
     return Pathways(slowfast_r50(pretrained=False, head_pool_kernel_sizes=((None, 1, 1), (None, 1, 1))))
 
 
+def _small_slowfast() -> nn.Module:
+    from pytorchvideo.models.slowfast import create_slowfast
+
+    model = Pathways(create_slowfast(stem_dim_outs=(16, 2), head_pool_kernel_sizes=((1, 1, 1), (1, 1, 1))))
+    model.blocks = model.blocks[:2]  # the stem and the first stage
+    return model
+
+
 def _small_swin() -> nn.Module:
     return swin.SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 2], [4, 2, 2], num_classes=8)
 
@@ -103,7 +111,7 @@ _SMALL = {
     "ViT-L/16": Subject(_SMALL_VIT, _images, 4, 32),
     "Swin3D-T": Subject(_small_swin, _clips(32), 1, 8),
     "Swin3D-B": Subject(_small_swin, _clips(32), 1, 8),
-    "SlowFast-R50": Subject(_slowfast, _clips(32), 2, 8),
+    "SlowFast-R50": Subject(_small_slowfast, _clips(32), 1, 8),
     "Llama-like, 8k tokens": Subject(_SMALL_LLAMA, _tokens, 1, 64, LOW),
     "Llama-like, 32k tokens": Subject(_SMALL_LLAMA, _tokens, 1, 128, LOW),
 }

@@ -1,4 +1,6 @@
-"""A stack of layers as large language models have them: root-mean-square norms, rotary positions, gated MLPs, no biases."""
+"""A stack of layers as large language models have them: root-mean-square norms, rotary positions, gated MLPs, no
+biases.
+"""
 
 from __future__ import annotations
 
