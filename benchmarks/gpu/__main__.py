@@ -1,6 +1,6 @@
 """All that is to be measured on a GPU, in ten minutes at most: exactness, seconds and peaks, launches, what fits.
 
-python -m benchmarks.gpu                      # on the current device; what its records have already is not run again
+python -m benchmarks.gpu                      # on the first device; what its records have already is not run again
 python -m benchmarks.gpu --only 'costs*'      # some parts; --again runs them anew
 python -m benchmarks.gpu --dry-run            # every part on the CPU, on tiny networks, into a folder of its own
 
@@ -116,7 +116,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda", help="such as cuda:1; by default the current one")
+    parser.add_argument("--device", default="cuda:0", help="such as cuda:1")
     parser.add_argument("--only", default="*", metavar="GLOB", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--again", action="store_true", help="run parts anew that are ended")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts")
@@ -149,7 +149,7 @@ def _device(name: str) -> torch.device:
         raise SystemExit("benchmarks.gpu: there is no CUDA device here; --dry-run runs every part on the CPU")
     if (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f"benchmarks.gpu: got the device {name!r}; there are {torch.cuda.device_count()}")
-    return device
+    return torch.device("cuda", device.index or 0)  # each process begins with the first one as the current
 
 
 def main() -> None:

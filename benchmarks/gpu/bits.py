@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import revwire
+from benchmarks.gpu.device import first_line, settled
 from benchmarks.gpu.subjects import LOW, Setting, Subject, in_precision, subject
 from benchmarks.harness.record import Row
 from benchmarks.memory.steps import step
@@ -54,6 +55,7 @@ def rows(setting: Setting, done: set[str]) -> Iterator[Row]:
             found = in_precision(subject(network, setting), precision)
             kernel = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if attention == "flash" else nullcontext()
             yield row | _measured(found, setting.device, kernel)
+            settled(setting.device)
 
 
 def _measured(found: Subject, device: torch.device, kernel: AbstractContextManager[Any]) -> Row:
@@ -87,8 +89,3 @@ def _steps(model: nn.Module, x: Tensor, benchmark: bool) -> str:
     finally:
         torch.backends.cudnn.benchmark = before
     return "exact"
-
-
-def first_line(error: BaseException) -> str:
-    """What a row says of an error."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:240]

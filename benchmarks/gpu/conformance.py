@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import revwire
-from benchmarks.gpu.bits import Cast, first_line
+from benchmarks.gpu.bits import Cast
+from benchmarks.gpu.device import first_line
 from benchmarks.gpu.subjects import Setting
 from benchmarks.harness.gpt import Layer
 from benchmarks.harness.record import Row

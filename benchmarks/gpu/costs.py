@@ -5,7 +5,6 @@ budgets.
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import revwire
-from benchmarks.gpu.bits import first_line
+from benchmarks.gpu.device import first_line, peaks, settled
 from benchmarks.gpu.subjects import Setting, Subject, subject
 from benchmarks.harness.record import Row
 from benchmarks.memory.steps import step
-from revwire.measure import paired_seconds, peak_bytes
+from revwire.measure import paired_seconds
 
 STORED, CHECKPOINT, PLAIN, RE2TAL = "stored activations", "checkpointing", "revwire", "revwire re2tal"
 SAME, BETWEEN = "revwire, checkpointing's bytes as budget", "revwire, half-way to stored as budget"
@@ -158,29 +157,3 @@ def _in_turn(
             ratio = asdict(timings.ratio(name, CHECKPOINT)) if CHECKPOINT in steps else None
             rows[name] |= {"seconds": asdict(timings.seconds(name)), "to_checkpointing": ratio, "rounds": rounds}
     yield from rows.values()
-
-
-def peaks(run: Step, device: torch.device) -> Row:
-    """The most bytes of a step above rest: those allocated, and those that the allocator had to reserve for them (null
-    on a CPU, whose allocator has no pool).
-    """
-    if device.type != "cuda":
-        return {"peak_bytes": peak_bytes(run, device), "reserved_bytes": None}
-    run()  # allocates what stays
-    settled(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    rest = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return {
-        "peak_bytes": torch.cuda.max_memory_allocated(device) - rest,
-        "reserved_bytes": torch.cuda.max_memory_reserved(device) - rest,
-    }
-
-
-def settled(device: torch.device) -> None:
-    """Garbage is collected, and the allocator's pool given back."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import timm
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torchvision.models.video import swin3d_t
 
 import revwire
 from benchmarks.gpu.counting import INTERPRETED, Work, work_of
-from benchmarks.harness.record import RESULTS, Row, run
+from benchmarks.harness.record import RESULTS, Record, Row, environment
 from benchmarks.memory.steps import step
 
 NAME = "gpu_roofline"
@@ -63,7 +62,7 @@ def _noise(*shape: int) -> Callable[[int], Tensor]:
 
 SUBJECTS = {
     "ViT-B/16": Subject(partial(timm.create_model, "vit_base_patch16_224"), _noise(3, 224, 224), 64, 1.08),
-    "Swin3D-T, 32 frames": Subject(partial(swin3d_t, weights=None), _noise(3, 32, 224, 224), 8, 1.12),
+    "Swin3D-T, 16 frames": Subject(partial(swin3d_t, weights=None), _noise(3, 16, 224, 224), 16, 1.12),
 }
 
 METHODS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
@@ -115,28 +114,26 @@ def seconds(work: list[Work], rates: Rates) -> float:
     return sum(max(w.bytes / rates.bytes, w.flops / rates.flops, LAUNCH) for w in work)
 
 
-def measured() -> list[Row]:
-    """A row per network and method."""
-    rows: list[Row] = []
-    for network, subject in track(SUBJECTS.items(), "networks"):
-        base: dict[str, float] = {}
-        for method in METHODS:
-            pairs, units = launches(subject, method)
-            work = [at(pair, subject.batch) for pair in pairs]
-            row: Row = {"network": network, "batch": subject.batch, "method": method, "units": units}
-            row |= {"launches": len(work), "kernels": sum(w.name.startswith("kernel") for w in work)}
-            row |= {"bytes": sum(w.bytes for w in work), "flops": sum(w.flops for w in work)}
-            row |= {"waits": sum(w.waits for w in work), "target": None if method == CHECKPOINTING else subject.target}
-            for name, rates in RATES.items():
-                estimate = seconds(work, rates)
-                base.setdefault(name, estimate)
-                row |= {f"seconds {name}": estimate, f"to_checkpointing {name}": estimate / base[name]}
-            rows.append(row)
-    return rows
+def measured(network: str, method: str, base: Row | None) -> Row:
+    """The row of a network and a method; ``base`` is that of checkpointing, None for itself."""
+    subject = SUBJECTS[network]
+    pairs, units = launches(subject, method)
+    work = [at(pair, subject.batch) for pair in pairs]
+    row: Row = {"network": network, "batch": subject.batch, "method": method, "units": units}
+    row |= {"launches": len(work), "kernels": sum(w.name.startswith("kernel") for w in work)}
+    row |= {"bytes": sum(w.bytes for w in work), "flops": sum(w.flops for w in work)}
+    row |= {"waits": sum(w.waits for w in work), "target": subject.target if base else None}
+    for name, rates in RATES.items():
+        estimate = seconds(work, rates)
+        row |= {
+            f"seconds {name}": estimate,
+            f"to_checkpointing {name}": estimate / (base or {}).get(f"seconds {name}", estimate),
+        }
+    return row
 
 
 def main() -> None:
-    """Count, and write the record."""
+    """Count, writing the record after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the record goes")
     options = parser.parse_args()
@@ -145,10 +142,15 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.roofline", *sys.argv[1:]])
     rates = {name: vars(rates) for name, rates in RATES.items()}
     config = {"what": "an estimate", "device": "H200", "rates": rates, "launch_seconds": LAUNCH, "dtype": "bfloat16"}
-    record = run(NAME, config, measured)
-    for row in record.results or []:
-        print(row)
-    record.publish(options.folder)
+    rows: list[Row] = []
+    for network in SUBJECTS:
+        base = None
+        for method in METHODS:
+            rows.append(measured(network, method, base))
+            base = base or rows[-1]
+            Record(NAME, "ok", None, config, rows, environment()).write(options.folder)
+            found = {key: value for key, value in rows[-1].items() if key.startswith("to_")}
+            print(network, method, found, f"target {rows[-1]['target']}", flush=True)
 
 
 if __name__ == "__main__":

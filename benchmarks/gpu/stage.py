@@ -9,7 +9,7 @@ from time import monotonic
 
 import torch
 
-from benchmarks.gpu.bits import first_line
+from benchmarks.gpu.device import first_line
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.subjects import Setting
 from benchmarks.harness.record import Row, environment

@@ -62,12 +62,12 @@ def conformance(rows: list[Row]) -> Table:
 
 def fit(rows: list[Row]) -> Table:
     """The largest sizes by network and method."""
-    table = [["network", "method", "largest that ran", "smallest that did not fit", "peak MiB"]]
+    table = [["network", "method", "largest that ran", "smallest that did not fit", "expected by the line", "peak MiB"]]
     for row in rows:
         if "network" not in row or row["reason"]:
-            table.append([row.get("network", row["case"]), row.get("method", ""), *_failed(row, 3)])
+            table.append([row.get("network", row["case"]), row.get("method", ""), *_failed(row, 4)])
             continue
-        sizes = ["–" if row[k] is None else f"{row['axis']} {row[k]}" for k in ("largest", "too_large")]
+        sizes = ["–" if row[k] is None else f"{row['axis']} {row[k]}" for k in ("largest", "too_large", "expected")]
         table.append([row["network"], row["method"], *sizes, mib(row["peak_bytes"])])
     return table
 

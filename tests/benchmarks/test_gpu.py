@@ -165,13 +165,23 @@ def test_the_largest_that_fits_is_found(most, per_size):
         return int(1000 + 10 * size**per_size) if size <= most else None
 
     found = fit.search(attempt, 64, int(1000 + 10 * most**per_size))
-    assert found.size <= most < found.too_large
-    assert found.size >= 0.9 * most or len(tried) == fit.TRIES
+    assert found.largest <= most < found.too_large
+    assert found.largest >= 0.9 * most
+    assert found.expected is None or found.expected >= found.largest
     assert len(tried) == len(set(tried))
 
 
+def test_what_would_take_too_long_is_not_tried(monkeypatch):
+    seconds = iter(range(0, 1000, 5))
+    monkeypatch.setattr(fit, "perf_counter", lambda: next(seconds))
+    tried = []
+    found = fit.search(lambda size: tried.append(size) or 10 * size, 8, 10_000)
+    assert tried == [8, 16]  # the next one, of 64, would take 80 seconds
+    assert found == fit.Largest(16, 160, None, 1000)
+
+
 def test_where_nothing_fits():
-    assert fit.search(lambda size: None, 4, 100) == fit.Largest(None, None, 1)
+    assert fit.search(lambda size: None, 4, 100) == fit.Largest(None, None, 1, None)
 
 
 # -- what is counted ---------------------------------------------------------------------------------------------------
