@@ -151,7 +151,7 @@ def _in_turn(
     if steps:
         start = perf_counter()
         paired_seconds(steps, 0, device)
-        rounds = max(2, min(ROUNDS, int(MOST_SECONDS / (perf_counter() - start))))
+        rounds = max(2, min(ROUNDS if device.type == "cuda" else 2, int(MOST_SECONDS / (perf_counter() - start))))
         timings = paired_seconds(steps, rounds, device)
         for name in steps:
             ratio = asdict(timings.ratio(name, CHECKPOINT)) if CHECKPOINT in steps else None

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torchvision.models.video import swin3d_t
 
 import revwire
 from benchmarks.gpu.counting import INTERPRETED, Work, work_of
-from benchmarks.harness.record import RESULTS, Record, Row, environment
+from benchmarks.harness.record import RESULTS, Record, Row, environment, read
 from benchmarks.memory.steps import step
 
 NAME = "gpu_roofline"
@@ -135,6 +136,7 @@ def measured(network: str, method: str, base: Row | None) -> Row:
 def main() -> None:
     """Count, writing the record after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="GLOB", help=f"of {', '.join(SUBJECTS)}; other rows stay")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the record goes")
     options = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in INTERPRETED.items()):
@@ -142,8 +144,10 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.roofline", *sys.argv[1:]])
     rates = {name: vars(rates) for name, rates in RATES.items()}
     config = {"what": "an estimate", "device": "H200", "rates": rates, "launch_seconds": LAUNCH, "dtype": "bfloat16"}
-    rows: list[Row] = []
-    for network in SUBJECTS:
+    names = [name for name in SUBJECTS if fnmatch(name, options.only)]
+    there = [row for record in read(NAME, options.folder)[:1] for row in record.results or []]
+    rows: list[Row] = [row for row in there if row["network"] in SUBJECTS and row["network"] not in names]
+    for network in names:
         base = None
         for method in METHODS:
             rows.append(measured(network, method, base))
