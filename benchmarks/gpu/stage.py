@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -61,6 +62,7 @@ def _work(part: str, setting: Setting, done: set[str], to: Connection) -> None:
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(setting.device)
+    gc.freeze()  # what is imported stays; garbage is collected often, and need not be looked for in it
     try:
         if part == ENVIRONMENT:
             to.send((environment(str(setting.device)), None))
