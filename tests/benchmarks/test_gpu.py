@@ -26,7 +26,7 @@ TINY = Setting(torch.device("cpu"), True)
 @pytest.mark.slow
 def test_the_dry_run_runs_every_part(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--folder", tmp_path],
+        [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--minutes", "60", "--folder", tmp_path],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
