@@ -6,6 +6,7 @@ from revwire import couplings, measure
 from revwire._api.calibrate import calibrate
 from revwire._api.config import load_config, save_config
 from revwire._api.convert import convert
+from revwire._api.doctor import Diagnosis, doctor
 from revwire._api.plan import plan
 from revwire._api.profile import Profile, profile
 from revwire._api.report import report
@@ -43,6 +44,7 @@ __all__ = [
     "Coupling",
     "CouplingError",
     "CouplingSchedule",
+    "Diagnosis",
     "Dr2Net",
     "Forecast",
     "FunctionLostWarning",
@@ -63,6 +65,7 @@ __all__ = [
     "calibrate",
     "convert",
     "couplings",
+    "doctor",
     "load_config",
     "measure",
     "plan",

@@ -2,6 +2,7 @@
 only compares.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; what is between them is never written by hand.
+``NAME or OTHER`` is the first of which there are records.
 Each benchmark says in its ``tables.py`` how a table is made: ``TABLES`` from the rows of one record, by the record's
 name, and ``SUMMARIES`` from several records.
 """
@@ -31,7 +32,7 @@ DOCUMENTS = (
     "benchmarks/tal/README.md",
 )
 NOT_MEASURED = "not measured yet\n"
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: (\w+(?: or \w+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
 class Makers(NamedTuple):
@@ -58,7 +59,7 @@ def render(name: str) -> str:
     if name in makers().summaries:
         table = makers().summaries[name]()
         return "\n".join([*_lines(table), ""]) if len(table) > 1 else NOT_MEASURED
-    records = read(name)
+    records = next(filter(None, map(read, name.split(" or "))), [])
     return "\n".join(_render(record) for record in records) if records else NOT_MEASURED
 
 

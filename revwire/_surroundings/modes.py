@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revwire._streams.fused import INTERPRETED
 from revwire._torch import (
     dynamo_is_imported,
     full_backward_hook_tables,
@@ -91,5 +92,7 @@ def saved_tensors_hooked() -> bool:
 
 
 def stalls(device: torch.device) -> bool:
-    """Whether reading one number from a device waits for all that it has been given to do."""
-    return device.type != "cpu"
+    """Whether reading one number from a device waits for all that it has been given to do; where kernels are
+    interpreted, the CPU stands in for such a device.
+    """
+    return device.type != "cpu" or INTERPRETED

@@ -1,4 +1,4 @@
-"""The command line, ``revwire plan|verify|profile|demo``. Needs the extra ``revwire[cli]``."""
+"""The command line, ``revwire plan|verify|profile|doctor|demo``. Needs the extra ``revwire[cli]``."""
 
 from __future__ import annotations
 

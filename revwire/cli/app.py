@@ -196,6 +196,27 @@ def profile_command(
     _show(profile, json_)
 
 
+@app.command("doctor")
+def doctor_command(
+    device: Annotated[
+        str | None, typer.Option("--device", help="to examine, such as cuda:1; by default the accelerator, or the CPU")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Versions, devices, kernels and settings, what would be slow or refused, and a test of seconds. Exit code 1 where
+    it fails.
+    """
+    with _reported():
+        try:
+            chosen = torch.device(device) if device else None
+        except RuntimeError as error:
+            raise UsageError(f"got the device {device!r}; expected one of PyTorch's ({first_line(error)})") from None
+        with _working("examining"):
+            found = revwire.doctor(chosen)
+    _show(found, json_)
+    raise typer.Exit(0 if found.healthy else 1)
+
+
 @app.command("demo")
 def demo_command(
     quick: Annotated[bool, typer.Option("--quick", help="smaller networks and inputs, fewer steps")] = False,

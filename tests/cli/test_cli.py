@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,7 @@ def test_a_model_in_which_nothing_is_rewired_is_no_success(command):
         (("plan", TOY, "--input", "2,0,16"), "expected positive whole numbers"),
         (("plan", TOY, "--input", "2,4,15"), "the model does not run on this input"),
         (("plan", TOY, *SHAPE, "--coupling", "leapfrog"), "leapfrog"),
+        (("doctor", "--device", "gpu:x"), "got the device 'gpu:x'"),
         (("plan", TOY, *SHAPE, "--pretrained"), "--pretrained is for the zoos"),
     ],
 )
@@ -139,6 +141,16 @@ def test_what_does_not_make_sense_is_one_line_and_ends_with_2(arguments, message
     assert message in result.stderr
     assert result.stderr.startswith("revwire: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_doctor_ends_with_1_where_its_test_fails(monkeypatch):
+    result = invoke("doctor", "--device", "cpu", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["healthy"]) == (0, True)
+    found = revwire.doctor("cpu")
+    failed = replace(found, tests=(replace(found.tests[0], bit_exact=False, reason="why"),))
+    monkeypatch.setattr(revwire, "doctor", lambda device: failed)
+    result = invoke("doctor")
+    assert (result.exit_code, "float32   FAILED: why" in result.stdout) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +184,7 @@ def test_help(monkeypatch, capsys):
         main()
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("plan", "verify", "profile", "demo"))
+    assert all(command in out for command in ("plan", "verify", "profile", "doctor", "demo"))
 
 
 @pytest.mark.slow
