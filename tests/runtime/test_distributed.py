@@ -4,13 +4,15 @@ checkpointing composes.
 
 import pytest
 import torch
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import revwire
 from cases import FAST
 from processes import WORLD, needs_gloo, outcomes, passed
-from toys import Convolution, PreNorm, inputs_of, toy
+from toys import WIDTH, Convolution, PreNorm, encoder, inputs_of, toy
 
 
 def train(model, call, x, rank):
@@ -39,7 +41,23 @@ def trains_as_stored(rank, folder):
                     torch.testing.assert_close(a, b, rtol=0, atol=10 * case.stored)
 
 
+def predicts_alike(rank, folder):
+    """Each process has examples of its own, and all take the predictors of the first."""
+    torch.manual_seed(0)
+    model = encoder(2, WIDTH)
+    x = torch.sin(torch.linspace(0, 9, 64).view(1, -1, 1) * torch.arange(1, WIDTH + 1) + rank)
+    revwire.convert(model, x, coupling="innovation:1/2", rewire="everywhere")
+    mine = [c.map.down for chain in revwire.report(model).chains for u in chain.units[:-1] if (c := u.scheme).map]
+    for t in (both := [t.clone() for t in mine]):
+        distributed.broadcast(t, 1)
+    assert mine
+    assert all(torch.equal(a, b) for a, b in zip(mine, both, strict=True))
+    assert revwire.verify(model, x).bit_exact
+
+
 @pytest.mark.slow
 @needs_gloo
 def test_data_parallel_and_fully_sharded_training():
-    passed(outcomes({"training": trains_as_stored}), "training")
+    found = outcomes({"training": trains_as_stored, "predictors": predicts_alike})
+    passed(found, "training")
+    passed(found, "predictors")
