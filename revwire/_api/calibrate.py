@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,8 +78,8 @@ def calibrate(model: nn.Module, examples: Iterable[Any]) -> None:
     Example:
         >>> import torch, revwire
         >>> net = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
-        >>> x = torch.randn(4, 64, 16).cumsum(1)
-        >>> net = revwire.convert(net, x, coupling="innovation:1/2")  # calibrates with the example alone
+        >>> x = torch.sin(torch.linspace(0, 9, 64).view(1, -1, 1) * torch.arange(1, 17)).repeat(4, 1, 1)
+        >>> net = revwire.convert(net, x, coupling="innovation:1/2", rewire="everywhere")  # calibrates with x alone
         >>> revwire.calibrate(net, [x, -x])
     """
     chains = [c for c in converted(model).chains if any(isinstance(k, Innovation) for k in c.couplings)]
@@ -88,9 +88,10 @@ def calibrate(model: nn.Module, examples: Iterable[Any]) -> None:
             f"{type(model).__name__}: got a model without a coupling that predicts; expected one that was converted "
             "with coupling='innovation'; or call revwire.set_coupling(model, 'innovation') first"
         )
-    many = list(examples)
+    many = [] if isinstance(examples, (Tensor, Mapping)) else list(examples)
     if not many:
-        raise CouplingError("calibrate: got no examples; expected an iterable of at least one")
+        got = "one example" if isinstance(examples, (Tensor, Mapping)) else "no examples"
+        raise CouplingError(f"calibrate: got {got}; expected an iterable of at least one: [example]")
     fitter, refused = _Fitter(), _refused(many)
     if not refused:
         for example in many:

@@ -85,7 +85,7 @@ def convert(
         options = options_of(choice, include, exclude, whole, strict, chunks, checkpoint, memory_budget, rewire)
         how = partial(convert_as, options=options)
     refuse_converted(model)
-    rewired = partial(_rewire, how=how, examples=None if calibrate is None else list(calibrate))
+    rewired = partial(_rewire, how=how, examples=calibrate)
     if example_inputs is None:
         vars(model)["forward"] = FirstCall(model, vars(model).get("forward"), rewired)
         return model
@@ -108,14 +108,15 @@ def _refuse_both(plan: Any, others: Mapping[str, Any]) -> None:
             )
 
 
-def _rewire(model: nn.Module, example_inputs: Any, *, how: Callable[..., None], examples: list[Any] | None) -> None:
+def _rewire(model: nn.Module, example_inputs: Any, *, how: Callable[..., None], examples: Iterable[Any] | None) -> None:
     """Convert ``model``, calibrate it, and say so where that changes nothing."""
     how(model, example_inputs)
     plan = converted(model).plan
     waits = any(c == c.bare and c.move is not None for chain in converted(model).chains for c in chain.couplings)
-    if examples or (waits and examples is None):
+    none = isinstance(examples, tuple) and not examples
+    if plan.chains and not none and (waits or examples is not None):
         try:
-            fit(model, examples or [example_inputs])
+            fit(model, [example_inputs] if examples is None else examples)
         except BaseException:
             take_all_off(model)
             raise

@@ -217,6 +217,8 @@ def test_what_cannot_be_calibrated_is_said():
         revwire.calibrate(converted("bdia"), [X])
     with pytest.raises(CouplingError, match="no examples"):
         revwire.calibrate(converted("innovation:1/2"), [])
+    with pytest.raises(CouplingError, match="one example; expected an iterable"):
+        converted("innovation:1/2", calibrate=X)
     with pytest.raises(CouplingError, match="in one chain"):
         converted({"1": "innovation:1/2", "*": "bdia"})
     with pytest.raises(CouplingError, match=r"epsilon = 0\.3"):
