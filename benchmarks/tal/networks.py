@@ -38,25 +38,38 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
         classes: that it tells apart. root: where weights lie.
 
     Raises:
-        ConfigError: there is no such file of weights. KeyError: it has other parameters.
+        ConfigError: there is no such file of weights, or options of a network do not fit together. KeyError: the file
+            has other parameters.
     """
     backbone = None if config.data.features.path else _backbone(config, root)
     if config.task == "classification":
         assert backbone is not None  # `loading` has refused features
         return Classifier(backbone, classes)
     channels = config.data.features.channels if backbone is None else backbone.channels
-    options = getattr(config, config.localizer)
-    return Network(backbone, localizers.LOCALIZERS[config.localizer](channels, classes, **options))
+    try:
+        head = localizers.LOCALIZERS[config.localizer](channels, classes, **getattr(config, config.localizer))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.localizer}: {error}") from None
+    return Network(backbone, head)
 
 
 def _backbone(config: Config, root: Path) -> Backbone:
     options = config.backbone
-    network = NETWORKS[options.name](**options.options)
+    try:
+        network = NETWORKS[options.name](**options.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"backbone.options: {error}") from None
     if options.weights is not None:
         load_weights(network, root / options.weights)
     steps = config.sampling.steps
     return Backbone(
-        network, steps=steps, clip_frames=options.chunk, freeze_norms=options.freeze_norms, frozen=options.frozen
+        network,
+        steps=steps,
+        clip_frames=options.chunk,
+        freeze_norms=options.freeze_norms,
+        frozen=options.frozen,
+        mean=options.mean,
+        std=options.std,
     )
 
 

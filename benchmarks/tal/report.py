@@ -46,6 +46,12 @@ def timeline(video: Video, detections: Sequence[Detection], classes: Sequence[st
     return png, html
 
 
+def predicted(name: str, detections: Sequence[Detection], folder: Path) -> tuple[Path, Path]:
+    """As `timeline`, for a video without annotations: it is drawn up to its last detection."""
+    end = max((float(d["segment"][1]) for d in detections), default=1.0)
+    return timeline(Video(name, "testing", end, ()), detections, (), folder)
+
+
 def _draw(video: Video, shown: Sequence[tuple[str, float, float, str, float]], colours: Mapping[str, str]) -> Figure:
     figure, axes = drawing((9, 1.2 + 0.22 * len(shown)))
     for line, (kind, start, end, label, score) in enumerate(shown):
@@ -89,6 +95,16 @@ Point at a bar for its times.</p>
 {chr(10).join(bars)}
 </body></html>
 """
+
+
+def table(found: Mapping[str, Sequence[Detection]], most: int = 5) -> str:
+    """The ``most`` best detections of each video as lines of text: start, end, score, label."""
+    lines = []
+    for name, detections in found.items():
+        best = sorted(detections, key=lambda d: -d["score"])[:most]
+        lines.append(f"{name}: {len(detections)} detections" + (f", the best {most}" if len(detections) > most else ""))
+        lines += [f"  {d['segment'][0]:8.2f} to {d['segment'][1]:8.2f} s  {d['score']:.3f}  {d['label']}" for d in best]
+    return "\n".join(lines)
 
 
 # -- curves ------------------------------------------------------------------------------------------------------------

@@ -75,13 +75,30 @@ def test_a_resumed_run_ends_with_the_same_losses(tiny, changes):
     with pytest.raises(RuntimeError, match="power cut"):
         runs.train(stopped, progress=False, further=[PowerCut()])
     assert runs.latest(stopped).name == "step3.ckpt"
+    assert list(losses(stopped)) == [0, 1, 2, 3]
     resumed = runs.train(stopped, runs.latest(stopped), progress=False)
-    assert list(losses(stopped, 1)) == [3, 4, 5]
-    assert losses(whole) == losses(stopped) | losses(stopped, 1)
+    assert [path.name for path in (stopped.folder / "csv").iterdir()] == ["version_0"]
+    assert losses(whole) == losses(stopped)
     assert len(set(losses(whole).values())) == 6
     assert resumed.results[0]["figures"] == expected
     assert runs.evaluate(stopped, runs.latest(stopped), progress=False) == expected
     torch.testing.assert_close(weights(stopped), weights(whole), rtol=0, atol=0)
+
+
+def lines(config):
+    with (config.folder / "csv/version_0/metrics.csv").open() as file:
+        return [(row["step"], row["train/loss"], row["test/mAP"]) for row in csv.DictReader(file)]
+
+
+def test_a_resumed_run_goes_on_in_the_same_table(tiny):
+    changes = ("training.test_every=1",)
+    whole, stopped = (tiny(f"name={name}", *changes) for name in ("whole", "stopped"))
+    runs.train(whole, progress=False)
+    with pytest.raises(RuntimeError, match="power cut"):
+        runs.train(stopped, progress=False, further=[PowerCut()])
+    runs.train(stopped, runs.latest(stopped), progress=False)
+    assert lines(stopped) == lines(whole)
+    assert [path.name for path in (stopped.folder / "tensorboard").iterdir()] == ["version_0"]
 
 
 def test_a_run_without_checkpoint_cannot_be_resumed(tiny):

@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-"""Of ImageNet, red, green and blue, in steps of 1/255; torchvision's and mmaction2's video models use them too."""
+from benchmarks.tal.normalization import MEAN, STD
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
