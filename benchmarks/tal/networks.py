@@ -21,7 +21,7 @@ from benchmarks.tal.backbones.published import load_all, subtree
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.schema import Config, ConfigError
 
-STORED, CHECKPOINT, LEANEST, STAYS = "stored", "checkpoint", "leanest", "stays"
+STORED, CHECKPOINT, LEANEST, STAYS, FLOAT = "stored", "checkpoint", "leanest", "stays", "float"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
 
 EXAMPLE = 8
@@ -149,30 +149,34 @@ class Rewiring(NamedTuple):
         coupling: its name.
         chunks: into how many chunks units are cut.
         checkpoint: ``"stays"`` where the blocks that cannot be rewired are checkpointed.
+        exact: False where streams are floats, as OpenTAD's are; None: as the coupling has them by itself.
     """
 
     coupling: str
     chunks: int = 1
     checkpoint: str | None = None
+    exact: bool | None = None
 
 
 def rewiring_of(memory: str) -> Rewiring:
     """What ``memory`` spells.
 
     Raises:
-        ConfigError: what stands behind a plus is neither a number of chunks nor "stays".
+        ConfigError: what stands behind a plus is no number of chunks, nor "stays", nor "float".
     """
     found = Rewiring(memory.split("+")[0])
     for rest in memory.split("+")[1:]:
         count = rest.removesuffix("chunks")
         if rest == STAYS:
             found = found._replace(checkpoint=STAYS)
+        elif rest == FLOAT:
+            found = found._replace(exact=False)
         elif count != rest and count.isdecimal() and int(count) > 0:
             found = found._replace(chunks=int(count))
         else:
             raise ConfigError(
-                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to checkpoint "
-                "the blocks that cannot be rewired, as in 're2tal+8chunks+stays'"
+                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, 'stays' to checkpoint "
+                "the blocks that cannot be rewired, or 'float' for streams of floats, as in 're2tal+8chunks+stays'"
             )
     return found
 
@@ -186,7 +190,7 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run
             again in backward. ``leanest``: `revwire.convert` as it is called plainly. Else a coupling: those units are
             rewired by it; ``re2tal+8chunks``: and run in eight chunks; ``re2tal+stays``: and the blocks that cannot be
-            rewired are checkpointed.
+            rewired are checkpointed; ``re2tal+float``: streams are floats.
 
     Raises:
         ConfigError: what stands behind a plus is none of these.
@@ -198,7 +202,7 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         plan = revwire.plan(backbone, frames, rewire="everywhere")
     else:
         wish = rewiring_of(memory)
-        options = {"coupling": wish.coupling, "chunks": wish.chunks, "checkpoint": wish.checkpoint}
+        options = wish._asdict()
         revwire.convert(backbone, frames, **options, rewire="everywhere")
         plan = revwire.report(backbone)
     network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))

@@ -188,7 +188,7 @@ class Config:
             paper's first stage).
         memory: how activations are kept: ``stored``, ``checkpoint``, ``leanest`` (`revwire.convert` as it is called
             plainly), or a coupling (``bdia``, ``re2tal``, ...), in chunks, too: ``re2tal+8chunks``; with the blocks
-            that cannot be rewired checkpointed: ``re2tal+stays``.
+            that cannot be rewired checkpointed: ``re2tal+stays``; with streams of floats: ``re2tal+float``.
         localizer: ``actionformer`` or ``vsgn``, whose options stand in the section of that name.
         class_agnostic: localize one class "action"; classes come from ``data.class_scores``.
         suppression: how overlapping detections are thinned out, the options of `suppression.Suppression`.

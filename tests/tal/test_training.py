@@ -24,7 +24,7 @@ from tiny import PLAIN, TINY
 import revwire
 from benchmarks.tal import backbones, clips, loading, networks, runs, training
 from benchmarks.tal.callbacks import Average
-from benchmarks.tal.config import ConfigError, load
+from benchmarks.tal.config import CONFIGS, ConfigError, load
 from benchmarks.tal.loading import Batches, TrainingLoader, shared
 from benchmarks.tal.synthetic import synthesize
 
@@ -242,8 +242,25 @@ def test_the_leanest_is_the_plain_call(tiny):
 
 
 def test_what_a_spelling_asks_for():
-    assert networks.rewiring_of("re2tal") == ("re2tal", 1, None)
-    assert networks.rewiring_of("bdia:1/8+stays+2chunks") == ("bdia:1/8", 2, "stays")
+    assert networks.rewiring_of("re2tal") == ("re2tal", 1, None, None)
+    assert networks.rewiring_of("bdia:1/8+stays+2chunks") == ("bdia:1/8", 2, "stays", None)
+    assert networks.rewiring_of("re2tal+float").exact is False
+
+
+@pytest.mark.parametrize("config", [path.stem for path in CONFIGS.glob("*re2slowfast*.yaml")])
+def test_slowfast_recipes_have_streams_of_floats(config):
+    """In fp32 a value of a SlowFast has 3 to 5 times the rounding error in 32-bit fixed point."""
+    assert networks.rewiring_of(load(config).memory) == ("re2tal", 1, None, False)
+
+
+def test_streams_of_floats_are_asked_for(tiny, monkeypatch):
+    convert, asked = revwire.convert, []
+    monkeypatch.setattr(
+        revwire, "convert", lambda *a, **options: asked.append(options["exact"]) or convert(*a, **options)
+    )
+    for memory in ("re2tal", "re2tal+float"):
+        runs.prepared(tiny(f"memory={memory}"))
+    assert asked == [None, False]
 
 
 @pytest.mark.parametrize("memory", ["re2tal", "bdia", "re2tal+2chunks"])
