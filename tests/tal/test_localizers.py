@@ -11,7 +11,7 @@ from small_localizers import CHANNELS, MAKERS, actionformer, batch, vsgn
 from torch.nn import functional as F
 from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
-from benchmarks.tal.localizers import LOCALIZERS, load_published, normalizers
+from benchmarks.tal.localizers import LOCALIZERS, VSGN, ActionFormer, TriDet, load_published, normalizers
 from benchmarks.tal.localizers.anchors import Matches, anchors, boxes_of
 from benchmarks.tal.localizers.graph_pyramid import EdgeConv, GraphUnit
 from benchmarks.tal.localizers.losses import diou_loss, giou_loss
@@ -230,7 +230,7 @@ def test_it_learns(make):
 
 
 def test_names():
-    assert [LOCALIZERS[name] for name in ("actionformer", "vsgn")] == [ActionFormer, VSGN]
+    assert [LOCALIZERS[name] for name in ("actionformer", "tridet", "vsgn")] == [ActionFormer, TriDet, VSGN]
 
 
 @pytest.mark.parametrize("make", MAKERS)
