@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from benchmarks.tal import localizers
-from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoSwin, load_published
+from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoMAE, VideoSwin, load_published
 from benchmarks.tal.backbones.published import load_all, subtree
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.schema import Config, ConfigError
@@ -71,7 +71,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise ConfigError(
             f"backbone.weights: there is no {path}; the README says where to get it, and null means random weights"
         )
-    if isinstance(network, VideoSwin | SlowFast):
+    if isinstance(network, VideoSwin | SlowFast | VideoMAE):
         load_published(network, path)
         return
     own = set(network.model.state_dict())

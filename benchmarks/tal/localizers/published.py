@@ -37,6 +37,11 @@ def localizer_of(reference: Mapping[str, Any]) -> Localizer:
     spell them.
     """
     config = reference["config"]
+    if (
+        "embed_dims" in config
+    ):  # a detector with its backbone, whose features these are; OpenTAD's defaults are left out
+        config = {"in_channels": config["embed_dims"], "max_seq_len": config["interpolate_size"]} | config
+        config = {"arch": (2, 2, config["levels"] - 1), "n_head": 4, "n_mha_win_size": -1, "path_pdrop": 0.1} | config
     build = _vsgn if "pyramid_levels" in config else _tridet if "sgp_win_size" in config else _actionformer
     localizer = build(config)
     load_published(localizer, reference)
@@ -48,10 +53,10 @@ def _actionformer(config: Mapping[str, Any]) -> ActionFormer:
         config["in_channels"],
         config["num_classes"],
         **_pyramid(config),
-        heads=config.get("n_head", 4),
-        window=config.get("n_mha_win_size", -1),
+        heads=config["n_head"],
+        window=config["n_mha_win_size"],
         regression_weight=config["loss_weight"],
-        drop_path=config.get("path_pdrop", 0.1),
+        drop_path=config["path_pdrop"],
     )
 
 
