@@ -78,6 +78,7 @@ class VideoMAE(nn.Module):
         self.register_buffer("positions", table, persistent=False)  # (1, times, rows, columns, channels)
         self.channels = channels
         self.frame_stride = frames
+        self.joins_clips = bool(self.adapters)
 
     def forward(self, frames: Tensor) -> Tensor:
         if frames.shape[2] % self.frame_stride:
