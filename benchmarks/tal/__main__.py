@@ -60,6 +60,9 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Score this file of detections instead of a network.")
     ] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Of a file of detections: AR@AN and recall at k x segments, too.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Test a checkpoint, or a file of detections in ActivityNet's form."""
@@ -70,7 +73,12 @@ def evaluate(
         from benchmarks.tal import loading
         from benchmarks.tal.evaluation import evaluate as score
 
-        print(score(loading.truth(loaded).test, predictions, loaded.thresholds))
+        test = loading.truth(loaded).test
+        print(score(test, predictions, loaded.thresholds))
+        if recall:
+            from benchmarks.tal import recall as recalls
+
+            print(recalls.summary(test, json.loads(predictions.read_text("utf8"))["results"], loaded.thresholds))
         return
     figures = runs.evaluate(loaded, checkpoint or runs.latest(loaded), progress=not quiet)
     print("\n".join(f"{name:<10} {100 * value:6.2f}" for name, value in figures.items()))

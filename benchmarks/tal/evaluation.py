@@ -179,7 +179,7 @@ class _Places:
     def __init__(self, truth: Annotations, blocked: Collection[str]) -> None:
         self.blocked = blocked
         self.videos = {v.id: i for i, v in enumerate(truth.videos) if v.id not in blocked}
-        kept = [(self.videos[v.id], s) for v in truth.videos if v.id in self.videos for s in _distinct(v.segments)]
+        kept = [(self.videos[v.id], s) for v in truth.videos if v.id in self.videos for s in distinct(v.segments)]
         labels = dict.fromkeys(segment.label for _, segment in kept)
         self.classes = tuple(truth.classes[label] for label in labels)
         self.numbers = {name: i for i, name in enumerate(self.classes)}
@@ -190,7 +190,8 @@ class _Places:
         self.groups = [{video: np.array(spans) for video, spans in groups.items()} for groups in lists]
 
 
-def _distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+def distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Those that count: with a length, and each once."""
     kept: list[Segment] = []
     for new in segments:
         same = (
