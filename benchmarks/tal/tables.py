@@ -144,6 +144,8 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "tal_synthetic": comparison,
     "tal_badminton": comparison,
     "tal_memory_swin_t_64px": memory,
+    "tal_memory_videomae_s_adapters_64px": memory,
+    "tal_memory_videomae_s_64px": memory,
     "tal_memory_thumos14": memory,
     "tal_largest_thumos14": largest,
     "tal_largest_activitynet": largest,
