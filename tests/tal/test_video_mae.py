@@ -45,6 +45,12 @@ def test_it_is_hugging_faces_own():
     torch.testing.assert_close(made(pixels(4)).flatten(2).transpose(1, 2), expected)
 
 
+def test_tokens_stay_in_float32_under_autocast():
+    """Positions are added to them in float32, as in the reference, and blocks add to that."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert video_mae(adapters="all")(pixels()).dtype == torch.float32
+
+
 def test_a_new_adapter_adds_nothing():
     torch.manual_seed(0)
     plain = VideoMAE(**SMALL)

@@ -86,7 +86,7 @@ class VideoMAE(nn.Module):
         clips = frames.unflatten(2, (-1, self.frame_stride)).transpose(1, 2)  # (batch, clips, 3, frames, ..)
         x = self.model.embeddings.patch_embeddings.projection(clips.flatten(0, 1))
         times, rows, columns = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2) + self._positions(rows, columns).to(x.dtype)
+        x = x.flatten(2).transpose(1, 2) + self._positions(rows, columns)
         grid = (clips.shape[1] * times, rows, columns)
         for layer in self.model.encoder.layer:
             x = layer(x, grid)
