@@ -67,6 +67,9 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Score this file of detections instead of a network.")
     ] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Of a file of detections: AR@AN and recall at k x segments, too.")
+    ] = False,
     only_found: OnlyFound = False,
     quiet: Quiet = False,
 ) -> None:
@@ -80,6 +83,11 @@ def evaluate(
         loaded = _loaded(_needed(config), overrides, only_found)
         test = loading.truth(loaded).test
         print(score(test, predictions, loaded.thresholds, only_found=loaded.data.only_found))
+        if recall:
+            from benchmarks.tal import detection_files
+            from benchmarks.tal import recall as recalls
+
+            print(recalls.summary(test, detection_files.plain(predictions), loaded.thresholds))
         return
     loaded, path = _of_checkpoint(config, overrides, checkpoint, only_found)
     figures = runs.evaluate(loaded, path, progress=not quiet)

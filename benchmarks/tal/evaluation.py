@@ -195,7 +195,7 @@ class _Places:
         self.blocked = blocked
         self.videos = {bare(v.id): i for i, v in enumerate(truth.videos) if bare(v.id) not in blocked}
         numbered = ((self.videos[bare(v.id)], v) for v in truth.videos if bare(v.id) in self.videos)
-        kept = [(number, s) for number, video in numbered for s in _distinct(video.segments)]
+        kept = [(number, s) for number, video in numbered for s in distinct(video.segments)]
         labels = dict.fromkeys(segment.label for _, segment in kept)
         self.classes = tuple(truth.classes[label] for label in labels)
         self.numbers = {name: i for i, name in enumerate(self.classes)}
@@ -206,7 +206,8 @@ class _Places:
         self.groups = [{video: np.array(spans) for video, spans in groups.items()} for groups in lists]
 
 
-def _distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+def distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Those that count: with a length, and each once."""
     kept: list[Segment] = []
     for new in segments:
         same = (

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from benchmarks.tal import localizers
-from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoSwin, load_published
+from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoMAE, VideoSwin, load_published
 from benchmarks.tal.backbones.published import load_all, subtree
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.schema import Config, ConfigError
@@ -56,21 +56,20 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
 def _backbone(config: Config, root: Path) -> Backbone:
     options = config.backbone
     try:
-        network = NETWORKS[options.name](**options.options)
+        backbone = Backbone(
+            NETWORKS[options.name](**options.options),
+            steps=config.sampling.steps,
+            clip_frames=options.chunk,
+            freeze_norms=options.freeze_norms,
+            frozen=options.frozen,
+            mean=options.mean,
+            std=options.std,
+        )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"backbone.options: {error}") from None
+        raise ConfigError(f"backbone: {error}") from None
     if options.weights is not None:
-        load_weights(network, root / options.weights)
-    steps = config.sampling.steps
-    return Backbone(
-        network,
-        steps=steps,
-        clip_frames=options.chunk,
-        freeze_norms=options.freeze_norms,
-        frozen=options.frozen,
-        mean=options.mean,
-        std=options.std,
-    )
+        load_weights(backbone.network, root / options.weights)
+    return backbone
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -84,7 +83,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise ConfigError(
             f"backbone.weights: there is no {path}; the README says where to get it, and null means random weights"
         )
-    if isinstance(network, VideoSwin | SlowFast):
+    if isinstance(network, VideoSwin | SlowFast | VideoMAE):
         load_published(network, path)
         return
     own = set(network.model.state_dict())

@@ -189,7 +189,7 @@ class Config:
         memory: how activations are kept: ``stored``, ``checkpoint``, ``leanest`` (`revwire.convert` as it is called
             plainly), or a coupling (``bdia``, ``re2tal``, ...), in chunks, too: ``re2tal+8chunks``; with the blocks
             that cannot be rewired checkpointed: ``re2tal+stays``; with streams of floats: ``re2tal+float``.
-        localizer: ``actionformer`` or ``vsgn``, whose options stand in the section of that name.
+        localizer: ``actionformer``, ``tridet`` or ``vsgn``, whose options stand in the section of that name.
         class_agnostic: localize one class "action"; classes come from ``data.class_scores``.
         suppression: how overlapping detections are thinned out, the options of `suppression.Suppression`.
         measure: at the end, count the bytes of a training step by the allocator's reports (on the CPU they are not to
@@ -205,9 +205,10 @@ class Config:
     data: Data
     sampling: Sampling
     backbone: Backbone
-    localizer: Literal["actionformer", "vsgn"] = "actionformer"
+    localizer: Literal["actionformer", "tridet", "vsgn"] = "actionformer"
     class_agnostic: bool = False
     actionformer: Tree = field(default_factory=dict)
+    tridet: Tree = field(default_factory=dict)
     vsgn: Tree = field(default_factory=dict)
     training: Training
     suppression: Tree = field(default_factory=dict)

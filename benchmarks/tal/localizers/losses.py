@@ -10,6 +10,12 @@ from benchmarks.tal.segments.overlap import areas
 _EPSILON = 1e-7
 
 
+def iou(predicted: Tensor, target: Tensor) -> Tensor:
+    """Of each pair, whose union has a length."""
+    inter, union = areas(predicted, target)
+    return inter / union.clamp(min=_EPSILON)
+
+
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """1 − IoU + (distance of the centres / length of the hull)², of each pair; Zheng et al. (arXiv 1911.08287),
     equation 7.
