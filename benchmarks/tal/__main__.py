@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.harness.record import PICTURES, RESULTS, run
-from benchmarks.tal.schema import Config, ConfigError
+from benchmarks.tal.schema import Config, ConfigError, Protocol
 
 app = typer.Typer(
     help="End-to-end temporal action localization, on revwire.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -70,6 +70,12 @@ def evaluate(
     recall: Annotated[
         bool, typer.Option("--recall", help="Of a file of detections: AR@AN and recall at k x segments, too.")
     ] = False,
+    protocol: Annotated[
+        Protocol, typer.Option(help="Of a file of detections: thumos14 is that of THUMOS-14's own toolkit.")
+    ] = "activitynet",
+    ambiguous: Annotated[
+        Path | None, typer.Option(help="For thumos14, its Ambiguous_test.txt, where the annotations lack these.")
+    ] = None,
     only_found: OnlyFound = False,
     quiet: Quiet = False,
 ) -> None:
@@ -77,18 +83,23 @@ def evaluate(
     from benchmarks.tal import runs
 
     if predictions is not None:
-        from benchmarks.tal import loading
+        from benchmarks.tal import loading, thumos
         from benchmarks.tal.evaluation import evaluate as score
 
         loaded = _loaded(_needed(config), overrides, only_found)
         test = loading.truth(loaded).test
-        print(score(test, predictions, loaded.thresholds, only_found=loaded.data.only_found))
+        test = test if ambiguous is None else thumos.marked(test, ambiguous)
+        print(score(test, predictions, loaded.thresholds, only_found=loaded.data.only_found, protocol=protocol))
         if recall:
             from benchmarks.tal import detection_files
             from benchmarks.tal import recall as recalls
 
             print(recalls.summary(test, detection_files.plain(predictions), loaded.thresholds))
         return
+    if recall or ambiguous or protocol != "activitynet":
+        raise ConfigError(
+            "--recall, --protocol, --ambiguous: got a checkpoint; expected --predictions, a file to score"
+        )
     loaded, path = _of_checkpoint(config, overrides, checkpoint, only_found)
     figures = runs.evaluate(loaded, path, progress=not quiet)
     print("\n".join(f"{name:<10} {100 * value:6.2f}" for name, value in figures.items()))

@@ -49,7 +49,7 @@ class Segment:
 @dataclass(frozen=True)
 class Video:
     """One video and its actions, in the file's order. ``duration`` in seconds, infinite where the file need not state
-    it; ``fps`` frames per second, where the file says.
+    it; ``fps`` frames per second, where the file says; ``doubtful`` are (start, end) of what marks no action.
     """
 
     id: str
@@ -57,6 +57,7 @@ class Video:
     duration: float
     segments: tuple[Segment, ...]
     fps: float | None = None
+    doubtful: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def read(
         subsets: the names a video's subset may have, in any case; None for any name.
         classes: the names of the classes, in the order of their labels; without them, all labels of the file in
             alphabetical order.
-        ignore: labels that mark no action (THUMOS-14 marks doubtful moments so); their segments are left out.
+        ignore: labels that mark no action (THUMOS-14 marks doubtful moments so); their segments stand apart.
             A label that is not among given classes is an error, ``lenient`` or not.
         lenient: pass over faults with one counted :class:`AnnotationWarning`. A segment outside its video's bounds then
             stays as it is, for results are scored against the file's times, and published durations are sometimes
@@ -342,7 +343,11 @@ class _Reader:
             self._segment(f"{where}, annotation {i}", item, duration) for i, item in enumerate(entry["annotations"])
         )
         kept = tuple(s for s in segments if s is not None)
-        return Video(key, subset.lower(), duration, kept, _fps(entry, duration))
+        return Video(key, subset.lower(), duration, kept, _fps(entry, duration), self._doubtful(entry["annotations"]))
+
+    def _doubtful(self, items: Iterable[Any]) -> tuple[tuple[float, float], ...]:
+        ignored = (i for i in items if isinstance(i, dict) and str(i.get("label")) in self.ignore)
+        return tuple(ends for item in ignored if (ends := span(item.get("segment"))))
 
     def _segment(self, where: str, item: Any, duration: float) -> Segment | None:
         if not isinstance(item, dict) or not {"label", "segment"} <= item.keys():

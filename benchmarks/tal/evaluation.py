@@ -1,4 +1,5 @@
-"""Mean average precision of detected segments, by the protocol of ActivityNet and THUMOS.
+"""Mean average precision of detected segments, by the protocol of ActivityNet, which is in use for THUMOS-14, too; or
+by THUMOS-14's own (`thumos`).
 
 For each class, the detections of all videos go by descending score. Each takes, of its video's annotated segments that
 are still free, the one with the highest tIoU that reaches the threshold; one that finds none is false. AP is the area
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.tal import detection_files
+from benchmarks.tal import detection_files, thumos
 from benchmarks.tal.annotations import AnnotationError, Annotations, Segment, bare, parse
 from benchmarks.tal.detection_files import PredictionError as PredictionError
 from benchmarks.tal.detection_files import Row
-from benchmarks.tal.segments.overlap import areas
+from benchmarks.tal.schema import Protocol
+from benchmarks.tal.segments.overlap import iou
 
 ACTIVITYNET = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 """ActivityNet's thresholds: 0.5 to 0.95 by 0.05."""
@@ -128,6 +130,7 @@ def evaluate(
     subset: str | None = None,
     blocked: Collection[str] = (),
     only_found: bool = False,
+    protocol: Protocol = "activitynet",
 ) -> Result:
     """AP of every class at every threshold.
 
@@ -139,6 +142,7 @@ def evaluate(
         subset: evaluate this subset's videos; without it, all.
         blocked: ids of videos that are left out, with their detections.
         only_found: leave out videos of which the detections say nothing, where they count as missed otherwise.
+        protocol: ``"thumos14"`` is that of its toolkit, see `thumos`.
 
     Ids are the same with ActivityNet's ``v_`` and without.
 
@@ -147,21 +151,25 @@ def evaluate(
         PredictionError: detections are malformed; names the video, the position in its list, and what was expected.
         EmptyError: no video is in the subset.
     """
-    found = _truth(truth) if isinstance(truth, (str, Path)) else truth
+    own = protocol == "thumos14"
+    found = _truth(truth, ("Ambiguous",) if own else ()) if isinstance(truth, (str, Path)) else truth
     found = found if subset is None else found.subset(subset)
     rows = detection_files.read(detections)
     ids = {bare(key) for key in rows}
-    places = _Places(found.only(ids) if only_found else found, {bare(key) for key in blocked})
-    read = _columns(rows, places)
-    order = np.lexsort((_last_of_ties(read), -read.scores, read.labels))
+    places = _Places(found.only(ids) if only_found else found, {bare(key) for key in blocked}, repeated=own)
+    read = _columns(dict(sorted(rows.items())) if own else rows, places)
+    order = np.lexsort(((read.labels if own else _last_of_ties(read)), -read.scores, read.labels))
     bounds = np.searchsorted(read.labels[order], np.arange(len(places.classes) + 1))
     thresholds = np.asarray(tious, dtype=np.float64)
     counts = [sum(map(len, groups.values())) for groups in places.groups]
     ap = np.zeros((len(thresholds), len(places.classes)))
     for label, groups in enumerate(places.groups):
-        rows = order[bounds[label] : bounds[label + 1]]
-        right = matches(read.videos[rows], read.spans[rows], groups, thresholds)
-        ap[:, label] = average_precision(right, counts[label])
+        chosen = order[bounds[label] : bounds[label + 1]]
+        inputs = read.videos[chosen], read.spans[chosen], groups
+        if own:
+            ap[:, label] = thumos.average_precision(*inputs, places.doubtful, thresholds)
+        else:
+            ap[:, label] = average_precision(matches(*inputs, thresholds), counts[label])
     return Result(
         tuple(float(t) for t in tious),
         places.classes,
@@ -179,8 +187,8 @@ def evaluate(
 # -- what is evaluated -------------------------------------------------------------------------------------------------
 
 
-def _truth(path: Path | str) -> Annotations:
-    found, faults = parse(path, subsets=None, ignore=(), durations=False)
+def _truth(path: Path | str, ignore: Collection[str]) -> Annotations:
+    found, faults = parse(path, subsets=None, ignore=ignore, durations=False)
     # Published files have a few segments without length; by the protocol they do not count, so they are no reason to
     # stop.
     if serious := [fault for fault in faults if fault.kind != "end before start"]:
@@ -189,13 +197,19 @@ def _truth(path: Path | str) -> Annotations:
 
 
 class _Places:
-    """The evaluated segments: numbers for videos, and for each class the segments (n, 2) of each video that has it."""
+    """The evaluated segments: numbers for videos, and for each class the segments (n, 2) of each video that has it;
+    those that repeat another or have no length only where ``repeated``.
+    """
 
-    def __init__(self, truth: Annotations, blocked: Collection[str]) -> None:
+    def __init__(self, truth: Annotations, blocked: Collection[str], repeated: bool) -> None:
         self.blocked = blocked
         self.videos = {bare(v.id): i for i, v in enumerate(truth.videos) if bare(v.id) not in blocked}
-        numbered = ((self.videos[bare(v.id)], v) for v in truth.videos if bare(v.id) in self.videos)
-        kept = [(number, s) for number, video in numbered for s in distinct(video.segments)]
+        numbered = [(self.videos[bare(v.id)], v) for v in truth.videos if bare(v.id) in self.videos]
+        kept = [
+            (number, s)
+            for number, video in numbered
+            for s in (video.segments if repeated else distinct(video.segments))
+        ]
         labels = dict.fromkeys(segment.label for _, segment in kept)
         self.classes = tuple(truth.classes[label] for label in labels)
         self.numbers = {name: i for i, name in enumerate(self.classes)}
@@ -204,6 +218,7 @@ class _Places:
         for video, segment in kept:
             lists[column[segment.label]].setdefault(video, []).append((segment.start, segment.end))
         self.groups = [{video: np.array(spans) for video, spans in groups.items()} for groups in lists]
+        self.doubtful = {number: np.array(video.doubtful) for number, video in numbered if video.doubtful}
 
 
 def distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
@@ -273,12 +288,6 @@ def _last_of_ties(read: _Columns) -> NDArray[np.bool_]:
     return last
 
 
-def tiou(spans: Array, others: Array) -> Array:
-    """Intersection over union of segments (…, 2) and (…, 2), broadcast; 0 where they do not meet."""
-    meet, union = areas(spans, others)
-    return meet / np.maximum(union, 1e-8)
-
-
 def matches(videos: NDArray[np.int64], spans: Array, groups: Mapping[int, Array], tious: Array) -> NDArray[np.bool_]:
     """Which detections are right, (thresholds, detections).
 
@@ -329,7 +338,7 @@ def _choices(rows: NDArray[np.int64], spans: Array, groups: Sequence[Array]) -> 
     bounds = np.searchsorted(rows[by_row], np.arange(len(groups) + 1))
     for row, segments in enumerate(groups):
         here = by_row[bounds[row] : bounds[row + 1]]
-        values = tiou(spans[here, None], segments)
+        values = iou(spans[here, None], segments)
         order = np.argsort(values, axis=1)[:, ::-1]
         choice[here, : len(segments)] = order
         overlap[here, : len(segments)] = np.take_along_axis(values, order, 1)

@@ -97,12 +97,17 @@ def find(path: Path | str) -> Source:
 
     Raises:
         MissingError: there is neither.
-        FeatureError: it has none.
+        FeatureError: it has none, or two files for one video.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        entries = {bare(p.stem): str(p) for p in reversed(files)}
+        entries: dict[str, str] = {}
+        for file in files:
+            if (first := entries.setdefault(bare(file.stem), str(file))) != str(file):
+                raise FeatureError(
+                    f"{path}: video {bare(file.stem)!r} has features twice, in {first} and {file}; expected one file"
+                )
     elif path.is_file() and path.suffix.lower() in HDF5:
         with h5py.File(path) as file:
             entries = {bare(name): name for name in file}

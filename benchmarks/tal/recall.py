@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tal.annotations import Annotations, bare
-from benchmarks.tal.evaluation import ACTIVITYNET, Array, distinct, tiou
+from benchmarks.tal.evaluation import ACTIVITYNET, Array, distinct
+from benchmarks.tal.segments.overlap import iou
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """``{video id: [{"segment": [start, end], "label": name, "score": number}, …]}``, in seconds."""
@@ -80,7 +81,7 @@ def average_recall(
     shares = np.arange(1, most + 1) / most * (most * len(segments) / max(total, 1))
     for video, spans in kept.items():
         if len(spans):
-            reached = np.maximum.accumulate(tiou(segments[video][:, None], spans), 1)
+            reached = np.maximum.accumulate(iou(segments[video][:, None], spans), 1)
             first = np.minimum((len(spans) * shares).astype(int), len(spans))
             reached = np.where(first > 0, reached[:, first - 1], -1.0)  # (segments, numbers of proposals)
             found += (reached >= np.reshape(tious, (-1, 1, 1))).sum(1)
@@ -98,7 +99,7 @@ def recall_at(truth: Annotations, detections: Results, tious: Sequence[float], c
         for video, spans in _segments(truth, label).items():
             total += len(spans)
             best = _best([row for row in detections.get(video, ()) if row["label"] == name])
-            reached = tiou(spans[:, None], best) >= np.reshape(tious, (-1, 1, 1))
+            reached = iou(spans[:, None], best) >= np.reshape(tious, (-1, 1, 1))
             found += np.stack([reached[:, :, : k * len(spans)].any(2).sum(1) for k in counts], 1)
         columns.append(found / total)
     return np.stack(columns, 2) if columns else np.zeros((len(tious), len(counts), 0))

@@ -40,7 +40,8 @@ def timeline(video: Video, detections: Sequence[Detection], classes: Sequence[st
     folder.mkdir(parents=True, exist_ok=True)
     shown = rows(video, detections, classes)
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(row[3] for row in shown))}
-    png, html = (folder / f"timeline_{video.id}.{ending}" for ending in ("png", "html"))
+    name = video.id.replace("/", "_")
+    png, html = (folder / f"timeline_{name}.{ending}" for ending in ("png", "html"))
     _draw(video, shown, colours).savefig(png, dpi=150)
     html.write_text(_page(video, shown, colours), encoding="utf-8")
     return png, html

@@ -16,6 +16,9 @@ from benchmarks.tal.normalization import MEAN, STD
 
 Tree = dict[str, Any]
 
+Protocol = Literal["activitynet", "thumos14"]
+"""Of mean average precision; see `evaluation.evaluate`."""
+
 
 class ConfigError(InputError, ValueError):
     """A configuration that is not understood: says where, what was found, and what was expected."""

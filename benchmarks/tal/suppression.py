@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.tal.segments.detections import Detections
-from benchmarks.tal.segments.overlap import areas
+from benchmarks.tal.segments.overlap import iou
 
 Decay = Literal["gaussian", "linear", "hard"]
 
@@ -107,8 +107,7 @@ def vote(kept: Tensor, segments: Tensor, scores: Tensor, threshold: float) -> Te
 
     A segment that no other one reaches stays as it is (the reference makes NaN of one without length).
     """
-    meet, union = areas(kept[:, None], segments)
-    weights = (meet / union >= threshold).to(scores.dtype) * scores
+    weights = (iou(kept[:, None], segments) >= threshold).to(scores.dtype) * scores
     total = weights.sum(1, keepdim=True)
     return torch.where(total > 0, (weights / total) @ segments, kept)
 

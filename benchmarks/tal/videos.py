@@ -56,7 +56,8 @@ def find(folder: Path | str, ids: Iterable[str] | None = None) -> dict[str, Path
     """The file of each id that has one, in ``folder`` or below: any common extension, the name with ActivityNet's
     ``v_`` or without.
 
-    Without ``ids``, every video by its file's name without ``v_``; ``folder`` may then be a file.
+    Without ``ids``, every video by its file's name without ``v_``; where several have the same, by their paths from the
+    folder, with their endings. ``folder`` may then be a file.
 
     Raises:
         MissingError: there is no such folder.
@@ -65,12 +66,16 @@ def find(folder: Path | str, ids: Iterable[str] | None = None) -> dict[str, Path
         return {bare(Path(folder).stem): Path(folder)}
     if not Path(folder).is_dir():
         raise MissingError(f"there is no folder of videos {folder}")
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(_files(Path(folder)), key=lambda p: (EXTENSIONS.index(p.suffix.lower()), len(p.parts), p)):
-        files.setdefault(bare(path.stem), path)
+        files.setdefault(bare(path.stem), []).append(path)
     if ids is None:
-        return files
-    return {name: files[bare(name)] for name in ids if bare(name) in files}
+        return {
+            name if len(paths) == 1 else path.relative_to(folder).as_posix(): path
+            for name, paths in files.items()
+            for path in paths
+        }
+    return {name: files[bare(name)][0] for name in ids if bare(name) in files}
 
 
 def _files(folder: Path) -> Iterator[Path]:

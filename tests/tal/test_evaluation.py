@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.tal.annotations import AnnotationError, Annotations, Segment, Video
-from benchmarks.tal.evaluation import ACTIVITYNET, THUMOS, PredictionError, average_precision, evaluate, tiou
+from benchmarks.tal.evaluation import ACTIVITYNET, THUMOS, PredictionError, average_precision, evaluate
+from benchmarks.tal.segments.overlap import iou
 
 DATA = os.environ.get("REVWIRE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="needs published detections: set REVWIRE_DATA")
@@ -96,7 +97,7 @@ def _tied(annotations, results):
     for v in annotations.videos:
         spans = np.array([(s.start, s.end) for s in v.segments]).reshape(-1, 2)
         for d in results.get(v.id, []):
-            values = tiou(np.array(d["segment"]), spans)
+            values = iou(np.array(d["segment"]), spans)
             values = np.sort(values[values > 0])
             if len(values) > 1 and np.diff(values).min() < 1e-9:
                 return True

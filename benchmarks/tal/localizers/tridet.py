@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.tal.localizers.losses import diou_loss, iou
+from benchmarks.tal.localizers.losses import EPSILON, diou_loss
 from benchmarks.tal.localizers.normalizers import processes
 from benchmarks.tal.localizers.points import PointLocalizer
 from benchmarks.tal.localizers.pyramid import PRIOR, Norms, Pyramid, Scale, doubling, through
 from benchmarks.tal.localizers.transformer import ChannelNorm, ConvUnit, ScaledPath
 from benchmarks.tal.segments.detections import Selection
+from benchmarks.tal.segments.overlap import iou
 
 GROUPS = 16
 """Of the norm before an MLP."""
@@ -181,7 +182,7 @@ class TriDet(PointLocalizer):
         target = points.segments(extents)[:, :, None].expand(*pairs.shape, 2)[pairs]
         smooth = classes * (1 - self.label_smoothing) + self.label_smoothing / (self.num_classes + 1)
         classification = sigmoid_focal_loss(logits, smooth, alpha=0.25, gamma=2, reduction="none")
-        weight = iou(predicted, target).clamp(min=SMALLEST_IOU) ** self.iou_power
+        weight = iou(predicted, target, EPSILON).clamp(min=SMALLEST_IOU) ** self.iou_power
         total = classification[valid].sum() + (classification[pairs] * (weight - 1)).sum()
         return {
             # by the average, in eval mode too
