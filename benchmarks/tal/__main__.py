@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.harness.record import PICTURES, RESULTS, run
-from benchmarks.tal.schema import Config, ConfigError
+from benchmarks.tal.schema import Config, ConfigError, Protocol
 
 app = typer.Typer(
     help="End-to-end temporal action localization, on revwire.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -30,7 +30,13 @@ Output = Annotated[
     Path, typer.Option(help="Folder of the record (and of its picture).", show_default="benchmarks/results")
 ]
 Memories = Annotated[str, typer.Option("--memory", help="Ways to keep activations, by commas.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Default: the latest of this run.")]
+Checkpoint = Annotated[str, typer.Option(help="A path, or 'best' or 'last' of the run of --config.")]
+MaybeConfig = Annotated[
+    str | None, typer.Option("--config", help="As for train; without it, that of the checkpoint, which is a path then.")
+]
+OnlyFound = Annotated[
+    bool, typer.Option("--only-found", help="Do not score test videos that are not there; else they count as missed.")
+]
 
 
 @app.command()
@@ -39,12 +45,13 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Copy the record to benchmarks/results.")] = False,
+    only_found: OnlyFound = False,
     quiet: Quiet = False,
 ) -> None:
     """Train, test, and write the record of the run. Under torchrun, or with training.devices, on several processes."""
     from benchmarks.tal import runs
 
-    loaded = _loaded(config, overrides)
+    loaded = _loaded(config, overrides, only_found)
     record = runs.train(loaded, runs.latest(loaded) if resume else None, progress=not quiet)
     if publish:
         print(dataclasses.replace(record, name=f"tal_run_{loaded.name}").write())
@@ -54,44 +61,81 @@ def train(
 
 @app.command()
 def evaluate(
-    config: ConfigOption,
+    config: MaybeConfig = None,
     overrides: Overrides = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoint = "last",
     predictions: Annotated[
         Path | None, typer.Option(help="Score this file of detections instead of a network.")
     ] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Of a file of detections: AR@AN and recall at k x segments, too.")
+    ] = False,
+    protocol: Annotated[
+        Protocol, typer.Option(help="Of a file of detections: thumos14 is that of THUMOS-14's own toolkit.")
+    ] = "activitynet",
+    ambiguous: Annotated[
+        Path | None, typer.Option(help="For thumos14, its Ambiguous_test.txt, where the annotations lack these.")
+    ] = None,
+    only_found: OnlyFound = False,
     quiet: Quiet = False,
 ) -> None:
-    """Test a checkpoint, or a file of detections in ActivityNet's form."""
+    """Test a checkpoint, or a file of detections: JSON in ActivityNet's form, or THUMOS's text."""
     from benchmarks.tal import runs
 
-    loaded = _loaded(config, overrides)
     if predictions is not None:
-        from benchmarks.tal import loading
+        from benchmarks.tal import loading, thumos
         from benchmarks.tal.evaluation import evaluate as score
 
-        print(score(loading.truth(loaded).test, predictions, loaded.thresholds))
+        loaded = _loaded(_needed(config), overrides, only_found)
+        test = loading.truth(loaded).test
+        test = test if ambiguous is None else thumos.marked(test, ambiguous)
+        print(score(test, predictions, loaded.thresholds, only_found=loaded.data.only_found, protocol=protocol))
+        if recall:
+            from benchmarks.tal import detection_files
+            from benchmarks.tal import recall as recalls
+
+            print(recalls.summary(test, detection_files.plain(predictions), loaded.thresholds))
         return
-    figures = runs.evaluate(loaded, checkpoint or runs.latest(loaded), progress=not quiet)
+    if recall or ambiguous or protocol != "activitynet":
+        raise ConfigError(
+            "--recall, --protocol, --ambiguous: got a checkpoint; expected --predictions, a file to score"
+        )
+    loaded, path = _of_checkpoint(config, overrides, checkpoint, only_found)
+    figures = runs.evaluate(loaded, path, progress=not quiet)
     print("\n".join(f"{name:<10} {100 * value:6.2f}" for name, value in figures.items()))
 
 
 @app.command()
 def predict(
-    config: ConfigOption,
-    output: Annotated[Path, typer.Option(help="JSON file to write.")],
+    config: MaybeConfig = None,
     overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("detections.json"),
     videos: Annotated[
-        Path | None, typer.Option(help="Folder of any videos; default: those of the test subset.")
+        Path | None, typer.Option(help="A video, or a folder of any videos; default: those of the test subset.")
     ] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoint = "last",
+    class_scores: Annotated[
+        Path | None, typer.Option(help="Classes of these videos, for a class-agnostic network; default: 'action'.")
+    ] = None,
+    most: Annotated[int, typer.Option(help="Of --videos, how many to print and to draw.")] = 10,
     quiet: Quiet = False,
 ) -> None:
-    """Detect actions in videos: a JSON file in ActivityNet's form, times in seconds."""
-    from benchmarks.tal import runs
+    """Detect actions in videos: a JSON file in ActivityNet's form, times in seconds. Of --videos, which needs nothing
+    but a checkpoint, the best are printed, and drawn in a folder beside the file.
+    """
+    from benchmarks.tal import report, runs
 
-    loaded = _loaded(config, overrides)
-    found = runs.predict(loaded, checkpoint or runs.latest(loaded), videos, output, progress=not quiet)
+    loaded, path = _of_checkpoint(config, overrides, checkpoint)
+    if class_scores is not None or videos is not None:
+        chosen = None if class_scores is None else str(class_scores.resolve())
+        loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, class_scores=chosen))
+    found = runs.predict(loaded, path, videos, output, progress=not quiet)
+    if videos is not None:
+        shown = dict(list(found.items())[:most])
+        print(report.table(shown))
+        for name, detections in shown.items():
+            for picture in report.predicted(name, detections, output.with_suffix("")):
+                print(picture)
     print(f"{sum(map(len, found.values()))} detections in {len(found)} videos: {output}")
 
 
@@ -103,17 +147,22 @@ def check(
     workers: Annotated[int, typer.Option(help="Files at a time.")] = 4,
     quiet: Quiet = False,
 ) -> None:
-    """Audit annotations and videos before a long run; exit code 1 if a video is missing, corrupt or truncated."""
+    """Audit annotations, and videos or features, before a long run; exit code 1 if one is missing or broken."""
     from benchmarks.tal import loading
-    from benchmarks.tal.audit import audit
+    from benchmarks.tal.audit import audit, audit_features, of_annotations
 
     loaded = _loaded(config, overrides)
-    truth, faults = loading.truth(loaded), 0
+    truth, broken = loading.truth(loaded, quietly=True), 0
+    print("\n".join(of_annotations(truth.faults, truth.training, truth.test)))
     for name, subset in (("training", truth.training), ("test", truth.test)):
-        found = audit(subset, loading.path(loaded, "videos"), thorough=thorough, workers=workers, progress=not quiet)
+        options = {"workers": workers, "progress": not quiet}
+        if loaded.data.features.path is None:
+            found = audit(subset, loading.path(loaded, "videos"), thorough=thorough, **options)
+        else:
+            found = audit_features(subset, *loading.extracted(loaded), **options)
         print(f"{name}: {sum(len(v.segments) for v in subset.videos)} actions of {len(truth.classes)} classes; {found}")
-        faults += len(found.missing) + len(found.faulty)
-    raise typer.Exit(int(faults > 0))
+        broken += len(found.missing) + len(found.faulty)
+    raise typer.Exit(int(broken > 0))
 
 
 @app.command()
@@ -218,40 +267,65 @@ def plot(
     output: Annotated[Path, typer.Option(help="Folder to write to.")],
     overrides: Overrides = None,
     most: Annotated[int, typer.Option(help="Videos to draw.")] = 10,
+    only_found: OnlyFound = False,
 ) -> None:
     """Draw true and predicted segments of test videos (PNG and HTML), and mAP against tIoU."""
-    from benchmarks.tal import loading, report
+    from benchmarks.tal import detection_files, loading, report
     from benchmarks.tal.evaluation import evaluate as score
 
-    loaded = _loaded(config, overrides)
+    loaded = _loaded(config, overrides, only_found)
     truth = loading.truth(loaded).test
-    detections = json.loads(predictions.read_text(encoding="utf-8"))["results"]
-    shown = truth.only(detections)
-    for video in shown.videos[:most]:
-        for path in report.timeline(video, detections[video.id], truth.classes, output):
+    detections = detection_files.plain(predictions)
+    drawn = [(video, found) for name, found in detections.items() if (video := truth.video(name)) is not None]
+    for video, found in drawn[:most]:
+        for path in report.timeline(video, found, truth.classes, output):
             print(path)
-    result = score(shown, detections, loaded.thresholds)
+    result = score(truth, detections, loaded.thresholds, only_found=loaded.data.only_found)
+    if result.missed:
+        print(result.missing)
     curve = {f"{t:g}": float(m) for t, m in zip(result.tious, result.map, strict=True)}
     print(report.map_curve({loaded.name: curve}, output / "map_by_tiou.png"))
 
 
-def _loaded(config: str, overrides: list[str] | None) -> Config:
+def _loaded(config: str, overrides: list[str] | None, only_found: bool = False) -> Config:
     from benchmarks.tal.config import load  # imports all networks, to know their options
 
-    return load(config, overrides or [])
+    return load(config, [*(overrides or []), *(["data.only_found=true"] if only_found else [])])
+
+
+def _needed(config: str | None) -> str:
+    if config is None:
+        raise ConfigError("--config: got none; expected the configuration whose test subset is scored")
+    return config
+
+
+def _of_checkpoint(
+    config: str | None, overrides: list[str] | None, checkpoint: str, only_found: bool = False
+) -> tuple[Config, Path]:
+    """The configuration of a checkpoint, given or its own, and its path."""
+    from benchmarks.tal import checkpoints
+
+    loaded = None if config is None else _loaded(config, overrides, only_found)
+    path = checkpoints.named(loaded, checkpoint)
+    return loaded or checkpoints.read(path).alone([*(overrides or []), f"data.only_found={only_found}"]), path
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, without the trace that a data loader's process puts before it."""
+    text = str(error)
+    return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def main() -> None:
     """Run a command; what is wrong with its input is one line, and exit code 2."""
-    from benchmarks.tal.annotations import AnnotationError
-    from benchmarks.tal.evaluation import PredictionError
-    from benchmarks.tal.scores import ScoreError
+    from benchmarks.tal.errors import InputError
+    from revwire import RevwireError
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
     try:
         app(standalone_mode=True)
-    except (ConfigError, AnnotationError, PredictionError, ScoreError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (InputError, RevwireError) as error:
+        typer.echo(f"error: {_line(error)}", err=True)
         raise SystemExit(2) from None
 
 

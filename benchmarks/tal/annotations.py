@@ -15,9 +15,12 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from benchmarks.tal.errors import EmptyError, InputError
 
 SUBSETS = ("training", "validation", "testing", "train", "val", "test")
 """Names of subsets in use, in lower case: files write them in either."""
@@ -27,6 +30,11 @@ ROUNDING = 1e-2
 
 SHOWN = 10
 """Faults that a message spells out; the others are counted."""
+
+
+def bare(name: str) -> str:
+    """The id of a video without ActivityNet's ``v_``: files name a video either way, and mean the same one."""
+    return name.removeprefix("v_")
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,15 @@ class Segment:
 @dataclass(frozen=True)
 class Video:
     """One video and its actions, in the file's order. ``duration`` in seconds, infinite where the file need not state
-    it.
+    it; ``fps`` frames per second, where the file says; ``doubtful`` are (start, end) of what marks no action.
     """
 
     id: str
     subset: str
     duration: float
     segments: tuple[Segment, ...]
+    fps: float | None = None
+    doubtful: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,14 @@ class Annotations:
         """Videos by their ids."""
         return {video.id: video for video in self.videos}
 
+    def video(self, name: str) -> Video | None:
+        """The video of an id, with ActivityNet's ``v_`` or without."""
+        return self._by_bare_id.get(bare(name))
+
+    @cached_property
+    def _by_bare_id(self) -> dict[str, Video]:
+        return {bare(video.id): video for video in self.videos}
+
     @property
     def subsets(self) -> tuple[str, ...]:
         """Names of the subsets that have videos, in order of appearance."""
@@ -71,18 +89,19 @@ class Annotations:
         """The videos of one subset; the case of its name does not matter.
 
         Raises:
-            ValueError: no video is in it.
+            EmptyError: no video is in it.
         """
         videos = tuple(video for video in self.videos if video.subset == name.lower())
         if not videos:
-            raise ValueError(
+            raise EmptyError(
                 f"no video is in subset {name!r}; there are {', '.join(map(repr, self.subsets)) or 'none'}"
             )
         return replace(self, videos=videos)
 
     def only(self, ids: Collection[str]) -> Annotations:
         """The videos among ``ids``, such as those that were found on disk."""
-        return replace(self, videos=tuple(video for video in self.videos if video.id in ids))
+        wanted = {bare(name) for name in ids}
+        return replace(self, videos=tuple(video for video in self.videos if bare(video.id) in wanted))
 
     def class_agnostic(self) -> Annotations:
         """The same segments, all of one class ``action``: what a localizer learns whose classes come from elsewhere."""
@@ -104,7 +123,7 @@ class Fault:
         return f"{self.where}: {self.what}" if self.where else self.what
 
 
-class AnnotationError(ValueError):
+class AnnotationError(InputError, ValueError):
     """A file of annotations that does not hold what it should; :attr:`faults` has all that was found."""
 
     def __init__(self, path: Path | str, faults: Sequence[Fault]) -> None:
@@ -119,10 +138,16 @@ class AnnotationWarning(UserWarning):
 
 def listed(faults: Sequence[Fault]) -> str:
     """The first faults, one a line, and how many more there are."""
-    lines = [str(fault) for fault in faults[:SHOWN]]
-    if len(faults) > SHOWN:
-        lines.append(f"and {len(faults) - SHOWN} more")
-    return lines[0] if len(lines) == 1 else f"{len(faults)} faults\n  " + "\n  ".join(lines)
+    if len(faults) == 1:
+        return str(faults[0])
+    return f"{len(faults)} faults\n" + "\n".join(shortened("  ", map(str, faults)))
+
+
+def shortened(indent: str, lines: Iterable[str]) -> list[str]:
+    """At most ``SHOWN`` lines, and how many more there are."""
+    every = list(lines)
+    more = [f"and {len(every) - SHOWN} more"] if len(every) > SHOWN else []
+    return [f"{indent}{line}" for line in every[:SHOWN] + more]
 
 
 def read(
@@ -140,7 +165,8 @@ def read(
         subsets: the names a video's subset may have, in any case; None for any name.
         classes: the names of the classes, in the order of their labels; without them, all labels of the file in
             alphabetical order.
-        ignore: labels that mark no action (THUMOS-14 marks doubtful moments so); their segments are left out.
+        ignore: labels that mark no action (THUMOS-14 marks doubtful moments so); their segments stand apart.
+            A label that is not among given classes is an error, ``lenient`` or not.
         lenient: pass over faults with one counted :class:`AnnotationWarning`. A segment outside its video's bounds then
             stays as it is, for results are scored against the file's times, and published durations are sometimes
             wrong; clips cut it. One without length or of an unknown label is left out; of two videos with one id the
@@ -152,14 +178,24 @@ def read(
             is missing or of the wrong type.
     """
     annotations, faults = parse(path, subsets=subsets, classes=classes, ignore=ignore)
-    if faults and not lenient:
-        raise AnnotationError(path, faults)
+    refuse(path, faults, classes is not None, lenient)
     if faults:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(fault.kind for fault in faults).items())
         warnings.warn(
             f"{path}: passed over {len(faults)} faults ({counts}); first: {faults[0]}", AnnotationWarning, stacklevel=2
         )
     return annotations
+
+
+def refuse(path: Path | str, faults: Sequence[Fault], mapped: bool, lenient: bool) -> None:
+    """Raise for faults that are not passed over: see :func:`read`; ``mapped`` where classes were given.
+
+    Raises:
+        AnnotationError: there is one.
+    """
+    unknown = [fault for fault in faults if mapped and fault.kind == "unknown label"]
+    if unknown or (faults and not lenient):
+        raise AnnotationError(path, unknown or faults)
 
 
 def parse(
@@ -191,6 +227,13 @@ def read_classes(path: Path | str) -> tuple[str, ...]:
     return tuple(line for i, line in enumerate(lines) if line and not (i == 0 and line == "action"))
 
 
+def nearest(label: Any, classes: Iterable[str]) -> str:
+    """The known class that is most like this one, as the end of a message."""
+    known = list(classes)
+    near = get_close_matches(str(label), known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"expected one of {len(known)} classes"
+
+
 # -- the file as a whole -----------------------------------------------------------------------------------------------
 
 
@@ -217,14 +260,15 @@ def _load(path: Path) -> tuple[list[tuple[str, Any]], list[Fault]]:
             path,
             [Fault("missing", "", "expected an object with a field 'database' that holds the videos by their ids")],
         )
+    if not database:
+        raise AnnotationError(path, [Fault("empty", "", "its 'database' holds no video")])
     entries: dict[str, tuple[str, Any]] = {}
     faults = []
     for key, entry in database:
-        # Files name a video with ActivityNet's prefix or without it, and mean the same video.
-        if (bare := key.removeprefix("v_")) in entries:
-            faults.append(Fault("duplicate video", f"video {key!r}", f"it is there already, as {entries[bare][0]!r}"))
+        if (name := bare(key)) in entries:
+            faults.append(Fault("duplicate video", f"video {key!r}", f"it is there already, as {entries[name][0]!r}"))
         else:
-            entries[bare] = (key, _plain(entry))
+            entries[name] = (key, _plain(entry))
     return list(entries.values()), faults
 
 
@@ -260,6 +304,17 @@ def span(value: Any) -> tuple[float, float] | None:
     return None if start is None or end is None else (start, end)
 
 
+def _fps(entry: Mapping[str, Any], duration: float) -> float | None:
+    """What a video's entry says of its frames per second: the number of frames counts before the rate, for rates are
+    often rounded; extractors of features count frames.
+    """
+    counts = [count for name in ("frame", "frames") if (count := number(entry.get(name)))]
+    rate = number(entry.get("fps"))
+    if counts and counts[0] > 0 and math.isfinite(duration):
+        return counts[0] / duration
+    return rate if rate is not None and rate > 0 else None
+
+
 @dataclass(frozen=True)
 class _Reader:
     subsets: Collection[str] | None
@@ -287,7 +342,12 @@ class _Reader:
         segments = (
             self._segment(f"{where}, annotation {i}", item, duration) for i, item in enumerate(entry["annotations"])
         )
-        return Video(key, subset.lower(), duration, tuple(s for s in segments if s is not None))
+        kept = tuple(s for s in segments if s is not None)
+        return Video(key, subset.lower(), duration, kept, _fps(entry, duration), self._doubtful(entry["annotations"]))
+
+    def _doubtful(self, items: Iterable[Any]) -> tuple[tuple[float, float], ...]:
+        ignored = (i for i in items if isinstance(i, dict) and str(i.get("label")) in self.ignore)
+        return tuple(ends for item in ignored if (ends := span(item.get("segment"))))
 
     def _segment(self, where: str, item: Any, duration: float) -> Segment | None:
         if not isinstance(item, dict) or not {"label", "segment"} <= item.keys():
@@ -296,7 +356,7 @@ class _Reader:
         if isinstance(label, str) and label in self.ignore:
             return None
         if not isinstance(label, str) or label not in self.labels:
-            return self._fault("unknown label", where, f"unknown label {label!r}")
+            return self._fault("unknown label", where, f"unknown label {label!r}; {nearest(label, self.labels)}")
         if ends is None:
             return self._fault(
                 "segment", where, f"its segment is {item['segment']!r}; expected [start, end] in seconds"

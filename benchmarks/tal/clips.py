@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from benchmarks.tal import videos
 from benchmarks.tal.annotations import Annotations, Video
-from benchmarks.tal.backbones.backbone import MEAN, STD
+from benchmarks.tal.errors import EmptyError
+from benchmarks.tal.normalization import MEAN, STD
 from benchmarks.tal.pixels import Transform, transformed
 from benchmarks.tal.sampling import Key, Plan, Sampling, Timing, choices
 from benchmarks.tal.videos import VideoError, VideoWarning
@@ -116,7 +117,7 @@ class Clips(Dataset[Clip]):
         keep: hold each video in memory, whole and scaled, once it is decoded.
 
     Raises:
-        ValueError: no video is left.
+        EmptyError: no video is left.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Clips(Dataset[Clip]):
             warnings.warn(f"{len(self.unreadable)} videos are left out:\n  {reasons}", VideoWarning, stacklevel=2)
         if not self.items:
             left = f"{len(self.missing)} have no file, {len(self.unreadable)} cannot be opened"
-            raise ValueError(f"no clips: of {len(annotations.videos)} videos {left}, and the others have no action")
+            raise EmptyError(f"no clips: of {len(annotations.videos)} videos {left}, and the others have no action")
 
     def _count(self, video: Video) -> int:
         try:

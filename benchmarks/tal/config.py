@@ -42,13 +42,22 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     defaults = {} if base is None else _read(_found(path.parent / f"{base}.yaml", base))
     if "defaults" in defaults:
         raise ConfigError(f"{base}.yaml: got defaults of defaults; expected a complete file")
-    tree: Tree = {"name": path.stem, **defaults_of(Config)}
-    parts = [
-        (f"{base}.yaml", defaults),
-        (path.name, differences),
-        *(("command line", _parsed(override)) for override in overrides),
-    ]
-    for where, part in parts:
+    parts = [(f"{base}.yaml", defaults), (path.name, {"name": path.stem, **differences})]
+    return _together(parts, overrides)
+
+
+def from_tree(tree: Tree, where: str, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from all of its keys and values, as `dataclasses.asdict` gives them; ``where`` they come from.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    return _together([(where, tree)], overrides)
+
+
+def _together(parts: Sequence[tuple[str, Tree]], overrides: Sequence[str]) -> Config:
+    tree: Tree = defaults_of(Config)
+    for where, part in [*parts, *(("command line", _parsed(override)) for override in overrides)]:
         _forget_options(tree, part)
         merge(tree, part, known(tree, part), where)
     return typing.cast(Config, _build(Config, tree, ""))
@@ -159,14 +168,15 @@ def _build(schema: type, tree: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _value(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind``, one of: a dataclass, Any, int, float, str, bool, a dict, list[...], Literal[...], or one
-    of these or None.
+    """``value`` as ``kind``, one of: a dataclass, Any, int, float, str, bool, a dict, list[...], Literal[...], or a
+    union of these, with None or without.
     """
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _build(typing.cast(type, kind), value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _value(value, next(a for a in arguments if a is not types.NoneType), key)
+        fitting = [a for a in arguments if a is not types.NoneType and (typing.get_origin(a) or a) is type(value)]
+        return None if value is None else _value(value, (fitting or list(arguments))[0], key)
     if origin is Literal and value in arguments:
         return value
     if origin is list and isinstance(value, list):

@@ -1,4 +1,5 @@
-"""Mean average precision of detected segments, by the protocol of ActivityNet and THUMOS.
+"""Mean average precision of detected segments, by the protocol of ActivityNet, which is in use for THUMOS-14, too; or
+by THUMOS-14's own (`thumos`).
 
 For each class, the detections of all videos go by descending score. Each takes, of its video's annotated segments that
 are still free, the one with the highest tIoU that reaches the threshold; one that finds none is false. AP is the area
@@ -15,7 +16,6 @@ counts. Of segments that a detection overlaps equally, which happens where times
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.tal.annotations import AnnotationError, Annotations, Fault, Segment, listed, number, parse, span
-from benchmarks.tal.segments.overlap import areas
+from benchmarks.tal import detection_files, thumos
+from benchmarks.tal.annotations import AnnotationError, Annotations, Segment, bare, parse
+from benchmarks.tal.detection_files import PredictionError as PredictionError
+from benchmarks.tal.detection_files import Row
+from benchmarks.tal.schema import Protocol
+from benchmarks.tal.segments.overlap import iou
 
 ACTIVITYNET = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 """ActivityNet's thresholds: 0.5 to 0.95 by 0.05."""
@@ -37,14 +41,6 @@ REPEATED = 1e-3
 """Seconds within which two segments of one class in one video are the same annotation."""
 
 Array = NDArray[np.float64]
-
-
-class PredictionError(ValueError):
-    """Detections that are not of the form that is evaluated; :attr:`faults` has all that was found."""
-
-    def __init__(self, path: Path | str | None, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
-        super().__init__(f"{path or 'detections'}: {listed(faults)}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,10 @@ class Result:
     """False detections in videos that are not evaluated."""
     without_length: int
     """False detections that do not end after they start."""
+    videos: int
+    """Evaluated videos."""
+    missed: int
+    """Evaluated videos of which the detections say nothing: their segments count as missed."""
 
     @property
     def map(self) -> Array:
@@ -76,6 +76,11 @@ class Result:
     def average(self) -> float:
         """mean of mAP over the thresholds."""
         return float(self.map.mean())
+
+    @property
+    def missing(self) -> str:
+        """What is to be said of videos without detections."""
+        return f"{self.missed} of {self.videos} test videos are not among the detections: they count as missed"
 
     def at(self, tiou: float) -> float:
         """mAP at one of the thresholds."""
@@ -94,6 +99,8 @@ class Result:
             "other_labels": dict(self.other_labels),
             "other_videos": dict(self.other_videos),
             "without_length": self.without_length,
+            "videos": self.videos,
+            "missed": self.missed,
         }
 
     def __str__(self) -> str:
@@ -108,6 +115,8 @@ class Result:
                 f"{sum(self.other_videos.values())} detections lie in {len(self.other_videos)} videos that are not "
                 "evaluated"
             )
+        if self.missed:
+            lines.append(self.missing)
         if self.without_length:
             lines.append(f"{self.without_length} detections do not end after they start")
         return "\n".join(lines)
@@ -120,35 +129,47 @@ def evaluate(
     *,
     subset: str | None = None,
     blocked: Collection[str] = (),
+    only_found: bool = False,
+    protocol: Protocol = "activitynet",
 ) -> Result:
     """AP of every class at every threshold.
 
     Args:
         truth: annotations, or the path of a file in ActivityNet's form; of a file, durations are not needed.
         detections: ``{video id: [{"segment": [start, end], "label": name, "score": number}, …]}`` in seconds, alone or
-            as the ``"results"`` of an object, or the path of a JSON file with it.
+            as the ``"results"`` of an object, or the path of a file, as `detection_files.read` takes it.
         tious: thresholds.
         subset: evaluate this subset's videos; without it, all.
         blocked: ids of videos that are left out, with their detections.
+        only_found: leave out videos of which the detections say nothing, where they count as missed otherwise.
+        protocol: ``"thumos14"`` is that of its toolkit, see `thumos`.
+
+    Ids are the same with ActivityNet's ``v_`` and without.
 
     Raises:
         AnnotationError: the annotations' file has a fault.
         PredictionError: detections are malformed; names the video, the position in its list, and what was expected.
-        ValueError: no video is in the subset.
+        EmptyError: no video is in the subset.
     """
-    found = _truth(truth) if isinstance(truth, (str, Path)) else truth
+    own = protocol == "thumos14"
+    found = _truth(truth, ("Ambiguous",) if own else ()) if isinstance(truth, (str, Path)) else truth
     found = found if subset is None else found.subset(subset)
-    places = _Places(found, frozenset(blocked))
-    read = _detections(detections, places)
-    order = np.lexsort((_last_of_ties(read), -read.scores, read.labels))
+    rows = detection_files.read(detections)
+    ids = {bare(key) for key in rows}
+    places = _Places(found.only(ids) if only_found else found, {bare(key) for key in blocked}, repeated=own)
+    read = _columns(dict(sorted(rows.items())) if own else rows, places)
+    order = np.lexsort(((read.labels if own else _last_of_ties(read)), -read.scores, read.labels))
     bounds = np.searchsorted(read.labels[order], np.arange(len(places.classes) + 1))
     thresholds = np.asarray(tious, dtype=np.float64)
     counts = [sum(map(len, groups.values())) for groups in places.groups]
     ap = np.zeros((len(thresholds), len(places.classes)))
     for label, groups in enumerate(places.groups):
-        rows = order[bounds[label] : bounds[label + 1]]
-        right = matches(read.videos[rows], read.spans[rows], groups, thresholds)
-        ap[:, label] = average_precision(right, counts[label])
+        chosen = order[bounds[label] : bounds[label + 1]]
+        inputs = read.videos[chosen], read.spans[chosen], groups
+        if own:
+            ap[:, label] = thumos.average_precision(*inputs, places.doubtful, thresholds)
+        else:
+            ap[:, label] = average_precision(matches(*inputs, thresholds), counts[label])
     return Result(
         tuple(float(t) for t in tious),
         places.classes,
@@ -158,14 +179,16 @@ def evaluate(
         read.other_labels,
         read.other_videos,
         int((read.spans[:, 1] <= read.spans[:, 0]).sum()),
+        len(places.videos),
+        len(places.videos.keys() - ids),
     )
 
 
 # -- what is evaluated -------------------------------------------------------------------------------------------------
 
 
-def _truth(path: Path | str) -> Annotations:
-    found, faults = parse(path, subsets=None, ignore=(), durations=False)
+def _truth(path: Path | str, ignore: Collection[str]) -> Annotations:
+    found, faults = parse(path, subsets=None, ignore=ignore, durations=False)
     # Published files have a few segments without length; by the protocol they do not count, so they are no reason to
     # stop.
     if serious := [fault for fault in faults if fault.kind != "end before start"]:
@@ -174,12 +197,19 @@ def _truth(path: Path | str) -> Annotations:
 
 
 class _Places:
-    """The evaluated segments: numbers for videos, and for each class the segments (n, 2) of each video that has it."""
+    """The evaluated segments: numbers for videos, and for each class the segments (n, 2) of each video that has it;
+    those that repeat another or have no length only where ``repeated``.
+    """
 
-    def __init__(self, truth: Annotations, blocked: Collection[str]) -> None:
+    def __init__(self, truth: Annotations, blocked: Collection[str], repeated: bool) -> None:
         self.blocked = blocked
-        self.videos = {v.id: i for i, v in enumerate(truth.videos) if v.id not in blocked}
-        kept = [(self.videos[v.id], s) for v in truth.videos if v.id in self.videos for s in _distinct(v.segments)]
+        self.videos = {bare(v.id): i for i, v in enumerate(truth.videos) if bare(v.id) not in blocked}
+        numbered = [(self.videos[bare(v.id)], v) for v in truth.videos if bare(v.id) in self.videos]
+        kept = [
+            (number, s)
+            for number, video in numbered
+            for s in (video.segments if repeated else distinct(video.segments))
+        ]
         labels = dict.fromkeys(segment.label for _, segment in kept)
         self.classes = tuple(truth.classes[label] for label in labels)
         self.numbers = {name: i for i, name in enumerate(self.classes)}
@@ -188,9 +218,11 @@ class _Places:
         for video, segment in kept:
             lists[column[segment.label]].setdefault(video, []).append((segment.start, segment.end))
         self.groups = [{video: np.array(spans) for video, spans in groups.items()} for groups in lists]
+        self.doubtful = {number: np.array(video.doubtful) for number, video in numbered if video.doubtful}
 
 
-def _distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+def distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Those that count: with a length, and each once."""
     kept: list[Segment] = []
     for new in segments:
         same = (
@@ -206,8 +238,8 @@ def _distinct(segments: Sequence[Segment]) -> Iterator[Segment]:
 
 
 @dataclass(frozen=True)
-class _Detections:
-    """Columns: the video's number (−1: not evaluated), [start, end], the class's number, the score."""
+class _Columns:
+    """Of all detections: the video's number (−1: not evaluated), [start, end], the class's number, the score."""
 
     videos: NDArray[np.int64]
     spans: Array
@@ -217,82 +249,30 @@ class _Detections:
     other_videos: dict[str, int]
 
 
-def _detections(source: Mapping[str, Any] | Path | str, places: _Places) -> _Detections:
-    path = source if isinstance(source, (str, Path)) else None
-    results = _results(source, path)
-    faults: list[Fault] = []
-    rows: list[tuple[int, float, float, int, float]] = []
+def _columns(rows: Mapping[str, Sequence[Row]], places: _Places) -> _Columns:
+    table: list[tuple[int, float, float, int, float]] = []
     other_labels: dict[str, int] = {}
     other_videos: dict[str, int] = {}
-    for key, items in results.items():
-        if key in places.blocked:
+    for key, items in rows.items():
+        if bare(key) in places.blocked:
             continue
-        if not isinstance(items, (list, tuple)):
-            faults.append(Fault("list", f"video {key!r}", f"expected a list of detections, got {items!r}"))
-            continue
-        number_ = places.videos.get(key, -1)
-        for i, item in enumerate(items):
-            row = _row(item)
-            if isinstance(row, str):
-                faults.append(Fault("detection", f"video {key!r}, detection {i}", row))
-            elif (label := places.numbers.get(row[0])) is None:
-                other_labels[row[0]] = other_labels.get(row[0], 0) + 1
-            else:
-                rows.append((number_, row[1], row[2], label, row[3]))
-                if number_ < 0:
-                    other_videos[key] = other_videos.get(key, 0) + 1
-    if faults:
-        raise PredictionError(path, faults)
-    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
-    integers = table[:, [0, 3]].astype(np.int64)
-    return _Detections(integers[:, 0], table[:, 1:3], integers[:, 1], table[:, 4], other_labels, other_videos)
-
-
-def _results(source: Mapping[str, Any] | Path | str, path: Path | str | None) -> Mapping[str, Any]:
-    data: Any = source
-    if path is not None:
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PredictionError(path, [Fault("json", "", f"this is not JSON: {error}")]) from None
-        if not isinstance(data, dict) or "results" not in data:
-            raise PredictionError(
-                path, [Fault("results", "", "expected an object with a field 'results' that holds detections by video")]
-            )
-    wrapped = path is not None or (isinstance(data, Mapping) and isinstance(data.get("results"), Mapping))
-    results = data["results"] if wrapped else data
-    if not isinstance(results, Mapping):
-        raise PredictionError(
-            path, [Fault("results", "", f"expected detections by the ids of videos, got {type(results).__name__}")]
-        )
-    return results
-
-
-def _row(item: Any) -> tuple[str, float, float, float] | str:
-    """(label, start, end, score) of a detection, or what is wrong with it."""
-    if not isinstance(item, Mapping):
-        return f"expected an object with 'segment', 'label' and 'score', got {item!r}"
-    if absent := [field for field in ("segment", "label", "score") if field not in item]:
-        return f"it has no {' and no '.join(map(repr, absent))}"
-    ends, score = span(_plain(item["segment"])), number(_plain(item["score"]))
-    if ends is None:
-        return f"its segment is {item['segment']!r}; expected [start, end], two finite numbers of seconds"
-    if score is None:
-        return f"its score is {item['score']!r}; expected a finite number"
-    if not isinstance(item["label"], str):
-        return f"its label is {item['label']!r}; expected the name of a class"
-    return item["label"], *ends, score
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and lists of arrays and tensors."""
-    return value.tolist() if hasattr(value, "tolist") else value
+        video = places.videos.get(bare(key), -1)
+        for row in items:
+            if (label := places.numbers.get(row.label)) is None:
+                other_labels[row.label] = other_labels.get(row.label, 0) + 1
+                continue
+            table.append((video, row.start, row.end, label, row.score))
+            if video < 0:
+                other_videos[key] = other_videos.get(key, 0) + 1
+    array = np.array(table, dtype=np.float64).reshape(-1, 5)
+    integers = array[:, [0, 3]].astype(np.int64)
+    return _Columns(integers[:, 0], array[:, 1:3], integers[:, 1], array[:, 4], other_labels, other_videos)
 
 
 # -- matching ----------------------------------------------------------------------------------------------------------
 
 
-def _last_of_ties(read: _Detections) -> NDArray[np.bool_]:
+def _last_of_ties(read: _Columns) -> NDArray[np.bool_]:
     """Detections that cannot be right in any order, or only in the place of another one: no length, or the same as one
     of equal score.
     """
@@ -306,12 +286,6 @@ def _last_of_ties(read: _Detections) -> NDArray[np.bool_]:
     last = end <= start
     last[order[1:][same]] = True
     return last
-
-
-def tiou(spans: Array, others: Array) -> Array:
-    """Intersection over union of segments (…, 2) and (…, 2), broadcast; 0 where they do not meet."""
-    meet, union = areas(spans, others)
-    return meet / np.maximum(union, 1e-8)
 
 
 def matches(videos: NDArray[np.int64], spans: Array, groups: Mapping[int, Array], tious: Array) -> NDArray[np.bool_]:
@@ -364,7 +338,7 @@ def _choices(rows: NDArray[np.int64], spans: Array, groups: Sequence[Array]) -> 
     bounds = np.searchsorted(rows[by_row], np.arange(len(groups) + 1))
     for row, segments in enumerate(groups):
         here = by_row[bounds[row] : bounds[row + 1]]
-        values = tiou(spans[here, None], segments)
+        values = iou(spans[here, None], segments)
         order = np.argsort(values, axis=1)[:, ::-1]
         choice[here, : len(segments)] = order
         overlap[here, : len(segments)] = np.take_along_axis(values, order, 1)

@@ -1,9 +1,8 @@
 """Pre-extracted features as input: the same clips as of videos, with ``features`` (channels, steps) in the place of
 frames.
 
-A video's features are an array (rows, channels), row i for the moment ``offset + i · stride`` frames into a video of
-``fps`` frames per second. They lie in a folder with a file for each video (``.npy``, ``.pt``), or in one HDF5 file with
-an entry for each, an array or a group that holds one.
+A video's features are an array (rows, channels); :class:`Extraction` says when a row is. They lie in a folder with a
+file for each video (``.npy``, ``.pt``), or in one HDF5 file with an entry for each, an array or a group that holds one.
 """
 
 from __future__ import annotations
@@ -21,16 +20,41 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from benchmarks.tal.annotations import Annotations, Video
+from benchmarks.tal.annotations import Annotations, Video, bare
 from benchmarks.tal.clips import Clip
-from benchmarks.tal.sampling import Key, Plan, Resize, Sampling, choices
+from benchmarks.tal.errors import EmptyError, InputError, MissingError
+from benchmarks.tal.sampling import Key, Plan, Resize, Sampling, Timing, choices
+from benchmarks.tal.schema import ConfigError
+
+ROUNDING = 1e-6
+"""Of a frame: what a product may fall short of a whole number."""
 
 SUFFIXES = (".npy", ".pt", ".pth")
 HDF5 = (".h5", ".hdf5", ".hdf")
 
 
-class FeatureError(RuntimeError):
-    """Features that cannot be read, or are of another form; says of which video."""
+class FeatureError(InputError, RuntimeError):
+    """Features that cannot be read, or are of another form; says of which video. ``kind`` is for counting."""
+
+    kind = "unreadable"
+
+
+class NotFiniteError(FeatureError):
+    """Some of their numbers are none."""
+
+    kind = "not finite"
+
+
+class WidthError(FeatureError):
+    """Rows are of another width than expected."""
+
+    kind = "width"
+
+
+class TransposedError(WidthError):
+    """Rows are where columns are expected."""
+
+    kind = "transposed"
 
 
 @dataclass(frozen=True)
@@ -40,18 +64,24 @@ class Source:
     path: Path
     entries: Mapping[str, str]
     """Of each id (without ActivityNet's ``v_``) the file's name or the entry's."""
+    channels: int | None = None
+    """That rows must have; None: any number."""
+
+    def key(self, video_id: str) -> str:
+        """The id as entries have it."""
+        return bare(video_id)
 
     def __contains__(self, video_id: str) -> bool:
-        return video_id.removeprefix("v_") in self.entries
+        return self.key(video_id) in self.entries
 
     def read(self, video_id: str) -> Tensor:
         """(rows, channels) float32.
 
         Raises:
-            FeatureError: there are none, or they are no such array.
+            FeatureError: there are none, or they are no such array; says so of rows of another width, too.
         """
         try:
-            entry = self.entries[video_id.removeprefix("v_")]
+            entry = self.entries[self.key(video_id)]
         except KeyError:
             raise FeatureError(f"{self.path}: there are no features of video {video_id!r}") from None
         where = self.path / entry
@@ -59,25 +89,32 @@ class Source:
             array = _from_hdf5(self.path, entry) if self.path.is_file() else _from_file(where)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
             raise FeatureError(f"{where}: the features of video {video_id!r} cannot be read ({error})") from None
-        return _checked(array, where)
+        return _checked(array, where, self.channels)
 
 
 def find(path: Path | str) -> Source:
-    """The features in a folder, or below it, or in an HDF5 file.
+    """The features in a folder, or below it, in an HDF5 file, or of one video in a file.
 
     Raises:
-        FileNotFoundError: there is neither.
-        FeatureError: it has none.
+        MissingError: there is neither.
+        FeatureError: it has none, or two files for one video.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        entries = {p.stem.removeprefix("v_"): str(p) for p in reversed(files)}
+        entries: dict[str, str] = {}
+        for file in files:
+            if (first := entries.setdefault(bare(file.stem), str(file))) != str(file):
+                raise FeatureError(
+                    f"{path}: video {bare(file.stem)!r} has features twice, in {first} and {file}; expected one file"
+                )
     elif path.is_file() and path.suffix.lower() in HDF5:
         with h5py.File(path) as file:
-            entries = {name.removeprefix("v_"): name for name in file}
+            entries = {bare(name): name for name in file}
+    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+        return Source(path.parent, {bare(path.stem): path.name})
     else:
-        raise FileNotFoundError(f"there is no folder and no HDF5 file of features {path}")
+        raise MissingError(f"there is no folder and no HDF5 file of features {path}")
     if not entries:
         raise FeatureError(
             f"{path}: there are no features in it; expected {', '.join(SUFFIXES)} files, or entries of an HDF5 file"
@@ -108,7 +145,7 @@ def _only(group: Mapping[str, Any]) -> Any:
     return next(iter(group.values()))
 
 
-def _checked(array: Any, where: Path) -> Tensor:
+def _checked(array: Any, where: Path, channels: int | None) -> Tensor:
     tensor = torch.as_tensor(array)
     if (
         tensor.dim() != 2
@@ -118,9 +155,91 @@ def _checked(array: Any, where: Path) -> Tensor:
         raise FeatureError(
             f"{where}: it holds {tensor.dtype} of shape {tuple(tensor.shape)}; expected numbers (rows, channels)"
         )
-    if not tensor.isfinite().all():
-        raise FeatureError(f"{where}: it holds values that are not finite")
+    if channels and tensor.shape[1] != channels:
+        said = f"it has shape {tuple(tensor.shape)}; expected (rows, {channels}), by data.features.channels"
+        if tensor.shape[0] == channels:
+            raise TransposedError(f"{where}: it is transposed: {said}")
+        raise WidthError(f"{where}: {said}")
+    if not (fine := tensor.isfinite()).all():
+        raise NotFiniteError(
+            f"{where}: it holds values that are not finite, in {int((~fine).any(1).sum())} of {len(tensor)} rows"
+        )
     return tensor.float()
+
+
+# -- when rows are -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How an extractor made rows of a video: of ``snippet`` frames each, one every ``stride`` frames, row i for the
+    moment ``offset`` + i · ``stride`` frames into the video.
+
+    Attributes:
+        stride: frames. snippet: frames; None: twice the offset, or the stride.
+        offset: frames; None: half a snippet, or none where none is given.
+        fps: of the videos; None: of each what the annotations say, else what its rows and its duration make it.
+        whole_frames: times of actions are cut to whole frames.
+    """
+
+    stride: float = 1.0
+    snippet: float | None = None
+    offset: float | None = None
+    fps: float | None = None
+    whole_frames: bool = False
+
+    @property
+    def seen(self) -> float:
+        """Frames that a row sees."""
+        return self.snippet or 2 * (self.offset or 0.0) or self.stride
+
+    @property
+    def first(self) -> float:
+        """The frame that the first row stands for."""
+        return (self.snippet or 0.0) / 2 if self.offset is None else self.offset
+
+    def frames(self, rows: int) -> float:
+        """Frames that so many rows see."""
+        return (rows - 1) * self.stride + self.seen
+
+    def rate(self, video: Video, rows: int) -> float:
+        """Frames per second of a video.
+
+        Raises:
+            FeatureError: nothing says it.
+        """
+        if said := self.fps or video.fps:
+            return said
+        if not math.isfinite(video.duration):
+            raise FeatureError(f"video {video.id!r} has no duration; give the frames per second of its features")
+        return self.frames(rows) / video.duration
+
+    def moved(self, video: Video, fps: float) -> Video:
+        """The video with time 0 at its first row."""
+
+        def shifted(seconds: float) -> float:
+            frame = seconds * fps
+            return ((math.floor(frame + ROUNDING) if self.whole_frames else frame) - self.first) / fps
+
+        segments = (replace(s, start=shifted(s.start), end=shifted(s.end)) for s in video.segments)
+        return replace(video, segments=tuple(segments))
+
+    def timed(self, timing: Timing, fps: float) -> Timing:
+        """The timing of a clip in frames of the video, from that in rows."""
+        offset = timing.offset * self.stride + self.first
+        return replace(timing, fps=fps, stride=timing.stride * self.stride, offset=offset)
+
+
+def unannotated(source: Source, how: Extraction) -> Annotations:
+    """The videos of features, without actions; their durations are those of their rows.
+
+    Raises:
+        FeatureError: nothing says how many frames a second has.
+    """
+    if how.fps is None:
+        raise FeatureError(f"{source.path}: nothing says the frames per second of these videos; set data.features.fps")
+    lengths = ((name, how.frames(len(source.read(name))) / how.fps) for name in source.entries)
+    return Annotations(tuple(Video(name, "testing", seconds, ()) for name, seconds in lengths), ())
 
 
 # -- the data set ------------------------------------------------------------------------------------------------------
@@ -135,14 +254,14 @@ class Features(Dataset[Clip]):
         sampling: how clips are cut. A row counts as one sampled frame: ``frames`` must equal ``steps``, and a stride of
             2 takes every second row. For :class:`Resize`, rows are interpolated linearly, and fps and stride do not
             matter.
-        fps: of the videos; None: from each one's rows and duration.
-        stride: frames from a row to the next.
-        offset: frames from the beginning to the moment that the first row stands for.
+        fps, stride, snippet, offset, whole_frames: see :class:`Extraction`.
+        channels: that rows must have, or None.
         training: leave out videos without actions.
         seed: of random choices.
 
     Raises:
-        ValueError: the sampling is of several frames a step, or no video is left.
+        ConfigError: the sampling is of several frames a step. EmptyError: no video is left.
+        FeatureError: features of a video are not as they should be.
     """
 
     def __init__(
@@ -153,21 +272,26 @@ class Features(Dataset[Clip]):
         *,
         fps: float | None = None,
         stride: float = 1.0,
-        offset: float = 0.0,
+        snippet: float | None = None,
+        offset: float | None = None,
+        whole_frames: bool = False,
+        channels: int | None = None,
         training: bool = False,
         seed: int = 0,
     ) -> None:
         if sampling.frames != sampling.steps and not isinstance(sampling, Resize):
-            raise ValueError(
-                f"expected a row of features for each step, got {sampling.frames} for {sampling.steps} steps"
+            raise ConfigError(
+                f"sampling.frames: expected a row of features for each step, got {sampling.frames} for "
+                f"{sampling.steps} steps (sampling.steps)"
             )
+        source = replace(source, channels=channels or source.channels)
         self.source, self.sampling, self.training, self.seed = source, sampling, training, seed
-        self.fps, self.stride, self.offset = fps, stride, offset
+        self.how = Extraction(stride, snippet, offset, fps, whole_frames)
         self.missing = tuple(video.id for video in annotations.videos if video.id not in source)
         wanted = [v for v in annotations.videos if v.id in source and (v.segments or not training)]
         self.items = [(video, part) for video in wanted for part in range(self._count(video))]
         if not self.items:
-            raise ValueError(
+            raise EmptyError(
                 f"no clips: of {len(annotations.videos)} videos {len(self.missing)} have no features, the others no "
                 "action"
             )
@@ -191,26 +315,11 @@ class Features(Dataset[Clip]):
         """The clip's rows and actions; its timing in the frames of the video."""
         if isinstance(self.sampling, Resize):
             return self.sampling.plan(video, rows, 1.0, part, rng)
-        if self.fps is None and not math.isfinite(video.duration):
-            raise FeatureError(f"video {video.id!r} has no duration; give the frames per second of its features")
         # One row in so many seconds: rows count as frames, and actions begin earlier by what row 0 lies behind the
         # beginning.
-        fps = rows * self.stride / video.duration if self.fps is None else self.fps
-        moved = replace(
-            video,
-            segments=tuple(
-                replace(s, start=s.start - self.offset / fps, end=s.end - self.offset / fps) for s in video.segments
-            ),
-        )
-        plan = self.sampling.plan(moved, rows, fps / self.stride, part, rng)
-        timing = replace(
-            plan.timing,
-            fps=fps,
-            stride=plan.timing.stride * self.stride,
-            offset=plan.timing.offset * self.stride + self.offset,
-            duration=plan.timing.duration,
-        )
-        return replace(plan, timing=timing)
+        fps = self.how.rate(video, rows)
+        plan = self.sampling.plan(self.how.moved(video, fps), rows, fps / self.how.stride, part, rng)
+        return replace(plan, timing=self.how.timed(plan.timing, fps))
 
     def _resized(self, rows: Tensor) -> Tensor:
         """(rows, channels) → (channels, steps)"""

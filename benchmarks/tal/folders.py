@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.tal import videos
+from benchmarks.tal.errors import EmptyError
 from benchmarks.tal.pixels import Transform, transformed
 from benchmarks.tal.sampling import Key, choices
 
@@ -31,7 +32,7 @@ class LabelledClips(Dataset[tuple[Tensor, int]]):
         training: whether places are random. seed: of random choices.
 
     Raises:
-        ValueError: there is no video in the folders of these classes.
+        EmptyError: there is no video in the folders of these classes.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LabelledClips(Dataset[tuple[Tensor, int]]):
             (path, label) for label, name in enumerate(classes) for path in sorted(videos.find(folder / name).values())
         ]
         if not self.items:
-            raise ValueError(f"no clips: there is no video in {folder}, in folders named by class")
+            raise EmptyError(f"no clips: there is no video in {folder}, in folders named by class")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -73,11 +74,11 @@ def classes(folder: Path) -> tuple[str, ...]:
     """Names of the folders in a folder.
 
     Raises:
-        ValueError: there is none.
+        EmptyError: there is none.
     """
     found = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
     if not found:
-        raise ValueError(f"{folder}: expected a folder per class")
+        raise EmptyError(f"{folder}: expected a folder per class")
     return found
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from benchmarks.tal import annotations, clips, features, folders, pixels, videos
 from benchmarks.tal import sampling as cuts
-from benchmarks.tal.annotations import Annotations, Video
+from benchmarks.tal.annotations import Annotations, Fault, Video, bare
+from benchmarks.tal.errors import EmptyError
+from benchmarks.tal.features import Extraction, Features
 from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.synthetic import synthesize
 
@@ -130,36 +134,75 @@ def draw(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Truth:
-    """Annotations of a configuration's two subsets, ``excluded`` videos left out; ``classes`` are those of the file."""
+    """Annotations of a configuration, ``excluded`` videos left out, and faults that were passed over."""
 
-    training: Annotations
-    test: Annotations
+    whole: Annotations
+    names: Mapping[str, str]
     excluded: int
+    path: Path
+    faults: tuple[Fault, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the labels."""
-        return self.test.classes
+        return self.whole.classes
+
+    @cached_property
+    def training(self) -> Annotations:
+        """Of ``data.training_subset``."""
+        return self._subset("training_subset")
+
+    @cached_property
+    def test(self) -> Annotations:
+        """Of ``data.test_subset``."""
+        return self._subset("test_subset")
+
+    def _subset(self, key: str) -> Annotations:
+        names = [name.strip() for name in self.names[key].split(",")]
+        try:
+            return self.whole.only({video.id for name in names for video in self.whole.subset(name).videos})
+        except EmptyError as error:
+            raise EmptyError(f"data.{key}: {error} ({self.path})") from None
 
 
-def truth(config: Config) -> Truth:
-    """Read the annotations.
+def truth(config: Config, quietly: bool = False) -> Truth:
+    """Read the annotations; ``quietly`` without the warning of faults that are passed over.
 
     Raises:
         AnnotationError: they have faults. ConfigError: no such file.
     """
     draw(config)
-    read = annotations.read(path(config, "annotations"), lenient=config.data.lenient)
+    where = path(config, "annotations")
+    classes, lenient = class_map(config), config.data.lenient
+    if quietly:
+        read, faults = annotations.parse(where, classes=classes)
+        annotations.refuse(where, faults, classes is not None, lenient)
+    else:
+        read, faults = annotations.read(where, classes=classes, lenient=lenient), ()
+    names = {key: getattr(config.data, key) for key in ("training_subset", "test_subset")}
     if config.data.exclude is None:
-        return Truth(_subsets(read, config.data.training_subset), _subsets(read, config.data.test_subset), 0)
-    excluded = {name.removeprefix("v_") for name in json.loads(path(config, "exclude").read_text(encoding="utf-8"))}
-    kept = read.only({video.id for video in read.videos if video.id.removeprefix("v_") not in excluded})
-    lost = len(read.videos) - len(kept.videos)
-    return Truth(_subsets(kept, config.data.training_subset), _subsets(kept, config.data.test_subset), lost)
+        return Truth(read, names, 0, where, faults)
+    excluded = {bare(name) for name in json.loads(path(config, "exclude").read_text(encoding="utf-8"))}
+    kept = read.only({video.id for video in read.videos if bare(video.id) not in excluded})
+    return Truth(kept, names, len(read.videos) - len(kept.videos), where, faults)
 
 
-def _subsets(of: Annotations, names: str) -> Annotations:
-    return of.only({video.id for name in names.split(",") for video in of.subset(name.strip()).videos})
+def class_map(config: Config) -> tuple[str, ...] | None:
+    """The classes that a configuration names, in the order of their labels; None: those of the annotations."""
+    given = config.data.classes
+    if given is None or isinstance(given, list):
+        return None if given is None else tuple(given)
+    return annotations.read_classes(path(config, "classes"))
+
+
+def missed(config: Config, of: Annotations, data: clips.Clips | Features, training: bool) -> list[str]:
+    """What is to be said of videos of a subset that are not among its clips: counted, and what comes of them."""
+    kind = "features" if isinstance(data, Features) else "file"
+    name, end = ("training", "they are not learned from") if training else ("test", "they count as missed")
+    if not training and config.data.only_found:
+        end = "they are left out, by data.only_found"
+    counts = ((len(data.missing), kind), (len(getattr(data, "unreadable", ())), "file that can be opened"))
+    return [f"{n} of {len(of.videos)} {name} videos have no {what}: {end}" for n, what in counts if n]
 
 
 def sampling(config: Config, training: bool) -> cuts.Sampling:
@@ -182,35 +225,42 @@ def transform(config: Config, training: bool) -> pixels.Transform:
     )
 
 
-def unannotated(folder: Path, classes: Sequence[str]) -> Annotations:
-    """The videos of a folder, without segments.
+def unannotated(config: Config, source: Path, classes: Sequence[str]) -> tuple[Annotations, clips.Clips | Features]:
+    """The videos of a file or a folder, without segments, and their clips; of features, where a network takes these.
 
     Raises:
-        ValueError: there is none.
+        EmptyError, MissingError: there is none. VideoError: one cannot be read.
     """
-    files = videos.find(folder)
+    if config.data.features.path is not None:
+        found = features.find(source)
+        of = replace(features.unannotated(found, extraction(config)), classes=tuple(classes))
+        return of, _features(config, of, found, False)
+    files = videos.find(source)
     if not files:
-        raise ValueError(f"{folder}: there is no video in it")
-    found = (Video(name, "testing", videos.header(path).duration, ()) for name, path in files.items())
-    return Annotations(tuple(found), tuple(classes))
+        raise EmptyError(f"{source}: there is no video in it; expected files named {', '.join(videos.EXTENSIONS)}")
+    of = Annotations(
+        tuple(Video(name, "testing", videos.header(path).duration, ()) for name, path in files.items()), tuple(classes)
+    )
+    return of, _clips(config, of, files, False)
 
 
-def dataset(
-    config: Config, of: Annotations, training: bool, folder: Path | None = None
-) -> clips.Clips | features.Features:
-    """The clips of annotated videos, or their features; videos lie in ``folder``, by default ``data.videos``.
+def dataset(config: Config, of: Annotations, training: bool) -> clips.Clips | Features:
+    """The clips of annotated videos, or their features.
 
     Raises:
-        ConfigError: no such folder. ValueError: no clip is left.
+        ConfigError: no such folder. EmptyError: no clip is left.
     """
     wanted = of.class_agnostic() if config.class_agnostic else of
-    ids = [video.id for video in wanted.videos]
     if config.data.features.path is not None:
-        return _features(config, wanted, training)
-    files = videos.find(folder or path(config, "videos"), ids)
+        return _features(config, wanted, features.find(path(config, "features")), training)
+    files = videos.find(path(config, "videos"), [video.id for video in wanted.videos])
+    return _clips(config, wanted, files, training)
+
+
+def _clips(config: Config, of: Annotations, files: Mapping[str, Path], training: bool) -> clips.Clips:
     side = config.sampling.short_side if training else config.sampling.crop
     return clips.Clips(
-        wanted,
+        of,
         files,
         sampling(config, training),
         transform(config, training),
@@ -222,27 +272,48 @@ def dataset(
     )
 
 
-def _features(config: Config, of: Annotations, training: bool) -> features.Features:
+def extraction(config: Config) -> Extraction:
+    """How the features of a configuration were made."""
     f = config.data.features
-    source = features.find(path(config, "features"))
-    how = sampling(config, training)
-    return features.Features(
-        of, source, how, fps=f.fps, stride=f.stride, offset=f.offset, training=training, seed=config.seed
-    )
+    return Extraction(f.stride, f.snippet, f.offset, f.fps, f.whole_frames)
+
+
+def extracted(config: Config) -> tuple[features.Source, Extraction | None]:
+    """The features of a configuration, and how they were made: None where nothing says it, as rows are resized."""
+    source = replace(features.find(path(config, "features")), channels=config.data.features.channels or None)
+    resized = config.sampling.method == "resize" and config.data.features.fps is None
+    return source, None if resized else extraction(config)
+
+
+def _features(config: Config, of: Annotations, source: features.Source, training: bool) -> Features:
+    options = {**dataclasses.asdict(extraction(config)), "channels": config.data.features.channels}
+    return Features(of, source, sampling(config, training), **options, training=training, seed=config.seed)
 
 
 class Data(L.LightningDataModule):
     """The batches of a run; by process, where there are several.
 
     Args:
-        training, test: items by key, and by index.
+        training, test: items by key, and by index; no training items for a test alone.
         collate: items -> batch.
         config: of the run.
     """
 
-    def __init__(self, config: Config, training: Dataset[Any], test: Dataset[Any], collate: Any) -> None:
+    def __init__(self, config: Config, training: Dataset[Any] | None, test: Dataset[Any], collate: Any) -> None:
         super().__init__()
-        self.config, self.training, self.test, self.collate = config, training, test, collate
+        self.config, self.test, self.collate = config, test, collate
+        self._training = training
+
+    @property
+    def training(self) -> Dataset[Any]:
+        """What is learned from.
+
+        Raises:
+            RuntimeError: these data are for testing alone.
+        """
+        if self._training is None:
+            raise RuntimeError("Data: got a request for training clips; these are the data of a test")
+        return self._training
 
     def train_dataloader(self) -> TrainingLoader:
         """See `Batches`. A step's batch is cut into ``accumulate`` parts."""
@@ -270,21 +341,21 @@ class Data(L.LightningDataModule):
         return {"collate_fn": self.collate, "num_workers": workers, "persistent_workers": workers > 0}
 
 
-def labelled(config: Config, training: bool) -> folders.LabelledClips:
-    """The labelled clips of a subset: the folder ``data.videos``/SUBSET.
+def labelled(config: Config, training: bool, classes: Sequence[str] | None = None) -> folders.LabelledClips:
+    """The labelled clips of a subset: the folder ``data.videos``/SUBSET, and in it one of each class, by default those
+    of the training subset.
 
     Raises:
-        ConfigError: no such folder, or features. ValueError: no clip in it.
+        ConfigError: no such folder, or features. EmptyError: no clip in it.
     """
     if config.data.features.path is not None or config.sampling.method != "window":
         raise ConfigError("task: got 'classification'; expected videos, not features, and sampling.method 'window'")
     parent = path(config, "videos")
-    names = folders.classes(parent / config.data.training_subset)
     folder = parent / (config.data.training_subset if training else config.data.test_subset)
     side = config.sampling.short_side if training else config.sampling.crop
     return folders.LabelledClips(
         folder,
-        names,
+        classes or class_map(config) or folders.classes(parent / config.data.training_subset),
         config.sampling.frames,
         config.sampling.stride,
         transform(config, training),

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from benchmarks.tal import localizers
-from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoSwin, load_published
+from benchmarks.tal.backbones import NETWORKS, Backbone, SlowFast, VideoMAE, VideoSwin, load_published
 from benchmarks.tal.backbones.published import load_all, subtree
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.schema import Config, ConfigError
 
-STORED, CHECKPOINT, LEANEST, STAYS = "stored", "checkpoint", "leanest", "stays"
+STORED, CHECKPOINT, LEANEST, STAYS, FLOAT = "stored", "checkpoint", "leanest", "stays", "float"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
 
 EXAMPLE = 8
@@ -38,26 +38,38 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
         classes: that it tells apart. root: where weights lie.
 
     Raises:
-        ConfigError: there is no such file of weights. KeyError: it has other parameters.
+        ConfigError: there is no such file of weights, or options of a network do not fit together. KeyError: the file
+            has other parameters.
     """
     backbone = None if config.data.features.path else _backbone(config, root)
     if config.task == "classification":
         assert backbone is not None  # `loading` has refused features
         return Classifier(backbone, classes)
     channels = config.data.features.channels if backbone is None else backbone.channels
-    options = getattr(config, config.localizer)
-    return Network(backbone, localizers.LOCALIZERS[config.localizer](channels, classes, **options))
+    try:
+        head = localizers.LOCALIZERS[config.localizer](channels, classes, **getattr(config, config.localizer))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.localizer}: {error}") from None
+    return Network(backbone, head)
 
 
 def _backbone(config: Config, root: Path) -> Backbone:
     options = config.backbone
-    network = NETWORKS[options.name](**options.options)
+    try:
+        backbone = Backbone(
+            NETWORKS[options.name](**options.options),
+            steps=config.sampling.steps,
+            clip_frames=options.chunk,
+            freeze_norms=options.freeze_norms,
+            frozen=options.frozen,
+            mean=options.mean,
+            std=options.std,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"backbone: {error}") from None
     if options.weights is not None:
-        load_weights(network, root / options.weights)
-    steps = config.sampling.steps
-    return Backbone(
-        network, steps=steps, clip_frames=options.chunk, freeze_norms=options.freeze_norms, frozen=options.frozen
-    )
+        load_weights(backbone.network, root / options.weights)
+    return backbone
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -71,7 +83,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise ConfigError(
             f"backbone.weights: there is no {path}; the README says where to get it, and null means random weights"
         )
-    if isinstance(network, VideoSwin | SlowFast):
+    if isinstance(network, VideoSwin | SlowFast | VideoMAE):
         load_published(network, path)
         return
     own = set(network.model.state_dict())
@@ -136,30 +148,34 @@ class Rewiring(NamedTuple):
         coupling: its name.
         chunks: into how many chunks units are cut.
         checkpoint: ``"stays"`` where the blocks that cannot be rewired are checkpointed.
+        exact: False where streams are floats, as OpenTAD's are; None: as the coupling has them by itself.
     """
 
     coupling: str
     chunks: int = 1
     checkpoint: str | None = None
+    exact: bool | None = None
 
 
 def rewiring_of(memory: str) -> Rewiring:
     """What ``memory`` spells.
 
     Raises:
-        ConfigError: what stands behind a plus is neither a number of chunks nor "stays".
+        ConfigError: what stands behind a plus is no number of chunks, nor "stays", nor "float".
     """
     found = Rewiring(memory.split("+")[0])
     for rest in memory.split("+")[1:]:
         count = rest.removesuffix("chunks")
         if rest == STAYS:
             found = found._replace(checkpoint=STAYS)
+        elif rest == FLOAT:
+            found = found._replace(exact=False)
         elif count != rest and count.isdecimal() and int(count) > 0:
             found = found._replace(chunks=int(count))
         else:
             raise ConfigError(
-                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, or 'stays' to checkpoint "
-                "the blocks that cannot be rewired, as in 're2tal+8chunks+stays'"
+                f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, 'stays' to checkpoint "
+                "the blocks that cannot be rewired, or 'float' for streams of floats, as in 're2tal+8chunks+stays'"
             )
     return found
 
@@ -173,7 +189,7 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run
             again in backward. ``leanest``: `revwire.convert` as it is called plainly. Else a coupling: those units are
             rewired by it; ``re2tal+8chunks``: and run in eight chunks; ``re2tal+stays``: and the blocks that cannot be
-            rewired are checkpointed.
+            rewired are checkpointed; ``re2tal+float``: streams are floats.
 
     Raises:
         ConfigError: what stands behind a plus is none of these.
@@ -185,7 +201,7 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         plan = revwire.plan(backbone, frames, rewire="everywhere")
     else:
         wish = rewiring_of(memory)
-        options = {"coupling": wish.coupling, "chunks": wish.chunks, "checkpoint": wish.checkpoint}
+        options = wish._asdict()
         revwire.convert(backbone, frames, **options, rewire="everywhere")
         plan = revwire.report(backbone)
     network.blocks = tuple(dict.fromkeys(unit.host for chain in plan.chains for unit in chain.units))

@@ -40,10 +40,17 @@ def timeline(video: Video, detections: Sequence[Detection], classes: Sequence[st
     folder.mkdir(parents=True, exist_ok=True)
     shown = rows(video, detections, classes)
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(row[3] for row in shown))}
-    png, html = (folder / f"timeline_{video.id}.{ending}" for ending in ("png", "html"))
+    name = video.id.replace("/", "_")
+    png, html = (folder / f"timeline_{name}.{ending}" for ending in ("png", "html"))
     _draw(video, shown, colours).savefig(png, dpi=150)
     html.write_text(_page(video, shown, colours), encoding="utf-8")
     return png, html
+
+
+def predicted(name: str, detections: Sequence[Detection], folder: Path) -> tuple[Path, Path]:
+    """As `timeline`, for a video without annotations: it is drawn up to its last detection."""
+    end = max((float(d["segment"][1]) for d in detections), default=1.0)
+    return timeline(Video(name, "testing", end, ()), detections, (), folder)
 
 
 def _draw(video: Video, shown: Sequence[tuple[str, float, float, str, float]], colours: Mapping[str, str]) -> Figure:
@@ -89,6 +96,16 @@ Point at a bar for its times.</p>
 {chr(10).join(bars)}
 </body></html>
 """
+
+
+def table(found: Mapping[str, Sequence[Detection]], most: int = 5) -> str:
+    """The ``most`` best detections of each video as lines of text: start, end, score, label."""
+    lines = []
+    for name, detections in found.items():
+        best = sorted(detections, key=lambda d: -d["score"])[:most]
+        lines.append(f"{name}: {len(detections)} detections" + (f", the best {most}" if len(detections) > most else ""))
+        lines += [f"  {d['segment'][0]:8.2f} to {d['segment'][1]:8.2f} s  {d['score']:.3f}  {d['label']}" for d in best]
+    return "\n".join(lines)
 
 
 # -- curves ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +11,29 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from benchmarks.harness.record import Record, Row, environment
-from benchmarks.tal import clips, folders, loading, networks
-from benchmarks.tal.annotations import Annotations
+from benchmarks.tal import checkpoints, clips, detection_files, folders, loading, logs, networks
+from benchmarks.tal.annotations import Annotations, Video
 from benchmarks.tal.callbacks import Average, Cost
+from benchmarks.tal.checkpoints import Kept, Trained
+from benchmarks.tal.checkpoints import latest as latest
 from benchmarks.tal.loading import Data
 from benchmarks.tal.prediction import Fused, Scorer
 from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.scores import VideoScores
+from benchmarks.tal.scores import classes as score_classes
 from benchmarks.tal.scores import read as read_scores
 from benchmarks.tal.suppression import Suppression
-from benchmarks.tal.training import Classification, Localization, Run
+from benchmarks.tal.training import Classification, Localization, Run, groups
 from revwire.measure import peak_bytes
 
 INTENDED = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),  # Lightning 2.6 asks torch 2.14 so
-    (r"Checkpoint directory .* exists and is not empty", UserWarning),  # where a run is resumed
     (
         r"Found \d+ module\(s\) in eval mode at the start of training",
         UserWarning,
@@ -40,7 +43,9 @@ INTENDED = (
 """What Lightning warns of though it is as it should be."""
 
 
-def trainer(config: Config, callbacks: list[Callback], progress: bool) -> L.Trainer:
+def trainer(
+    config: Config, callbacks: list[Callback], progress: bool, loggers: list[Logger] | None = None
+) -> L.Trainer:
     """Lightning's trainer for a configuration; see Note [One pass] in `training`."""
     for message, category in INTENDED:
         warnings.filterwarnings("ignore", message, category)
@@ -61,8 +66,9 @@ def trainer(config: Config, callbacks: list[Callback], progress: bool) -> L.Trai
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # `loading` shares the batches out
         log_every_n_steps=min(options.log_every, batches),
-        logger=[CSVLogger(config.folder, name="csv"), TensorBoardLogger(config.folder, name="tensorboard")],
+        logger=loggers or False,
         callbacks=callbacks,
+        enable_checkpointing=False,  # `Kept` does that
         enable_progress_bar=progress,
         enable_model_summary=False,
         default_root_dir=config.folder,
@@ -78,32 +84,6 @@ def _strategy(config: Config) -> str | Strategy:
     return config.training.strategy
 
 
-def checkpoints(config: Config) -> ModelCheckpoint:
-    """Keep the latest state of the run."""
-    every = config.training.save_every
-    return ModelCheckpoint(
-        config.folder / "checkpoints",
-        "step{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=every,
-        save_top_k=1,
-    )
-
-
-def latest(config: Config) -> Path:
-    """The latest checkpoint of a run.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    found = sorted(
-        (config.folder / "checkpoints").glob("step*.ckpt"), key=lambda path: int(path.stem.removeprefix("step"))
-    )
-    if not found:
-        raise ConfigError(f"{config.folder}: there is no checkpoint to go on from; train without --resume")
-    return found[-1]
-
-
 # -- what a run is made of ---------------------------------------------------------------------------------------------
 
 
@@ -111,7 +91,7 @@ def prepared(config: Config) -> tuple[Run, Data]:
     """The module and the data of a configuration.
 
     Raises:
-        ConfigError, ValueError, OSError: something of it is not there, or does not fit.
+        InputError: something of it is not there, or does not fit.
     """
     if config.training.strategy == "fsdp" and config.training.ema is not None:
         raise ConfigError(
@@ -121,30 +101,73 @@ def prepared(config: Config) -> tuple[Run, Data]:
     return _classification(config) if config.task == "classification" else _localization(config)
 
 
-def _localization(config: Config) -> tuple[Run, Data]:
+def tested(config: Config, trained: Trained) -> tuple[Run, Data]:
+    """The module of a checkpoint, its weights in it, and the data of a test; nothing is read for training.
+
+    Raises:
+        InputError: as `prepared`; or the checkpoint is another network's.
+    """
+    L.seed_everything(config.seed, verbose=False)
+    config = without_weights(config)
+    make = _classification if config.task == "classification" else _localization
+    module, data = make(config, trained)
+    trained.into(module, config)
+    return module, data
+
+
+def _localization(config: Config, trained: Trained | None = None) -> tuple[Localization, Data]:
     truth = loading.truth(config)
-    data = Data(
-        config, loading.dataset(config, truth.training, True), loading.dataset(config, truth.test, False), clips.collate
-    )
-    network = networks.build(config, 1 if config.class_agnostic else len(truth.classes), loading.root(config))
-    networks.observe(network, config)
-    tested = truth.test.only({video.id for video, _ in data.test.items})
-    scorer = Scorer(
-        tested,
-        truth.classes,
-        Suppression(**config.suppression),
-        fused(config, tested),
-        config.thresholds,
-        predictions(config),
-    )
-    return Localization(network, config.training, config.seed, scorer), data
+    training = None if trained else loading.dataset(config, truth.training, True)
+    test = loading.dataset(config, truth.test, False)
+    found = truth.test.only({video.id for video, _ in test.items})
+    if training is not None:
+        say(loading.missed(config, truth.training, training, True))
+    say(loading.missed(config, truth.test, test, False))
+    scored = found if config.data.only_found else truth.test
+    classes = (trained and trained.classes) or truth.classes
+    scorer = _scorer(config, classes, fused(config, found.videos, classes), scored)
+    return _localizer(config, classes, scorer), Data(config, training, test, clips.collate)
 
 
-def _classification(config: Config) -> tuple[Run, Data]:
-    training, test = (loading.labelled(config, subset) for subset in (True, False))
-    network = networks.build(config, len(training.classes), loading.root(config))
+def _localizer(config: Config, classes: Sequence[str], scorer: Scorer) -> Localization:
+    network = networks.build(config, 1 if config.class_agnostic else len(classes), loading.root(config))
     networks.observe(network, config)
-    return Classification(network, config.training, config.seed), Data(config, training, test, folders.collate)
+    return Localization(network, config.training, config.seed, scorer, origin(config, classes))
+
+
+def _scorer(config: Config, classes: Sequence[str], classify: Fused | None, truth: Annotations | None) -> Scorer:
+    try:
+        suppress = Suppression(**config.suppression)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"suppression: {error}") from None
+    return Scorer(truth, classes, suppress, classify, config.thresholds, predictions(config))
+
+
+def _classification(config: Config, trained: Trained | None = None) -> tuple[Classification, Data]:
+    classes = None if trained is None else trained.classes
+    training = None if trained else loading.labelled(config, True)
+    test = loading.labelled(config, False, classes)
+    network = networks.build(config, len(test.classes), loading.root(config))
+    networks.observe(network, config)
+    module = Classification(network, config.training, config.seed, origin(config, test.classes))
+    return module, Data(config, training, test, folders.collate)
+
+
+def origin(config: Config, classes: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of its run, in plain values."""
+    return {"config": dataclasses.asdict(config), "classes": list(classes)}
+
+
+def without_weights(config: Config) -> Config:
+    """A configuration whose backbone's weights come from elsewhere."""
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
+
+
+@rank_zero_only
+def say(lines: Sequence[str]) -> None:
+    """Lines for whoever runs this, once."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def predictions(config: Config) -> Path:
@@ -152,7 +175,7 @@ def predictions(config: Config) -> Path:
     return config.folder / "predictions.json"
 
 
-def fused(config: Config, tested: Annotations) -> Fused | None:
+def fused(config: Config, tested: Sequence[Video], classes: Sequence[str]) -> Fused | None:
     """The classes of the tested videos, where a file is to say them.
 
     Raises:
@@ -162,11 +185,12 @@ def fused(config: Config, tested: Annotations) -> Fused | None:
         if config.class_agnostic:
             raise ConfigError("data.class_scores: got None; expected a file of classes, as class_agnostic is true")
         return None
-    scores = read_scores(loading.path(config, "class_scores"), tested.classes)
-    lacking = [video.id for video in tested.videos if not _has(scores, video.id)]
+    where = loading.path(config, "class_scores")
+    scores = read_scores(where, classes)
+    lacking = [video.id for video in tested if not _has(scores, video.id)]
     if lacking:
         raise ConfigError(
-            f"data.class_scores: no class for {len(lacking)} of {len(tested.videos)} videos, {lacking[0]!r} first"
+            f"data.class_scores: {where} has no class for {len(lacking)} of {len(tested)} videos, {lacking[0]!r} first"
         )
     return lambda video: scores.top(video, config.data.class_scores_top)
 
@@ -190,15 +214,23 @@ def train(
         resume: a checkpoint to go on from. further: callbacks.
     """
     module, data = prepared(config)
+    begun = None if resume is None else checkpoints.read(resume)
+    if begun is not None:
+        begun.check(module, config)
+        begun.check_optimizer([len(g["params"]) for g in groups(module.network, config.training)], config)
     cost = Cost()
     averages = [] if config.training.ema is None else [Average(config.training.ema)]
-    runner = trainer(config, [cost, *averages, checkpoints(config), *further], progress)
+    kept = Kept(config, module.figure, resumed=begun is not None)
+    loggers = logs.loggers(config.folder, None if begun is None else begun.step)
+    runner = trainer(config, [cost, *averages, kept, *further], progress, loggers)
     if runner.is_global_zero:
-        config.folder.mkdir(parents=True, exist_ok=True)
+        if begun is None:
+            checkpoints.set_aside(config)
+        checkpoints.folder(config).mkdir(parents=True, exist_ok=True)
         (config.folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    runner.fit(module, data, ckpt_path=resume)
+    runner.fit(module, data, ckpt_path=resume, weights_only=True)
     runner.validate(module, data, verbose=False)
-    found = row(config, module, data, runner, cost)
+    found = {**row(config, module, data, runner, cost), "best": kept.best}
     record = Record("result", "ok", None, dataclasses.asdict(config), [found], environment(module.device.type))
     if runner.is_global_zero:
         record.write(config.folder)
@@ -207,39 +239,48 @@ def train(
 
 def evaluate(config: Config, checkpoint: Path, progress: bool = True) -> dict[str, float]:
     """Test the weights of a checkpoint (the averaged ones, where they were averaged): figures by name."""
-    module, data = prepared(config)
-    restore(module, checkpoint)
+    module, data = tested(config, checkpoints.read(checkpoint))
     trainer(config, [], progress).validate(module, data, verbose=False)
     return figures(module.trainer)
 
 
-def restore(module: Run, checkpoint: Path) -> None:
-    """Load the weights of a checkpoint; the averaged ones, where they were averaged. No code of the file is run."""
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    averaged = held.get("callbacks", {}).get(Average.__name__, {}).get("average", {})
-    module.load_state_dict(held["state_dict"] | averaged)
-
-
 def predict(
-    config: Config, checkpoint: Path, folder: Path | None, output: Path, progress: bool = True
+    config: Config, checkpoint: Path, videos: Path | None, output: Path, progress: bool = True
 ) -> dict[str, list[Any]]:
-    """Write what a checkpoint detects in the videos of a folder (None: those of the test subset) to ``output``, and
-    return it.
+    """Write what a checkpoint detects to ``output``, and return it, by video.
+
+    Args:
+        config: of the checkpoint. videos: a file or a folder of any videos; None: those of the test subset.
 
     Raises:
-        ConfigError, ValueError: there is no video, or no class for one of them.
+        InputError: there is no video, or no class for one of them.
     """
-    module, data = prepared(config)
-    assert isinstance(module, Localization)
-    scorer = module.scorer
-    scorer.path, scorer.truth = output, None
-    if folder is not None:
-        found = loading.unannotated(folder, scorer.classes)
-        data.test = loading.dataset(config, found, False, folder)
-        scorer.fused = fused(config, found)
-    restore(module, checkpoint)
+    trained = checkpoints.read(checkpoint)
+    module, data = tested(config, trained) if videos is None else _own(config, trained, videos)
+    if not isinstance(module, Localization):
+        raise ConfigError(f"{checkpoint}: it classifies whole clips; expected a network that localizes")
+    module.scorer.path, module.scorer.truth = output, None
     trainer(config, [], progress).validate(module, data, verbose=False)
-    return json.loads(output.read_text(encoding="utf-8"))["results"]
+    return detection_files.plain(output)
+
+
+def _own(config: Config, trained: Trained, source: Path) -> tuple[Localization, Data]:
+    """As `tested`, for videos without annotations. Classes are the checkpoint's; for a network that knows none, those
+    of a file of scores, where there is one.
+    """
+    L.seed_everything(config.seed, verbose=False)
+    config = without_weights(config)
+    classes = trained.classes if trained.classes is not None else loading.truth(config).classes
+    of, test = loading.unannotated(config, source, classes)
+    classify = None
+    if config.data.class_scores is not None:
+        classes = score_classes(loading.path(config, "class_scores")) if config.class_agnostic else classes
+        classify = fused(config, of.videos, classes)
+    elif config.class_agnostic:
+        classes = ("action",)
+    module = _localizer(config, classes, _scorer(config, classes, classify, None))
+    trained.into(module, config)
+    return module, Data(config, None, test, clips.collate)
 
 
 def figures(runner: L.Trainer) -> dict[str, float]:

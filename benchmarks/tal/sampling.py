@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.tal.annotations import Video
+from benchmarks.tal.schema import ConfigError
 from benchmarks.tal.segments.overlap import intersection, lengths
 
 Array = NDArray[np.float64]
@@ -177,7 +178,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
-            raise ValueError(f"windows overlap by a share from 0 to below 1, got {self.overlap}")
+            raise ConfigError(f"sampling.overlap: windows overlap by a share from 0 to below 1, got {self.overlap}")
 
     def count(self, length: int) -> int:
         """As many as it takes to reach the end."""
@@ -205,8 +206,9 @@ class _Grid:
 
     def __post_init__(self) -> None:
         if self.frames % self.steps:
-            raise ValueError(
-                f"expected a whole number of frames per step, got {self.frames} frames on {self.steps} steps"
+            raise ConfigError(
+                f"sampling.frames: expected a whole number of frames per step, got {self.frames} frames on "
+                f"{self.steps} steps"
             )
 
     @property

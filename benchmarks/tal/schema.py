@@ -11,10 +11,16 @@ from typing import Any, Literal
 
 import yaml
 
+from benchmarks.tal.errors import InputError
+from benchmarks.tal.normalization import MEAN, STD
+
 Tree = dict[str, Any]
 
+Protocol = Literal["activitynet", "thumos14"]
+"""Of mean average precision; see `evaluation.evaluate`."""
 
-class ConfigError(ValueError):
+
+class ConfigError(InputError, ValueError):
     """A configuration that is not understood: says where, what was found, and what was expected."""
 
 
@@ -25,15 +31,20 @@ class Features:
     Attributes:
         path: folder or HDF5 file, relative to ``data.root``; null: there are none, and the backbone makes them from
             videos.
-        channels: of a row. fps: of the videos, or null: from the number of rows and the duration.
-        stride, offset: frames from row to row, and to the moment that the first one stands for.
+        channels: of a row. fps: of the videos, or null: of each video what the annotations say (``fps``, or ``frames``
+            by ``duration``), else what its rows and its duration make it.
+        stride: frames from row to row. snippet: frames that a row sees; null: twice the offset, or the stride.
+        offset: frames to the moment that the first row stands for; null: half a snippet, or none.
+        whole_frames: cut the times of actions to whole frames of the video, as OpenTAD does for THUMOS-14.
     """
 
     path: str | None = None
     channels: int = 0
     fps: float | None = None
     stride: float = 1.0
-    offset: float = 0.0
+    snippet: float | None = None
+    offset: float | None = None
+    whole_frames: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,9 @@ class Data:
         drawn: options of `synthetic.synthesize`, by which data are made where there are none, in the annotations'
             folder; or {}.
         training_subset, test_subset: names in the annotations; several by commas.
+        classes: names of the classes in the order of their labels: a list, or a file with one a line. A label that is
+            not among them is an error. Null: all labels of the annotations, in alphabetical order.
+        only_found: score, of the test videos, only those that have a file; the others count as missed otherwise.
         lenient: count faulty annotations instead of refusing them.
         exclude: JSON list of ids that are left out, or null.
         class_scores: file of video-level scores that are fused with detections, or null; of its best
@@ -63,6 +77,8 @@ class Data:
     drawn: Tree = field(default_factory=dict)
     training_subset: str = "training"
     test_subset: str = "validation"
+    classes: str | list[str] | None = None
+    only_found: bool = False
     lenient: bool = True
     exclude: str | None = None
     class_scores: str | None = None
@@ -113,6 +129,7 @@ class Backbone:
         frozen: no parameter of it trains, and it stores nothing. freeze_norms: its norms neither train nor update
             statistics.
         chunk: frames of a clip that go through at once, or null for all of them.
+        mean, std: by which pixels (0 to 255) are normalised: red, green, blue.
         options: of its constructor.
     """
 
@@ -121,6 +138,8 @@ class Backbone:
     frozen: bool = False
     freeze_norms: bool = False
     chunk: int | None = None
+    mean: list[float] = field(default_factory=lambda: list(MEAN))
+    std: list[float] = field(default_factory=lambda: list(STD))
     options: Tree = field(default_factory=dict)
 
 
@@ -172,8 +191,8 @@ class Config:
             paper's first stage).
         memory: how activations are kept: ``stored``, ``checkpoint``, ``leanest`` (`revwire.convert` as it is called
             plainly), or a coupling (``bdia``, ``re2tal``, ...), in chunks, too: ``re2tal+8chunks``; with the blocks
-            that cannot be rewired checkpointed: ``re2tal+stays``.
-        localizer: ``actionformer`` or ``vsgn``, whose options stand in the section of that name.
+            that cannot be rewired checkpointed: ``re2tal+stays``; with streams of floats: ``re2tal+float``.
+        localizer: ``actionformer``, ``tridet`` or ``vsgn``, whose options stand in the section of that name.
         class_agnostic: localize one class "action"; classes come from ``data.class_scores``.
         suppression: how overlapping detections are thinned out, the options of `suppression.Suppression`.
         measure: at the end, count the bytes of a training step by the allocator's reports (on the CPU they are not to
@@ -189,9 +208,10 @@ class Config:
     data: Data
     sampling: Sampling
     backbone: Backbone
-    localizer: Literal["actionformer", "vsgn"] = "actionformer"
+    localizer: Literal["actionformer", "tridet", "vsgn"] = "actionformer"
     class_agnostic: bool = False
     actionformer: Tree = field(default_factory=dict)
+    tridet: Tree = field(default_factory=dict)
     vsgn: Tree = field(default_factory=dict)
     training: Training
     suppression: Tree = field(default_factory=dict)

@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.tal.annotations import bare
+from benchmarks.tal.errors import InputError
+
 UCF101 = {
     "BaseballPitch": 7,
     "BasketballDunk": 9,
@@ -47,7 +50,7 @@ UCF101 = {
 Ranking = tuple[tuple[int, float], ...]
 
 
-class ScoreError(ValueError):
+class ScoreError(InputError, ValueError):
     """A file of video-level scores that is of no known form, or names a class that is not among those expected."""
 
 
@@ -64,7 +67,7 @@ class VideoScores:
             KeyError: the video has no scores.
         """
         try:
-            return self.ranking[video_id.removeprefix("v_")][:count]
+            return self.ranking[bare(video_id)][:count]
         except KeyError:
             raise KeyError(
                 f"no video-level scores for video {video_id!r}; {len(self.ranking)} videos have some"
@@ -80,20 +83,38 @@ def read(path: Path | str, classes: Sequence[str]) -> VideoScores:
     labels = {name: label for label, name in enumerate(classes)}
     if str(path).endswith(".npy"):
         return VideoScores(_untrimmednet(path, labels))
-    data = json.loads(Path(path).read_text(encoding="utf8"))
-    if isinstance(data, dict) and isinstance(data.get("results"), dict):
+    data = _json(path)
+    if isinstance(data.get("results"), dict):
         return VideoScores(_cuhk(path, data, labels))
-    if (
-        isinstance(data, dict)
-        and data
-        and all(isinstance(v, dict) and {"class", "score"} <= v.keys() for v in data.values())
-    ):
-        return VideoScores(
-            {k.removeprefix("v_"): ((_label(path, v["class"], labels), float(v["score"])),) for k, v in data.items()}
-        )
+    if data and all(isinstance(v, dict) and {"class", "score"} <= v.keys() for v in data.values()):
+        return VideoScores({bare(k): ((_label(path, v["class"], labels), float(v["score"])),) for k, v in data.items()})
     raise ScoreError(
         f"{path}: expected CUHK's form (with 'results' and 'class'), or a 'class' and a 'score' for each video"
     )
+
+
+def classes(path: Path | str) -> tuple[str, ...]:
+    """The names of classes in a file of scores, in its order.
+
+    Raises:
+        ScoreError: the file has none of the known forms.
+    """
+    if str(path).endswith(".npy"):
+        return tuple(UCF101)
+    data = _json(path)
+    if isinstance(data.get("results"), dict):
+        return tuple(map(str, data.get("class", data.get("classes", ()))))
+    return tuple(dict.fromkeys(str(entry.get("class")) for entry in data.values() if isinstance(entry, dict)))
+
+
+def _json(path: Path | str) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ScoreError(f"{path}: this is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ScoreError(f"{path}: expected an object, got {type(data).__name__}")
+    return data
 
 
 def _cuhk(path: Path | str, data: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, Ranking]:
@@ -108,7 +129,7 @@ def _cuhk(path: Path | str, data: Mapping[str, Any], labels: Mapping[str, int]) 
             raise ScoreError(
                 f"{path}: video {key!r} has {len(row)} scores; expected one for each of {len(columns)} classes"
             )
-        ranking[key.removeprefix("v_")] = _ranked(row, columns)
+        ranking[bare(key)] = _ranked(row, columns)
     return ranking
 
 

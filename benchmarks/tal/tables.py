@@ -10,7 +10,7 @@ from statistics import fmean
 from benchmarks.harness.cells import Table, mib
 from benchmarks.harness.record import Row, read
 
-OPENTAD = "OpenTAD, configs/re2tal"
+OPENTAD, ADATAD, TRIDET = (f"OpenTAD, configs/{name}" for name in ("re2tal", "adatad", "tridet"))
 PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
     "activitynet_re2swin_t_actionformer": ("ActivityNet-1.3", "Re2Swin-T", "ActionFormer", 36.47, OPENTAD),
     "activitynet_re2slowfast_101_actionformer": ("ActivityNet-1.3", "Re2SlowFast-101", "ActionFormer", 37.55, OPENTAD),
@@ -36,6 +36,32 @@ PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
         None,
         "",
     ),
+    "thumos14_adatad_videomae_s_actionformer": ("THUMOS-14", "VideoMAE-S, adapters", "ActionFormer", 69.03, ADATAD),
+    "thumos14_adatad_videomae_v2_g_actionformer": (
+        "THUMOS-14",
+        "VideoMAE v2-g, adapters",
+        "ActionFormer",
+        77.07,
+        ADATAD,
+    ),
+    "thumos14_full_videomae_s_actionformer": ("THUMOS-14", "VideoMAE-S", "ActionFormer", None, ""),
+    "activitynet_adatad_videomae_s_actionformer": (
+        "ActivityNet-1.3",
+        "VideoMAE-S, adapters",
+        "ActionFormer",
+        37.81,
+        ADATAD,
+    ),
+    "activitynet_adatad_videomae_v2_g_actionformer": (
+        "ActivityNet-1.3",
+        "VideoMAE v2-g, adapters",
+        "ActionFormer",
+        39.86,
+        ADATAD,
+    ),
+    "activitynet_full_videomae_s_actionformer": ("ActivityNet-1.3", "VideoMAE-S", "ActionFormer", None, ""),
+    "thumos14_i3d_tridet": ("THUMOS-14", "I3D features", "TriDet", 69.60, TRIDET),
+    "activitynet_tsp_tridet": ("ActivityNet-1.3", "TSP features", "TriDet", 36.96, TRIDET),
 }
 """Configuration -> data set, backbone, localizer, published average mAP in per cent (None: none is known to us), and
 who published it.
@@ -118,6 +144,8 @@ TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "tal_synthetic": comparison,
     "tal_badminton": comparison,
     "tal_memory_swin_t_64px": memory,
+    "tal_memory_videomae_s_adapters_64px": memory,
+    "tal_memory_videomae_s_64px": memory,
     "tal_memory_thumos14": memory,
     "tal_largest_thumos14": largest,
     "tal_largest_activitynet": largest,

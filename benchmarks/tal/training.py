@@ -12,7 +12,7 @@ Note [One pass]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -33,14 +33,25 @@ class Run(L.LightningModule):
         network: whose call takes a batch and returns named losses; their sum is minimised.
         training: how.
         seed: of the run.
+        origin: what its checkpoints say of it, in plain values.
     """
 
-    def __init__(self, network: Network | Classifier, training: Training, seed: int) -> None:
+    figure: str
+    """Of a test, the one by which weights are better."""
+
+    def __init__(
+        self, network: Network | Classifier, training: Training, seed: int, origin: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        self.origin = dict(origin or {})
         self.network = network
         self.options = training
         self.seed = seed
         self._sharded = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint can be used without the run's configuration and annotations."""
+        checkpoint["origin"] = self.origin
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """See Note [Randomness of a step]."""
@@ -88,8 +99,17 @@ def _without_scalars(network: nn.Module) -> None:
 class Localization(Run):
     """Training and testing of a localizer, end to end or on a frozen backbone."""
 
-    def __init__(self, network: Network, training: Training, seed: int, scorer: Scorer) -> None:
-        super().__init__(network, training, seed)
+    figure = "mAP"
+
+    def __init__(
+        self,
+        network: Network,
+        training: Training,
+        seed: int,
+        scorer: Scorer,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(network, training, seed, origin)
         self.scorer = scorer
 
     def on_validation_epoch_start(self) -> None:
@@ -109,6 +129,7 @@ class Classification(Run):
     """Training and testing of a backbone on labelled clips."""
 
     network: Classifier
+    figure = "top1"
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Top-1 accuracy."""

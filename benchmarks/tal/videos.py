@@ -24,6 +24,9 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.tal.annotations import bare
+from benchmarks.tal.errors import InputError, MissingError
+
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
 """Names of files that are taken for videos; of two files with one id the earlier extension counts."""
 
@@ -34,7 +37,7 @@ DAMAGES = 100
 """Damaged places of a file that are passed over in one go, where that is wanted."""
 
 
-class VideoError(RuntimeError):
+class VideoError(InputError, RuntimeError):
     """A file that cannot be read as a video, or a frame of it."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
@@ -53,28 +56,31 @@ def find(folder: Path | str, ids: Iterable[str] | None = None) -> dict[str, Path
     """The file of each id that has one, in ``folder`` or below: any common extension, the name with ActivityNet's
     ``v_`` or without.
 
-    Without ``ids``, every video by its file's name without ``v_``.
+    Without ``ids``, every video by its file's name without ``v_``; where several have the same, by their paths from the
+    folder, with their endings. ``folder`` may then be a file.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        MissingError: there is no such folder.
     """
+    if Path(folder).is_file() and ids is None:
+        return {bare(Path(folder).stem): Path(folder)}
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder of videos {folder}")
-    files: dict[str, Path] = {}
+        raise MissingError(f"there is no folder of videos {folder}")
+    files: dict[str, list[Path]] = {}
     for path in sorted(_files(Path(folder)), key=lambda p: (EXTENSIONS.index(p.suffix.lower()), len(p.parts), p)):
-        files.setdefault(_bare(path.stem), path)
+        files.setdefault(bare(path.stem), []).append(path)
     if ids is None:
-        return files
-    return {name: files[_bare(name)] for name in ids if _bare(name) in files}
+        return {
+            name if len(paths) == 1 else path.relative_to(folder).as_posix(): path
+            for name, paths in files.items()
+            for path in paths
+        }
+    return {name: files[bare(name)][0] for name in ids if bare(name) in files}
 
 
 def _files(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder, followlinks=True):
         yield from (Path(parent, name) for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("v_")
 
 
 # -- what a file holds -------------------------------------------------------------------------------------------------

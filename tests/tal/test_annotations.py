@@ -118,6 +118,28 @@ def test_an_unknown_label_of_given_classes(tmp_path):
         read(path, classes=["jump"])
 
 
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_misspelt_label_is_no_new_class(tmp_path, lenient):
+    path = write(tmp_path, {"x": video(annotations=[action("jmup"), action("run")])})
+    with pytest.raises(AnnotationError, match="annotation 0: unknown label 'jmup'; did you mean 'jump'"):
+        read(path, classes=["run", "jump"], lenient=lenient)
+    assert read(path, lenient=lenient).classes == ("jmup", "run")
+
+
+def test_frames_per_second_are_counted_or_said(tmp_path):
+    entries = {"a": {"fps": 25}, "b": {"fps": 30, "frame": 299}, "c": {"frames": 100}, "d": {"fps": 0}, "e": {}}
+    found = read(write(tmp_path, {name: {**video(), **entry} for name, entry in entries.items()}))
+    assert [v.fps for v in found.videos] == [25, 29.9, 10, None, None]
+
+
+def test_ids_are_the_same_with_and_without_their_prefix(tmp_path):
+    found = read(write(tmp_path, {"v_a": video(), "b": video()}))
+    assert [v.id for v in found.only({"a", "v_b"}).videos] == ["v_a", "b"]
+    assert found.video("a") is found.videos[0]
+    assert found.video("v_b") is found.videos[1]
+    assert found.video("c") is None
+
+
 def test_lenient_keeps_the_times_of_the_file(tmp_path):
     path = write(tmp_path, {"x": video(annotations=[action(start=8, end=12), action(start=11, end=12)])})
     with pytest.warns(AnnotationWarning, match=r"2 outside"):
@@ -141,7 +163,13 @@ def test_a_video_that_comes_twice(tmp_path, again):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "this is not JSON"), ("[]", "'database'"), ('{"database": []}', "'database'")]
+    ("text", "message"),
+    [
+        ("{", "this is not JSON"),
+        ("[]", "'database'"),
+        ('{"database": []}', "'database'"),
+        ('{"database": {}}', "holds no video"),
+    ],
 )
 @pytest.mark.parametrize("lenient", [False, True])
 def test_another_file_altogether(tmp_path, text, message, lenient):

@@ -70,9 +70,10 @@ def test_a_checkpoint_is_tested_and_its_detections_score_the_same(folder):
     config = load("synthetic", changes(folder))
     shown = run("evaluate", "--config", "synthetic", "--quiet", *changes(folder))
     assert "mAP@0.50" in shown
-    scored = run(
-        "evaluate", "--config", "synthetic", "--predictions", config.folder / "predictions.json", *changes(folder)
-    )
+    file = config.folder / "predictions.json"
+    scored = run("evaluate", "--config", "synthetic", "--predictions", file, "--recall", *changes(folder))
+    assert "AR@100 " in scored
+    assert "R5@0.50 " in scored
     for line in scored.splitlines():
         if line.startswith("mAP@0.50"):
             assert line.split()[1] == next(x.split()[1] for x in shown.splitlines() if x.startswith("mAP@0.50"))

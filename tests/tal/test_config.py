@@ -78,7 +78,7 @@ def test_variants_differ_in_one_line(memory):
         ("training.steps=many", "training.steps: got 'many'; expected int"),
         ("training.steps=1.5", "training.steps: got 1.5; expected int"),
         ("training=3", "training: got 3; expected Training"),
-        ("localizer=actionfromer", "localizer: got 'actionfromer'; expected one of 'actionformer', 'vsgn'"),
+        ("localizer=actionfromer", "localizer: got 'actionfromer'; expected one of 'actionformer', 'tridet', 'vsgn'"),
         ("backbone.name=swin3d_tt", "backbone.name: got 'swin3d_tt'; did you mean 'swin3d_t'"),
         ("thresholds=[a]", r"thresholds\[0\]: got 'a'; expected float"),
         ("training.steps", "got 'training.steps'; expected key=value"),

@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.tal.annotations import AnnotationError, Annotations, Segment, Video
-from benchmarks.tal.evaluation import ACTIVITYNET, THUMOS, PredictionError, average_precision, evaluate, tiou
+from benchmarks.tal.evaluation import ACTIVITYNET, THUMOS, PredictionError, average_precision, evaluate
+from benchmarks.tal.segments.overlap import iou
 
 DATA = os.environ.get("REVWIRE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="needs published detections: set REVWIRE_DATA")
@@ -96,7 +97,7 @@ def _tied(annotations, results):
     for v in annotations.videos:
         spans = np.array([(s.start, s.end) for s in v.segments]).reshape(-1, 2)
         for d in results.get(v.id, []):
-            values = tiou(np.array(d["segment"]), spans)
+            values = iou(np.array(d["segment"]), spans)
             values = np.sort(values[values > 0])
             if len(values) > 1 and np.diff(values).min() < 1e-9:
                 return True
@@ -179,12 +180,55 @@ def test_what_is_left_out_is_said():
         assert said in str(result)
 
 
+GOOD = {"label": "a", "segment": [0.0, 1.0], "score": 1.0}
+TWO = truth(("v_one", [("a", 0, 10)]), ("two", [("a", 0, 10)]), ("three", []))
+
+
+@pytest.mark.parametrize("name", ["one", "v_one"])
+def test_ids_are_the_same_with_and_without_their_prefix(name):
+    result = evaluate(TWO, {name: [GOOD | {"segment": [0, 10]}], "v_two": [], "three": []}, (0.5,))
+    assert (result.average, result.other_videos, result.missed) == (0.5, {}, 0)
+    assert evaluate(TWO, {name: [GOOD | {"segment": [0, 10]}]}, (0.5,), blocked=["v_two"]).average == 1
+    with pytest.raises(PredictionError, match="video 'one': it is there already, as 'v_one'"):
+        evaluate(TWO, {"v_one": [], "one": []})
+
+
+def test_videos_without_detections_count_as_missed():
+    found_one = {"one": [GOOD | {"segment": [0, 10]}]}
+    result = evaluate(TWO, found_one, (0.5,))
+    assert (result.average, result.missed, result.videos) == (0.5, 2, 3)
+    assert "2 of 3 test videos are not among the detections: they count as missed" in str(result)
+    assert result.to_dict()["missed"] == 2
+    alone = evaluate(TWO, found_one, (0.5,), only_found=True)
+    assert (alone.average, alone.missed, alone.videos) == (1.0, 0, 1)
+
+
+def test_the_text_of_thumos_is_read(tmp_path):
+    annotations = truth(("one", [("Diving", 0, 10)]), ("two", [("GolfSwing", 0, 10)]), classes=("Diving", "GolfSwing"))
+    path = tmp_path / "d.txt"
+    path.write_text("one 0.0 10.0 26 0.9\n\ntwo\t0 9 GolfSwing 1e-1\n")
+    assert evaluate(annotations, path, (0.9,)).average == 1
+    path.write_text("one 0.0 10.0 26\n")
+    with pytest.raises(PredictionError, match=r"d.txt: line 1: expected five fields: video, start and end in seconds"):
+        evaluate(annotations, path)
+    path.write_text("one 0.0 10.0 3 0.5\n")
+    with pytest.raises(PredictionError, match=r"line 1: class 3 is none of THUMOS-14's 20 \(7, 9, 12"):
+        evaluate(annotations, path)
+    path.write_text("one 0.0 ten 26 0.5\n")
+    with pytest.raises(PredictionError, match=r"video 'one', detection 0: its segment is \['0.0', 'ten'\]"):
+        evaluate(annotations, path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(PredictionError, match=r"none.json: it cannot be read \(No such file or directory\)"):
+        evaluate(TWO, tmp_path / "none.json")
+
+
 def test_scores_and_segments_may_be_tensors():
     results = {"v": [{"label": "a", "segment": torch.tensor([0.0, 10.0]), "score": torch.tensor(0.5)}]}
     assert evaluate(truth(("v", [("a", 0, 10)])), results).average == 1.0
 
 
-GOOD = {"label": "a", "segment": [0.0, 1.0], "score": 1.0}
 MALFORMED = {
     "no score": ({"label": "a", "segment": [0, 1]}, "it has no 'score'"),
     "nothing": ({}, "it has no 'segment' and no 'label' and no 'score'"),

@@ -1,5 +1,10 @@
 """Features: the same in every kind of file, on the grid of steps, with the actions in their places."""
 
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +17,8 @@ h5py = pytest.importorskip("h5py")
 pytest.importorskip("av")
 from benchmarks.tal import features  # noqa: E402  needs h5py
 from benchmarks.tal.clips import collate  # noqa: E402  needs av
-from benchmarks.tal.features import FeatureError, Features  # noqa: E402
-from benchmarks.tal.sampling import Resize, Truncate, Windows  # noqa: E402
+from benchmarks.tal.features import Extraction, FeatureError, Features  # noqa: E402
+from benchmarks.tal.sampling import Resize, Timing, Truncate, Windows  # noqa: E402
 
 
 def rows(count, channels=5):
@@ -163,3 +168,94 @@ def test_nothing_to_read_is_said(tmp_path):
         Features(annotated(a=1.0), source, Resize(8, 8))
     with pytest.raises(ValueError, match="a row of features for each step, got 16 for 8 steps"):
         Features(annotated(z=1.0), source, Windows(16, 8, 1))
+
+
+# -- seconds -----------------------------------------------------------------------------------------------------------
+
+
+def planned(video, **options):
+    """The rows between which the actions of a video of 200 s, of 30 frames each, lie; and its timing."""
+    frames = 6000
+    rows_ = (frames - 16) // 4 + 1
+    how = Extraction(stride=4, **options)
+    fps = how.rate(video, rows_)
+    return [(s.start * fps / 4, s.end * fps / 4) for s in how.moved(video, fps).segments], how.timed(
+        Timing(fps / 4, 1.0, 0.0, 200.0), fps
+    )
+
+
+@pytest.mark.parametrize("fps", [30.0, None])
+@pytest.mark.parametrize(
+    "options", [{"snippet": 16}, {"offset": 8}, {"snippet": 16, "offset": 8}, {"fps": 30.0, "offset": 8}]
+)
+def test_a_row_stands_for_the_middle_of_its_snippet_at_the_frame_rate_of_its_video(fps, options):
+    """The frame rate is the annotations'; where they have none, rows and duration give it."""
+    found, timing = planned(Video("v", "test", 200.0, (Segment(190.0, 199.0, 0),), fps), **options)
+    assert found == [pytest.approx((1423, 1490.5))]
+    assert [timing.to_seconds(row) for row in found[0]] == pytest.approx([190, 199])
+    assert timing.to_seconds(1e6) == 200
+
+
+def test_each_video_has_its_own_frame_rate(tmp_path):
+    videos = (
+        Video(name, "training", 200.0, (Segment(190.0, 199.0, 0),), fps) for name, fps in (("a", 30.0), ("b", 25.0))
+    )
+    source = features.find(written(tmp_path, "npy", {"a": rows(1497), "b": rows(1247)}))
+    dataset = Features(Annotations(tuple(videos), ("x",)), source, Windows(2048, 2048, 1), stride=4, snippet=16)
+    assert [clip.segments.tolist() for clip in (dataset[0], dataset[1])] == [[[1423, 1490.5]], [[1185.5, 1241.75]]]
+
+
+@pytest.mark.skipif("REVWIRE_DATA" not in os.environ, reason="needs reference records: set REVWIRE_DATA")
+def test_rows_and_seconds_are_opentads():
+    records = json.loads(Path(os.environ["REVWIRE_DATA"], "opentad_reference_2/feature_timing.json").read_text())
+    thumos = (Extraction(stride=4, snippet=16, whole_frames=True), records["thumos_i3d"]["videos"])
+    anet = (Extraction(stride=16, snippet=16, fps=15), records["anet_tsp"]["videos"])
+    checked = 0
+    for extraction, videos in (thumos, anet):
+        for r in videos:
+            how = extraction
+            actions = (a for a in r["annotations"] if a["label"] != "Ambiguous")
+            label = {name: i for i, name in enumerate(records["thumos_i3d"]["classes"])}
+            segments = tuple(Segment(*map(float, a["segment"]), label.get(a["label"], 0)) for a in actions)
+            counted = r["frame"] / r["duration"] if "frame" in r else None
+            video = Video(r["video"], "test", r["duration"], segments, counted)
+            fps = how.rate(video, r["feature_rows"])
+            moved = dict.fromkeys((s.start, s.end, s.label) for s in how.moved(video, fps).segments)
+            found = np.array([s[:2] for s in moved]).reshape(-1, 2) * fps / how.stride
+            if "gt_rows" in r:
+                expected, slack = np.reshape(r["gt_rows"], (-1, 2)), 2e-6 * np.abs(found).max(initial=1)
+                np.testing.assert_allclose(found, expected, rtol=0, atol=slack)
+                checked += len(found)
+            how = replace(how, stride=r["meta"]["snippet_stride"], offset=r["meta"]["offset_frames"])  # of rows as read
+            timing = how.timed(Timing(fps / how.stride, 1.0, 0.0, r["duration"]), fps)
+            seconds = [[timing.to_seconds(float(row)) for row in pair] for pair in r["rows"]]
+            np.testing.assert_allclose(seconds, r["seconds"], rtol=0, atol=2e-6 * np.max(r["seconds"]))
+            checked += len(seconds)
+    assert checked == 305
+
+
+# -- what is not as it should be ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (rows(7, 4), r"a\.npy: it has shape \(7, 4\); expected \(rows, 5\), by data.features.channels"),
+        (rows(7).T, r"a\.npy: it is transposed: it has shape \(5, 7\); expected \(rows, 5\)"),
+        (np.where(rows(7) == 3, np.nan, rows(7)), r"a\.npy: it holds values that are not finite, in 1 of 7 rows"),
+    ],
+)
+def test_rows_of_another_form_are_named(tmp_path, array, message):
+    source = features.find(written(tmp_path, "npy", {"a": array.astype(np.float32)}))
+    with pytest.raises(FeatureError, match=message):
+        Features(annotated(a=7.0), source, Windows(8, 8, 1), channels=5)
+
+
+def test_one_file_is_a_source(tmp_path):
+    source = features.find(written(tmp_path, "npy", {"a": rows(7), "b": rows(3)}) / "a.npy")
+    assert list(source.entries) == ["a"]
+    assert torch.equal(source.read("v_a"), torch.from_numpy(rows(7)))
+    found = features.unannotated(source, Extraction(stride=4, snippet=16, fps=10))
+    assert [(v.id, v.duration) for v in found.videos] == [("a", 4.0)]
+    with pytest.raises(FeatureError, match=r"set data\.features\.fps"):
+        features.unannotated(source, Extraction(stride=4))

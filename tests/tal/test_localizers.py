@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from small_localizers import CHANNELS, MAKERS, actionformer, batch, vsgn
 from torch.nn import functional as F
 from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
-from benchmarks.tal.localizers import LOCALIZERS, VSGN, ActionFormer, load_published, normalizers
+from benchmarks.tal.localizers import LOCALIZERS, VSGN, ActionFormer, TriDet, load_published, normalizers
 from benchmarks.tal.localizers.anchors import Matches, anchors, boxes_of
 from benchmarks.tal.localizers.graph_pyramid import EdgeConv, GraphUnit
 from benchmarks.tal.localizers.losses import diou_loss, giou_loss
@@ -18,50 +19,6 @@ from benchmarks.tal.localizers.points import Points
 from benchmarks.tal.localizers.transformer import ConvAttention, local_attention
 from benchmarks.tal.localizers.vsgn import boundary_loss, boundary_targets
 from benchmarks.tal.segments.detections import Selection
-
-STEPS, CHANNELS = 64, 8
-
-
-def actionformer(classes=3, **options):
-    torch.manual_seed(0)
-    return ActionFormer(
-        CHANNELS, classes, **{"channels": 32, "window": 5, "max_steps": STEPS, "levels": 4, "drop_path": 0.0} | options
-    )
-
-
-def vsgn(classes=3, **options):
-    torch.manual_seed(0)
-    options = {
-        "channels": 32,
-        "max_steps": STEPS,
-        "strides": (2, 4, 8, 16),
-        "scales": (3.0, 5.0),
-        "layers": 1,
-        "neighbours": 3,
-    } | options
-    return VSGN(CHANNELS, classes, **options)
-
-
-MAKERS = [pytest.param(actionformer, id="actionformer"), pytest.param(vsgn, id="vsgn")]
-
-
-def batch(videos=2, steps=STEPS, seed=0):
-    """Features in which an action of class c raises channels 2c and, towards its end, 2c + 1."""
-    generator = torch.Generator().manual_seed(seed)
-    features = 0.1 * torch.randn(videos, CHANNELS, steps, generator=generator)
-    segments, labels = [], []
-    for video in range(videos):
-        starts = torch.tensor([4.0, 34.0]) + 4 * torch.rand(2, generator=generator)
-        of_video = torch.stack([starts, starts + torch.tensor([8.0, 18.0]) + 4 * torch.rand(2, generator=generator)], 1)
-        of_label = torch.randint(0, 3, (2,), generator=generator)
-        for (start, end), label in zip(of_video.round().int().tolist(), of_label.tolist(), strict=True):
-            features[video, 2 * label, start:end] += 1
-            features[video, 2 * label + 1, (start + end) // 2 : end] += 1
-        segments.append(of_video)
-        labels.append(of_label)
-    mask = torch.ones(videos, steps, dtype=torch.bool)
-    return features, mask, segments, labels
-
 
 # -- parts
 # -----------------------------------------------------------------------------------------------------------------
@@ -273,7 +230,7 @@ def test_it_learns(make):
 
 
 def test_names():
-    assert [LOCALIZERS[name] for name in ("actionformer", "vsgn")] == [ActionFormer, VSGN]
+    assert [LOCALIZERS[name] for name in ("actionformer", "tridet", "vsgn")] == [ActionFormer, TriDet, VSGN]
 
 
 @pytest.mark.parametrize("make", MAKERS)

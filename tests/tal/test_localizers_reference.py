@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from reference import F64, NAMES, PRECISIONS, load, relative_error
+from reference import F64, NAMES, PRECISIONS, assert_near, assert_post, load, relative_error
 
 from benchmarks.tal.localizers import ActionFormer, localizer_of
 from benchmarks.tal.localizers.anchors import Matches
 from benchmarks.tal.localizers.transformer import ScaledPath
 from benchmarks.tal.localizers.vsgn import boundary_targets
-from benchmarks.tal.suppression import Suppression
 
 FILES = ["actionformer_thumos", "actionformer_anet", "vsgn_anet", "vsgn_thumos"]
 LOGITS, SEGMENTS, SCORES = 2e-5, 3e-4, 5e-6
@@ -36,10 +35,6 @@ def localizer(data, dtype, train=True):
     return made
 
 
-def assert_near(got, expected, atol):
-    torch.testing.assert_close(got.detach().double(), expected.double(), rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=NAMES)
 @pytest.mark.parametrize("file", of("actionformer"))
 def test_actionformer_outputs(file, dtype):
@@ -56,7 +51,7 @@ def test_actionformer_outputs(file, dtype):
             assert_near(outputs.logits[level], logits, LOGITS)
             assert_near(outputs.offsets[level], offsets, LOGITS)
             assert torch.equal(outputs.masks[level], valid)
-        points = model.points(outputs, features)
+        points = model.points(outputs.masks, features)
         columns = torch.stack([points.position, points.low, points.high, points.stride], 1)
         assert torch.equal(columns.float(), torch.cat(raw["points"]))
         for (segments, scores), expected, score in zip(
@@ -84,7 +79,7 @@ def test_actionformer_targets(file):
     model = localizer(data, torch.float32)
     for case in (c for c in data["cases"] if "targets" in c):
         outputs = model(case["feats"], case["masks"])
-        points = model.points(outputs, case["feats"])
+        points = model.points(outputs.masks, case["feats"])
         valid = torch.cat(outputs.masks, 1)
         for video, (segments, labels) in enumerate(zip(case["gt_segments"], case["gt_labels"], strict=True)):
             classes, offsets = points.targets(segments, labels, model.num_classes, model.center_radius)
@@ -220,41 +215,6 @@ def test_decoded_suppressed_and_in_seconds(file):
     """
     data = load(file)
     model = localizer(data, torch.float32, train=False)
-    suppress = suppression({"min_score": 0.0, "multiclass": True} | data.get("nms", data.get("post_nms")))
     for case in data["cases"]:
-        post = case["post"]
-        for detections, meta in zip(model.decode(case["feats"], case["masks"]), post["metas"], strict=True):
-            kept = suppress(detections.segments, detections.scores, detections.labels)
-            segments, scores = seconds(kept.segments.double(), meta), kept.scores.double()
-            if post["external_classifier"] is not None:
-                of_class = post["external_classifier"]["scores"][meta["video_name"]]
-                best = of_class.topk(post["external_classifier"]["topk"]).values
-                segments, scores = segments.repeat(len(best), 1), torch.cat([scores * score for score in best])
-            expected = post["results"][meta["video_name"]]
-            assert len(scores) == len(expected["scores"])
-            assert_near(scores.sort().values, expected["scores"].sort().values, 1e-4)
-            alike = 1 - len(detections.scores.unique()) / len(detections.scores)
-            if alike < 0.05:  # else suppression has a choice: to VSGN, one place of the padding is like another
-                assert_near(
-                    segments.sort(0).values, expected["segments"].sort(0).values, 0.011
-                )  # stored with two decimals
-
-
-def suppression(nms):
-    """OpenTAD's settings."""
-    return Suppression(
-        soft=nms["use_soft_nms"],
-        sigma=nms["sigma"],
-        min_score=nms["min_score"],
-        max_segments=nms["max_seg_num"],
-        multiclass=nms["multiclass"],
-        voting=nms["voting_thresh"],
-    )
-
-
-def seconds(segments, meta):
-    if meta["fps"] == -1:
-        found = segments / meta["resize_length"] * meta["duration"]
-    else:
-        found = (segments * meta["snippet_stride"] + meta["window_start_frame"] + meta["offset_frames"]) / meta["fps"]
-    return found.clamp(0, meta["duration"])
+        nms = data.get("nms", data.get("post_nms"))
+        assert_post(model.decode(case["feats"], case["masks"]), case["post"], nms)

@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-"""Of ImageNet, red, green and blue, in steps of 1/255; torchvision's and mmaction2's video models use them too."""
+from benchmarks.tal.normalization import MEAN, STD
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
@@ -39,8 +37,8 @@ class Backbone(nn.Module):
         mean, std: per channel, in the units of the frames (0 to 255).
 
     Raises:
-        ValueError: ``clip_frames`` is no multiple of the network's ``frame_stride``; or clips are checkpointed whose
-            batch norms train.
+        ValueError: ``clip_frames`` is no multiple of the network's ``frame_stride``; or the network joins clips; or
+            clips are checkpointed whose batch norms train.
     """
 
     def __init__(
@@ -59,6 +57,11 @@ class Backbone(nn.Module):
         if clip_frames is not None and (clip_frames < 1 or clip_frames % network.frame_stride):
             raise ValueError(
                 f"Backbone: got clips of {clip_frames} frames; expected a multiple of {network.frame_stride}"
+            )
+        if clip_frames is not None and getattr(network, "joins_clips", False):
+            raise ValueError(
+                f"Backbone: got clips of {clip_frames} frames, one after the other; expected all at once, for a "
+                "network with temporal adapters, which join clips: clip_frames=None (backbone.chunk=null)"
             )
         if (
             checkpoint_clips

@@ -1,5 +1,5 @@
-"""Published weights, found by key: checkpoints of mmaction2 and OpenTAD, reversible or not, of a backbone or of a whole
-detector.
+"""Published weights, found by key: checkpoints of mmaction2, OpenTAD and Hugging Face, reversible or not, of a
+backbone or of a whole detector.
 
 A checkpoint names a network's parameters as here, but for two things:
 
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tal.backbones.slowfast import BlockSpec, LateralSpec, PathwaySpec, SlowFast
+from benchmarks.tal.backbones.video_mae import VideoMAE
+from benchmarks.tal.backbones.video_mae_keys import anchor_of, own_state
 from benchmarks.tal.backbones.video_swin import VideoSwin
 
 Checkpoint = str | Path | Mapping[str, Any]
-Network = VideoSwin | SlowFast
+Network = VideoSwin | SlowFast | VideoMAE
 
 _DERIVED = ("relative_position_index", "num_batches_tracked")
 """Buffers that a checkpoint may leave out, or hold where this module does not."""
@@ -33,6 +35,13 @@ def load_published(network: Network, checkpoint: Checkpoint) -> None:
     Raises:
         KeyError: the network's parameters are not there, twice there, or others than these.
     """
+    if isinstance(network, VideoMAE):
+        known = read(checkpoint)
+        state = own_state(subtree(known, anchor_of(known)))
+        if not any(".adapter." in name for name in state):  # of the pretrained network; new ones add nothing yet
+            state |= {name: value for name, value in network.model.state_dict().items() if ".adapter." in name}
+        load_all(network.model, state)
+        return
     state = {network.own_name(name): value for name, value in subtree(checkpoint, network.anchor).items()}
     load_all(network, state)
 
@@ -58,7 +67,7 @@ def subtree(checkpoint: Checkpoint, anchor: str) -> dict[str, Tensor]:
 
     Args:
         checkpoint: a file, or what it holds: a state, alone or under ``state_dict_ema`` (taken first, as it is the one
-            evaluated) or ``state_dict``.
+            evaluated), ``state_dict``, ``module`` or ``model``.
 
     Raises:
         KeyError: no such parameter, or several.
@@ -74,12 +83,14 @@ def subtree(checkpoint: Checkpoint, anchor: str) -> dict[str, Tensor]:
 
 def read(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The state of a checkpoint; no code of the file is run."""
-    held = (
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint, str | Path)
-        else checkpoint
-    )
-    for key in ("state_dict_ema", "state_dict"):
+    held = checkpoint
+    if isinstance(checkpoint, str | Path) and str(checkpoint).endswith(".safetensors"):
+        from safetensors.torch import load_file  # comes with transformers
+
+        held = load_file(checkpoint)
+    elif isinstance(checkpoint, str | Path):
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for key in ("state_dict_ema", "state_dict", "module", "model"):
         if key in held:
             held = held[key]
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
@@ -90,9 +101,27 @@ def network_of(reference: Mapping[str, Any]) -> Network:
     them.
     """
     config = dict(reference["config"])
-    network = VideoSwin(**config) if "embed_dim" in config else _slowfast(config)
+    build = _video_mae if "embed_dims" in config else _video_swin if "embed_dim" in config else _slowfast
+    network = build(config)
     load_published(network, reference)
     return network
+
+
+def _video_swin(config: Mapping[str, Any]) -> VideoSwin:
+    return VideoSwin(**config)
+
+
+def _video_mae(config: Mapping[str, Any]) -> VideoMAE:
+    return VideoMAE(
+        side=config["img_size"],
+        layers=config["depth"],
+        channels=config["embed_dims"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
+        hidden=int(config["embed_dims"] * config["mlp_ratio"]),
+        adapters=config.get("adapter_index", ()),
+        drop_path=config["drop_path_rate"],
+    )
 
 
 def _slowfast(config: Mapping[str, Any]) -> SlowFast:

@@ -98,8 +98,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "video_swin_b": _video_swin(128, 18, 4),
     "slowfast_50": partial(SlowFast, depth=50),
     "slowfast_101": partial(SlowFast, depth=101),
+    "videomae_s": partial(VideoMAE, layers=12, channels=384, heads=6),
     "videomae_b": VideoMAE,
     "videomae_l": partial(VideoMAE, layers=24, channels=1024, heads=16),
     "videomae_h": partial(VideoMAE, layers=32, channels=1280, heads=16),
+    "videomae_v2_g": partial(VideoMAE, layers=40, channels=1408, heads=16, patch=14, hidden=6144),
 }
 """By the name in a configuration: torchvision's, pytorchvideo's, mmaction2's, which Re2TAL rewires, Hugging Face's."""

@@ -11,22 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.tal.localizers.localizer import Localizer, padded
 from benchmarks.tal.localizers.losses import diou_loss
-from benchmarks.tal.localizers.normalizers import over_processes, processes
-from benchmarks.tal.localizers.points import Points
-from benchmarks.tal.localizers.transformer import Block, ChannelNorm, ConvUnit
+from benchmarks.tal.localizers.points import PointLocalizer
+from benchmarks.tal.localizers.pyramid import PRIOR, Norms, Pyramid, Scale, doubling, through
+from benchmarks.tal.localizers.transformer import Block, ConvUnit
 from benchmarks.tal.segments.detections import Selection
-
-PRIOR = 0.01
-"""Probability of each class at a point of a new model; Lin et al., "Focal Loss" (arXiv 1708.02002), section 3.3."""
 
 SMALLEST_LOSS = 0.01
 """Of regression, where the loss of classification is its measure."""
@@ -55,7 +50,7 @@ class PointOutputs:
         return logits.to(dtype), offsets.to(dtype), torch.cat(self.masks, 1)
 
 
-class ActionFormer(Localizer):
+class ActionFormer(PointLocalizer):
     """Features (batch, channels, steps) and mask (batch, steps) -> classes and extents of the points of a pyramid.
 
     Args:
@@ -108,7 +103,7 @@ class ActionFormer(Localizer):
     ) -> None:
         super().__init__(num_classes, max_steps, momentum, Selection(min_score, most))
         windows = [window] * levels if isinstance(window, int) else list(window)
-        self.ranges = _ranges(levels) if ranges is None else [(low, high) for low, high in ranges]
+        self.ranges = doubling(levels) if ranges is None else [(low, high) for low, high in ranges]
         if not levels == len(windows) == len(self.ranges):
             raise ValueError(
                 f"ActionFormer: got {len(windows)} windows and {len(self.ranges)} ranges; expected one for each of "
@@ -119,7 +114,13 @@ class ActionFormer(Localizer):
         self.label_smoothing = label_smoothing
         self.regression_weight = regression_weight
         self.projection = Pyramid(
-            in_channels, channels, embed_layers, stem_layers, windows, heads, positions, max_steps, drop_path, dropout
+            in_channels,
+            channels,
+            embed_layers,
+            (Block(channels, heads, windows[0], 1, drop_path, dropout) for _ in range(stem_layers)),
+            (Block(channels, heads, window, 2, drop_path, dropout) for window in windows[1:]),
+            positions,
+            max_steps,
         )
         self.neck = Norms(channels, levels)
         self.rpn_head = Head(channels, num_classes, levels, head_layers, loss_normalizer)
@@ -134,11 +135,8 @@ class ActionFormer(Localizer):
         """Focal loss of all valid points, and DIoU loss of the positive ones."""
         outputs = self(features, mask)
         logits, offsets, valid = outputs.joined()
-        points = self.points(outputs, logits)
-        targets = [
-            points.targets(s, c, self.num_classes, self.center_radius) for s, c in zip(segments, labels, strict=True)
-        ]
-        classes, extents = (torch.stack(parts) for parts in zip(*targets, strict=True))
+        points = self.points(outputs.masks, logits)
+        classes, extents = self.targets(points, segments, labels)
         positive = (classes.sum(-1) > 0) & valid
         count = self.normalizer(self.rpn_head.loss_normalizer, positive.sum())
         smooth = classes[valid] * (1 - self.label_smoothing) + self.label_smoothing / (self.num_classes + 1)
@@ -153,105 +151,14 @@ class ActionFormer(Localizer):
         """Those of the valid points."""
         outputs = self(features, mask)
         logits, offsets, valid = outputs.joined()
-        segments = self.points(outputs, logits).segments(offsets)
+        segments = self.points(outputs.masks, logits).segments(offsets)
         return [(s[v], p[v]) for s, p, v in zip(segments, logits.sigmoid(), valid, strict=True)]
-
-    def points(self, outputs: PointOutputs, like: Tensor) -> Points:
-        """The points of a forward pass."""
-        return Points.of([level.shape[1] for level in outputs.masks], self.ranges, like)
-
-    def normalizer(self, average: Tensor, positives: Tensor) -> Tensor:
-        """In eval mode, of the batch alone."""
-        if self.training:
-            return super().normalizer(average, positives)
-        return over_processes(positives).clamp(min=1 / processes())
 
     def _weighted(self, regression: Tensor, classification: Tensor) -> Tensor:
         weight = self.regression_weight
         return regression * (
             weight if weight > 0 else classification.detach() / regression.detach().clamp(min=SMALLEST_LOSS)
         )
-
-    def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        steps = features.shape[2]
-        wanted = max(self.max_steps, steps)
-        if steps > self.max_steps:
-            wanted += -steps % self.multiple
-        return padded(features, mask, wanted)
-
-
-class Pyramid(nn.Module):
-    """Features -> one sequence per level, each with half the steps of the one before."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        embed_layers: int,
-        stem_layers: int,
-        windows: Sequence[int],
-        heads: int,
-        positions: bool,
-        max_steps: int,
-        drop_path: float,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.embed = nn.ModuleList(ConvUnit(channels if i else in_channels, channels) for i in range(embed_layers))
-        self.stem = nn.ModuleList(Block(channels, heads, windows[0], 1, drop_path, dropout) for _ in range(stem_layers))
-        self.branch = nn.ModuleList(Block(channels, heads, window, 2, drop_path, dropout) for window in windows[1:])
-        self.register_buffer("positions", sinusoid(max_steps, channels) if positions else None, persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv1d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        for unit in self.embed:
-            x = unit(x, mask)
-        if self.positions is not None:
-            x = x + self._positions(x.shape[2]).to(x.dtype) * mask.unsqueeze(1).to(x.dtype)
-        for block in self.stem:
-            x, mask = block(x, mask)
-        levels, masks = [x], [mask]
-        for block in self.branch:
-            x, mask = block(x, mask)
-            levels.append(x)
-            masks.append(mask)
-        return levels, masks
-
-    def _positions(self, steps: int) -> Tensor:
-        """(1, channels, steps); a longer input than in training has the same positions, stretched."""
-        known = self.positions.shape[2]
-        if steps <= known:
-            return self.positions[:, :, :steps]
-        if self.training:
-            raise ValueError(
-                f"ActionFormer: got {steps} steps in training; expected at most max_steps, {known}, as positions are "
-                "encoded"
-            )
-        return F.interpolate(self.positions, steps, mode="linear", align_corners=False)
-
-
-class Norms(nn.Module):
-    """A norm for each level."""
-
-    def __init__(self, channels: int, levels: int) -> None:
-        super().__init__()
-        self.fpn_norms = nn.ModuleList(ChannelNorm(channels, eps=1e-6) for _ in range(levels))
-
-    def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        return [norm(x) for norm, x in zip(self.fpn_norms, levels, strict=True)]
-
-
-class Scale(nn.Module):
-    """A learned factor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x
 
 
 class Head(nn.Module):
@@ -270,29 +177,6 @@ class Head(nn.Module):
     def forward(self, levels: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, offsets = [], []
         for x, mask, scale in zip(levels, masks, self.scale, strict=True):
-            logits.append(self.cls_head(_through(self.cls_convs, x, mask)))
-            offsets.append(F.relu(scale(self.reg_head(_through(self.reg_convs, x, mask)))))
+            logits.append(self.cls_head(through(self.cls_convs, x, mask)))
+            offsets.append(F.relu(scale(self.reg_head(through(self.reg_convs, x, mask)))))
         return logits, offsets
-
-
-def _through(units: nn.ModuleList, x: Tensor, mask: Tensor) -> Tensor:
-    for unit in units:
-        x = unit(x, mask)
-    return x
-
-
-def _ranges(levels: int) -> list[tuple[float, float]]:
-    """(0, 4), (4, 8), (8, 16) .., the last without an end."""
-    ends = [0.0, *(4.0 * 2**level for level in range(levels - 1)), 10000.0]
-    return list(pairwise(ends))
-
-
-def sinusoid(steps: int, channels: int) -> Tensor:
-    """Positions (1, channels, steps): Vaswani et al. (arXiv 1706.03762), section 3.5, sine and cosine in turn, divided
-    by √channels.
-    """
-    channel = torch.arange(channels, dtype=torch.float64)
-    rate = 10000 ** (-2 * (channel // 2) / channels)
-    angle = torch.arange(steps, dtype=torch.float64) * rate[:, None]
-    wave = torch.where((channel % 2 == 0)[:, None], angle.sin(), angle.cos())
-    return wave.float().unsqueeze(0) / channels**0.5

@@ -40,7 +40,7 @@ class Localizer(nn.Module):
 
     @abstractmethod
     def propose(self, features: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Segments (places, 2) in steps and scores (places, classes) of each video."""
+        """Segments (places, 2) in steps, or (places, classes, 2), and scores (places, classes) of each video."""
 
     @torch.no_grad()
     def decode(self, features: Tensor, mask: Tensor) -> list[Detections]:

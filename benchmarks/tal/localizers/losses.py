@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.tal.segments.overlap import areas
+from benchmarks.tal.segments.overlap import areas, iou
 
-_EPSILON = 1e-7
+EPSILON = 1e-7
+"""What divides is as much at least."""
 
 
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """1 − IoU + (distance of the centres / length of the hull)², of each pair; Zheng et al. (arXiv 1911.08287),
     equation 7.
     """
-    inter, union = areas(predicted, target)
     centres = predicted.mean(-1) - target.mean(-1)
-    hull = _hull(predicted, target).square().clamp(min=_EPSILON)
-    return 1 - inter / union.clamp(min=_EPSILON) + centres.square() / hull
+    hull = _hull(predicted, target).square().clamp(min=EPSILON)
+    return 1 - iou(predicted, target, EPSILON) + centres.square() / hull
 
 
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """
     predicted = torch.stack([predicted.amin(-1), predicted.amax(-1)], -1)
     inter, union = areas(predicted, target)
-    union, hull = union + _EPSILON, _hull(predicted, target) + _EPSILON
+    union, hull = union + EPSILON, _hull(predicted, target) + EPSILON
     return 1 - inter / union + (hull - union) / hull
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.tal.localizers.localizer import Localizer, padded
+from benchmarks.tal.localizers.normalizers import over_processes, processes
+
 SIMILAR = 1e-3
 """Segments whose lengths differ by no more (in steps) are equally short."""
 
@@ -79,3 +82,42 @@ class Points:
         of_class = (members.to(segments.dtype) @ F.one_hot(labels, classes).to(segments.dtype)).clamp(max=1)
         offsets = ends[torch.arange(len(ends), device=ends.device), chosen]
         return of_class, offsets / stride
+
+
+class PointLocalizer(Localizer):
+    """Those that classify and regress every point of a pyramid of levels.
+
+    Attributes:
+        ranges: of each level, see `Points`.
+        multiple: what inputs longer than ``max_steps`` are padded to a multiple of.
+        center_radius: see `Points.targets`.
+    """
+
+    ranges: list[tuple[float, float]]
+    multiple: int
+    center_radius: float | None
+
+    def points(self, masks: Sequence[Tensor], like: Tensor) -> Points:
+        """The points of a forward pass with such masks of its levels."""
+        return Points.of([level.shape[1] for level in masks], self.ranges, like)
+
+    def targets(self, points: Points, segments: list[Tensor], labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of all videos, see `Points.targets`: (batch, points, classes) and (batch, points, 2)."""
+        found = [
+            points.targets(s, c, self.num_classes, self.center_radius) for s, c in zip(segments, labels, strict=True)
+        ]
+        classes, extents = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return classes, extents
+
+    def normalizer(self, average: Tensor, positives: Tensor) -> Tensor:
+        """In eval mode, of the batch alone."""
+        if self.training:
+            return super().normalizer(average, positives)
+        return over_processes(positives).clamp(min=1 / processes())
+
+    def _padded(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        steps = features.shape[2]
+        wanted = max(self.max_steps, steps)
+        if steps > self.max_steps:
+            wanted += -steps % self.multiple
+        return padded(features, mask, wanted)

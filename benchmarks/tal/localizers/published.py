@@ -8,9 +8,14 @@ from typing import Any
 from benchmarks.tal.backbones.published import Checkpoint, load_all, subtree
 from benchmarks.tal.localizers.actionformer import ActionFormer
 from benchmarks.tal.localizers.localizer import Localizer
+from benchmarks.tal.localizers.tridet import TriDet
 from benchmarks.tal.localizers.vsgn import VSGN
 
-_ANCHORS = {ActionFormer: "projection.embed.0.conv.weight", VSGN: "projection.stem_convs.conv.weight"}
+_ANCHORS = {
+    ActionFormer: "projection.embed.0.conv.weight",
+    TriDet: "projection.embed.0.conv.weight",
+    VSGN: "projection.stem_convs.conv.weight",
+}
 _PARTS = ("projection.", "neck.", "rpn_head.", "roi_head.")
 
 
@@ -32,33 +37,61 @@ def localizer_of(reference: Mapping[str, Any]) -> Localizer:
     spell them.
     """
     config = reference["config"]
-    localizer = _vsgn(config) if "pyramid_levels" in config else _actionformer(config)
+    if (
+        "embed_dims" in config
+    ):  # a detector with its backbone, whose features these are; OpenTAD's defaults are left out
+        config = {"in_channels": config["embed_dims"], "max_seq_len": config["interpolate_size"]} | config
+        config = {"arch": (2, 2, config["levels"] - 1), "n_head": 4, "n_mha_win_size": -1, "path_pdrop": 0.1} | config
+    build = _vsgn if "pyramid_levels" in config else _tridet if "sgp_win_size" in config else _actionformer
+    localizer = build(config)
     load_published(localizer, reference)
     return localizer
 
 
 def _actionformer(config: Mapping[str, Any]) -> ActionFormer:
-    embed, stem, branch = config["arch"]
-    strides = [2**level for level in range(branch + 1)]
-    if list(config["strides"]) != strides:
-        raise ValueError(f"ActionFormer: got strides {config['strides']}; expected {strides}")
     return ActionFormer(
         config["in_channels"],
         config["num_classes"],
-        channels=config["out_channels"],
-        embed_layers=embed,
-        stem_layers=stem,
-        levels=branch + 1,
+        **_pyramid(config),
         heads=config["n_head"],
         window=config["n_mha_win_size"],
-        positions=config["use_abs_pe"],
-        max_steps=config["max_seq_len"],
-        ranges=config["regression_range"],
-        label_smoothing=config["label_smoothing"],
         regression_weight=config["loss_weight"],
-        loss_normalizer=config["loss_normalizer"],
         drop_path=config["path_pdrop"],
     )
+
+
+def _tridet(config: Mapping[str, Any]) -> TriDet:
+    return TriDet(
+        config["in_channels"],
+        config["num_classes"],
+        **_pyramid(config),
+        hidden=config["sgp_mlp_dim"],
+        window=config["sgp_win_size"],
+        wide=config["k"],
+        bins=config["num_bins"],
+        boundary_kernel=config["boundary_kernel_size"],
+        iou_power=config["iou_weight_power"],
+        drop_path=config.get("path_pdrop", 0.1),
+    )
+
+
+def _pyramid(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What localizers over a pyramid of points share."""
+    embed, stem, branch = config["arch"]
+    strides = [2**level for level in range(branch + 1)]
+    if list(config["strides"]) != strides:
+        raise ValueError(f"got strides {config['strides']}; expected {strides}")
+    return {
+        "channels": config["out_channels"],
+        "embed_layers": embed,
+        "stem_layers": stem,
+        "levels": branch + 1,
+        "positions": config["use_abs_pe"],
+        "max_steps": config["max_seq_len"],
+        "ranges": config["regression_range"],
+        "label_smoothing": config["label_smoothing"],
+        "loss_normalizer": config["loss_normalizer"],
+    }
 
 
 def _vsgn(config: Mapping[str, Any]) -> VSGN:

@@ -42,12 +42,15 @@ class Selection:
     most: int = 2000
 
     def __call__(self, segments: Tensor, scores: Tensor) -> Detections:
-        """From segments (places, 2) and scores (places, classes): a place may become a detection of each class."""
+        """From segments (places, 2), or (places, classes, 2), and scores (places, classes): a place may become a
+        detection of each class.
+        """
         classes = scores.shape[1]
+        segments = segments if segments.ndim == 3 else segments[:, None].expand(-1, classes, -1)
         if classes == 1:
-            return Detections(segments, scores[:, 0], torch.zeros_like(scores[:, 0], dtype=torch.int64))
+            return Detections(segments[:, 0], scores[:, 0], torch.zeros_like(scores[:, 0], dtype=torch.int64))
         flat = scores.flatten()
         kept = (flat > self.min_score).nonzero()[:, 0]
         best = flat[kept].topk(min(self.most, len(kept))).indices
         chosen = kept[best]
-        return Detections(segments[chosen // classes], flat[chosen], chosen % classes)
+        return Detections(segments[chosen // classes, chosen % classes], flat[chosen], chosen % classes)

@@ -27,3 +27,9 @@ def areas(a: Spans, b: Spans) -> tuple[Spans, Spans]:
     """The lengths that both cover, and that either covers."""
     meet = intersection(a, b)
     return meet, lengths(a) + lengths(b) - meet
+
+
+def iou(a: Spans, b: Spans, smallest: float = 1e-8) -> Spans:
+    """Intersection over union, 0 where they do not meet; a union counts as ``smallest`` at least."""
+    meet, union = areas(a, b)
+    return meet / union.clip(smallest)
