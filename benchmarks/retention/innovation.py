@@ -14,6 +14,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,8 @@ class Subject:
 
 def subjects(options: argparse.Namespace) -> Iterator[tuple[str, Subject]]:
     """(name, subject), each made when it is its turn."""
-    for depth in (20, 56):
-        yield f"ResNet-{depth}", _resnet(depth, options)
-    yield "EfficientNet-Lite0", _efficientnet(options)
-    yield "character model", _characters(options)
-    yield "all-MiniLM-L6-v2", _encoder(options)
+    for name in options.networks:
+        yield name, NETWORKS[name](options)
 
 
 def _resnet(depth: int, options: argparse.Namespace) -> Subject:
@@ -127,6 +125,15 @@ def _encoder(options: argparse.Namespace) -> Subject:
     return Subject(sentences.encoder, batches[half:], cosine, "mean cosine", has_parts=True)
 
 
+NETWORKS: dict[str, Callable[[argparse.Namespace], Subject]] = {
+    "character model": _characters,
+    "all-MiniLM-L6-v2": _encoder,
+    "ResNet-20": partial(_resnet, 20),
+    "ResNet-56": partial(_resnet, 56),
+    "EfficientNet-Lite0": _efficientnet,
+}
+
+
 def row(name: str, subject: Subject, coupling: str, *, whole: bool) -> Row:
     """The figure of a network in a wiring, and the bits that it keeps per element and unit."""
     model, units, bits = subject.make(), 0, None
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256, help="images that predictors are fitted to")
     parser.add_argument("--images", type=int, default=2000, help="test images of CIFAR-10 (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=256)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NAME")
     language_model.add_options(parser)
     options = parser.parse_args()
     config = {**language_model.config(options), **{n: getattr(options, n) for n in ("examples", "images", "sentences")}}

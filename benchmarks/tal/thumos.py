@@ -23,8 +23,8 @@ Array = NDArray[np.float64]
 
 
 def marked(truth: Annotations, path: Path) -> Annotations:
-    """The annotations with ambiguous segments as the data set has them (``Ambiguous_test.txt``): a video, a start and an
-    end in seconds on each line.
+    """The annotations with ambiguous segments as the data set has them (``Ambiguous_test.txt``): a video, a start and
+    an end in seconds on each line.
 
     Raises:
         AnnotationError: it cannot be read, or a line is none.

@@ -99,7 +99,7 @@ def test_published_detections(tmp_path):
     by_thumos = evaluate(f"{STPN}/gt.json", f"{STPN}/results.json", thresholds, protocol="thumos14")
     assert 100 * by_activitynet.map == pytest.approx([52.12, 44.2, 34.7, 26.06, 17.7, 10.09, 4.99, 1.34, 0.1], abs=6e-3)
     annotations = parse(f"{STPN}/gt.json", subsets=None, durations=False)[0]
-    results = json.loads(open(f"{STPN}/results.json").read())["results"]
+    results = json.loads(Path(STPN, "results.json").read_text())["results"]
     for row in (0, 4):
         assert by_thumos.map[row] == pytest.approx(np.mean(list(plain(annotations, results, thresholds[row]).values())))
     assert (by_thumos.map < by_activitynet.map).all()
