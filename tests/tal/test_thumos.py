@@ -1,6 +1,7 @@
 """THUMOS-14's own protocol: by hand, and by a plain loop over events, as its toolkit goes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
