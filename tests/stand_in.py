@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def as_accelerator(monkeypatch, wanted=True):
     """Let the runtime take the CPU for a device that stalls where a number is read (or not)."""
-    for module in ("_runtime.tape", "_runtime.run", "_forwards.checkpointed"):
+    for module in ("_runtime.tape", "_runtime.run", "_runtime.saving", "_runtime.segment", "_forwards.checkpointed"):
         monkeypatch.setattr(f"revwire.{module}.stalls", lambda device: wanted)
     monkeypatch.setattr("revwire._streams.fixed._is_read_late", lambda device: wanted)
 

@@ -555,7 +555,7 @@ def others_of(value):
     return [value[::-1]] if isinstance(value, list) else [v for v in ("ieee", "tf32", "bf16") if v != value][:2]
 
 
-@canary("SETTINGS", breaks="a choice of kernels around a forward: its recompute would take others")
+@canary("SETTINGS", "BENCHMARK", breaks="a choice of kernels around a forward: its recompute would take others")
 def a_setting_that_is_written_is_read():
     for read, write in _torch.SETTINGS:
         before = read()
@@ -566,6 +566,11 @@ def a_setting_that_is_written_is_read():
             finally:
                 write(before)
         assert read() == before
+    _torch.SETTINGS[_torch.BENCHMARK][1](not torch.backends.cudnn.benchmark)
+    try:
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = False
     with sdpa_kernel([SDPBackend.MATH], set_priority=True):
         math = [read() for read, _ in _torch.SETTINGS]
     assert sum(a != b for a, b in zip(math, [read() for read, _ in _torch.SETTINGS], strict=True)) >= 4

@@ -32,7 +32,7 @@ from revwire._surroundings.context import context_kept, run_again
 from revwire._surroundings.copies import as_found, is_stateful
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, versions_of
-from revwire._surroundings.modes import exporting, stalls, transformed
+from revwire._surroundings.modes import NOTHING, exporting, stalls, transformed
 from revwire._surroundings.settings import kernels_not_searched, settings_now, settings_restored
 from revwire._surroundings.weights import Homes, lent, put_back
 from revwire._torch import TreeSpec, disable_dynamo, tree_flatten, tree_leaves, tree_unflatten
@@ -116,7 +116,7 @@ class _Run:
         with undisturbed([*writers, *self.held.holders]):
             written, constants = Written(writers, copied=True), Constants(self.forward.module.modules())
             self.settings, self.context = settings_now(), context_kept()
-            with kernels_not_searched():
+            with self._pinned():
                 yield
             self.copies, self.changed = written.copies(), constants.written()
             self.held.settle(self.forward.known, self.forward.module.training)
@@ -136,7 +136,7 @@ class _Run:
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
         exchanged = buffers_exchanged(holders, self.copies, only_training=False, more=self.changed)
-        restored, pinned = settings_restored(self.settings), kernels_not_searched()
+        restored, pinned = settings_restored(self.settings), self._pinned()
         lent_out = put_back(lent(self.owned.tables, self.forward.homes))
         counts = counts_kept(self.forward.module)
         with (
@@ -149,6 +149,10 @@ class _Run:
             pinned,
         ):
             yield
+
+    def _pinned(self) -> AbstractContextManager[None]:
+        """On an accelerator, kernels are not searched for."""
+        return kernels_not_searched() if any(stalls(w.device) for w in self.owned.weights) else NOTHING
 
     def _fault(self, got: str, expected: str) -> ReconstructionError:
         return ReconstructionError(

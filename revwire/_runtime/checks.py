@@ -84,7 +84,7 @@ class Checks:
             pairs = [pair for one in self.pending for pair in _pairs(one)]
             same = same_bits_of([a for a, _ in pairs], [b for _, b in pairs])
             return (~same).view(1).to(torch.float32)
-        return torch.cat(self._differences())
+        return torch.cat(self.differences())
 
     def judge(self, values: list[float] | None) -> None:
         """Hear what `numbers` were.
@@ -98,7 +98,7 @@ class Checks:
             self.pending = []
             return
         if self.streams.witnesses:
-            values = torch.cat(self._differences()).tolist()
+            values = torch.cat(self.differences()).tolist()
         self.pending = []
         for one in pending:
             if isinstance(one, _Stopped):
@@ -107,7 +107,7 @@ class Checks:
                 self._judge(one, values[:2])
                 values = values[2:]
 
-    def _differences(self) -> list[Tensor]:
+    def differences(self) -> list[Tensor]:
         found = [self.streams.difference(p.before, p.after) for p in self.pending if isinstance(p, _Pending)]
         return found or [torch.zeros(0)]
 

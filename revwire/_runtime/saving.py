@@ -24,7 +24,7 @@ from revwire._surroundings.buffers import Written, statistics_of, undisturbed
 from revwire._surroundings.copies import Versions, detached
 from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
-from revwire._surroundings.modes import NOTHING
+from revwire._surroundings.modes import NOTHING, stalls
 from revwire._surroundings.settings import kernels_not_searched, searches_kernels
 from revwire._surroundings.surroundings import Surroundings
 from revwire._torch import checkpoint_stops_early
@@ -77,7 +77,7 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
         ReconstructionError: the branch wrote to its input.
     """
     chain, x = call.chain, call.x
-    if searches_kernels():
+    if searches_kernels() and stalls(x.device):
         with kernels_not_searched():
             return recorded(call, unpack)
     version = version_of(x)

@@ -26,7 +26,7 @@ from revwire._surroundings.buffers import Copies, Written, statistics_of, undist
 from revwire._surroundings.context import context_kept
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of, versions_of
-from revwire._surroundings.modes import NOTHING
+from revwire._surroundings.modes import NOTHING, stalls
 from revwire._surroundings.randomness import accelerators_of
 from revwire._surroundings.settings import kernels_not_searched, searches_kernels, settings_now
 from revwire._surroundings.surroundings import Surroundings
@@ -103,7 +103,7 @@ class Segment:
                 out = run(*args, **kwargs)
             self._note_made(out)
             return out
-        if searches_kernels():
+        if searches_kernels() and stalls(self.x.device):
             with kernels_not_searched():
                 return self.make(function, args, kwargs, run, tensors)
         needs: list[int] = []

@@ -60,8 +60,9 @@ def searching(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"chunks": 2}], ids=str)
-def test_neither_forward_nor_recompute_of_a_unit_searches_for_kernels(options, searching):
+def test_neither_forward_nor_recompute_of_a_unit_searches_for_kernels(options, searching, monkeypatch):
     """In a backward pass, which has threads of its own, another algorithm may be found."""
+    as_accelerator(monkeypatch)
     model, x = nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 8)
     revwire.convert(model, x, coupling="re2tal", **options)
     for _ in range(2):
