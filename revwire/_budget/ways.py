@@ -120,9 +120,8 @@ class Ways:
         return (chunks, *(p.forward.parts_in(-(-count // chunks)) for p in self._parted(place)))
 
     def _as_wished(self) -> None:
-        chunks = self.chunks
-        whole = chunks is None or chunks == 1
-        self.tried = [_Tried(Prober([1], {}), 1) if whole else _Tried(self._probed([chunks]), chunks)]
+        chunks = 1 if self.chunks is None else self.chunks
+        self.tried = [_Tried(Prober([1], {}) if chunks == 1 else self._probed([chunks]), chunks)]
         self.pick({})
 
     def _probed(self, wishes: Iterable[Chunks], kinds: frozenset[int] | None = None) -> Prober:

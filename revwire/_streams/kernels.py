@@ -113,9 +113,9 @@ def retreat(
     f = f if f.stride() == x.stride() and type(f) is Tensor else torch.empty_like(x, dtype=f.dtype).copy_(f.detach())
     xs, fs = _flat(x), _flat(f.detach())
 
-    def in_pieces(*numbers: Any) -> None:
+    def in_pieces(*given: Any) -> int:
         """A few segments at a time, so that no value of a whole stream is there."""
-        *numbers, _, first, last = numbers
+        first, last = given[-2:]
         step = max(1, SEGMENTS // max(1, n // _PIECE))
         for a in range(first, last, step):
             b = min(a + step, last)
@@ -123,6 +123,7 @@ def retreat(
             at, with_ = _value(xs[low:high], scale), fs[low:high].to(_FLOAT)
             floats = at.data_ptr() - low * _FLOAT.itemsize, with_.data_ptr() - low * _FLOAT.itemsize
             k.retreat(*numbers, n, a, b, following.data_ptr(), *floats, out.data_ptr(), sums.data_ptr())
+        return 0
 
     _in_parts(in_pieces, numbers, n, ())
     return Undone(out, sums)
