@@ -1,5 +1,5 @@
-"""``python -m benchmarks.tal train|evaluate|predict|check|synthesize|compare|memory|plot``; each says what it takes
-with ``--help``.
+"""``python -m benchmarks.tal train|evaluate|predict|check|synthesize|compare|memory|largest|plot|analyse``; each says
+what it takes with ``--help``.
 """
 
 from __future__ import annotations
@@ -285,6 +285,33 @@ def plot(
         print(result.missing)
     curve = {f"{t:g}": float(m) for t, m in zip(result.tious, result.map, strict=True)}
     print(report.map_curve({loaded.name: curve}, output / "map_by_tiou.png"))
+
+
+@app.command()
+def analyse(
+    config: ConfigOption,
+    predictions: Annotated[Path, typer.Option(help="A file of detections.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to: analysis.json, .png and .html.")],
+    overrides: Overrides = None,
+    edges: Annotated[
+        str, typer.Option(help="Parts of the segments: thumos14 or activitynet, or five as large as each other.")
+    ] = "equal",
+    threshold: Annotated[float | None, typer.Option(help="tIoU of the profile; default: the first.")] = None,
+) -> None:
+    """Say where errors are, as DETAD does: kinds of false detections, and which segments are found worse or not."""
+    from benchmarks.tal import analysis, analysis_report, detection_files, loading
+
+    loaded = _loaded(config, overrides)
+    truth = loading.truth(loaded).test
+    if edges != "equal" and edges not in analysis.EDGES:
+        raise ConfigError(f"--edges: got {edges!r}; expected equal, {', '.join(analysis.EDGES)}")
+    if threshold is not None and threshold not in loaded.thresholds:
+        raise ConfigError(f"--threshold: got {threshold}; expected one of {loaded.thresholds} (thresholds)")
+    parts = analysis.EDGES.get(edges) or analysis.quantiles(truth)
+    found = analysis.analyse(truth, detection_files.plain(predictions), loaded.thresholds, parts, threshold)
+    print(analysis_report.text(found))
+    for path in analysis_report.write(found, output):
+        print(path)
 
 
 def _loaded(config: str, overrides: list[str] | None, only_found: bool = False) -> Config:

@@ -1,7 +1,8 @@
 """Configurations: each file differs from what it begins with, and every key is known.
 
 A configuration file is YAML. That of a data set holds what differs from the values in `schema`; that of an experiment
-names its data set (``defaults: thumos14``, a file beside it) and holds what differs from it; options of the command
+names what it begins with (``defaults: thumos14``, a file beside it: a data set, or an experiment on one) and holds what
+differs from it; options of the command
 line (``training.steps=100``) differ from both.
 """
 
@@ -37,13 +38,13 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
             type.
     """
     path = _found(source)
-    differences = _read(path)
-    base = differences.pop("defaults", None)
-    defaults = {} if base is None else _read(_found(path.parent / f"{base}.yaml", base))
-    if "defaults" in defaults:
-        raise ConfigError(f"{base}.yaml: got defaults of defaults; expected a complete file")
-    parts = [(f"{base}.yaml", defaults), (path.name, {"name": path.stem, **differences})]
-    return _together(parts, overrides)
+    name, parts = {"name": path.stem}, [(path.name, _read(path))]
+    while (base := parts[0][1].pop("defaults", None)) is not None:
+        path = _found(path.parent / f"{base}.yaml", base)
+        if path.name in (where for where, _ in parts):
+            raise ConfigError(f"{path.name}: its defaults lead back to it; expected a data set at their end")
+        parts.insert(0, (path.name, _read(path)))
+    return _together([*parts[:-1], (parts[-1][0], {**name, **parts[-1][1]})], overrides)
 
 
 def from_tree(tree: Tree, where: str, overrides: Sequence[str] = ()) -> Config:

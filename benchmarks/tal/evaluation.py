@@ -205,11 +205,8 @@ class _Places:
         self.blocked = blocked
         self.videos = {bare(v.id): i for i, v in enumerate(truth.videos) if bare(v.id) not in blocked}
         numbered = [(self.videos[bare(v.id)], v) for v in truth.videos if bare(v.id) in self.videos]
-        kept = [
-            (number, s)
-            for number, video in numbered
-            for s in (video.segments if repeated else distinct(video.segments))
-        ]
+        all_of = tuple if repeated else distinct
+        kept = [(number, s) for number, video in numbered for s in all_of(video.segments)]
         labels = dict.fromkeys(segment.label for _, segment in kept)
         self.classes = tuple(truth.classes[label] for label in labels)
         self.numbers = {name: i for i, name in enumerate(self.classes)}

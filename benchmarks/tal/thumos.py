@@ -17,14 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.tal.annotations import AnnotationError, Annotations, Fault, bare, span
-from benchmarks.tal.segments.overlap import intersection, iou
+from benchmarks.tal.segments.overlap import hull, intersection
 
 Array = NDArray[np.float64]
 
+SMALLEST = 1e-8
+"""Seconds that what divides an overlap has at least."""
+
 
 def marked(truth: Annotations, path: Path) -> Annotations:
-    """The annotations with ambiguous segments as the data set has them (``Ambiguous_test.txt``): a video, a start and
-    an end in seconds on each line.
+    """The annotations with ambiguous segments as the data set has them (``Ambiguous_test.txt``): on each line a video,
+    a start and an end in seconds.
 
     Raises:
         AnnotationError: it cannot be read, or a line is none.
@@ -60,7 +63,9 @@ def average_precision(
     for video in np.unique(videos):
         here = np.flatnonzero(videos == video)
         if video in groups:
-            right[:, here] = _taken(iou(groups[video][:, None], spans[here]), tious)
+            pairs = groups[video][:, None], spans[here]
+            overlaps = intersection(*pairs) / np.maximum(hull(*pairs), SMALLEST)  # rounded as the toolkit's
+            right[:, here] = _taken(overlaps, tious)
         if video in doubtful:
             passed_over[here] = (intersection(doubtful[video][:, None], spans[here]) > 0).any(0)
     counted = np.cumsum(right | ~passed_over, 1)

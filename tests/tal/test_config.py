@@ -116,10 +116,14 @@ def test_a_file_that_is_not_complete_says_what_is_missing(tmp_path):
         load(path)
 
 
-def test_defaults_have_no_defaults(tmp_path):
-    (tmp_path / "a.yaml").write_text("defaults: b\n")
-    (tmp_path / "b.yaml").write_text("defaults: thumos14\n")
-    with pytest.raises(ConfigError, match=r"b.yaml: got defaults of defaults; expected a complete file"):
+def test_defaults_may_have_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("defaults: b\ntraining.batch: 3\n")
+    (tmp_path / "b.yaml").write_text("defaults: thumos14_re2swin_t_actionformer\ntraining: {batch: 5, steps: 7}\n")
+    ours, base = load(tmp_path / "a.yaml"), load("thumos14_re2swin_t_actionformer")
+    training = dataclasses.replace(base.training, batch=3, steps=7)
+    assert ours == dataclasses.replace(base, name="a", training=training)
+    (tmp_path / "b.yaml").write_text("defaults: a\n")
+    with pytest.raises(ConfigError, match=r"a.yaml: its defaults lead back to it"):
         load(tmp_path / "a.yaml")
 
 

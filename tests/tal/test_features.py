@@ -164,6 +164,10 @@ def test_nothing_to_read_is_said(tmp_path):
     with pytest.raises(FeatureError, match="there are no features in it"):
         features.find(tmp_path)
     source = features.find(written(tmp_path, "npy", {"z": rows(4)}))
+    (tmp_path / "flow").mkdir()
+    np.save(tmp_path / "flow/v_z.npy", rows(4))
+    with pytest.raises(FeatureError, match=r"video 'z' has features twice, in flow/v_z.npy and .*z.npy; expected one"):
+        features.find(tmp_path)
     with pytest.raises(ValueError, match="no clips: of 1 videos 1 have no features"):
         Features(annotated(a=1.0), source, Resize(8, 8))
     with pytest.raises(ValueError, match="a row of features for each step, got 16 for 8 steps"):

@@ -11,6 +11,7 @@ from test_cli_own import run
 from test_evaluation import DATA, detections, found, needs_data, segments, truth
 
 from benchmarks.tal.annotations import AnnotationError, parse
+from benchmarks.tal.config import ConfigError
 from benchmarks.tal.evaluation import THUMOS, evaluate
 from benchmarks.tal.thumos import marked
 
@@ -100,7 +101,7 @@ def test_published_detections(tmp_path):
     by_thumos = evaluate(f"{STPN}/gt.json", f"{STPN}/results.json", thresholds, protocol="thumos14")
     assert 100 * by_activitynet.map == pytest.approx([52.12, 44.2, 34.7, 26.06, 17.7, 10.09, 4.99, 1.34, 0.1], abs=6e-3)
     annotations = parse(f"{STPN}/gt.json", subsets=None, durations=False)[0]
-    results = json.loads(Path(STPN, "results.json").read_text())["results"]
+    results = json.loads(Path(f"{STPN}/results.json").read_text())["results"]
     for row in (0, 4):
         assert by_thumos.map[row] == pytest.approx(np.mean(list(plain(annotations, results, thresholds[row]).values())))
     assert (by_thumos.map < by_activitynet.map).all()
@@ -116,4 +117,5 @@ def test_at_the_command_line(tmp_path):
     scored = [*given, "--predictions", tmp_path / "d.txt"]
     assert "average    50.00" in run(*scored)
     assert "average   100.00" in run(*scored, "--ambiguous", tmp_path / "Ambiguous_test.txt")
-    assert "got a checkpoint; expected --predictions" in run(*given, code=2)
+    with pytest.raises(ConfigError, match="got a checkpoint; expected --predictions"):
+        run(*given)

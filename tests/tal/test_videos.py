@@ -130,6 +130,7 @@ def test_files_are_found_by_id(tmp_path):
         "v_c": "deep/er/c.webm",
         "d": "deep/d.mp4",  # of two files the one whose extension comes first
     }
+    # of one's own videos none is passed over
     assert set(videos.find(tmp_path)) == {"a", "b", "c", "d.avi", "deep/d.mp4", "v_e"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.tal.segments.overlap import areas, iou
+from benchmarks.tal.segments.overlap import areas, hull, iou
 
 EPSILON = 1e-7
 """What divides is as much at least."""
@@ -16,8 +16,8 @@ def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     equation 7.
     """
     centres = predicted.mean(-1) - target.mean(-1)
-    hull = _hull(predicted, target).square().clamp(min=EPSILON)
-    return 1 - iou(predicted, target, EPSILON) + centres.square() / hull
+    diagonal = hull(predicted, target).square().clamp(min=EPSILON)
+    return 1 - iou(predicted, target, EPSILON) + centres.square() / diagonal
 
 
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -26,10 +26,5 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """
     predicted = torch.stack([predicted.amin(-1), predicted.amax(-1)], -1)
     inter, union = areas(predicted, target)
-    union, hull = union + EPSILON, _hull(predicted, target) + EPSILON
-    return 1 - inter / union + (hull - union) / hull
-
-
-def _hull(a: Tensor, b: Tensor) -> Tensor:
-    """The length from the first start to the last end of each pair."""
-    return torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])
+    union, whole = union + EPSILON, hull(predicted, target) + EPSILON
+    return 1 - inter / union + (whole - union) / whole

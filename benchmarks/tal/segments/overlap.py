@@ -29,6 +29,12 @@ def areas(a: Spans, b: Spans) -> tuple[Spans, Spans]:
     return meet, lengths(a) + lengths(b) - meet
 
 
+def hull(a: Spans, b: Spans) -> Spans:
+    """The length from the first start to the last end."""
+    library: Any = torch if isinstance(a, Tensor) else np
+    return library.maximum(a[..., 1], b[..., 1]) - library.minimum(a[..., 0], b[..., 0])
+
+
 def iou(a: Spans, b: Spans, smallest: float = 1e-8) -> Spans:
     """Intersection over union, 0 where they do not meet; a union counts as ``smallest`` at least."""
     meet, union = areas(a, b)
