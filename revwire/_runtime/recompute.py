@@ -66,7 +66,7 @@ class Again(NamedTuple):
     """A second evaluation of a branch.
 
     Attributes:
-        x: the float value of x_k, if that is what the branch was given; where it computes in fewer bits, None.
+        x: the float value of x_k; None where the branch was given fewer bits, and its state will do.
         f: F_k(x_k); None where the branch was not run to its end.
         witnesses: those among what it saved.
         looks: glances at what it saved, where it may have stopped early.
@@ -231,7 +231,8 @@ def _recompute(
     wide: Tensor | None = streams.read(state)
     assert wide is not None
     x = dressed((wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach(), record.kind)
-    wide = wide if wide.dtype == record.dtype else None  # as large as all that a branch in 16 bits saves
+    if wide.dtype != record.dtype and streams.takes_states:
+        wide = None  # as large as all that a branch in 16 bits saves
     if record.input_requires_grad:
         x.requires_grad_()
     version = x._version

@@ -124,6 +124,11 @@ class Streams(ABC):
     """Whether a state can come back from those after it; else each unit keeps it."""
 
     @property
+    def takes_states(self) -> bool:
+        """Whether `unstep` does with the state of x_k as well as with its value."""
+        return True
+
+    @property
     def bound(self) -> float | None:
         """The magnitude below which every value must stay, if there is one."""
         return None

@@ -105,6 +105,10 @@ class FixedStreams(Streams):
         return cls(scale, integer, _form_on(device) if dtype == torch.float32 else None, dtype)
 
     @property
+    def takes_states(self) -> bool:
+        return self.form is not fused  # that would read it once more
+
+    @property
     def bound(self) -> float:
         """Two such values can be added without leaving the integers, and so is what `_rounded` makes of NaN."""
         return float(2.0 ** ((62 if self.integer == torch.int64 else 30) - self.scale))
