@@ -47,6 +47,8 @@ UCF101 = {
 }
 """The 20 classes of THUMOS-14's detection task by their numbers, from 1, among the 101 of its classification task."""
 
+FORMS = "expected CUHK's form (with 'results' and 'class'), or a 'class' and a 'score' for each video"
+
 Ranking = tuple[tuple[int, float], ...]
 
 
@@ -88,9 +90,7 @@ def read(path: Path | str, classes: Sequence[str]) -> VideoScores:
         return VideoScores(_cuhk(path, data, labels))
     if data and all(isinstance(v, dict) and {"class", "score"} <= v.keys() for v in data.values()):
         return VideoScores({bare(k): ((_label(path, v["class"], labels), float(v["score"])),) for k, v in data.items()})
-    raise ScoreError(
-        f"{path}: expected CUHK's form (with 'results' and 'class'), or a 'class' and a 'score' for each video"
-    )
+    raise ScoreError(f"{path}: {FORMS}")
 
 
 def classes(path: Path | str) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _json(path: Path | str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScoreError(f"{path}: this is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ScoreError(f"{path}: expected an object, got {type(data).__name__}")
+        raise ScoreError(f"{path}: {FORMS}; got {type(data).__name__}")
     return data
 
 

@@ -80,12 +80,11 @@ def test_every_recipe_has_a_line_and_nothing_stands_where_nothing_was_run(monkey
     monkeypatch.setattr(tal_tables, "read", lambda name: [])
     lines = tal_tables.recipes()[1:]
     assert all(line[5:] == ["", "", "", ""] for line in lines)
-    recipes = {path.stem for path in CONFIGS.glob("*_actionformer.yaml")} | {
-        path.stem for path in CONFIGS.glob("*_vsgn.yaml")
-    }
+    localizers = ("actionformer", "tridet", "vsgn")
+    recipes = {path.stem for name in localizers for path in CONFIGS.glob(f"*_{name}.yaml")}
     assert {line[0].strip("`") for line in lines} == recipes
     published = {line[0].strip("`"): line[4] for line in lines if line[4]}
-    assert set(published) == {name for name in recipes if re.fullmatch(r"\w+_re2\w+_actionformer", name)}
+    assert set(published) == {name for name in recipes if re.search(r"_(re2|adatad)\w+_actionformer|_tridet$", name)}
 
 
 def test_the_most_frames_that_fit_are_found_between_what_fits_and_what_does_not(monkeypatch):
