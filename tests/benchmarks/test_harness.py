@@ -58,17 +58,20 @@ def test_missing_data_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("REVWIRE_DATA" not in os.environ, reason="needs real images: set REVWIRE_DATA")
 def test_the_default_coupling_keeps_top1():
-    pictures = imagenet_sample.images(Path(os.environ["REVWIRE_DATA"], SAMPLE))
+    """On every fourth class; `benchmarks.retention.imagenet_sample` measures all of them."""
+    every = 4
+    pictures = imagenet_sample.images(Path(os.environ["REVWIRE_DATA"], SAMPLE))[::every]
     normalize = imagenet_sample.NORMALIZATIONS["ImageNet"]
     model = imagenet_sample.classifier()
 
-    def top1():
+    def right():
         parts = imagenet_sample.predictions(model, pictures, normalize, batch=50)
-        return (torch.cat(list(parts)) == torch.arange(1000)).sum().item()
+        return (torch.cat(list(parts)) == torch.arange(0, 1000, every)).sum().item()
 
-    assert top1() == 768  # the preprocessing is that of the reference figure
-    revwire.convert(model, normalize(pictures[:8].float() / 255))
-    assert top1() >= 760
+    before = right()
+    assert before == 202  # the preprocessing is that of the reference figure, 768 of 1,000
+    revwire.convert(model, normalize(pictures[:8].float() / 255), rewire="everywhere")
+    assert right() >= before - 2
 
 
 # -- the house ---------------------------------------------------------------------------------------------------------
