@@ -149,8 +149,8 @@ def pareto(rows: list[Row]) -> Table:
 
 
 def overhead(rows: list[Row]) -> Table:
-    """Microseconds of the machinery per unit, by coupling and direction."""
-    head = ["µs per unit: median (quartiles)", "plain block", "with revwire", "of that, arithmetic", "machinery"]
+    """Microseconds of the machinery per unit, by method and direction."""
+    head = ["µs per unit: median (quartiles)", "plain block", "with the method", "of that, arithmetic", "machinery"]
     cells = [
         [
             f"{r['method']}, {r['direction']}",
