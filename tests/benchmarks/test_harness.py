@@ -58,8 +58,8 @@ def test_missing_data_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("REVWIRE_DATA" not in os.environ, reason="needs real images: set REVWIRE_DATA")
 def test_the_default_coupling_keeps_top1():
-    """On every fourth class; `benchmarks.retention.imagenet_sample` measures all of them."""
-    every = 4
+    """On every tenth class; `benchmarks.retention.imagenet_sample` measures all of them."""
+    every = 10
     pictures = imagenet_sample.images(Path(os.environ["REVWIRE_DATA"], SAMPLE))[::every]
     normalize = imagenet_sample.NORMALIZATIONS["ImageNet"]
     model = imagenet_sample.classifier()
@@ -69,7 +69,7 @@ def test_the_default_coupling_keeps_top1():
         return (torch.cat(list(parts)) == torch.arange(0, 1000, every)).sum().item()
 
     before = right()
-    assert before == 202  # the preprocessing is that of the reference figure, 768 of 1,000
+    assert before == 80  # the preprocessing is that of the reference figure, 768 of 1,000
     revwire.convert(model, normalize(pictures[:8].float() / 255), rewire="everywhere")
     assert right() >= before - 2
 
