@@ -1,5 +1,5 @@
-"""For Lightning: callbacks that move the coupling of a converted network while it trains, and that keep in checkpoints
-the form in which it was trained. Needs ``pip install 'revwire[lightning]'``.
+"""For Lightning: callbacks that convert a network when training starts, move its coupling while it trains, and keep in
+checkpoints the form in which it was trained. Needs ``pip install 'revwire[lightning]'``.
 
 Nothing else in revwire needs Lightning, and ``import revwire`` does not import this file.
 """
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from revwire._api import config
+from revwire._api.in_training import InTraining
 from revwire._api.schedule import CouplingSchedule, Shape
 from revwire._errors import ConversionError, CouplingError, FunctionLostWarning
 from revwire._forwards.converted import converted
@@ -93,6 +94,103 @@ class ConfigCallback(Callback):  # type: ignore[misc, unused-ignore]
                 + "; pass submodule=, and convert before training starts"
             )
         return wanted[0], found[wanted[0]]
+
+
+class RevwireCallback(ConfigCallback):
+    """Converts a network inside of a LightningModule by its first call in training, with the arguments, the precision
+    and the device of training; sanity checks before it do not count. Keeps its form in checkpoints, as a
+    `ConfigCallback` does, and takes it from there where a run is resumed, whatever the options say.
+
+    Logs for each step, to whichever loggers the `Trainer` has, ``revwire/step_seconds``; in MiB what a step needs at
+    its peak above rest, ``revwire/planned_mib``, and would have needed, ``revwire/checkpointing_mib`` (each block
+    checkpointed) and ``revwire/stored_mib`` (as it was); and on accelerators ``revwire/peak_mib``, what was allocated
+    at most since conversion (statistics of the allocator are reset then).
+
+    Args:
+        submodule: name of the network inside the LightningModule; None: its only child that has parameters.
+        example_inputs: convert in ``setup``, by this example, as `revwire.convert` takes it: for what wraps the network
+            in a way that must come after conversion (FSDP).
+        revert_at_end: give the network its original wiring back when fitting ends.
+        recalibrate_every: after so many optimizer steps, fit the predictors of the ``"innovation"`` couplings to the
+            last batch; None: never.
+        **options: those of `revwire.convert` (``coupling=``, ``memory_budget=``, ``checkpoint=``, ``plan=``,
+            ``calibrate=`` ...), but for ``strict``.
+
+    Raises:
+        ConversionError: no such option; or when training starts, no such network, or one that is wrapped (FSDP).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from revwire.lightning import RevwireCallback
+        >>> callback = RevwireCallback("model", coupling="bdia", revert_at_end=True)
+        >>> options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        >>> trainer = Trainer(max_epochs=3, callbacks=[callback], **options)
+    """
+
+    def __init__(
+        self,
+        submodule: str | None = None,
+        *,
+        example_inputs: Any = None,
+        revert_at_end: bool = False,
+        recalibrate_every: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(submodule)
+        self._training = InTraining(type(self).__name__, options, example_inputs, revert_at_end, recalibrate_every)
+        self._trained: Plan | None = None
+        self._seen = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert, if there is an example."""
+        if stage == "fit" and self._training.example is not None:
+            self._training.prepare(self._to_convert(pl_module)[1])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the form in which weights were trained."""
+        data = checkpoint.get(CHECKPOINT_KEY, {}).get(self._to_convert(pl_module)[0])
+        self._trained = data and Plan.from_dict(data, couplings=self._training.couplings(), where="checkpoint")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the first call convert the network; as its checkpoint says, where there is one."""
+        self._training.begin(self._to_convert(pl_module)[1], self._trained)
+        self._trained, self._seen = None, trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the clock, with the first batch of an optimizer step."""
+        if trainer.global_step != self._seen or batch_idx == 0:
+            self._seen = trainer.global_step
+            self._training.step_begins()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Look at the clock, calibrate again where it is time, and log."""
+        if trainer.global_step == self._seen:  # gradients accumulate
+            return
+        self._training.step_ends(trainer.precision_plugin.forward_context())
+        pl_module.log_dict(self._training.metrics(), on_step=True, on_epoch=False)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the form down, once there is one."""
+        name, network = self._to_convert(pl_module)
+        if _is_converted(network):
+            checkpoint.setdefault(CHECKPOINT_KEY, {})[name] = config.config_of(network).to_dict()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give back the original wiring, if that was asked for, once everything is saved."""
+        self._training.end()
+
+    def _to_convert(self, module: LightningModule) -> tuple[str, nn.Module]:
+        found = {name: m for name, m in module.named_children() if any(True for _ in m.parameters())}
+        if self.submodule is not None:
+            found = {name: m for name, m in module.named_modules() if name == self.submodule}
+        if len(found) != 1:
+            names = ", ".join(repr(name) for name, m in module.named_children()) or "none"
+            raise ConversionError(
+                f"{type(self).__name__}: got the networks {names} in {type(module).__name__}; expected "
+                + ("one with parameters" if self.submodule is None else repr(self.submodule))
+                + "; pass submodule="
+            )
+        return next(iter(found.items()))
 
 
 class CouplingCallback(ConfigCallback):

@@ -2,8 +2,6 @@
 sense.
 """
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -186,11 +184,3 @@ def test_a_checkpoint_without_a_record_is_refused():
         config_of({"state_dict": {}})
     with pytest.raises(revwire.ConversionError, match=r"records of \['a', 'b'\]; expected one; pass name="):
         config_of({CHECKPOINT_KEY: {"a": {}, "b": {}}})
-
-
-def test_importing_revwire_does_not_import_lightning():
-    code = "import sys, revwire; print('lightning' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "False"
-    )

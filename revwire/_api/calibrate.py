@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from revwire._api.of_first import of_first
 from revwire._api.schedule import recosted
 from revwire._capture.arguments import as_call
 from revwire._errors import CalibrationWarning, CouplingError
@@ -113,7 +114,7 @@ def calibrate(model: nn.Module, examples: Iterable[Any]) -> None:
         for chain, planned in zip(converted(model).chains, plan.chains, strict=True)
         for pairs in [[*zip(chain.couplings, planned.units, strict=True)]]
     ]
-    for chain, couplings in zip(converted(model).chains, _agreed(found), strict=True):
+    for chain, couplings in zip(converted(model).chains, of_first(lambda: found) or found, strict=True):
         chain.couplings = tuple(couplings)
     recosted(model)
 
@@ -265,12 +266,3 @@ def _is_drawn(t: Tensor) -> bool | None:
     mean = t.numel() / size
     squares = float(counts.double().square().sum()) - t.numel() * mean  # around the mean, absent ones too
     return None if size < _FEWEST_VALUES else squares / t.numel() < _EVEN
-
-
-def _agreed(found: list[list[Coupling]]) -> list[list[Coupling]]:
-    """What the first process of a group has found."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return found
-    several: list[Any] = [found]
-    distributed.broadcast_object_list(several)
-    return several[0]  # type: ignore[no-any-return]

@@ -72,7 +72,7 @@ def rival(model: nn.Module, example_inputs: Any) -> Rival:
         ('layers.0', 'layers.1')
     """
     call, own = as_call(example_inputs), _twin(model)
-    if _switched(own, on=True) and _runs_checkpoints(own, call):
+    if switched(own, on=True) and _runs_checkpoints(own, call):
         return Rival(own, OWN_SWITCH)
     twin = original(model)
     blocks = every_block(fullest_recording(twin, call.args, call.kwargs))
@@ -85,7 +85,7 @@ def rival(model: nn.Module, example_inputs: Any) -> Rival:
 def original(model: nn.Module) -> nn.Module:
     """A copy in the original wiring on the very same weights and buffers, without checkpointing."""
     twin = _twin(model)
-    _switched(twin, on=False)
+    switched(twin, on=False)
     return twin
 
 
@@ -97,8 +97,10 @@ def _twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _switched(model: nn.Module, *, on: bool) -> bool:
-    """Turn the outermost switches of a model; whether there was one. Flags are set wherever they are."""
+def switched(model: nn.Module, *, on: bool) -> bool:
+    """Turn the outermost switches of a model's own checkpointing; whether there was one. Flags are set wherever they
+    are.
+    """
     turned: list[str] = []
     for name, module in model.named_modules():
         if not any(name.startswith(f"{other}." if other else "") for other in turned) and _turned(module, on):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import Signature, signature
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,11 @@ class InstanceForward(ABC):
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward as it was before conversion."""
         return self.before(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Signature:
+        """Frameworks ask a forward what it takes, to pick the columns of their data."""
+        return signature(self.before)
 
     @property
     def before(self) -> Any:

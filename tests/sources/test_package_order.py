@@ -11,7 +11,7 @@ from modules import HOUSE, MODULES, ROOT, imported, needed, syntax
 ORDER = (
     *("_errors", "_structures", "_torch", "couplings", "_streams", "_surroundings", "measure"),
     *("_capture", "_runtime", "_search", "_programs", "_splitting", "_paper", "_plan", "_forwards", "_budget", "_api"),
-    *("revwire", "testing", "lightning", "demo", "cli"),
+    *("revwire", "testing", "lightning", "huggingface", "demo", "cli"),
 )
 """From the ground up: a package imports from itself and from those before it. `revwire` is its own `__init__`."""
 
@@ -77,8 +77,8 @@ def test_private_names_are_found_however_they_are_reached(tmp_path):
 
 def test_importing_revwire_is_light():
     code = (
-        "import sys, revwire; print(sorted({'timm', 'torchvision', 'pytorchvideo', 'typer', 'rich'} & "
-        "set(sys.modules)))"
+        "import sys, revwire; print(sorted({'timm', 'torchvision', 'pytorchvideo', 'typer', 'rich', 'transformers', "
+        "'lightning'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
