@@ -2,6 +2,7 @@
 sense.
 """
 
+import csv
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from toys import encoder
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that Lightning imports
     lightning = pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install 'revwire[lightning]'")
-    from revwire.lightning import CHECKPOINT_KEY, ConfigCallback, CouplingCallback, config_of
+    from revwire.lightning import CHECKPOINT_KEY, ConfigCallback, CouplingCallback, RevwireCallback, config_of
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -184,3 +185,74 @@ def test_a_checkpoint_without_a_record_is_refused():
         config_of({"state_dict": {}})
     with pytest.raises(revwire.ConversionError, match=r"records of \['a', 'b'\]; expected one; pass name="):
         config_of({CHECKPOINT_KEY: {"a": {}, "b": {}}})
+
+
+# -- conversion --------------------------------------------------------------------------------------------------------
+
+
+class Plain(Regression):
+    """A network that nobody has converted."""
+
+    def __init__(self):
+        super().__init__()
+        revwire.revert(self.body)
+
+    def training_step(self, batch):
+        loss = self.body(batch[0]).square().mean()
+        self.ran.append(loss.item())
+        return loss
+
+
+def everywhere(**options):
+    return RevwireCallback(rewire="everywhere", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
+def test_the_first_call_of_training_converts(options, tmp_path):
+    _, module = fit(everywhere(coupling="re2tal"), tmp_path, Plain(), **options)
+    assert revwire.report(module.body).chains[0].coupling == "re2tal"
+    assert len(module.ran) == 4
+
+
+def test_loggers_are_told(tmp_path):
+    logger = lightning.loggers.CSVLogger(tmp_path)
+    _, module = fit(everywhere(), tmp_path, Plain(), logger=logger, log_every_n_steps=1)
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv") as file:
+        rows = [*csv.DictReader(file)]
+    peaks = revwire.report(module.body).peaks
+    assert [float(row["revwire/stored_mib"]) for row in rows] == [pytest.approx(peaks.stored / 2**20)] * 4
+    assert [float(row["revwire/planned_mib"]) for row in rows] == [pytest.approx(peaks.planned / 2**20)] * 4
+    assert [bool(row["revwire/step_seconds"]) for row in rows] == [False, True, True, True]  # the first one converts
+
+
+@pytest.mark.parametrize("example", [None, DATA[0][0][None]])
+def test_a_resumed_run_takes_its_form(example, tmp_path):
+    trainer, first = fit(everywhere(coupling="re2tal"), tmp_path, Plain())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    options = {"resume": tmp_path / "half.ckpt", "max_epochs": 2}
+    _, second = fit(everywhere(example_inputs=example), tmp_path, Plain(), **options)
+    assert revwire.report(second.body).chains[0].coupling == "re2tal"
+    _, whole = fit(everywhere(coupling="re2tal"), tmp_path, Plain(), max_epochs=2)
+    assert first.ran + second.ran == pytest.approx(whole.ran)
+
+
+def test_the_original_wiring_at_the_end(tmp_path):
+    _, module = fit(everywhere(revert_at_end=True), tmp_path, Plain())
+    assert not any("forward" in vars(m) for m in module.modules())
+
+
+def test_predictors_are_fitted_again(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("revwire._api.in_training.calibrate", lambda model, examples: seen.append(examples))
+    callback = everywhere(coupling="innovation:1/2", calibrate=(), recalibrate_every=2)
+    fit(callback, tmp_path, Plain())
+    assert [example[0].shape for (example,) in seen] == [(3, 3, 8)] * 2
+
+
+def test_which_network_is_meant(tmp_path):
+    module = Plain()
+    module.head = torch.nn.Linear(8, 8)
+    with pytest.raises(revwire.ConversionError, match=r"got the networks 'body', 'head' in Plain; expected one with"):
+        fit(everywhere(), tmp_path, module)
+    fit(everywhere(submodule="body"), tmp_path, module)
+    assert revwire.report(module.body).units

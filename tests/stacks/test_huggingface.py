@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from table import works
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 from training import Run
 
 import revwire
+from processes import needs_gloo, outcomes, passed
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("accelerate", reason="its Trainer needs accelerate")
@@ -89,3 +91,84 @@ def test_resuming(tmp_path: Path) -> None:
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4")
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, straight.state[name])
+
+
+def every_process(rank: int, folder: Path) -> None:
+    """Batches of another length on each process: all take the plan of the first, and stay in step."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from revwire.huggingface import RevwireCallback
+
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    options: dict[str, Any] = {"memory_budget": "1GiB"} if folder.name.endswith("budget") else {"rewire": "everywhere"}
+    trainer = transformers.Trainer(
+        language_model(),
+        arguments(folder, ddp_backend="gloo"),
+        train_dataset=Sentences(),
+        callbacks=[RevwireCallback(**options)],
+    )
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    plans: list[Any] = [None, None]
+    dist.all_gather_object(plans, [(u.path, u.mode) for u in revwire.report(trainer.model).units])
+    assert plans[0] == plans[1] != []
+    for p in trainer.model.parameters():
+        mine = [torch.zeros_like(p) for _ in plans]
+        dist.all_gather(mine, p.detach())
+        assert torch.equal(*mine)
+
+
+def every_process_under_a_budget(rank: int, folder: Path) -> None:
+    every_process(rank, folder / "budget")
+
+
+@needs_gloo
+@works(STACK, "`RevwireCallback`: the first call of training converts, two processes (DDP)")
+def test_callback_in_two_processes() -> None:
+    found = outcomes({"plain": every_process, "budget": every_process_under_a_budget})
+    passed(found, "plain")
+    passed(found, "budget")
+
+
+@pytest.mark.parametrize("rest", ["SFTTrainer", "DPOTrainer", "DPOTrainer with LoRA"])
+def test_trl(rest: str, tmp_path: Path) -> None:
+    """Without a row of the table, as TRL is too heavy for the extra; DPO's reference pass may share the model."""
+    trl = pytest.importorskip("trl", reason="needs trl")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from revwire.huggingface import RevwireCallback
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(29))]
+    vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    text = [" ".join(f"w{(i + j) % 29}" for j in range(8)) for i in range(16)]
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    schedule = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.01}
+    common: dict[str, Any] = {"processing_class": tokens, "callbacks": [RevwireCallback(rewire="everywhere")]}
+    if rest == "SFTTrainer":
+        data = datasets.Dataset.from_dict({"text": text})
+        trainer = trl.SFTTrainer(
+            language_model(), trl.SFTConfig(str(tmp_path), **quiet, **schedule), train_dataset=data, **common
+        )
+    else:
+        chosen, rejected = [" w1 w2 w3"] * 16, [" w9 w8"] * 16
+        data = datasets.Dataset.from_dict({"prompt": text, "chosen": chosen, "rejected": rejected})
+        peft = pytest.importorskip("peft", reason="needs peft")
+        shared = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])}
+        common |= shared if "LoRA" in rest else {"ref_model": language_model()}
+        model = language_model()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0  # so that the reference is comparable
+        settings = trl.DPOConfig(str(tmp_path), **quiet, **schedule)
+        trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, **common)
+    trainer.train()
+    assert len(revwire.report(trainer.model).units) == 6
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert all(row["revwire/planned_mib"] < row["revwire/stored_mib"] for row in rows)
+    if "LoRA" in rest:  # the reference is the model itself, without its adapters, which do nothing yet
+        assert rows[0]["rewards/margins"] == 0

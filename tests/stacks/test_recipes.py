@@ -16,7 +16,9 @@ from processes import needs_gloo
 
 NEEDS = {
     "lightning_trainer": ("lightning", "timm"),
+    "lightning_callback": ("lightning", "timm"),
     "hf_trainer": ("transformers", "accelerate"),
+    "hf_callback": ("transformers", "accelerate", "peft"),
     "accelerate_loop": ("accelerate", "timm"),
     "peft_lora": ("peft", "timm"),
     "compiled_branches": ("timm",),
