@@ -1,4 +1,4 @@
-"""``python lightning_callback.py``: nothing but the callback; with several devices, ``strategy="ddp"`` is what changes."""
+"""``python lightning_callback.py``: nothing but the callback; with several devices, ``strategy="ddp"`` is added."""
 
 import tempfile
 from pathlib import Path

@@ -1,25 +1,18 @@
-"""The commands. Exit codes: 0 done, 1 a check that failed, 2 a command line that does not make sense."""
+"""The commands. Exit codes: 0 done, 1 a check that failed, 2 a command line that does not make sense, or a model that
+does not build.
+
+What a command needs is imported when it runs: PyTorch takes seconds, which ``--help`` has not.
+"""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from torch import nn
 
 import revwire
-from revwire import NothingToRewireWarning, RangeError, ReconstructionError, RevwireError
-from revwire.cli.models import Shape, UsageError, first_line, load
-from revwire.testing import holds
+from revwire.cli.output import errors, reported, show, working
 
 app = typer.Typer(
     name="revwire",
@@ -30,12 +23,31 @@ app = typer.Typer(
 )
 
 
-errors = Console(stderr=True, highlight=False)
+CHANGES_MUCH = 0.05
+"""Of the function: so much more than it may be as good as before."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"revwire {revwire.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version, and end")
+    ] = False,
+) -> None:
+    """Make pretrained networks reversible: train them in constant memory."""
 
 
 Name = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, pytorchvideo:NAME or package.module:factory"),
+    typer.Argument(
+        metavar="MODEL",
+        help="timm:NAME, torchvision:NAME, pytorchvideo:NAME, hf:FOLDER or hf:ORG/NAME, or package.module:factory",
+    ),
 ]
 
 
@@ -111,6 +123,9 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="load the zoo's w
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+Traceback = Annotated[bool, typer.Option("--traceback", help="of an error, show where it was raised")]
+
+
 @app.command("plan")
 def plan_command(
     model: Name,
@@ -128,14 +143,16 @@ def plan_command(
     train: Train = True,
     pretrained: Pretrained = False,
     json_: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Show what would be rewired, and what stays and why. Changes nothing."""
-    with _reported():
-        network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
-        with _working("tracing"):
-            plan = revwire.plan(network, inputs, **options)
-    _show(plan, json_)
+    with reported(traceback):
+        from revwire.cli import work
+
+        network, inputs = work.prepared(model, input_, as_list, train, pretrained)
+        options = work.conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
+        plan = work.plan(network, inputs, options)
+    show(plan, json_)
 
 
 @app.command("verify")
@@ -155,16 +172,24 @@ def verify_command(
     train: Train = True,
     pretrained: Pretrained = False,
     json_: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Convert, then check reconstruction and gradients. Exit code 1 where a check fails."""
-    with _reported():
-        network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
-        _convert(network, inputs, options)
-        with _working("checking reconstruction and gradients"):
-            check = revwire.verify(network, inputs)
-    _show(check, json_)
-    raise typer.Exit(0 if holds(network, check) else 1)
+    with reported(traceback):
+        from revwire.cli import work
+
+        network, inputs = work.prepared(model, input_, as_list, train, pretrained)
+        options = work.conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
+        work.convert(network, inputs, options)
+        check = revwire.verify(network, inputs)
+        holds = work.holds(network, check)
+    show(check, json_)
+    if check.function_change > CHANGES_MUCH:
+        errors(
+            f"revwire: conversion changes the outputs by {check.function_change:.0%}: fine-tune at length, or convert "
+            "with a coupling that changes less, such as --coupling bdia:1/64"
+        )
+    raise typer.Exit(0 if holds else 1)
 
 
 @app.command("profile")
@@ -185,15 +210,17 @@ def profile_command(
     pretrained: Pretrained = False,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds")] = 3,
     json_: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Convert, then measure memory and time against the original network, and that under checkpointing."""
-    with _reported():
-        network, inputs = _prepared(model, input_, as_list, train, pretrained)
-        options = _conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
-        _convert(network, inputs, options)
-        with _working(f"measuring four variants, {repeats} rounds"):
-            profile = revwire.profile(network, inputs, repeats=repeats)
-    _show(profile, json_)
+    with reported(traceback):
+        from revwire.cli import work
+
+        network, inputs = work.prepared(model, input_, as_list, train, pretrained)
+        options = work.conversion(coupling, exact, include, exclude, whole, chunks, checkpoint, memory_budget, rewire)
+        work.convert(network, inputs, options)
+        profile = revwire.profile(network, inputs, repeats=repeats)
+    show(profile, json_)
 
 
 @app.command("doctor")
@@ -202,18 +229,17 @@ def doctor_command(
         str | None, typer.Option("--device", help="to examine, such as cuda:1; by default the accelerator, or the CPU")
     ] = None,
     json_: Json = False,
+    traceback: Traceback = False,
 ) -> None:
     """Versions, devices, kernels and settings, what would be slow or refused, and a test of seconds. Exit code 1 where
     it fails.
     """
-    with _reported():
-        try:
-            chosen = torch.device(device) if device else None
-        except RuntimeError as error:
-            raise UsageError(f"got the device {device!r}; expected one of PyTorch's ({first_line(error)})") from None
-        with _working("examining"):
-            found = revwire.doctor(chosen)
-    _show(found, json_)
+    with reported(traceback):
+        from revwire.cli import work
+
+        with working("examining"):
+            found = revwire.doctor(work.device_of(device))
+    show(found, json_)
     raise typer.Exit(0 if found.healthy else 1)
 
 
@@ -227,88 +253,12 @@ def demo_command(
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="where memory against time is drawn")
     ] = None,
+    traceback: Traceback = False,
 ) -> None:
     """What revwire gains, and where it gains nothing: memory and time beside checkpointing, on real inputs."""
-    with _reported():
+    with reported(traceback):
+        from revwire.cli import work
         from revwire.demo import run
 
-        passed = run(quick=quick, pretrained=pretrained, **_given(coupling=coupling, picture=picture))
+        passed = run(quick=quick, pretrained=pretrained, **work.given(coupling=coupling, picture=picture))
     raise typer.Exit(0 if passed else 1)
-
-
-def _prepared(
-    name: str, inputs: list[str] | None, as_list: bool, train: bool, pretrained: bool
-) -> tuple[nn.Module, Any]:
-    """The model and its example inputs, once it is known that the one takes the other."""
-    shapes = tuple(map(_shape, inputs or ()))
-    torch.manual_seed(0)
-    with _working(f"building {name}"):
-        subject = load(name, pretrained=pretrained)
-        examples = subject.example_inputs(shapes, as_list=as_list)
-        _try(subject.model.eval(), examples)
-    return subject.model.train(train), examples
-
-
-def _convert(network: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-    with _working("converting"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NothingToRewireWarning)  # it is an error here, which says more
-        plan = revwire.report(revwire.convert(network, inputs, **options))
-    if not plan.chains:
-        raise UsageError(f"nothing was rewired, so there is nothing to check or to measure\n{plan}")
-
-
-def _try(network: nn.Module, examples: Any) -> None:
-    try:
-        with torch.no_grad():
-            fresh = deepcopy(examples)  # some models write to the list that they are given
-            network(**fresh) if isinstance(fresh, dict) else network(*fresh)
-    except Exception as error:  # whatever a model raises on an input that does not suit it
-        raise UsageError(
-            f"the model does not run on this input ({first_line(error)}); pass its shape with --input"
-        ) from error
-
-
-def _shape(text: str) -> Shape:
-    try:
-        shape = tuple(int(n) for n in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise UsageError(f"got the input shape {text!r}; expected positive whole numbers, such as 1,3,224,224")
-    return shape
-
-
-CONVERSION = ("coupling", "exact", "include", "exclude", "whole", "chunks", "checkpoint", "memory_budget", "rewire")
-
-
-def _conversion(*values: Any) -> dict[str, Any]:
-    """The options of a conversion, in the order in which commands list them."""
-    return _given(**dict(zip(CONVERSION, values, strict=True)))
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Only what was said on the command line, so that defaults are stated once, in the library."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _show(result: Any, as_json: bool) -> None:
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    """A spinner with the time gone by, on standard error, while it is a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        progress.add_task(what, total=None)
-        yield
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Errors that say what to do are one line; any other is a fault, and keeps its traceback."""
-    try:
-        yield
-    except RevwireError as error:
-        errors.print(f"revwire: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, ReconstructionError | RangeError) else 2) from None

@@ -1,4 +1,4 @@
-"""From a name on the command line to a model: ``timm:…``, ``torchvision:…``, ``pytorchvideo:…`` or
+"""From a name on the command line to a model: ``timm:…``, ``torchvision:…``, ``pytorchvideo:…``, ``hf:…`` or
 ``package.module:factory``.
 """
 
@@ -15,13 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revwire import RevwireError
-
-Shape = tuple[int, ...]
-
-
-class UsageError(RevwireError, ValueError):
-    """Something on the command line that does not exist or does not fit; the message says what does."""
+from revwire.cli.usage import Shape, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -33,21 +27,31 @@ class Subject:
         shapes: shapes of its input tensors, or empty where they must be given.
         as_list: the tensors go in as one list (the pathways of a SlowFast) instead of as arguments.
         inputs: example inputs that came with the model; then ``shapes`` are not used.
+        main: which of ``inputs``, where they are keywords, has the shape that is asked for.
     """
 
     model: nn.Module
     shapes: tuple[Shape, ...] = ()
     as_list: bool = False
     inputs: Any = None
+    main: str = ""
 
     def example_inputs(self, shapes: tuple[Shape, ...] = (), *, as_list: bool = False) -> Any:
         """Random tensors of ``shapes``, or of the shapes known for the model."""
+        if self.main and shapes:
+            return self._of_shape(shapes[0])
         if self.inputs is not None and not shapes:
             return self.inputs if isinstance(self.inputs, tuple | dict) else (self.inputs,)
         tensors = [torch.randn(shape) for shape in shapes or self.shapes]
         if not tensors:
             raise UsageError("no input shape is known for this model; pass --input, for example --input 1,3,224,224")
         return (tensors,) if as_list or self.as_list else tuple(tensors)
+
+    def _of_shape(self, shape: Shape) -> dict[str, torch.Tensor]:
+        """The main input in this shape: whole numbers where it is of such."""
+        known = self.inputs[self.main]
+        drawn = torch.randn(shape) if known.is_floating_point() else torch.randint(int(known.max()) + 1, shape)
+        return {**self.inputs, self.main: drawn}
 
 
 def load(name: str, *, pretrained: bool = False) -> Subject:
@@ -127,10 +131,20 @@ def _pytorchvideo(name: str, pretrained: bool) -> Subject:
     return Subject(model, (fast,))
 
 
+def _huggingface(name: str, pretrained: bool) -> Subject:
+    _package("transformers")
+    from revwire.cli import hub
+
+    config = hub.configuration(name)
+    model = _built(lambda: hub.network(name, config, pretrained), name, pretrained)
+    return Subject(model, main=hub.main_input(model), inputs=hub.example_inputs(model))
+
+
 ZOOS: dict[str, Callable[[str, bool], Subject]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "pytorchvideo": _pytorchvideo,
+    "hf": _huggingface,
 }
 
 
@@ -163,12 +177,16 @@ def _factory(module: str, attribute: str) -> Subject:
     return Subject(model, inputs=inputs)
 
 
+EXTRAS = {"timm": "timm", "torchvision": "video", "pytorchvideo": "pytorchvideo", "transformers": "hf"}
+
+
 def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"models of {name} need a package that is not installed ({error.name}): pip install 'revwire[video]'"
+            f"models of {name} need a package that is not installed ({error.name}): pip install "
+            f"'revwire[{EXTRAS[name]}]'"
         ) from None
 
 
@@ -191,8 +209,3 @@ def _built(build: Callable[[], nn.Module], name: str, pretrained: bool) -> nn.Mo
         raise UsageError(
             f"the weights of {name} could not be loaded ({first_line(error)}); leave out --pretrained"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

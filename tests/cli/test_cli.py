@@ -1,6 +1,7 @@
 """The command line: what it prints, and with which exit code it ends."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import revwire
 from revwire.cli import main
 from revwire.cli.app import app
 from revwire.cli.models import load
+from revwire.cli.output import fitted
 from toys import encoder
 
 TOY = "test_cli:toy"
@@ -185,6 +187,107 @@ def test_help(monkeypatch, capsys):
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("plan", "verify", "profile", "doctor", "demo"))
+
+
+def test_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"revwire {revwire.__version__}\n")
+
+
+def test_help_and_version_import_nothing_heavy():
+    for option in ("--help", "--version"):
+        code = (
+            "import sys; from revwire.cli import main\n"
+            f"sys.argv = ['revwire', {option!r}]\n"
+            "try: main()\nexcept SystemExit as end: assert not end.code\n"
+            "heavy = {'torch', 'numpy', 'timm', 'torchvision', 'transformers'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def does_not_build():
+    raise KeyError("first line\nsecond line")
+
+
+def test_a_model_that_does_not_build_is_one_line():
+    result = invoke("plan", "test_cli:does_not_build", *SHAPE)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("revwire: KeyError: ")
+    assert "--traceback shows where" in result.stderr
+    with pytest.raises(KeyError):
+        invoke("plan", "test_cli:does_not_build", *SHAPE, "--traceback")
+
+
+@pytest.mark.parametrize(("change", "warns"), [(0.04, False), (0.06, True)])
+def test_verify_warns_where_the_function_changes(change, warns, monkeypatch):
+    check = revwire.verify(revwire.convert(toy(), torch.randn(2, 4, 16), rewire="everywhere"), torch.randn(2, 4, 16))
+    monkeypatch.setattr(revwire, "verify", lambda *_: replace(check, function_change=change))
+    result = invoke("verify", TOY, *SHAPE)
+    assert result.exit_code == 0
+    assert ("conversion changes the outputs by 6%" in result.stderr) == warns
+
+
+def test_a_narrow_terminal_has_a_list_for_a_table(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = invoke("plan", TOY, *SHAPE).stdout.splitlines()
+    assert max(map(len, lines)) <= 40
+    coupling = revwire.plan(toy(), torch.randn(2, 4, 16)).chains[0].coupling
+    assert {"chain: chain 0", "units: 4", "shape: 2x4x16", f"coupling: {coupling} exact"} <= set(lines)
+    assert not any(line.startswith("---") for line in lines)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert invoke("plan", TOY, *SHAPE).stdout.strip() == str(revwire.plan(toy(), torch.randn(2, 4, 16))).strip()
+    lines = fitted(str(revwire.profile(revwire.convert(toy(), torch.randn(2, 4, 16)), torch.randn(2, 4, 16))), 40)
+    assert max(map(len, lines.splitlines())) <= 40
+
+
+PARTS = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+HF = {
+    "text": ("LlamaConfig", {"vocab_size": 32, "max_position_embeddings": 24}),
+    "pictures": ("ViTConfig", {"image_size": 32, "patch_size": 8}),
+    "sound": (
+        "WhisperConfig",
+        {
+            "vocab_size": 32,
+            "max_source_positions": 8,
+            "num_mel_bins": 4,
+            "d_model": 16,
+            **{f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in PARTS.items()},
+            **dict(
+                zip(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), range(4), strict=True)
+            ),
+        },
+    ),
+}
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_a_model_by_its_configuration(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    name, options = HF[kind]
+    sizes = {} if kind == "sound" else SMALL
+    config = getattr(transformers, name)(**sizes, **options)
+    if kind == "text":
+        config.architectures = ["LlamaForCausalLM"]
+        config.num_key_value_heads = 2
+    config.save_pretrained(tmp_path)
+    plan = json.loads(invoke("plan", f"hf:{tmp_path}", "--json", "--rewire", "everywhere").stdout)
+    assert plan["chains"]
+    assert plan["model"] == ("LlamaForCausalLM" if kind == "text" else name.replace("Config", "Model"))
+    if kind == "text":
+        plan = json.loads(invoke("plan", f"hf:{tmp_path}", "--json", "--rewire", "everywhere", "--input", "1,7").stdout)
+        assert plan["chains"][0]["units"][0]["shape"] == [1, 7, 16]
+
+
+def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/nothing-of-this-name", str(tmp_path)):
+        result = invoke("plan", f"hf:{name}")
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert "got no configuration" in result.stderr
+        assert "pass a local folder that has the model's config.json" in result.stderr
 
 
 @pytest.mark.slow
