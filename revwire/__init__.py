@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from revwire._plan.plan import Forecast, Plan
     from revwire.couplings import Bdia, Coupling, Dr2Net, Innovation, Midpoint, Momentum, RandomBdia, Re2TAL
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Bdia",
