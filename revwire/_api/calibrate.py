@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revwire._api.of_first import of_first
 from revwire._api.schedule import recosted
+from revwire._budget.progress import Progress
 from revwire._capture.arguments import as_call
 from revwire._errors import CalibrationWarning, CouplingError
 from revwire._forwards.converted import converted
@@ -95,9 +96,11 @@ def calibrate(model: nn.Module, examples: Iterable[Any]) -> None:
         raise CouplingError(f"calibrate: got {got}; expected an iterable of at least one: [example]")
     fitter, refused = _Fitter(), _refused(many)
     if not refused:
+        progress = Progress(len(many), "calibrating, example")
         for example in many:
+            progress.advance()
             call = as_call(example)
-            with left_as_found(model, example), torch.no_grad(), observed(chains, fitter):
+            with progress, left_as_found(model, example), torch.no_grad(), observed(chains, fitter):
                 model(*call.args, **call.kwargs)
         refused = fitter.refused()
     if refused:

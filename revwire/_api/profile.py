@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from revwire._api.rival import EVERY_BLOCK, Rival, original, rival
 from revwire._api.stored_activations import stored_activations
+from revwire._budget.progress import Progress
 from revwire._capture.arguments import as_call
 from revwire._errors import ConversionError
 from revwire._forwards.converted import converted
@@ -164,15 +165,16 @@ def profile(model: nn.Module, example_inputs: Any, *, repeats: int = 3, loss: Lo
     }
     device = device_of(model, leaves)
     found: dict[str, tuple[int, int] | None] = dict.fromkeys(forwards)
-    with ExitStack() as stack:
+    with ExitStack() as stack, Progress(len(forwards) * (repeats + 2), "measuring run") as progress:
         for net in (plain, other.model, model):  # they share weights and buffers, each in tables of its own
             stack.enter_context(left_as_found(net or model, leaves, backward=True))
         allocate_gradients(model)
         entered = stack.enter_context(autocast_left(device))
         for name in (n for n in forwards if n not in reasons):
+            progress.advance()
             measure = partial(_bytes, forwards[name], device)
             found[name] = measure() if name in (REVWIRE, STORED) else _tried(name, reasons, measure)
-        steps = {name: partial(_step, forwards[name]) for name, sizes in found.items() if sizes}
+        steps = {name: progress.counting(partial(_step, forwards[name])) for name, sizes in found.items() if sizes}
         timings = paired_seconds(steps, repeats, device)
     over = ORIGINAL if found[ORIGINAL] else STORED
     costs = {

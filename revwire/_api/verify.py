@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from revwire._api.report import report
 from revwire._api.stored_activations import stored_activations
+from revwire._budget.progress import Progress
 from revwire._capture.arguments import as_call, fresh_arguments
 from revwire._errors import ConversionError
 from revwire._forwards.base import own_forwards
@@ -137,20 +138,25 @@ def verify(model: nn.Module, example_inputs: Any, *, further_inputs: Iterable[An
             f"verify: got {type(further_inputs).__name__} as further_inputs; expected a list of inputs, each as for "
             "convert; pass [inputs]"
         )
-    witness = _Witness()
+    further, witness = list(further_inputs), _Witness()
+    progress = Progress(4 + len(further), "verifying, run")
     ranges = ranges_held(chain.reach for chain in chains_of(model))
-    with deterministic_kernels(), left_as_found(model, example_inputs, backward=True), ranges:
+    with deterministic_kernels(), left_as_found(model, example_inputs, backward=True), ranges, progress:
+        progress.advance()
         with stored_activations(model):
             true_out, true_grads = _step(model, example_inputs)
+        progress.advance()
         with observed(chains_of(model), witness):
             out, grads = _step(model, example_inputs)
         with stored_activations(model):
             unstable = _unstable(model, example_inputs, grads, true_grads)
+            progress.advance()
             with _whole(model):
                 whole = _outputs(model, example_inputs)
+        progress.advance()
         original = _original_outputs(model, example_inputs)
         wrong = [_largest_error(*original)]
-        wrong += [_largest_error(*_original_outputs(model, inputs)) for inputs in further_inputs]
+        wrong += [_largest_error(*_original_outputs(model, inputs)) for inputs in _counted(further, progress)]
     same_out = len(out) == len(true_out) and all(torch.equal(a, b) for a, b in zip(out, true_out, strict=True))
     compared = {name: true for name, true in true_grads.items() if name not in unstable}
     errors = {name: relative_error(grads[name], true) for name, true in compared.items()}
@@ -166,6 +172,12 @@ def verify(model: nn.Module, example_inputs: Any, *, further_inputs: Iterable[An
         function_change=_distance(whole, original[0]),
         original_error=max(wrong),
     )
+
+
+def _counted(inputs: list[Any], progress: Progress) -> Iterator[Any]:
+    for one in inputs:
+        progress.advance()
+        yield one
 
 
 def _unstable(

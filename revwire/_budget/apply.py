@@ -40,12 +40,17 @@ from revwire.measure._training_step import (
     run_model,
 )
 
+MOST_LOOKS = 4
+"""Runs in which `probed` looks for cuts."""
+
 
 def spend_less(model: nn.Module, call: Call, options: Options, hints: Hints) -> None:
     """Cut the units of a converted model into chunks, and give each its mode, as the caller or the planner wants it."""
     state = converted(model)
     if options.budget is None:
-        next(iter(Ways(model, state, call, options.chunks, hints))).apply()
+        ways = Ways(model, state, call, options.chunks, hints)
+        with Progress(MOST_LOOKS, "looking for what may be cut, run") as ways.looks:
+            next(iter(ways)).apply()
         found = state.plan
     else:
         wanted = options.checkpoint is None and bool(state.checkpointed)  # the planner's to decide

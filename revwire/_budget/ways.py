@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from revwire._budget.mixes import Picks
+from revwire._budget.progress import Progress
 from revwire._capture.arguments import Call, fresh_arguments
 from revwire._errors import ConversionError
 from revwire._forwards.converted import Converted, Parted, switch
@@ -79,6 +80,7 @@ class Ways:
         self.kinds, self.quiet = hints.kinds, hints.quiet
         self.names = [[(u.path, u.host) for u in planned.units] for planned in state.plan.chains]
         self.tried: list[_Tried] = []
+        self.looks: Progress | None = None  # counts the runs in which cuts are looked for; not under a budget
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # a forward
         refuse_idle_globs(
             "chunks",
@@ -139,6 +141,8 @@ class Ways:
         return [p for p in self.state.parted if (p.chain, p.place) == place]
 
     def _run(self) -> None:
+        if self.looks is not None:
+            self.looks.advance()
         given = fresh_arguments((self.call.args, self.call.kwargs))
         with self.around(), left_as_found(self.model, given), nothing_compiled():
             run_model(self.model, given)

@@ -19,6 +19,9 @@ from revwire.testing import holds
 __all__ = ["conversion", "convert", "device_of", "given", "holds", "plan", "prepared"]
 
 
+_REPORT_THEMSELVES = {"memory_budget", "chunks"}
+
+
 def prepared(
     name: str, inputs: list[str] | None, as_list: bool, train: bool, pretrained: bool
 ) -> tuple[nn.Module, Any]:
@@ -34,13 +37,13 @@ def prepared(
 
 def plan(network: nn.Module, inputs: Any, options: dict[str, Any]) -> revwire.Plan:
     """What would be done to the model; a budget reports its steps by itself."""
-    with working("tracing", shown="memory_budget" not in options):
+    with working("tracing", shown=not _REPORT_THEMSELVES & options.keys()):
         return revwire.plan(network, inputs, **options)
 
 
 def convert(network: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
     """Convert the model, in which there must be something to rewire."""
-    with working("converting", shown="memory_budget" not in options), warnings.catch_warnings():
+    with working("converting", shown=not _REPORT_THEMSELVES & options.keys()), warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingToRewireWarning)  # it is an error here, which says more
         done = revwire.report(revwire.convert(network, inputs, **options))
     if not done.chains:

@@ -192,7 +192,7 @@ def test_units_that_differ_in_what_they_do_are_looked_at_each(monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_is_told_how_far_a_plan_is(terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with Progress(3) as progress:
+    with Progress(3, after=0) as progress:
         progress.advance()
         progress.advance()
     written = capsys.readouterr().err
@@ -200,3 +200,31 @@ def test_a_terminal_is_told_how_far_a_plan_is(terminal, monkeypatch, capsys):
     assert written.endswith("\r" + " " * len(line) + "\r") if terminal else written == ""
     assert (line in written) == terminal
     assert progress.left == 1
+
+
+def test_work_of_less_than_two_seconds_is_left_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    now = [0.0]
+    monkeypatch.setattr("revwire._budget.progress.time.monotonic", lambda: now[0])
+    with Progress(4) as progress:
+        for now[0] in (0.0, 1.9, 2.1):
+            progress.advance()
+            assert ("step" in capsys.readouterr().err) == (now[0] > 2)
+
+
+def test_long_work_reports_itself(monkeypatch, capsys):
+    model = encoder(2, 8, 2, 16, dropout=0.0)
+    x = torch.sin(torch.linspace(0, 9, 64).view(1, -1, 1) * torch.arange(1, 9)).repeat(4, 1, 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(Progress.__init__, "__defaults__", ("measuring step", 0.0))
+    revwire.convert(model, x, chunks=2, rewire="everywhere", coupling="innovation:1/2")
+    revwire.verify(model, x, further_inputs=[x])
+    revwire.profile(model, x, repeats=1)
+    told = capsys.readouterr().err
+    for line in (
+        "looking for what may be cut, run 1 of",
+        "verifying, run 5 of at most 5",
+        "measuring run 12 of at most",
+    ):
+        assert line in told
+    assert "calibrating, example 1 of at most 1" in told
