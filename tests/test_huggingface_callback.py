@@ -79,6 +79,28 @@ def test_the_first_call_of_training_converts(tmp_path):
     assert losses(fit(everywhere(), tmp_path, before)) == losses(trainer)  # a model that is converted stays as it is
 
 
+def test_the_models_own_checkpointing_gives_way_to_the_plan(tmp_path):
+    plain, under = fit(RevwireCallback(), tmp_path), fit(RevwireCallback(), tmp_path, gradient_checkpointing=True)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in under.model.modules())
+    assert revwire.report(under.model) == revwire.report(plain.model)
+
+
+def test_an_accelerators_peak_is_told(tmp_path, monkeypatch):
+    class Statistics:
+        resets = 0
+
+        def reset_peak_memory_stats(self, device):
+            Statistics.resets += 1
+
+        def max_memory_allocated(self, device):
+            return 3 * 2**20
+
+    monkeypatch.setattr("revwire._api.in_training._allocator_of", lambda device: Statistics())
+    row = fit(everywhere(), tmp_path, max_steps=1).state.log_history[0]
+    assert row["revwire/peak_mib"] == 3
+    assert Statistics.resets == 1
+
+
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"eval_on_start": True}])
 def test_in_each_way_of_training(options, tmp_path):
     trainer = fit(everywhere(), tmp_path, **options)

@@ -144,8 +144,8 @@ class InTraining:
             return {}
         told = _forecast(converted(self.network).plan)
         device = _device_of(self.network)
-        if device.type != "cpu" and keeps_peak(device):
-            told["peak_mib"] = torch.get_device_module(device).max_memory_allocated(device) / MIB
+        if (allocator := _allocator_of(device)) is not None:
+            told["peak_mib"] = allocator.max_memory_allocated(device) / MIB
         if self._timed:
             told["step_seconds"] = self._seconds / self._timed
             self._seconds, self._timed = 0.0, 0
@@ -190,8 +190,8 @@ class InTraining:
                 )
             self._hook = network.register_forward_pre_hook(self._note, with_kwargs=True)
         device = _device_of(network)
-        if device.type != "cpu" and keeps_peak(device):
-            torch.get_device_module(device).reset_peak_memory_stats(device)
+        if (allocator := _allocator_of(device)) is not None:
+            allocator.reset_peak_memory_stats(device)
 
     def _note(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _is_no_step(network):
@@ -239,6 +239,11 @@ def _plain(call: Call | None) -> Any:
 
 def _device_of(network: nn.Module) -> torch.device:
     return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+def _allocator_of(device: torch.device) -> Any:
+    """The module with its statistics; None where it has none."""
+    return torch.get_device_module(device) if device.type != "cpu" and keeps_peak(device) else None
 
 
 def _forecast(plan: Plan) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """Who may import whom: one order of packages, no circle among files, and public names only at the ends."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
 from modules import HOUSE, MODULES, ROOT, imported, needed, syntax
+
+import revwire
 
 ORDER = (
     *("_errors", "_structures", "_torch", "couplings", "_streams", "_surroundings", "measure"),
@@ -87,3 +90,13 @@ def test_importing_revwire_is_light():
 def test_each_package_has_a_folder_of_tests():
     packages = {path.parent.name.strip("_") for path in HOUSE.glob("*/__init__.py")}
     assert packages <= {path.name for path in (ROOT / "tests").iterdir()}
+
+
+def test_public_names_are_where_they_are_said_to_be():
+    (block,) = (node for node in syntax(HOUSE / "__init__.py").body if isinstance(node, ast.If))
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    assert set(told) == set(revwire.__all__) <= set(dir(revwire))
+    for name, home in told.items():
+        assert getattr(revwire, name) is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="module 'revwire' has no attribute 'nothing'"):
+        revwire.nothing  # noqa: B018
