@@ -94,7 +94,34 @@ def ddp_strategy(rank: int, folder: Path) -> None:
     compare(folder, strategy="ddp", devices=2, plugins=[LightningEnvironment()])
 
 
+def ddp_callback(rank: int, folder: Path) -> None:
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    from revwire.lightning import RevwireCallback
+
+    torch.manual_seed(0)
+    module = Module(ConvolutionNet())
+    callback = RevwireCallback("model", rewire="everywhere")
+    fit(module, folder, strategy="ddp", devices=2, plugins=[LightningEnvironment()], callbacks=[callback])
+    assert revwire.report(module.model).units
+    for p in module.parameters():
+        both = [torch.zeros_like(p) for _ in range(2)]
+        torch.distributed.all_gather(both, p.detach())
+        assert torch.equal(*both)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    return outcomes({"strategy": ddp_strategy, "callback": ddp_callback})
+
+
 @needs_gloo
 @works(STACK, "DDP strategy, two processes")
-def test_ddp_strategy() -> None:
-    passed(outcomes({"ddp_strategy": ddp_strategy}), "ddp_strategy")
+def test_ddp_strategy(found: dict[str, str]) -> None:
+    passed(found, "strategy")
+
+
+@needs_gloo
+@works(STACK, "`RevwireCallback`: the first call of training converts, two processes (DDP)")
+def test_ddp_callback(found: dict[str, str]) -> None:
+    passed(found, "callback")
