@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -21,6 +22,7 @@ def configuration(name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells each attempt
     folder = os.path.expanduser(name)
     try:
         return AutoConfig.from_pretrained(folder if os.path.isdir(folder) else name)
