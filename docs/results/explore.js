@@ -20,7 +20,14 @@
     return made;
   };
   const column = (name) => chosen.table.columns.indexOf(name);
-  const facets = () => [...new Set(chosen.table.lines.map((line) => line[column(chosen.table.facet)]))];
+  const facets = () => { // those with most lines first
+    const counts = new Map();
+    for (const line of chosen.table.lines) {
+      const facet = line[column(chosen.table.facet)];
+      counts.set(facet, (counts.get(facet) ?? 0) + 1);
+    }
+    return [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a));
+  };
 
   function shown() {
     const words = chosen.text.toLowerCase().split(/\s+/).filter(Boolean);
@@ -39,7 +46,7 @@
   }
 
   function choose(table) {
-    Object.assign(chosen, { table, facet: table.all ? null : null, text: "", sort: null, down: false });
+    Object.assign(chosen, { table, facet: null, text: "", sort: null, down: false });
     if (!table.all) chosen.facet = facets()[0];
     build();
   }
@@ -60,7 +67,8 @@
     filter.oninput = () => { chosen.text = filter.value; refresh(); };
     root.replaceChildren(
       tabs, select, filter, element("span", { class: "count" }),
-      element("div", { class: "plot" }), element("div", { class: "tip", "aria-live": "polite" }),
+      element("div", { class: "plot" }), element("div", { class: "legend" }),
+      element("div", { class: "tip", "aria-live": "polite" }),
       element("div", { class: "lines" }),
     );
     refresh();
@@ -69,7 +77,8 @@
   function refresh() {
     const lines = shown();
     root.querySelector(".count").textContent = `${lines.length} of ${chosen.table.lines.length} lines`;
-    root.querySelector(".tip").textContent = "";
+    root.querySelector(".tip").textContent = "Point at a dot to see its line.";
+    root.querySelector(".legend").replaceChildren();
     root.querySelector(".plot").replaceChildren(plot(lines));
     root.querySelector(".lines").replaceChildren(grid(lines));
   }
@@ -131,6 +140,8 @@
     const groups = [...new Set(points.map((line) => line[atGroup]))];
     groups.forEach((name, i) => {
       const colour = COLOURS[i % COLOURS.length];
+      const mark = element("span", { style: `color: ${colour}` }, "● ");
+      root.querySelector(".legend").append(element("span", {}, mark, name));
       const mine = points.filter((line) => line[atGroup] === name).sort((a, b) => a[atX] - b[atX]);
       const places = mine.map((line) => [across.place(line[atX]), up.place(line[atY])]);
       if (joined && mine.length > 1) {
