@@ -23,11 +23,11 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page", SHOWN)
 def test_the_blocks_of_a_page_run(page: str) -> None:
-    names = {"__name__": "page"}
+    names = {"__name__": "__main__"}
     for block in blocks(page):
         if block.runs:
             code = "\n" * (block.line - 1) + block.code  # so that a traceback has the page's line
-            exec(compile(code, str(ROOT / page), "exec"), names)
+            exec(compile(code, str(ROOT / page), "exec", dont_inherit=True), names)
 
 
 def test_the_readme_is_run() -> None:
