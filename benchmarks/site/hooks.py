@@ -34,11 +34,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links as they work on the site; in the sources they are as they work in the repository."""
     if page.file.generated_by:
         return markdown
-    return _LINK.sub(lambda link: f"]({_target(link[1], page.file.src_uri, config.repo_url or '')}", markdown)
+    return _LINK.sub(lambda link: f"]({_target(link[1], page.file.src_uri, config.extra['repository'])}", markdown)
 
 
 def _target(link: str, page: str, repository: str) -> str:
     place = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     if not place.startswith("docs/"):
-        return f"{repository.rstrip('/')}/blob/main/{place}"
+        return f"{repository}/blob/main/{place}"
     return re.sub(r"\.ipynb$", ".md", link)
