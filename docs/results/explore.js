@@ -139,7 +139,7 @@
 
     const groups = [...new Set(points.map((line) => line[atGroup]))];
     groups.forEach((name, i) => {
-      const colour = COLOURS[i % COLOURS.length];
+      const colour = COLOURS[i] ?? `hsl(${Math.round(i * 137.5) % 360} 60% 45%)`;
       const mark = element("span", { style: `color: ${colour}` }, "● ");
       root.querySelector(".legend").append(element("span", {}, mark, name));
       const mine = points.filter((line) => line[atGroup] === name).sort((a, b) => a[atX] - b[atX]);
