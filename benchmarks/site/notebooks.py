@@ -8,6 +8,7 @@ import argparse
 import os
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +24,10 @@ def executed(path: Path) -> Any:
 
     notebook = nbformat.read(path, as_version=4)
     search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    client = NotebookClient(notebook, timeout=SECONDS, record_timing=False, resources={"metadata": {"path": "/tmp"}})
-    client.execute(env={**os.environ, "PYTHONPATH": search})
+    with TemporaryDirectory() as folder:  # for the files that cells write
+        at = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, timeout=SECONDS, record_timing=False, resources=at)
+        client.execute(env={**os.environ, "PYTHONPATH": search})
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]  # warnings about the machine
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
