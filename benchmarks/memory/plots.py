@@ -42,7 +42,9 @@ def by_depth(record: Record, ground: str) -> Path:
         axes.annotate(
             f"{name}: {peak:.0f} MiB", (depth, peak), (8, -4), textcoords="offset points", color=colour, weight="bold"
         )
-    axes.set(xlabel="blocks of a ViT-S/16 (two images, float32)", ylabel="peak MiB of a training step", yscale="log")
+    axes.set(
+        xlabel="blocks of a ViT-S/16 (two images, float32)", ylabel="peak MiB of a training step (log)", yscale="log"
+    )
     axes.set_xlim(0, 140)
     axes.set_xticks(sorted({r["depth"] for r in rows}))
     axes.set_yticks([10, 30, 100, 300], ["10", "30", "100", "300"])
