@@ -17,10 +17,11 @@ def drawing(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def saved(figure: Figure, axes: Axes, path: Path, legend: int = 8) -> Path:
-    """Write it, with a grid, and a legend in letters of this size."""
+def saved(figure: Figure, axes: Axes, path: Path, legend: int | None = 8) -> Path:
+    """Write it, with a grid, and a legend in letters of this size, or none."""
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=legend)
+    if legend:
+        axes.legend(fontsize=legend)
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "revwire"}):
         figure.savefig(path, dpi=150, metadata=_NO_DATES[path.suffix])

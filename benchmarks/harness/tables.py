@@ -4,7 +4,7 @@ only compares.
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; what is between them is never written by hand.
 ``NAME or OTHER`` is the first of which there are records.
 Each benchmark says in its ``tables.py`` how a table is made: ``TABLES`` from the rows of one record, by the record's
-name, and ``SUMMARIES`` from several records.
+name, ``VIEWS`` likewise where a record has further tables, and ``SUMMARIES`` from several records.
 """
 
 from __future__ import annotations
@@ -22,34 +22,30 @@ from benchmarks.harness.cells import Table
 from benchmarks.harness.record import RESULTS, Record, Row, read
 
 ROOT = RESULTS.parents[1]
-DOCUMENTS = (
-    "README.md",
-    "benchmarks/README.md",
-    "docs/coverage.md",
-    "docs/choosing-a-coupling.md",
-    "docs/innovation.md",
-    "docs/performance.md",
-    "benchmarks/tal/README.md",
-)
+DOCUMENTS = sorted({ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")})
 NOT_MEASURED = "not measured yet\n"
 _BLOCK = re.compile(r"(<!-- table: (\w+(?: or \w+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
 class Makers(NamedTuple):
-    """What makes a table, by its name: from the rows of a record, and from what the maker reads for itself."""
+    """What makes a table, by its name: from the rows of the record of that name, of another record, and from what the
+    maker reads for itself.
+    """
 
     of_rows: dict[str, Callable[[list[Row]], Table]]
+    views: dict[str, tuple[str, Callable[[list[Row]], Table]]]
     summaries: dict[str, Callable[[], Table]]
 
 
 @cache
 def makers() -> Makers:
     """Those of all benchmarks."""
-    found = Makers({}, {})
+    found = Makers({}, {}, {})
     for path in sorted(ROOT.glob("benchmarks/*/tables.py")):
         if path != Path(__file__):
             module = import_module(f"benchmarks.{path.parent.name}.tables")
             found.of_rows.update(module.TABLES)
+            found.views.update(getattr(module, "VIEWS", {}))
             found.summaries.update(getattr(module, "SUMMARIES", {}))
     return found
 
@@ -59,16 +55,19 @@ def render(name: str) -> str:
     if name in makers().summaries:
         table = makers().summaries[name]()
         return "\n".join([*_lines(table), ""]) if len(table) > 1 else NOT_MEASURED
+    if name in makers().views:
+        source, maker = makers().views[name]
+        return "\n".join(_render(record, maker) for record in read(source)) or NOT_MEASURED
     records = next(filter(None, map(read, name.split(" or "))), [])
-    return "\n".join(_render(record) for record in records) if records else NOT_MEASURED
+    return "\n".join(_render(record, makers().of_rows[record.name]) for record in records) or NOT_MEASURED
 
 
-def _render(record: Record) -> str:
+def _render(record: Record, maker: Callable[[list[Row]], Table]) -> str:
     e = record.environment
     under = f"{e['device'].removeprefix('cpu ')}, {e['threads']} threads, PyTorch {e['versions']['torch']}, {e['date']}"
     if record.results is None:
         return f"failed: {record.reason}\n\n*{under}*\n"
-    return "\n".join([*_lines(makers().of_rows[record.name](record.results)), "", f"*{under}*", ""])
+    return "\n".join([*_lines(maker(record.results)), "", f"*{under}*", ""])
 
 
 def _lines(table: Table) -> list[str]:
@@ -91,10 +90,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a table is not what the records say")
     check = parser.parse_args().check
     stale = []
-    for path in (Path(ROOT, name) for name in DOCUMENTS):
+    for path in DOCUMENTS:
         text = path.read_text()
         if renewed(text) != text:
-            stale.append(path.name)
+            stale.append(str(path.relative_to(ROOT)))
             if not check:
                 path.write_text(renewed(text))
     print(f"{'out of date' if check else 'renewed'}: {', '.join(stale) or 'nothing'}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.harness.cells import MIB
 from benchmarks.harness.figures import drawing, saved
 from benchmarks.harness.record import PICTURES, Record, read
+from benchmarks.memory.alternatives import BDIA, CHECKPOINT, STORED
 from benchmarks.memory.tables import BUDGETS_GIB, PARETO, fit
 
 SIZE = 7, 4.5
@@ -21,6 +22,40 @@ AXES = {
     "memory_resnet": "length",
 }
 LABELS = {"memory_vit": "blocks", "memory_gpt": "tokens"}
+INK = {"light": "#24292f", "dark": "#e6edf3"}
+COLOURS = {STORED: "#8b949e", CHECKPOINT: "#d9822b", BDIA: "#2f81f7"}
+NAMES = {STORED: "stored", CHECKPOINT: "checkpointing", BDIA: "revwire"}
+
+
+def by_depth(record: Record, ground: str) -> Path:
+    """The README's picture: peak bytes of a ViT against its depth, for a light or a dark ground."""
+    rows = [r for r in record.results or [] if r["batch"] == 2 and r["peak_bytes"]]
+    figure, axes = drawing((7, 3.6))
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    ink = INK[ground]
+    for method, name in NAMES.items():
+        points = sorted((r["depth"], r["peak_bytes"] / MIB) for r in rows if r["method"] == method)
+        (depth, peak) = points[-1]
+        colour = COLOURS[method]
+        axes.plot(*zip(*points, strict=True), marker="o", linewidth=3 if method == BDIA else 2, color=colour)
+        axes.annotate(
+            f"{name}: {peak:.0f} MiB", (depth, peak), (8, -4), textcoords="offset points", color=colour, weight="bold"
+        )
+    axes.set(
+        xlabel="blocks of a ViT-S/16 (two images, float32)", ylabel="peak MiB of a training step (log)", yscale="log"
+    )
+    axes.set_xlim(0, 140)
+    axes.set_xticks(sorted({r["depth"] for r in rows}))
+    axes.set_yticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+    axes.minorticks_off()
+    for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        text.set_color(ink)
+    axes.tick_params(colors=ink)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(ink)
+    return saved(figure, axes, PICTURES / f"depth_{ground}.svg", legend=None)
 
 
 def by_axis(record: Record) -> Path | None:
@@ -76,6 +111,9 @@ def _path(record: Record) -> Path:
 
 def main() -> None:
     """Draw what there are records of."""
+    for record in read("memory_vit")[:1]:
+        for ground in INK:
+            print(record.name, by_depth(record, ground))
     for name in (*AXES, "memory_fit", *(f"memory_pareto_{n}" for n in PARETO)):
         draw = by_axis if name in AXES else largest if name == "memory_fit" else pareto
         for record in read(name)[:1]:

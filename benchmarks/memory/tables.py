@@ -7,6 +7,7 @@ from math import floor
 
 from benchmarks.harness.cells import Table, mib, quartiles
 from benchmarks.harness.record import Row
+from benchmarks.memory.decisions import decisions
 
 STORED, CHECKPOINT = "stored activations", "checkpoint per block"
 BUDGETS_GIB = (2, 8, 32)
@@ -58,6 +59,35 @@ def default(rows: list[Row]) -> Table:
         *("seconds × checkpointing", "seconds × stored", "forecasts off by", "convert s (planning)"),
     ]
     return [head, *([row["model"], *_default(row)] for row in rows)]
+
+
+KNOWN = {
+    "timm vit_small_patch16_224": "ViT-S/16 (timm)",
+    "timm convnext_tiny": "ConvNeXt-T (timm)",
+    "timm resnet50": "ResNet-50 (timm)",
+    "timm caformer_s18": "CAFormer-S18 (timm)",
+    "timm swin_tiny": "Swin-T (timm)",
+    "torchvision swin3d_t, 32 frames": "Video Swin-T (torchvision)",
+    "pytorchvideo slowfast_r50": "SlowFast-R50 (pytorchvideo)",
+    "Hugging Face BERT": "BERT",
+    "Hugging Face Whisper": "Whisper",
+    "Hugging Face Llama": "Llama",
+    "Hugging Face Qwen2, LoRA": "Qwen2 with LoRA",
+}
+"""The models of the short table, the one that loses included."""
+
+
+def known(rows: list[Row]) -> Table:
+    """The plain call on networks that people know: peak and seconds beside checkpointing."""
+    found = {row["model"]: row for row in rows if not row["reason"]}
+    head = ["network", "stored, MiB", "its own checkpointing, MiB", "revwire, MiB"]
+    table = [[*head, "× checkpointing: peak", "× checkpointing: seconds"]]
+    for model, name in KNOWN.items():
+        if row := found.get(model):
+            sizes = [row[f"{variant}_bytes"] for variant in ("stored", "rival", "plain")]
+            ratios = sizes[2] / sizes[1], row["to_rival"]["median"]
+            table.append([name, *map(mib, sizes), *(f"{ratio:.2f}" for ratio in ratios)])
+    return table
 
 
 def _default(row: Row) -> list[str]:
@@ -228,6 +258,8 @@ def _error(row: Row) -> float:
 
 PARETO = ("vit_s_16", "vit_s_16_kept", "vit_s_16__bfloat16_autocast", "gpt", "swin3d_t")
 _SWEEPS = ("vit", "couplings", "gpt", "maps", "swin3d", "convnext", "resnet", "slowfast", "large")
+VIEWS = {"known": ("default", known)}
+SUMMARIES = {"decisions": decisions}
 TABLES: dict[str, Callable[[list[Row]], Table]] = {
     "vit_depth": vit_depth,
     "step_time": step_time,

@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 DEFAULT = "bdia"
+"""The coupling of `convert` where none is asked for; `BY_PATTERN` has its γ."""
 
 
 BY_PATTERN: dict[str, Coupling] = {"residual": Bdia(1 / 16), "post-activation": Bdia(1 / 16), "block": Bdia(1 / 64)}

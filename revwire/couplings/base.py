@@ -53,6 +53,7 @@ Factor: TypeAlias = "float | Tensor"
 
 
 Kind: TypeAlias = Literal["residual", "block"]
+"""How a coupling is asked for its rule: for a branch beside a skip, or for block(x) − x."""
 
 
 C = TypeVar("C", bound="Coupling")

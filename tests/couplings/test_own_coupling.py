@@ -1,4 +1,4 @@
-"""docs/own-coupling.md: what it shows runs, and uses public names only."""
+"""docs/how-to/own-coupling.md: what it shows runs, and uses public names only."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import revwire
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-coupling.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-coupling.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 

@@ -236,7 +236,7 @@ class Program:
 
     def repeats(self, closed: Collection[str]) -> bool:
         """Whether code that a recompute runs again, in blocks of these classes or in hooks, does what is no business of
-        tensors, attributes or torch's generators (docs/limits.md, "State outside of tensors").
+        tensors, attributes or torch's generators (docs/explanation/limits.md, "State outside of tensors").
         """
         for body in self.bodies:
             for s in (s for n, s in (*body.statements, body.end) if n not in self.without):

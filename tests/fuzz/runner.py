@@ -374,7 +374,7 @@ def _exact(program: Program, wanted: list[dict[str, Any]]) -> None:
             _differ_in_errors("stored", wanted[call], want)
         if want["during"] == "backward" or isinstance(want["raised"], revwire.RangeError):
             break
-        if not once:  # docs/limits.md, "State outside of tensors"
+        if not once:  # docs/explanation/limits.md, "State outside of tensors"
             if isinstance(got["raised"], revwire.ReconstructionError):
                 break
             want, got = _without_effects(want), _without_effects(got)

@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[2]
 HOUSE = ROOT / "revwire"
 TABLES = re.compile(r"<!-- (\w+).*? -->.*?<!-- /\1 -->", re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
+OURS = re.compile(
+    r"https://(?:github\.com/revwire/revwire/(?:blob|tree)|raw\.githubusercontent\.com/revwire/revwire)/main/([^)\"#\s]+)"
+)
 MOST_COLUMNS = 120
 
 DOCUMENTS = sorted(
@@ -23,7 +26,7 @@ def exists(name: str) -> bool:
     return (ROOT / name).exists() or (HOUSE / name).exists() or any(HOUSE.glob(f"*/{name}"))
 
 
-@pytest.mark.parametrize("document", ["docs/how-it-works.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["docs/explanation/how-it-works.md", "CONTRIBUTING.md"])
 def test_the_files_that_say_where_things_are_exist(document: str) -> None:
     quoted = re.findall(r"`([\w./-]+)`", (ROOT / document).read_text())
     files = {name for name in quoted if name.endswith((".py", ".md", "/")) and "NAME" not in name}
@@ -32,7 +35,7 @@ def test_the_files_that_say_where_things_are_exist(document: str) -> None:
 
 
 def test_every_package_is_drawn() -> None:
-    text = (ROOT / "docs/how-it-works.md").read_text()
+    text = (ROOT / "docs/explanation/how-it-works.md").read_text()
     drawing = text[text.index("```text") : text.index("```\n\n")]
     found = [
         f"{p.name}/" if p.is_dir() else p.name for p in HOUSE.iterdir() if p.name not in ("__init__.py", "py.typed")
@@ -44,6 +47,22 @@ def test_every_package_is_drawn() -> None:
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     assert not [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()]
+
+
+@documents
+def test_links_to_this_repository_lead_somewhere(document: str) -> None:
+    assert not [path for path in OURS.findall((ROOT / document).read_text()) if not (ROOT / path).exists()]
+
+
+def test_links_of_the_readme_work_on_a_package_index() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert OURS.findall(text)
+    assert not LINK.findall(text)
+
+
+@documents
+def test_memory_is_in_binary_units(document: str) -> None:
+    assert not re.findall(r"\d MB\b.*", (ROOT / document).read_text())
 
 
 @documents
