@@ -41,7 +41,8 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
         ConfigError: there is no such file of weights, or options of a network do not fit together. KeyError: the file
             has other parameters.
     """
-    backbone = None if config.data.features.path else _backbone(config, root)
+    with torch.random.fork_rng(devices=[]):  # a head's first weights are the same on extracted features
+        backbone = None if config.data.features.path else _backbone(config, root)
     if config.task == "classification":
         assert backbone is not None  # `loading` has refused features
         return Classifier(backbone, classes)
