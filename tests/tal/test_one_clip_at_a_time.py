@@ -76,8 +76,8 @@ def backbone_bytes(memory, frames):
 
 @pytest.mark.parametrize("memory", ["stored", "checkpoint", "re2tal"])
 def test_what_the_backbone_keeps_is_flat_in_length(memory):
-    """Eight times the clips: of each more, nothing is kept but its features, a number per channel and time, and states of
-    the random generator by which it, and either of its blocks, is computed again.
+    """Eight times the clips: of each more, nothing is kept but its features, a number per channel and time, and states
+    of the random generator by which it, and either of its blocks, is computed again.
     """
     short, long = (backbone_bytes(f"{memory}+clips", frames) for frames in (16, 128))
     features, states = 16 * 4, 3 * torch.get_rng_state().numel()  # of a step: channels, float32; of a clip
