@@ -240,9 +240,8 @@ def transform(config: Config, training: bool) -> pixels.Transform:
     s = config.sampling
     if not training:
         return pixels.centre(s.crop)
-    return pixels.augmentation(
-        s.crop, scale=None if s.scale is None else (s.scale[0], s.scale[1]), flip=s.flip, jitter=s.jitter
-    )
+    scale = None if s.scale is None else (s.scale[0], s.scale[1])
+    return pixels.augmentation(s.crop, scale=scale, flip=s.flip, operations=s.operations, jitter=s.jitter)
 
 
 def unannotated(config: Config, source: Path, classes: Sequence[str]) -> tuple[Annotations, clips.Clips | Features]:

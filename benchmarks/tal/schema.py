@@ -113,8 +113,8 @@ class Sampling:
             cut to squares.
         scale: share of the area that a random cut takes before it is scaled to ``crop``, from and to; null: it is
             ``crop`` pixels wide.
-        flip: whether training clips are mirrored at random. jitter: strength of random brightness, contrast and
-            saturation.
+        flip: whether training clips are mirrored at random. operations: how many of RandAugment's are drawn for each
+            clip, of magnitude 9 of 10. jitter: strength of random brightness, contrast and saturation.
     """
 
     method: Literal["resize", "window"] = "window"
@@ -127,6 +127,7 @@ class Sampling:
     crop: int = 224
     scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
     flip: bool = True
+    operations: int = 0
     jitter: float = 0.0
 
 
