@@ -102,7 +102,6 @@ def taken(heavy: set[str]) -> list[tuple[str, str]]:
     return [(name, c) for name in CASES for c in COUPLINGS if name not in heavy or c == "bdia:1/16"]
 
 
-
 def built(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     factory, example, _ = CASES[name]
