@@ -1,5 +1,5 @@
-"""``python -m benchmarks.tal train|evaluate|predict|check|synthesize|compare|memory|largest|plot|analyse``; each says
-what it takes with ``--help``.
+"""``python -m benchmarks.tal train|evaluate|predict|extract|check|synthesize|compare|memory|largest|plot|analyse``;
+each says what it takes with ``--help``.
 """
 
 from __future__ import annotations
@@ -90,11 +90,12 @@ def evaluate(
         test = loading.truth(loaded).test
         test = test if ambiguous is None else thumos.marked(test, ambiguous)
         print(score(test, predictions, loaded.thresholds, only_found=loaded.data.only_found, protocol=protocol))
-        if recall:
+        if recall or loaded.recall:
             from benchmarks.tal import detection_files
             from benchmarks.tal import recall as recalls
 
-            print(recalls.summary(test, detection_files.plain(predictions), loaded.thresholds))
+            counts = loaded.recall or (1, 5)
+            print(recalls.summary(test, detection_files.plain(predictions), loaded.thresholds, counts))
         return
     if recall or ambiguous or protocol != "activitynet":
         raise ConfigError(
@@ -137,6 +138,38 @@ def predict(
             for picture in report.predicted(name, detections, output.with_suffix("")):
                 print(picture)
     print(f"{sum(map(len, found.values()))} detections in {len(found)} videos: {output}")
+
+
+@app.command()
+def extract(
+    output: Annotated[Path, typer.Option(help="Folder to write to: rows, and config.yaml to train on them.")],
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A path, or 'best' or 'last' of the run of --config.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="A video, or a folder of any videos; default: those for training and tests.")
+    ] = None,
+    snippet: Annotated[int | None, typer.Option(help="Sampled frames that make a row by themselves.")] = None,
+    every: Annotated[int | None, typer.Option(help="Video frames from row to row, with --snippet.")] = None,
+    hdf5: Annotated[bool, typer.Option("--hdf5", help="One HDF5 file instead of a .npy file for each video.")] = False,
+    batch: Annotated[int, typer.Option(help="Clips at a time.")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Write features of a backbone: its configuration's weights, or a checkpoint's. Goes on where it was broken off;
+    exit code 1 if a video cannot be read.
+    """
+    from benchmarks.tal import checkpoints, extraction
+
+    trained = None
+    if checkpoint is None:
+        loaded = _loaded(_needed(config), overrides)
+    else:
+        loaded, path = _of_checkpoint(config, overrides, checkpoint)
+        trained = checkpoints.read(path)
+    options = {"snippet": snippet, "every": every, "hdf5": hdf5, "batch": batch, "progress": not quiet}
+    found = extraction.extract(loaded, output, trained=trained, source=videos, **options)
+    print(f"{found}\npython -m benchmarks.tal train --config {output / 'config.yaml'}")
+    raise typer.Exit(int(bool(found.unreadable)))
 
 
 @app.command()
@@ -322,7 +355,7 @@ def _loaded(config: str, overrides: list[str] | None, only_found: bool = False) 
 
 def _needed(config: str | None) -> str:
     if config is None:
-        raise ConfigError("--config: got none; expected the configuration whose test subset is scored")
+        raise ConfigError("--config: got none; expected the configuration that says which videos these are")
     return config
 
 

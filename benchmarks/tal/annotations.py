@@ -157,6 +157,8 @@ def read(
     classes: Sequence[str] | None = None,
     ignore: Collection[str] = ("Ambiguous",),
     lenient: bool = False,
+    durations: bool = True,
+    database: Mapping[str, Any] | None = None,
 ) -> Annotations:
     """Annotations of a file, checked.
 
@@ -171,13 +173,15 @@ def read(
             stays as it is, for results are scored against the file's times, and published durations are sometimes
             wrong; clips cut it. One without length or of an unknown label is left out; of two videos with one id the
             first is kept; a video with other faults is left out.
+        durations, database: see :func:`parse`.
 
     Raises:
         AnnotationError: the file is no such JSON, or, unless ``lenient``, it has a fault: an unknown subset or label, a
             segment outside its video or one that does not end after it starts, a video that comes twice, a field that
             is missing or of the wrong type.
     """
-    annotations, faults = parse(path, subsets=subsets, classes=classes, ignore=ignore)
+    chosen: dict[str, Any] = {"subsets": subsets, "classes": classes, "ignore": ignore}
+    annotations, faults = parse(path, **chosen, durations=durations, database=database)
     refuse(path, faults, classes is not None, lenient)
     if faults:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(fault.kind for fault in faults).items())
@@ -205,15 +209,17 @@ def parse(
     classes: Sequence[str] | None = None,
     ignore: Collection[str] = ("Ambiguous",),
     durations: bool = True,
+    database: Mapping[str, Any] | None = None,
 ) -> tuple[Annotations, tuple[Fault, ...]]:
     """What could be read of a file, as with ``lenient``, and every fault of it; arguments as in :func:`read`.
 
-    With ``durations`` false they may be missing, and no segment is held against them.
+    With ``durations`` false they may be missing, and no segment is held against them. ``database`` is what the file
+    holds, where that was read already, for its form is another one.
 
     Raises:
         AnnotationError: the file as a whole is not what it should be.
     """
-    entries, faults = _load(Path(path))
+    entries, faults = _load(Path(path)) if database is None else (list(database.items()), [])
     allowed = None if subsets is None else {name.lower() for name in subsets}
     names = tuple(classes) if classes is not None else _labels(entries, ignore)
     reader = _Reader(allowed, {name: label for label, name in enumerate(names)}, frozenset(ignore), durations, faults)
@@ -331,7 +337,9 @@ class _Reader:
         needed = ("subset", "annotations", *(["duration"] if self.durations else []))
         if absent := [field for field in needed if field not in entry]:
             return self._fault("missing", where, f"it has no {' and no '.join(map(repr, absent))}")
-        subset, duration = entry["subset"], number(entry["duration"]) if self.durations else math.inf
+        subset, duration = entry["subset"], number(entry.get("duration"))
+        if duration is None and not self.durations:
+            duration = math.inf
         if not isinstance(subset, str) or (self.subsets is not None and subset.lower() not in self.subsets):
             expected = f"; expected one of {', '.join(self.subsets)}" if self.subsets else ""
             return self._fault("unknown subset", where, f"unknown subset {subset!r}{expected}")

@@ -107,7 +107,7 @@ def audit_features(
     seconds: dict[str, float] = {}
 
     def checked(name: str) -> Reason | None:
-        video = annotations.by_id[name]
+        video = source.told(annotations.by_id[name])
         try:
             rows = len(source.read(name))
             if how is not None and (how.fps or video.fps):

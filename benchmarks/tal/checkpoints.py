@@ -27,7 +27,7 @@ from benchmarks.tal.schema import Config, ConfigError
 BEST, LAST = "best", "last"
 """What a checkpoint may be called instead of its path."""
 
-ELSEWHERE = ("name", "seed", "output", "data", "training", "suppression", "thresholds", "measure")
+ELSEWHERE = ("name", "seed", "output", "data", "training", "suppression", "thresholds", "recall", "measure")
 """Sections of a configuration that say nothing of the network."""
 
 

@@ -7,9 +7,10 @@ file for each video (``.npy``, ``.pt``), or in one HDF5 file with an entry for e
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ ROUNDING = 1e-6
 
 SUFFIXES = (".npy", ".pt", ".pth")
 HDF5 = (".h5", ".hdf5", ".hdf")
+
+LOG = "extraction.jsonl"
+"""Beside features that `extraction` made: how, and of each video its frames per second."""
 
 
 class FeatureError(InputError, RuntimeError):
@@ -66,6 +70,12 @@ class Source:
     """Of each id (without ActivityNet's ``v_``) the file's name or the entry's."""
     channels: int | None = None
     """That rows must have; None: any number."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Frames per second of videos, by their ids, where the extractor left them."""
+
+    def told(self, video: Video) -> Video:
+        """The video with the frames per second that the extractor met, where it left them."""
+        return replace(video, fps=self.rates.get(self.key(video.id), video.fps))
 
     def key(self, video_id: str) -> str:
         """The id as entries have it."""
@@ -119,7 +129,14 @@ def find(path: Path | str) -> Source:
         raise FeatureError(
             f"{path}: there are no features in it; expected {', '.join(SUFFIXES)} files, or entries of an HDF5 file"
         )
-    return Source(path, entries)
+    return Source(path, entries, rates=_rates(path.parent / LOG))
+
+
+def _rates(log: Path) -> dict[str, float]:
+    if not log.is_file():
+        return {}
+    lines = (json.loads(line) for line in log.read_text(encoding="utf8").splitlines()[1:])
+    return {bare(line["video"]): line["fps"] for line in lines}
 
 
 def _from_file(path: Path) -> Any:
@@ -236,9 +253,10 @@ def unannotated(source: Source, how: Extraction) -> Annotations:
     Raises:
         FeatureError: nothing says how many frames a second has.
     """
-    if how.fps is None:
+    rates = {name: how.fps or source.rates.get(name) for name in source.entries}
+    if None in rates.values():
         raise FeatureError(f"{source.path}: nothing says the frames per second of these videos; set data.features.fps")
-    lengths = ((name, how.frames(len(source.read(name))) / how.fps) for name in source.entries)
+    lengths = ((name, how.frames(len(source.read(name))) / fps) for name, fps in rates.items() if fps)
     return Annotations(tuple(Video(name, "testing", seconds, ()) for name, seconds in lengths), ())
 
 
@@ -288,7 +306,7 @@ class Features(Dataset[Clip]):
         self.source, self.sampling, self.training, self.seed = source, sampling, training, seed
         self.how = Extraction(stride, snippet, offset, fps, whole_frames)
         self.missing = tuple(video.id for video in annotations.videos if video.id not in source)
-        wanted = [v for v in annotations.videos if v.id in source and (v.segments or not training)]
+        wanted = [source.told(v) for v in annotations.videos if v.id in source and (v.segments or not training)]
         self.items = [(video, part) for video in wanted for part in range(self._count(video))]
         if not self.items:
             raise EmptyError(

@@ -23,6 +23,7 @@ from benchmarks.tal import sampling as cuts
 from benchmarks.tal.annotations import Annotations, Fault, Video, bare
 from benchmarks.tal.errors import EmptyError
 from benchmarks.tal.features import Extraction, Features
+from benchmarks.tal.forms import FORMS, Published
 from benchmarks.tal.schema import Config, ConfigError
 from benchmarks.tal.synthetic import synthesize
 
@@ -173,18 +174,37 @@ def truth(config: Config, quietly: bool = False) -> Truth:
     """
     draw(config)
     where = path(config, "annotations")
-    classes, lenient = class_map(config), config.data.lenient
+    published = _published(config, where)
+    known = all("duration" in entry for entry in published.database.values())
+    classes, lenient = class_map(config) or published.classes, config.data.lenient
+    chosen: dict[str, Any] = {"classes": classes, "durations": known, "database": published.database or None}
     if quietly:
-        read, faults = annotations.parse(where, classes=classes)
+        read, faults = annotations.parse(where, **chosen)
         annotations.refuse(where, faults, classes is not None, lenient)
     else:
-        read, faults = annotations.read(where, classes=classes, lenient=lenient), ()
+        read, faults = annotations.read(where, **chosen, lenient=lenient), ()
     names = {key: getattr(config.data, key) for key in ("training_subset", "test_subset")}
     if config.data.exclude is None:
         return Truth(read, names, 0, where, faults)
     excluded = {bare(name) for name in json.loads(path(config, "exclude").read_text(encoding="utf-8"))}
     kept = read.only({video.id for video in read.videos if bare(video.id) not in excluded})
     return Truth(kept, names, len(read.videos) - len(kept.videos), where, faults)
+
+
+def _published(config: Config, where: Path) -> Published:
+    """What a data set publishes in its own form, with the lengths of its videos from elsewhere; of ActivityNet's, which
+    is read as it is, nothing.
+    """
+    reader = FORMS.get(config.data.form)
+    if reader is None:
+        return Published({}, None)
+    found = reader(where)
+    if config.data.lengths is not None:
+        known, _ = annotations.parse(path(config, "lengths"), subsets=None)
+        for name, entry in found.database.items():
+            if "duration" not in entry and (video := known.video(name)) is not None:
+                entry |= {"duration": video.duration, "fps": video.fps}
+    return found
 
 
 def class_map(config: Config) -> tuple[str, ...] | None:
@@ -220,9 +240,8 @@ def transform(config: Config, training: bool) -> pixels.Transform:
     s = config.sampling
     if not training:
         return pixels.centre(s.crop)
-    return pixels.augmentation(
-        s.crop, scale=None if s.scale is None else (s.scale[0], s.scale[1]), flip=s.flip, jitter=s.jitter
-    )
+    scale = None if s.scale is None else (s.scale[0], s.scale[1])
+    return pixels.augmentation(s.crop, scale=scale, flip=s.flip, operations=s.operations, jitter=s.jitter)
 
 
 def unannotated(config: Config, source: Path, classes: Sequence[str]) -> tuple[Annotations, clips.Clips | Features]:

@@ -24,6 +24,9 @@ from benchmarks.tal.schema import Config, ConfigError
 STORED, CHECKPOINT, LEANEST, STAYS, FLOAT = "stored", "checkpoint", "leanest", "stays", "float"
 """Values of ``memory`` that are not couplings of `revwire.convert`."""
 
+CLIPS = "clips"
+"""Behind a plus in ``memory``: the backbone sees clips one after the other, and keeps none."""
+
 EXAMPLE = 8
 """Frames on which a backbone is observed when it is rewired, in units of those that it needs a multiple of."""
 
@@ -41,7 +44,8 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
         ConfigError: there is no such file of weights, or options of a network do not fit together. KeyError: the file
             has other parameters.
     """
-    backbone = None if config.data.features.path else _backbone(config, root)
+    with torch.random.fork_rng(devices=[]):  # a head's first weights are the same on extracted features
+        backbone = None if config.data.features.path else _backbone(config, root)
     if config.task == "classification":
         assert backbone is not None  # `loading` has refused features
         return Classifier(backbone, classes)
@@ -54,12 +58,14 @@ def build(config: Config, classes: int, root: Path) -> Network | Classifier:
 
 
 def _backbone(config: Config, root: Path) -> Backbone:
-    options = config.backbone
+    options, (_, in_clips) = config.backbone, clips_of(config.memory)
     try:
+        network = NETWORKS[options.name](**options.options)
         backbone = Backbone(
-            NETWORKS[options.name](**options.options),
+            network,
             steps=config.sampling.steps,
-            clip_frames=options.chunk,
+            clip_frames=options.chunk or (_clip(options.name, network) if in_clips else None),
+            checkpoint_clips=in_clips and not options.frozen,
             freeze_norms=options.freeze_norms,
             frozen=options.frozen,
             mean=options.mean,
@@ -70,6 +76,21 @@ def _backbone(config: Config, root: Path) -> Backbone:
     if options.weights is not None:
         load_weights(backbone.network, root / options.weights)
     return backbone
+
+
+def _clip(name: str, network: Any) -> int:
+    """Frames of a clip that a network sees by itself anyway.
+
+    Raises:
+        ConfigError: its clips see one another.
+    """
+    if not getattr(network, "clips_apart", False):
+        raise ConfigError(
+            f"memory: got '+{CLIPS}' with {name}, which looks from clip to clip (by attention, convolutions or "
+            "adapters in time); expected backbone.chunk=N, with which each clip of N frames is seen alone: another "
+            "function, and features of a clip's ends differ from those of the whole"
+        )
+    return int(network.frame_stride)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -157,6 +178,12 @@ class Rewiring(NamedTuple):
     exact: bool | None = None
 
 
+def clips_of(memory: str) -> tuple[str, bool]:
+    """``memory`` without "+clips", and whether that stood there."""
+    first, *rest = memory.split("+")
+    return "+".join([first, *(part for part in rest if part != CLIPS)]), CLIPS in rest
+
+
 def rewiring_of(memory: str) -> Rewiring:
     """What ``memory`` spells.
 
@@ -175,7 +202,8 @@ def rewiring_of(memory: str) -> Rewiring:
         else:
             raise ConfigError(
                 f"memory: got {memory!r}; expected a coupling, and behind a plus its chunks, 'stays' to checkpoint "
-                "the blocks that cannot be rewired, or 'float' for streams of floats, as in 're2tal+8chunks+stays'"
+                "the blocks that cannot be rewired, 'float' for streams of floats, or 'clips' for one clip after the "
+                "other, as in 're2tal+8chunks+stays'"
             )
     return found
 
@@ -189,14 +217,16 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         memory: ``stored``: as PyTorch does. ``checkpoint``: none within the blocks that hold residual units; they run
             again in backward. ``leanest``: `revwire.convert` as it is called plainly. Else a coupling: those units are
             rewired by it; ``re2tal+8chunks``: and run in eight chunks; ``re2tal+stays``: and the blocks that cannot be
-            rewired are checkpointed; ``re2tal+float``: streams are floats.
+            rewired are checkpointed; ``re2tal+float``: streams are floats. Any with ``+clips``: of clips that go
+            through one after the other, one at a time is kept in this way, and computed again in backward.
 
     Raises:
         ConfigError: what stands behind a plus is none of these.
     """
-    backbone = network.backbone
+    backbone, (memory, _) = network.backbone, clips_of(memory)
     if backbone is None or backbone.frozen:
         return
+    in_clips, backbone.checkpoint_clips = backbone.checkpoint_clips, False  # one clip is observed, as it is kept
     if memory in (STORED, CHECKPOINT, LEANEST):
         plan = revwire.plan(backbone, frames, rewire="everywhere")
     else:
@@ -211,6 +241,7 @@ def rewire(network: Network | Classifier, frames: Tensor, memory: str) -> None:
         for name in network.blocks:
             block = backbone.get_submodule(name)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    backbone.checkpoint_clips = in_clips
 
 
 def observe(network: Network | Classifier, config: Config) -> None:
@@ -220,12 +251,13 @@ def observe(network: Network | Classifier, config: Config) -> None:
     """
     if network.backbone is None:
         return
+    memory, _ = clips_of(config.memory)
     most = (
         EXAMPLE * network.backbone.network.frame_stride
-        if config.memory != LEANEST and rewiring_of(config.memory).chunks == 1
+        if memory != LEANEST and rewiring_of(memory).chunks == 1
         else config.sampling.frames
     )
-    frames = config.backbone.chunk or min(config.sampling.frames, most)
+    frames = network.backbone.clip_frames or min(config.sampling.frames, most)
     pixels = torch.randint(0, 256, (1, 3, frames, config.sampling.crop, config.sampling.crop), dtype=torch.uint8)
     rewire(network, pixels.to(next(network.parameters()).device), config.memory)
 

@@ -16,6 +16,7 @@ from torch import distributed
 from benchmarks.tal.annotations import Annotations
 from benchmarks.tal.clips import Batch
 from benchmarks.tal.evaluation import Result, evaluate
+from benchmarks.tal.recall import means_at
 from benchmarks.tal.segments.detections import Detections
 from benchmarks.tal.suppression import Suppression, fuse
 
@@ -32,7 +33,7 @@ class Scorer:
         suppress: thins out the detections of a video.
         fused: classes of each video, for a localizer that knows only where an action is; None: detections have classes
             of their own.
-        thresholds: tIoU.
+        thresholds: tIoU. recall: for each k here, recall by the best k x segments detections is a figure, too.
         path: where results are written as JSON, or None.
     """
 
@@ -44,7 +45,9 @@ class Scorer:
         fused: Fused | None,
         thresholds: Sequence[float],
         path: Path | None = None,
+        recall: Sequence[int] = (),
     ) -> None:
+        self.recall = recall
         self.truth = truth
         self.classes = classes
         self.suppress = suppress
@@ -89,9 +92,10 @@ class Scorer:
         if self.truth is None:
             return {}
         self.result = evaluate(self.truth, results, self.thresholds)
-        return {"mAP": self.result.average} | {
+        figures = {"mAP": self.result.average} | {
             f"mAP@{t:.2f}": float(m) for t, m in zip(self.result.tious, self.result.map, strict=True)
         }
+        return figures | means_at(self.truth, results, self.thresholds, self.recall)
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:

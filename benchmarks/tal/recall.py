@@ -105,17 +105,25 @@ def recall_at(truth: Annotations, detections: Results, tious: Sequence[float], c
     return np.stack(columns, 2) if columns else np.zeros((len(tious), len(counts), 0))
 
 
-def summary(truth: Annotations, detections: Results, tious: Sequence[float]) -> str:
-    """Both, as lines of text, in per cent."""
-    average = average_recall(truth, detections, tious)
-    counts = (1, 5)
+def means_at(
+    truth: Annotations, detections: Results, tious: Sequence[float], counts: Sequence[int]
+) -> dict[str, float]:
+    """Means over classes of :func:`recall_at`, by names such as ``R1@0.50``."""
+    if not counts:
+        return {}
     of_classes = recall_at(truth, detections, tious, counts)
     means = of_classes.mean(2) if of_classes.shape[2] else np.zeros(of_classes.shape[:2])
+    rows = zip(tious, means, strict=True)
+    return {f"R{k}@{t:.2f}": float(value) for t, row in rows for k, value in zip(counts, row, strict=True)}
+
+
+def summary(truth: Annotations, detections: Results, tious: Sequence[float], counts: Sequence[int] = (1, 5)) -> str:
+    """AR@AN, and :func:`means_at`, as lines of text, in per cent."""
+    average = average_recall(truth, detections, tious)
     lines = [f"AR@{count:<7}{100 * average.at(count):6.2f}" for count in (1, 5, 10, MOST)]
     lines.append(f"AR, area  {100 * average.area:6.2f}")
-    for threshold, row in zip(tious, means, strict=True):
-        lines += [f"R{k}@{threshold:.2f}   {100 * value:6.2f}" for k, value in zip(counts, row, strict=True)]
-    return "\n".join(lines)
+    means = means_at(truth, detections, tious, counts)
+    return "\n".join([*lines, *(f"{name:<10}{100 * value:6.2f}" for name, value in means.items())])
 
 
 def _by_video(detections: Results) -> Results:

@@ -140,7 +140,7 @@ def _scorer(config: Config, classes: Sequence[str], classify: Fused | None, trut
         suppress = Suppression(**config.suppression)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"suppression: {error}") from None
-    return Scorer(truth, classes, suppress, classify, config.thresholds, predictions(config))
+    return Scorer(truth, classes, suppress, classify, config.thresholds, predictions(config), config.recall)
 
 
 def _classification(config: Config, trained: Trained | None = None) -> tuple[Classification, Data]:

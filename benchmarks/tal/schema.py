@@ -20,6 +20,10 @@ Protocol = Literal["activitynet", "thumos14"]
 """Of mean average precision; see `evaluation.evaluate`."""
 
 
+Form = Literal["activitynet", "charades", "ego4d_mq", "epic_verb", "epic_noun", "epic_action", "thumos"]
+"""Of annotations; see `forms`."""
+
+
 class ConfigError(InputError, ValueError):
     """A configuration that is not understood: says where, what was found, and what was expected."""
 
@@ -52,14 +56,18 @@ class Data:
     """Where videos and annotations lie. Paths are relative to ``root`` (null: the environment variable REVWIRE_DATA).
 
     Attributes:
-        annotations: JSON in ActivityNet's form; for classification, null.
+        annotations: JSON in ActivityNet's form; for classification, null. form: another one, in which data sets
+            publish theirs, in a folder.
+        lengths: JSON in ActivityNet's form with the seconds, and the frame rates, of videos of which the annotations
+            say none; null: files of videos say them, or ``features.fps``.
         videos: folder of videos, by id; for classification, with one folder per class in it.
         features: extracted features, where they stand for the videos.
         drawn: options of `synthetic.synthesize`, by which data are made where there are none, in the annotations'
             folder; or {}.
         training_subset, test_subset: names in the annotations; several by commas.
         classes: names of the classes in the order of their labels: a list, or a file with one a line. A label that is
-            not among them is an error. Null: all labels of the annotations, in alphabetical order.
+            not among them is an error. Null: those that the data set lists beside its annotations, or all labels of
+            these, in alphabetical order.
         only_found: score, of the test videos, only those that have a file; the others count as missed otherwise.
         lenient: count faulty annotations instead of refusing them.
         exclude: JSON list of ids that are left out, or null.
@@ -72,6 +80,8 @@ class Data:
 
     root: str | None = None
     annotations: str | None
+    form: Form = "activitynet"
+    lengths: str | None = None
     videos: str | None
     features: Features
     drawn: Tree = field(default_factory=dict)
@@ -103,8 +113,8 @@ class Sampling:
             cut to squares.
         scale: share of the area that a random cut takes before it is scaled to ``crop``, from and to; null: it is
             ``crop`` pixels wide.
-        flip: whether training clips are mirrored at random. jitter: strength of random brightness, contrast and
-            saturation.
+        flip: whether training clips are mirrored at random. operations: how many of RandAugment's are drawn for each
+            clip, of magnitude 9 of 10. jitter: strength of random brightness, contrast and saturation.
     """
 
     method: Literal["resize", "window"] = "window"
@@ -117,6 +127,7 @@ class Sampling:
     crop: int = 224
     scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])
     flip: bool = True
+    operations: int = 0
     jitter: float = 0.0
 
 
@@ -191,13 +202,16 @@ class Config:
             paper's first stage).
         memory: how activations are kept: ``stored``, ``checkpoint``, ``leanest`` (`revwire.convert` as it is called
             plainly), or a coupling (``bdia``, ``re2tal``, ...), in chunks, too: ``re2tal+8chunks``; with the blocks
-            that cannot be rewired checkpointed: ``re2tal+stays``; with streams of floats: ``re2tal+float``.
+            that cannot be rewired checkpointed: ``re2tal+stays``; with streams of floats: ``re2tal+float``. Any of
+            them with ``+clips``: the backbone sees clips of ``backbone.chunk`` frames one after the other, keeps none,
+            and computes each again in backward.
         localizer: ``actionformer``, ``tridet`` or ``vsgn``, whose options stand in the section of that name.
         class_agnostic: localize one class "action"; classes come from ``data.class_scores``.
         suppression: how overlapping detections are thinned out, the options of `suppression.Suppression`.
         measure: at the end, count the bytes of a training step by the allocator's reports (on the CPU they are not to
             be had in passing).
-        thresholds: temporal overlaps (tIoU) of the evaluation.
+        thresholds: temporal overlaps (tIoU) of the evaluation. recall: and for each k here, recall by the best
+            k x segments detections of each class and video, at these overlaps.
     """
 
     name: str
@@ -216,6 +230,7 @@ class Config:
     training: Training
     suppression: Tree = field(default_factory=dict)
     thresholds: list[float]
+    recall: list[int] = field(default_factory=list)
     measure: bool = False
 
     @property

@@ -10,7 +10,9 @@ from statistics import fmean
 from benchmarks.harness.cells import Table, mib
 from benchmarks.harness.record import Row, read
 
-OPENTAD, ADATAD, TRIDET = (f"OpenTAD, configs/{name}" for name in ("re2tal", "adatad", "tridet"))
+OPENTAD, ADATAD, TRIDET, ACTIONFORMER = (
+    f"OpenTAD, configs/{name}" for name in ("re2tal", "adatad", "tridet", "actionformer")
+)
 PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
     "activitynet_re2swin_t_actionformer": ("ActivityNet-1.3", "Re2Swin-T", "ActionFormer", 36.47, OPENTAD),
     "activitynet_re2slowfast_101_actionformer": ("ActivityNet-1.3", "Re2SlowFast-101", "ActionFormer", 37.55, OPENTAD),
@@ -62,6 +64,27 @@ PUBLISHED: dict[str, tuple[str, str, str, float | None, str]] = {
     "activitynet_full_videomae_s_actionformer": ("ActivityNet-1.3", "VideoMAE-S", "ActionFormer", None, ""),
     "thumos14_i3d_tridet": ("THUMOS-14", "I3D features", "TriDet", 69.60, TRIDET),
     "activitynet_tsp_tridet": ("ActivityNet-1.3", "TSP features", "TriDet", 36.96, TRIDET),
+    "thumos14_i3d_actionformer": ("THUMOS-14", "I3D features", "ActionFormer", 68.44, ACTIONFORMER),
+    "activitynet_tsp_actionformer": ("ActivityNet-1.3", "TSP features", "ActionFormer", 37.07, ACTIONFORMER),
+    "epic_kitchens_100_slowfast_verb_actionformer": (
+        "EPIC-100, verbs",
+        "SlowFast features",
+        "ActionFormer",
+        24.93,
+        ACTIONFORMER,
+    ),
+    "epic_kitchens_100_slowfast_noun_actionformer": (
+        "EPIC-100, nouns",
+        "SlowFast features",
+        "ActionFormer",
+        22.33,
+        ACTIONFORMER,
+    ),
+    "ego4d_mq_slowfast_actionformer": ("Ego4D-MQ", "SlowFast features", "ActionFormer", 16.26, ACTIONFORMER),
+    "hacs_slowfast_actionformer": ("HACS", "SlowFast features", "ActionFormer", 37.71, ACTIONFORMER),
+    "fineaction_videomae_h_actionformer": ("FineAction", "VideoMAE-H features", "ActionFormer", 19.32, ACTIONFORMER),
+    "multithumos_i3d_actionformer": ("MultiTHUMOS", "I3D features", "ActionFormer", 39.19, ACTIONFORMER),
+    "charades_i3d_actionformer": ("Charades", "I3D features", "ActionFormer", 20.60, ACTIONFORMER),
 }
 """Configuration -> data set, backbone, localizer, published average mAP in per cent (None: none is known to us), and
 who published it.

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from benchmarks.tal.annotations import Annotations, Segment, Video, read
 
@@ -257,6 +258,19 @@ def test_all_frames_of_a_clip_are_changed_alike():
 
 def same(one, two):
     return torch.equal(one.frames, two.frames) and torch.equal(one.segments, two.segments) and one.timing == two.timing
+
+
+def test_randaugment_does_the_same_to_all_frames_of_a_clip():
+    """Two operations of nine tenths of their strength, drawn anew for each clip."""
+    still = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8).expand(4, -1, -1, -1)
+    plain, drawn = (pixels.augmentation(24, scale=None, flip=False, operations=n) for n in (0, 2))
+    assert torch.equal(plain(still), still)
+    made = [drawn(still) for _ in range(12)]
+    assert all(torch.equal(clip[0], frame) for clip in made for frame in clip)
+    assert all(clip.dtype == torch.uint8 for clip in made)
+    assert len({tuple(clip[0].flatten().tolist()) for clip in made}) > 4
+    (operations,) = (step for step in drawn.transforms if isinstance(step, v2.RandAugment))
+    assert (operations.num_ops, operations.magnitude / (operations.num_magnitude_bins - 1)) == (2, 0.9)
 
 
 def test_an_item_is_the_same_again_and_differs_between_passes(drawn):

@@ -29,8 +29,8 @@ class Backbone(nn.Module):
         steps: length of the result; by default that of the mask, or of the longest pathway.
         clip_frames: pass the video through the network in clips of so many frames, each on its own, and join their
             features in time.
-        checkpoint_clips: keep no activations of a clip, and compute it again in backward. Batch norms must be frozen
-            then.
+        checkpoint_clips: keep no activations of a clip, and compute it again in backward, so that one clip's are there
+            at a time however many clips there are. Batch norms must be frozen then.
         freeze_norms: keep all norms of the network in eval mode and their affine parameters as they are, as published
             recipes do.
         frozen: train nothing of the network.
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
             (batch, channels, steps), in float32 at least.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            pathways = self._pathways(self._normalised(frames))
+            pathways = self._pathways(frames)
         steps = self.steps or (mask.shape[1] if mask is not None else max(p.shape[2] for p in pathways))
         features = torch.cat([F.interpolate(p, steps, mode="linear", align_corners=False) for p in pathways], 1)
         return features if mask is None else features * mask.unsqueeze(1).to(features.dtype)
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         return [torch.cat(clips_of_one, 2) for clips_of_one in zip(*parts, strict=True)]
 
     def _pooled(self, frames: Tensor) -> list[Tensor]:
-        out = self.network(frames)
+        out = self.network(self._normalised(frames))
         pathways = out if isinstance(out, tuple | list) else [out]
         return [p.mean((3, 4), dtype=torch.promote_types(p.dtype, torch.float32)) for p in pathways]
 

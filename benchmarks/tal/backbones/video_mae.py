@@ -79,6 +79,7 @@ class VideoMAE(nn.Module):
         self.channels = channels
         self.frame_stride = frames
         self.joins_clips = bool(self.adapters)
+        self.clips_apart = not self.joins_clips
 
     def forward(self, frames: Tensor) -> Tensor:
         if frames.shape[2] % self.frame_stride:

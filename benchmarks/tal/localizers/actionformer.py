@@ -72,7 +72,7 @@ class ActionFormer(PointLocalizer):
         regression_weight: of that loss; 0 or less to make it as large as the other one.
         loss_normalizer, momentum: losses are divided by a moving average of the number of positive points; its first
             value.
-        drop_path, dropout: rates.
+        drop_path, dropout: rates. input_dropout: share of the features' channels that a training step goes without.
         min_score, most: which points become detections, see `Selection`.
     """
 
@@ -98,6 +98,7 @@ class ActionFormer(PointLocalizer):
         momentum: float = 0.9,
         drop_path: float = 0.1,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
         min_score: float = 0.001,
         most: int = 2000,
     ) -> None:
@@ -112,6 +113,7 @@ class ActionFormer(PointLocalizer):
         self.multiple = max(2**level * max(2 * (w // 2), 1) for level, w in enumerate(windows))
         self.center_radius = center_radius
         self.label_smoothing = label_smoothing
+        self.input_dropout = input_dropout
         self.regression_weight = regression_weight
         self.projection = Pyramid(
             in_channels,
@@ -126,7 +128,7 @@ class ActionFormer(PointLocalizer):
         self.rpn_head = Head(channels, num_classes, levels, head_layers, loss_normalizer)
 
     def forward(self, features: Tensor, mask: Tensor) -> PointOutputs:
-        features, mask = self._padded(features, mask)
+        features, mask = self._padded(F.dropout1d(features, self.input_dropout, self.training), mask)
         pyramid, masks = self.projection(features, mask)
         logits, offsets = self.rpn_head(self.neck(pyramid), masks)
         return PointOutputs(logits, offsets, masks)
