@@ -67,7 +67,10 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     shown = {name for name in names if f'id="{name}"' in pages or f'id="revwire.couplings.{name[8:]}"' in pages}
     assert names == shown
     assert all(f'id="revwire.testing.{name}"' in pages for name in ("check_invertible", "check_gradients"))
-    assert all(f'id="revwire.lightning.{name}"' in pages for name in ("ConfigCallback", "CouplingCallback"))
+    assert all(
+        f'id="revwire.lightning.{name}"' in pages for name in ("RevwireCallback", "ConfigCallback", "CouplingCallback")
+    )
+    assert 'id="revwire.huggingface.RevwireCallback"' in pages
 
 
 def test_the_search_knows_what_a_reader_asks_for(site: Path) -> None:
