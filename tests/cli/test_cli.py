@@ -22,6 +22,12 @@ TOY = "test_cli:toy"
 SHAPE = ("--input", "2,4,16")
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch):
+    """Output that goes to no terminal has no width; a library that another test imports may have set one."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def toy():
     return encoder(depth=2)
 
