@@ -36,7 +36,7 @@ CONFIG_NAME = "revwire.json"
 """The file beside the weights that `revwire.load_config` reads."""
 
 
-class RevwireCallback(TrainerCallback):
+class RevwireCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Converts the `Trainer`'s model by the first call of training, with the arguments, the autocast and the device of
     training; a reference pass or an evaluation before it does not count.
 

@@ -93,8 +93,8 @@ CASES: dict[str, Case] = {
 }
 COUPLINGS = ("re2tal", "bdia:1/2", "bdia:1/16")
 # Heavy models take one coupling; under autocast so do those whose convolutions are slow in bfloat16 on most processors.
-HEAVY = {"swin_tiny", "mvit", "slow_r50", "slowfast_r50"}
-HEAVY_IN_16_BITS = HEAVY | {"resnet50", "swin3d_t", "r3d_18"}
+HEAVY = {"swin_tiny", "mvit", "slow_r50", "slowfast_r50", "swin3d_t", "r3d_18"}
+HEAVY_IN_16_BITS = HEAVY | {"resnet50"}
 
 
 def taken(heavy: set[str]) -> list[tuple[str, str]]:
