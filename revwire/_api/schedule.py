@@ -96,9 +96,11 @@ def _set(model: nn.Module, found: Sequence[tuple[Sequence[Coupling], bool, int |
 
 
 def recosted(model: nn.Module) -> None:
-    """Let the plan tell of the couplings that the chains have now; its peaks were of those before."""
+    """Let the plan tell of the couplings that the chains have now; its peaks hold where units keep as much as before."""
     state = converted(model)
-    state.plan = replace(state.present_plan(), peaks=None)
+    before, now = state.plan, state.present_plan()
+    same = [u.kept_bytes for u in before.units] == [u.kept_bytes for u in now.units]
+    state.plan = now if same else replace(now, peaks=None)
 
 
 class CouplingSchedule:

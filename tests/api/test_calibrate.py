@@ -84,6 +84,17 @@ def test_without_a_number_each_unit_keeps_what_it_needs():
     ]
 
 
+def test_the_plan_tells_its_peaks_while_units_keep_as_much_as_was_planned():
+    examples = walks()
+    planned = revwire.plan(network(), examples, coupling="innovation:1/2", rewire="everywhere")
+    model = revwire.convert(network(), examples, coupling="innovation:1/2", rewire="everywhere", calibrate=[examples])
+    assert planned.peaks is not None
+    assert revwire.report(model).peaks == planned.peaks
+    assert str(planned.peaks) in str(revwire.report(model))
+    revwire.set_coupling(model, "innovation:1/4")  # another bit
+    assert revwire.report(model).peaks is None
+
+
 def test_calibration_leaves_the_model_as_it_was():
     class Counting(nn.Module):
         def __init__(self):
