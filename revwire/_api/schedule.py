@@ -96,7 +96,9 @@ def _set(model: nn.Module, found: Sequence[tuple[Sequence[Coupling], bool, int |
 
 
 def recosted(model: nn.Module) -> None:
-    """Let the plan tell of the couplings that the chains have now; its peaks hold where units keep as much as before."""
+    """Let the plan tell of the couplings that the chains have now; its peaks hold where units keep as
+    much as before.
+    """
     state = converted(model)
     before, now = state.plan, state.present_plan()
     same = [u.kept_bytes for u in before.units] == [u.kept_bytes for u in now.units]
