@@ -12,7 +12,7 @@ and evaluation, with other arguments, globals and flags in each, and asks:
 
 Warnings are allowed. `pytest tests/fuzz` runs the first 300 seeds; many more, from the root of the repository:
 
-    python -m tests.fuzz --seeds 0:5000          a line for each kind of fault, and a summary in JSON
+    python -m tests.fuzz --seeds 0:5000          each fault, and a summary in JSON; --record for one that is committed
     python -m tests.fuzz --seeds 17 --show       the source text of a model, and what became of it
     python -m tests.fuzz --seeds 17 --shrink     the same, without the statements that do not matter
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
+from benchmarks.harness import record
 from fuzz.program import Program
-from fuzz.runner import Outcome, check
+from fuzz.runner import Outcome, check, check_seed
 from fuzz.shrink import shrunk
 
 
@@ -26,23 +29,38 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="the source text of each model, and what became of it")
     parser.add_argument("--shrink", action="store_true", help="of each fault, the statements that matter")
     parser.add_argument("--json", type=Path, help="where the summary is written; it is printed else")
+    parser.add_argument("--record", action="store_true", help="the summary as a record in benchmarks/results")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
-    first, _, end = options.seeds.partition(":")
-    torch.set_num_threads(1)
-    outcomes, started = [], time.time()
-    for seed in range(int(first), int(end or int(first) + 1)):
-        outcome = check(Program.draw(seed))
-        outcomes.append(outcome)
-        if outcome.fault is not None or options.show:
-            say(f"seed {seed}: {outcome.fault.kind if outcome.fault else 'no fault'}")
-        if options.show or (options.shrink and outcome.fault is not None):
-            show(outcome, shrink=options.shrink)
-    text = json.dumps(summary(outcomes, time.time() - started), indent=1)
+    measure = partial(outcomes_of, options)
+    if options.record:
+        record.run("fuzz", {"seeds": options.seeds}, lambda: [measure()]).publish()
+        return
+    text = json.dumps(measure(), indent=1)
     text = re.sub(r"\[\s+(\d+(,\s+\d+)*)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
     if options.json is None:
         say(text)
     else:
         options.json.write_text(text + "\n")
+
+
+def outcomes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The summary of what became of the seeds; it tells of each fault when it is found."""
+    first, _, end = options.seeds.partition(":")
+    seeds = range(int(first), int(end or int(first) + 1))
+    outcomes, started = [], time.time()
+    with contextlib.ExitStack() as stack:
+        found: Iterable[Outcome] = map(check_seed, seeds)  # here, where a debugger looks
+        if options.jobs > 1:
+            spawn = multiprocessing.get_context("spawn")
+            found = stack.enter_context(spawn.Pool(options.jobs)).imap(check_seed, seeds)
+        for outcome in found:
+            outcomes.append(outcome)
+            if outcome.fault is not None or options.show:
+                say(f"seed {outcome.seed}: {outcome.fault.kind if outcome.fault else 'no fault'}")
+            if options.show or (options.shrink and outcome.fault is not None):
+                show(outcome, shrink=options.shrink)
+    return summary(outcomes, time.time() - started)
 
 
 def say(text: str) -> None:

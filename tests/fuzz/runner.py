@@ -42,6 +42,9 @@ class FaultError(Exception):
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail = kind, detail
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FaultError, (self.kind, self.detail)
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -314,6 +317,12 @@ def check(program: Program) -> Outcome:
             outcome.fault = FaultError("time", str(error))
     outcome.told = sorted({str(w.message) for w in told})
     return outcome
+
+
+def check_seed(seed: int) -> Outcome:
+    """The same, of a seed alone: for another process, where ``__main__`` is another module."""
+    torch.set_num_threads(1)
+    return check(Program.draw(seed))
 
 
 def _check(program: Program, outcome: Outcome) -> None:
