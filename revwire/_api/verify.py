@@ -277,6 +277,8 @@ def _step(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], dict[str
     call = as_call(example_inputs)
     args, kwargs = fresh_arguments((call.args, call.kwargs))
     inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+    for t in inputs:
+        t.retain_grad()
     with left_as_found(model, (args, kwargs), backward=True), torch.enable_grad():
         outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()]
         loss = sum(((t * _projection(t)).sum() for t in outputs if t.requires_grad), torch.zeros(()))

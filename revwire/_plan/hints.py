@@ -61,7 +61,9 @@ def hints_of(
 
 
 def _is_quiet(recording: Recording) -> bool:
-    if recording.drew or not recording.training or any(read.kind in ("random", "state") for read in recording.reads):
+    """Whether a step in train mode leaves nothing to be seen that evaluation does not show."""
+    kinds = {read.kind for read in recording.reads}
+    if recording.drew or not recording.training or kinds & {"random", "state", "data"}:
         return False
     written = (recording.values[before] for e in recording.events for before, _ in e.writes)
     return not any(e.opaque or e.changes for e in recording.events) and all(v.event >= 0 for v in written)

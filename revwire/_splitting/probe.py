@@ -7,7 +7,8 @@ Note [What may be cut]
     results of the other half must stay the same to the bit, and the other way round; and the chunks, computed alone,
     must give what the whole gives (up to the rounding of matrix products of another size), so that F does not count
     positions either. Weights are moved a little meanwhile: a part of a branch that begins as zero (an output layer, a
-    gate) hides what it will do once it has been trained. Branches that write buffers (batch statistics) are never cut.
+    gate) hides what it will do once it has been trained. Branches that write buffers (batch statistics) are never cut,
+    nor are those that take values of what they compute into Python: what they decide may differ from part to part.
 
 Note [Windows]
     Where elements act on each other, they may do so in pieces that do not (the windows of attention, along time). Where
@@ -39,7 +40,7 @@ from revwire._runtime.chain import observed
 from revwire._runtime.chunks import BATCH, Cut, Windows
 from revwire._runtime.observer import Inputs, Observer
 from revwire._splitting.kinds import Kinds
-from revwire._splitting.separable import Separable, cuts_batch, leaves_traces, separable, shared_draws
+from revwire._splitting.separable import Separable, cuts_batch, observed_run, separable, shared_draws
 from revwire._surroundings.as_found import left_as_found
 from revwire._surroundings.randomness import accelerators_of, preserved_random_state
 
@@ -87,9 +88,14 @@ class Prober(Observer):
 
     def _look(self, keys: list[_Key], unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> None:
         if self.stage == "draws":
-            if any(key in self.found for key in keys) and leaves_traces(unit, host, x, extras):
-                seen = next(self.found[key] for key in keys if key in self.found)
-                self.draws.update(dict.fromkeys(keys, shared_draws(unit, host, x, extras, seen, self.counts[-1])))
+            found = next((self.found[key] for key in keys if key in self.found), None)
+            seen = observed_run(unit, host, x, extras) if found is not None else None
+            if found is None or seen is None:
+                return
+            if seen.decides:
+                self.found.update(dict.fromkeys(keys, found._replace(dims=(), windows=(), open=False)))
+            elif seen.traces:
+                self.draws.update(dict.fromkeys(keys, shared_draws(unit, host, x, extras, found, self.counts[-1])))
             return
         if self.stage == "batch":
             open_ = [key for key in keys if key in self.found and self.found[key].open and not self._usable(key)]

@@ -18,7 +18,7 @@ from revwire._surroundings.copies import recalled
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
-from revwire._torch import TorchDispatchMode, tree_leaves
+from revwire._torch import TorchDispatchMode, storage_id, tree_leaves
 
 if TYPE_CHECKING:
     from revwire._runtime.unit import Unit
@@ -38,17 +38,48 @@ def evaluate(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) ->
     return evaluate_once(unit, host, x, tuple(map(recalled, extras)))
 
 
-def leaves_traces(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> bool:
-    """Whether the branch draws random numbers, or writes to what its modules hold."""
-    return _observed(unit, host, x, extras)[0]
+class Observed(NamedTuple):
+    """One run of a branch.
+
+    Attributes:
+        traces: it draws random numbers, or writes to what its modules hold.
+        decides: it takes values of a tensor into Python, where what is done with those of a part may be another thing
+            (a module in the branch that tests the mean of its input). Constants among its weights are no such values.
+        sides: its side outputs.
+    """
+
+    traces: bool
+    decides: bool
+    sides: tuple[Any, ...]
 
 
-def _observed(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...]]:
-    """Whether it does, and its side outputs."""
-    devices = accelerators_of([x])
-    before, held = random_states(devices), Held.by(Known(), Inventory.of(unit.modules(host)), (), host.training)
-    sides = evaluate(unit, host, x, extras)[1]
-    return held.was_changed() or not _same_states(before, random_states(devices)), sides
+def observed_run(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> Observed:
+    devices, modules = accelerators_of([x]), unit.modules(host)
+    before, held = random_states(devices), Held.by(Known(), Inventory.of(modules), (), host.training)
+    looks = _Looks(modules)
+    with looks:
+        sides = evaluate(unit, host, x, extras)[1]
+    traces = held.was_changed() or not _same_states(before, random_states(devices))
+    return Observed(traces, looks.found, sides)
+
+
+_LOOKS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
+
+
+class _Looks(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether values of a tensor, but for those that the modules hold, are taken into Python."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.modules = [*modules]
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LOOKS:
+            held = [t for m in self.modules for t in (*m.parameters(), *m.buffers()) if t.layout == torch.strided]
+            known = {storage_id(t.untyped_storage()) for t in held}
+            self.found |= any(storage_id(t.untyped_storage()) not in known for t in args if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
 
 
 def _same_states(before: RandomStates, after: RandomStates) -> bool:
@@ -65,8 +96,8 @@ def separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], c
     none, most = Separable(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
     if unit.assigned or Inventory.of(unit.modules(host)).writers:
         return none
-    traces, sides = _observed(unit, host, x, extras)
-    if traces or any(isinstance(leaf, Tensor) for leaf in tree_leaves(sides)):
+    seen = observed_run(unit, host, x, extras)
+    if seen.traces or seen.decides or any(isinstance(leaf, Tensor) for leaf in tree_leaves(seen.sides)):
         return none  # side outputs would have to be joined
     dims, windows = [], []
     with _moved_weights(unit.modules(host)):

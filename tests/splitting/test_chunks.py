@@ -331,6 +331,26 @@ def test_dropout_of_single_results_keeps_windows_from_being_cut():
     assert revwire.verify(model, INPUTS[:1]).bit_exact
 
 
+class Deciding(nn.Module):
+    """Decides by the mean of all samples, which is far from where that matters on the example."""
+
+    def __init__(self, training):
+        super().__init__()
+        self.linear, self.decides_in = nn.Linear(WIDTH, WIDTH), training
+
+    def forward(self, x):
+        if self.training is self.decides_in and x.detach().mean() > 50:
+            return self.linear(x).tanh()
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_branch_with_a_module_that_decides_on_values_runs_whole(training):
+    model = revwire.convert(Net(lambda: Deciding(training)).train(), INPUTS, chunks=2)
+    found = {u.path: u.chunks for u in revwire.report(model).units}
+    assert (found["blocks.0.branch"], found["blocks.0.mlp"]) == (1, 2)
+
+
 def test_an_example_of_one_sample_tells_what_a_batch_may_do():
     model = revwire.convert(Net(Attention), INPUTS[:1], chunks=2)
     assert dims_of(model) == [(0,), (1,)]
