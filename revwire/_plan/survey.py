@@ -74,6 +74,7 @@ class Planner:
         self.options = options
         self.adds = adds_of(recording)
         self.banned: dict[int, str] = {}
+        self.stuck: set[int] = set()  # of these, what failed more than once
         self.names = Names(recording)
         self.known: Known = {}
         self.layouts: dict[str, Layout] = {}
@@ -121,11 +122,12 @@ class Planner:
             failed = self.failures(units, slots)
             if not failed:
                 return search, units, chains, slots
+            self.stuck |= failed.keys() & self.banned.keys()
             self.banned.update(failed)
 
     def refuse(self, c: Candidate) -> str | None:
         if c.add in self.banned:
-            return self.banned[c.add]
+            return self.cannot(c)
         if self.options.include or self.options.exclude:
             names = (self.names.path(c, self.names.key(c)), self.names.name(c.host))
             if matches(names, self.options.exclude):
@@ -134,6 +136,13 @@ class Planner:
                 return "excluded: not among the caller's include patterns; let it through by include="
         known = self.recording.module_names.get(id(self.recording.events[c.host].target))
         return None if known else UNREGISTERED
+
+    def cannot(self, c: Candidate) -> str:
+        """Why what failed cannot be rewired. The search lets a unit that failed in a larger module end within its own
+        host; where that led to the same module again, its host is named, which is then tried as a whole.
+        """
+        host, reason = self.names.name(c.host) or "the model", self.banned[c.add]
+        return f"{host} goes on where {reason}" if c.add in self.stuck and not reason.startswith(host) else reason
 
     def may_be_rewired(self, units: list[Placed]) -> bool:
         """Whether the caller does not want a part of a chain checkpointed."""

@@ -183,3 +183,52 @@ def test_a_block_used_at_every_depth_is_one_chain(coupling, rule):
     revwire.convert(model, x, coupling=coupling)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     assert len(revwire.verify(model, x).units) == 5
+
+
+class Ending(nn.Module):
+    """A residual whose copy, in train mode, lets the chain end in the module around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x + self.f(x).tanh()
+        return y.clone() if self.training else y
+
+
+class Writing(nn.Module):
+    """Residuals, behind which its code writes to a part of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.inner = nn.Linear(8, 8), nn.ModuleList([Ending(), Ending()])
+
+    def forward(self, x):
+        h = self.f(x).tanh()
+        for inner in self.inner:
+            h = inner(h)
+        out = torch.zeros_like(x)
+        out[:, :2] = h[:, :2]
+        h = h + out
+        out = x.clone()
+        out[:, 1:] += h[:, 1:]
+        return out, h.mean()
+
+
+class Thrice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Writing()
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.block(x)[0]
+        return x
+
+
+def test_what_leads_to_the_same_module_again_is_tried_as_a_whole():
+    model, reference = twin(Thrice().double(), rewire="everywhere")
+    found = [(u.path, u.pattern) for u in revwire.report(model).units]
+    assert found == [("block.inner.0.f", "block"), ("block.inner.1.f", "block")]
+    assert_same_step(model, reference, X)
