@@ -75,7 +75,7 @@ class Following(TorchFunctionMode):
             if not isinstance(value, Tensor) or value.shape != one.segment.x.shape:
                 host.tell(p.unit, "its output has not the shape of its input in this call; it is not rewired in it")
                 return out
-            new = one.step(value, p.unit)
+            new = one.step(value, p.unit, one.strides_of(value))
             return out if new is None else _exchanged(out, value, new)
         finally:
             self.units.let_go()
@@ -85,7 +85,8 @@ class Following(TorchFunctionMode):
         for one in [o for o in self.units.open if o.posts >= 0]:
             latest = one.segment.latest
             if latest.shape == one.segment.x.shape and any(t is latest for t in tensors_in(out)):
-                new = one.step(latest if one.f is None else one.f, one.planned.unit)
+                value = latest if one.f is None else one.f
+                new = one.step(value, one.planned.unit, one.strides_of(latest))
                 if new is not None:
                     out = _exchanged(out, latest, new)
         for one in self.units.open:

@@ -73,7 +73,7 @@ class OpenUnit:
             if new is None:
                 return func(*args)
             if args[0] is f and name_of(func) in _IN_PLACE:
-                self.units.instead[id(f)] = ref(f), new
+                self.units.instead[id(f)] = ref(f), new, True
             return new
         if place.drops:
             out = segment.make(writable, (f,), {}, writable, [f]) if place.writes else f
@@ -114,7 +114,7 @@ class OpenUnit:
                 return out
             new = self._close(out if self.f is None else self.f, unit)
             if new is not out:  # the code holds the sum, too
-                self.units.instead[id(out)] = ref(out), new
+                self.units.instead[id(out)] = ref(out), new, False
             return new
         self.f = None
         if not _has_shape_of(segment.x, out):
@@ -124,9 +124,12 @@ class OpenUnit:
 
     def _close(self, value: Tensor, unit: Unit) -> Any:
         """End a unit by ``value``: F(x), or the block's; in place of what the code would go on with."""
-        strides = None if value.stride() == self.segment.x.stride() else _dense_strides(value)
-        new = self.step(value, unit, strides)
+        new = self.step(value, unit, self.strides_of(value))
         return self.segment.latest if new is None else new
+
+    def strides_of(self, value: Tensor) -> tuple[int, ...] | None:
+        """Those of the next state, where a block gives a value that lies otherwise in memory than its state."""
+        return None if value.stride() == self.segment.x.stride() else _dense_strides(value)
 
     def step(self, value: Tensor, unit: Unit, strides: tuple[int, ...] | None = None) -> Tensor | None:
         """The next state, of these strides; None where the unit cannot be stepped, and runs on as it was written."""
@@ -150,7 +153,7 @@ class OpenUnits:
         counts: calls so far, by name.
         views: how many views of a state may still come, by the identity of its chain.
         instead: the new states that stand for sums which the code holds under other names, by the identity of these; as
-            long as somebody holds them.
+            long as somebody holds them. Those that the code writes to are written: whoever else holds them looks there.
         gradients: whether they were enabled when the host was called.
         stepped_inside: a step was made inside of the code's own checkpointing, which would run again without it.
     """
@@ -161,7 +164,7 @@ class OpenUnits:
         self.forks: dict[int, tuple[Tensor, Planned]] = {}
         self.counts: dict[str, int] = {}
         self.views = host.views.copy()
-        self.instead: dict[int, tuple[ReferenceType[Tensor], Tensor]] = {}
+        self.instead: dict[int, tuple[ReferenceType[Tensor], Tensor, bool]] = {}
         self.gradients = torch.is_grad_enabled()
         self.stepped_inside = False
 
@@ -280,7 +283,7 @@ class OpenUnits:
 
     def renamed(self, structure: Any) -> Any:
         """A sum that was to be written over a tensor is the new state, under that tensor's name too."""
-        for number in [n for n, (old, _) in self.instead.items() if old() is None]:
+        for number in [n for n, (old, *_) in self.instead.items() if old() is None]:
             del self.instead[number]
         if not self.instead:
             return structure
@@ -293,8 +296,8 @@ class OpenUnits:
 
     def write(self) -> None:
         """At the end of the call: who still holds a tensor over which a sum was to be written finds it there."""
-        for old, new in self.instead.values():
-            tensor = old()
+        for old, new, written in self.instead.values():
+            tensor = old() if written else None
             if tensor is not None:
                 tensor.copy_(new)
         self.instead.clear()

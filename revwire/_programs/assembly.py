@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 
 from revwire._capture.lines import shown
-from revwire._capture.recording import Event
+from revwire._capture.recording import Event, Value
 from revwire._errors import CaptureError
 from revwire._programs.calls import Slot, UnitCall, ViewCall, writable
 from revwire._programs.compiled import WHOLE_FORWARD, Compiled, below
@@ -20,6 +21,7 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.unit import Unit
 from revwire._search.places import INSIDE_A_MODULE
 from revwire._search.residuals import Candidate
+from revwire._streams.base import canonical, is_dense
 
 
 def pattern_of(c: Candidate, events: list[Event]) -> str:
@@ -84,6 +86,8 @@ class _Assembly:
         events, node_of = self.host.recording.events, self.host.node_of
         if any(value not in node_of for value in (c.fork, c.out, c.result)):
             raise CaptureError(INSIDE_A_MODULE.format(events[c.add].at))
+        if not _lie_alike(*(self.host.recording.values[value] for value in (c.fork, c.result))):
+            raise CaptureError(f"gives a sum that lies in memory in another order than its stream{events[c.add].at}")
         fork, out, add = node_of[c.fork], node_of[c.out], node_of[c.result]
         branch = node_of.get(c.branch) if c.branch is not None else None
         pattern = pattern_of(c, events)
@@ -258,6 +262,16 @@ class _Assembly:
             sides = graph.call_function(operator.getitem, (both, 1))
             for i, side in enumerate(excerpt.sides):
                 env[side] = graph.call_function(operator.getitem, (sides, i))
+
+
+def _lie_alike(stream: Value, result: Value) -> bool:
+    """Whether a sum lies in memory as the next state will: as the stream does, or contiguous, where that has gaps."""
+    if stream.shape != result.shape or not (stream.strides and result.strides):
+        return True
+    found, wanted = (torch.empty_strided(v.shape, v.strides, device="meta") for v in (result, stream))
+    wanted = canonical(wanted)
+    several = [d for d, size in enumerate(result.shape) if size > 1]
+    return not is_dense(found) or all(found.stride(d) == wanted.stride(d) for d in several)
 
 
 def _owners(nodes: list[fx.Node]) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def outcomes_of(options: argparse.Namespace) -> dict[str, Any]:
         found: Iterable[Outcome] = map(check_seed, seeds)  # here, where a debugger looks
         if options.jobs > 1:
             spawn = multiprocessing.get_context("spawn")
-            found = stack.enter_context(spawn.Pool(options.jobs)).imap(check_seed, seeds)
+            pool = stack.enter_context(ProcessPoolExecutor(options.jobs, mp_context=spawn))
+            found = pool.map(check_seed, seeds)
         for outcome in found:
             outcomes.append(outcome)
             if outcome.fault is not None or options.show:

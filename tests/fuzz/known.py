@@ -5,3 +5,8 @@ KNOWN: dict[int, str] = {
     235: "in chunks: refused, as in eval mode a block writes in place to the stream and makes no residual add of it",
     240: "in chunks: dropout of a tensor in another layout draws other numbers for the parts than for the whole",
 }
+
+CRASHES: dict[int, str] = {
+    3697: "PyTorch ends the process where the original registers a hook on a tensor that it wrote in place before",
+}
+"""Seeds whose original cannot be run."""

@@ -118,6 +118,9 @@ OUTSIDE = re.compile(
     r"|(?<!torch\.)\brandom\.|_random|np\."
 )
 
+DRAWS = re.compile(r"rand|rrelu|drop|mlp|bernoulli|noise")
+"""Statements that draw random numbers, or may."""
+
 PURE_KINDS = ["pure", "in place", "reads", "modes", "early"]
 
 OUTPUTS = {
@@ -190,7 +193,9 @@ class Program:
 
     @staticmethod
     def draw(seed: int) -> Program:
-        return _Draw(seed).program()
+        program = _Draw(seed).program()
+        again = "checkpoint" in program.loop[1] and "self.batch(" in program.text()
+        return program.less(program.loop[0]) if again else program  # statistics would count twice in the original
 
     def less(self, number: int) -> Program:
         """Without one more statement."""
@@ -233,6 +238,16 @@ class Program:
                 f"(data(*({'(2, 8, size, 3)' if self.image else '(2, size, 8)'}), seed={i}).requires_grad_(),), kwargs\n"
             )
         return "\n".join(text)
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether a unit in chunks is the same to the bit: hooks on what it calls run in each chunk, and chunks draw one
+        after the other, so no unit may draw twice (docs/explanation/limits.md, "Chunks").
+        """
+        used = [(b, s) for b in self.bodies for n, s in (*b.statements, b.end) if n not in self.without]
+        draws = [(b, s) for b, s in used if DRAWS.search(s.code)]
+        twice = len(draws) > 1 or any(b is not self.bodies[-1] or "for " in s.code for b, s in draws)
+        return not twice and not any("hook" in s.code + s.needs for _, s in used)
 
     def repeats(self, closed: Collection[str]) -> bool:
         """Whether code that a recompute runs again, in blocks of these classes or in hooks, does what is no business of

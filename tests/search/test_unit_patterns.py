@@ -520,3 +520,43 @@ def test_a_copy_of_the_original_gives_the_same_plan() -> None:
     for toy in TOYS.values():
         model = toy.make()
         assert revwire.plan(copy.deepcopy(model), X) == revwire.plan(model, X)
+
+
+class Dropped(nn.Module):
+    """Layer drop that comes late: what it left out was computed, and may serve as a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drops = nn.Linear(8, 8), False
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x).tanh()
+        self.seen.append(h)
+        return x if self.drops else x + h
+
+
+class Late(nn.Module):
+    """Such blocks, with residuals between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Dropped() for _ in range(4)])
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.double()
+
+    def forward(self, x: Tensor, drops: tuple[int, ...]) -> tuple[Tensor, ...]:
+        for i, (b, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
+            b.seen.clear()
+            b.drops = i in drops
+            x = b(x)
+            x = x + layer(x).tanh()
+        return x, *(b.seen[0].square() for b in self.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*its activations are kept")  # where it is asked for fewer layers, and for more
+def test_layers_that_were_left_out_at_conversion_compute_on_what_the_sum_before_gave() -> None:
+    model, reference = twin(Late(), (X, (0, 2)), rewire="everywhere")
+    assert len(revwire.report(model).units) == 6
+    for drops in ((2,), (0, 2), (0, 2, 3), ()):
+        assert_same_step(model, reference, X, drops)

@@ -236,3 +236,22 @@ def test_a_vision_transformer_block_by_block():
     assert [u.host for u in revwire.report(model).units] == [f"blocks.{i}" for i in range(4)]
     assert len(chains_of(model)) == 1
     assert revwire.verify(model, x).bit_exact
+
+
+class Turning(nn.Module):
+    """A block whose sum lies transposed in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2) + self.f(x).tanh()
+
+
+@pytest.mark.parametrize("whole", [(), "*"])
+def test_results_lie_in_memory_as_those_of_the_original(whole):
+    plain = nn.Sequential(Turning(), Turning(), Turning())
+    model = revwire.convert(copy.deepcopy(plain), X, rewire="everywhere", whole=whole)
+    assert len(revwire.report(model).units) == 3
+    assert model(X).stride() == plain(X).stride() != X.stride()

@@ -532,6 +532,24 @@ def test_streams_that_lie_transposed_in_memory(batch, exact):
     assert check.bit_exact if exact else check.gradient_error < 1e-5
 
 
+class Turned(nn.Module):
+    """A branch that lies transposed in memory, and comes first in the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        h = self.linear(x).transpose(1, 2).contiguous().transpose(1, 2)
+        return h + x
+
+
+def test_a_sum_that_lies_as_its_branch_is_not_made_in_chunks():
+    plain = Blocks(Turned, 3)
+    model = revwire.convert(copy.deepcopy(plain), INPUTS, rewire="everywhere", chunks=2)
+    assert model(INPUTS).stride() == plain(INPUTS).stride() != INPUTS.stride()
+
+
 class Rows(nn.Module):
     """Tokens beside each other in one dimension, then in the other, as grid attention has them."""
 
