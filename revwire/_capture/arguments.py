@@ -49,7 +49,7 @@ def _wanting(out: Tensor, t: Tensor) -> Tensor:
     if t.is_leaf or torch.is_inference_mode_enabled():
         return out.requires_grad_(t.requires_grad)
     with torch.enable_grad():
-        return _Given.apply(torch.empty(0, requires_grad=True), out)  # type: ignore[no-any-return, no-untyped-call]
+        return _Given.apply(torch.empty(0, requires_grad=True), out)  # type: ignore[no-any-return]
 
 
 class _Given(torch.autograd.Function):

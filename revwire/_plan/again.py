@@ -55,7 +55,7 @@ class Again(Planner):
 
     def refuse(self, c: Candidate) -> str | None:
         if c.add in self.banned:
-            return self.cannot(c)
+            return self.banned.reason(c.add, self.names.name(c.host) or "the model")
         add = (self.names.name(c.host), WHOLE) if c.whole else self.adds[c.add]
         return None if add in self.wanted else _OTHERS
 

@@ -66,6 +66,26 @@ class Prepared(NamedTuple):
     hints: Hints
 
 
+class Failures(dict[int, str]):
+    """Residual adds that could not be built into their hosts, with the reason.
+
+    The search lets a unit that failed in a larger module end within its own host. Where it came to that module again,
+    the reason names its host, which is then tried as a whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stuck: set[int] = set()  # what failed more than once
+
+    def note(self, failed: dict[int, str]) -> None:
+        self.stuck |= failed.keys() & self.keys()
+        self.update(failed)
+
+    def reason(self, add: int, host: str) -> str:
+        reason = self[add]
+        return f"{host} goes on where {reason}" if add in self.stuck and not reason.startswith(host) else reason
+
+
 class Planner:
     """From a recording to the plan, the chains, and the slots of each host."""
 
@@ -73,8 +93,7 @@ class Planner:
         self.recording = recording
         self.options = options
         self.adds = adds_of(recording)
-        self.banned: dict[int, str] = {}
-        self.stuck: set[int] = set()  # of these, what failed more than once
+        self.banned = Failures()
         self.names = Names(recording)
         self.known: Known = {}
         self.layouts: dict[str, Layout] = {}
@@ -122,12 +141,11 @@ class Planner:
             failed = self.failures(units, slots)
             if not failed:
                 return search, units, chains, slots
-            self.stuck |= failed.keys() & self.banned.keys()
-            self.banned.update(failed)
+            self.banned.note(failed)
 
     def refuse(self, c: Candidate) -> str | None:
         if c.add in self.banned:
-            return self.cannot(c)
+            return self.banned.reason(c.add, self.names.name(c.host) or "the model")
         if self.options.include or self.options.exclude:
             names = (self.names.path(c, self.names.key(c)), self.names.name(c.host))
             if matches(names, self.options.exclude):
@@ -136,13 +154,6 @@ class Planner:
                 return "excluded: not among the caller's include patterns; let it through by include="
         known = self.recording.module_names.get(id(self.recording.events[c.host].target))
         return None if known else UNREGISTERED
-
-    def cannot(self, c: Candidate) -> str:
-        """Why what failed cannot be rewired. The search lets a unit that failed in a larger module end within its own
-        host; where that led to the same module again, its host is named, which is then tried as a whole.
-        """
-        host, reason = self.names.name(c.host) or "the model", self.banned[c.add]
-        return f"{host} goes on where {reason}" if c.add in self.stuck and not reason.startswith(host) else reason
 
     def may_be_rewired(self, units: list[Placed]) -> bool:
         """Whether the caller does not want a part of a chain checkpointed."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revwire._capture.lines import shown
-from revwire._capture.recording import Event, Value
+from revwire._capture.recording import Event, Recording
 from revwire._errors import CaptureError
 from revwire._programs.calls import Slot, UnitCall, ViewCall, writable
 from revwire._programs.compiled import WHOLE_FORWARD, Compiled, below
@@ -86,8 +86,7 @@ class _Assembly:
         events, node_of = self.host.recording.events, self.host.node_of
         if any(value not in node_of for value in (c.fork, c.out, c.result)):
             raise CaptureError(INSIDE_A_MODULE.format(events[c.add].at))
-        if not _lie_alike(*(self.host.recording.values[value] for value in (c.fork, c.result))):
-            raise CaptureError(f"gives a sum that lies in memory in another order than its stream{events[c.add].at}")
+        _refuse_another_layout(self.host.recording, c)
         fork, out, add = node_of[c.fork], node_of[c.out], node_of[c.result]
         branch = node_of.get(c.branch) if c.branch is not None else None
         pattern = pattern_of(c, events)
@@ -264,14 +263,16 @@ class _Assembly:
                 env[side] = graph.call_function(operator.getitem, (sides, i))
 
 
-def _lie_alike(stream: Value, result: Value) -> bool:
-    """Whether a sum lies in memory as the next state will: as the stream does, or contiguous, where that has gaps."""
+def _refuse_another_layout(recording: Recording, c: Candidate) -> None:
+    """The next state lies in memory as the stream does, or contiguous, where that has gaps; a sum may lie otherwise."""
+    stream, result = recording.values[c.fork], recording.values[c.result]
     if stream.shape != result.shape or not (stream.strides and result.strides):
-        return True
+        return
     found, wanted = (torch.empty_strided(v.shape, v.strides, device="meta") for v in (result, stream))
     wanted = canonical(wanted)
-    several = [d for d, size in enumerate(result.shape) if size > 1]
-    return not is_dense(found) or all(found.stride(d) == wanted.stride(d) for d in several)
+    if is_dense(found) and any(found.stride(d) != wanted.stride(d) for d, size in enumerate(found.shape) if size > 1):
+        line = recording.events[c.add].at
+        raise CaptureError(f"gives a sum that lies in memory in another order than its stream{line}")
 
 
 def _owners(nodes: list[fx.Node]) -> list[str]:
