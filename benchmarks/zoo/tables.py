@@ -141,5 +141,21 @@ def _short(reason: str) -> str:
     return known or re.sub(r"\S*\d\S*", "…", reason.partition(";")[0])
 
 
-TABLES = dict.fromkeys(ZOOS, models)
+def fuzzed(rows: list[Row]) -> Table:
+    """What became of models that nobody wrote."""
+    head = ["models", "with rewired blocks", "original finished three steps", "another result", "seeds of these"]
+    return [
+        head,
+        *(
+            [
+                *(str(row[key]) for key in ("seeds", "rewired", "finished three calls")),
+                str(sum(fault["count"] for fault in row["faults"])),
+                ", ".join(str(seed) for fault in row["faults"] for seed in fault["seeds"]) or "–",
+            ]
+            for row in rows
+        ),
+    ]
+
+
+TABLES = {**dict.fromkeys(ZOOS, models), "fuzz": fuzzed}
 SUMMARIES = {"zoo": summary}

@@ -3,7 +3,6 @@
 KNOWN: dict[int, str] = {
     54: "a part of a chain is run again by checkpoint() around code that is no host: refused, also when stored",
     235: "in chunks: refused, as in eval mode a block writes in place to the stream and makes no residual add of it",
-    240: "in chunks: dropout of a tensor in another layout draws other numbers for the parts than for the whole",
 }
 
 CRASHES: dict[int, str] = {
