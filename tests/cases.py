@@ -2,7 +2,10 @@
 reasons.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +84,11 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_exact_case = pytest.mark.parametrize("case", EXACT, ids=str)
 each_fast_case = pytest.mark.parametrize("case", FAST, ids=str)
 each_fast_exact_case = pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
+
+
+def spread(*axes: Sequence[Any], one_in: int = 2) -> list[tuple[Any, ...]]:
+    """One in so many combinations of values, evenly: every value of an axis meets every value of any other axis that is
+    joined by a further one of at least ``one_in`` values.
+    """
+    numbered = product(*(enumerate(axis) for axis in axes))
+    return [tuple(v for _, v in values) for values in numbered if sum(i for i, _ in values) % one_in == 0]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import swin3d_t
 
 import revwire
+from cases import spread
 from revwire._budget.costs import Costs
 from revwire._budget.forms import Form
 from revwire._budget.marker import Mark, Place
@@ -430,12 +431,12 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("make", STACKS.values(), ids=STACKS.keys())
-@pytest.mark.parametrize("coupling", ["re2tal", "bdia:1/16"])
-def test_what_checkpointing_the_same_blocks_would_need_is_estimated(make, coupling, monkeypatch):
+@pytest.mark.parametrize(("name", "coupling"), spread([*STACKS], ["re2tal", "bdia:1/16"]))
+def test_what_checkpointing_the_same_blocks_would_need_is_estimated(name, coupling, monkeypatch):
     """Its clock counts what is timed, so that the machine's load decides nothing."""
     ticks = itertools.count()
     monkeypatch.setattr("revwire._budget.meter.perf_counter", lambda: float(next(ticks)))
+    make = STACKS[name]
     torch.manual_seed(0)
     plan = revwire.plan(make().train(), INPUTS, coupling=coupling, memory_budget="least")
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from cases import FAST, each_fast_case
+from cases import FAST, each_fast_case, spread
 from revwire._errors import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import saved_bytes
@@ -20,8 +20,7 @@ MIXES = ["".join(letters) for letters in product("scr", repeat=4)]
 FLOAT = next(c for c in FAST if not c.exact)
 
 
-@pytest.mark.parametrize("case", [c for c in FAST if c.exact], ids=str)
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("case", "mix"), spread([c for c in FAST if c.exact], MIXES), ids=str)
 def test_every_mix_of_four_units_has_the_gradients_of_stored_activations(case, mix):
     assert is_right(mixed(case, mix), torch.randn(PreNorm.shape, requires_grad=True))
 
