@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import revwire
+from cases import spread
 from processes import passes_interpreted
 from revwire import RangeError, ReconstructionError
 from revwire._forwards.converted import chains_of
@@ -25,6 +26,7 @@ from toys import modes_of
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
 RUNS = fused.serves(torch.device(DEVICE))
 
 on_device = pytest.mark.skipif(not RUNS, reason="needs a CUDA device, or Triton's interpreter")
@@ -144,9 +146,9 @@ def training(model, x, autocast):
 
 
 @on_device
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("coupling", ["bdia:1/8", "momentum:1/8", "re2tal"])
+@pytest.mark.parametrize(
+    ("coupling", "dtype", "autocast"), spread(["bdia:1/8", "momentum:1/8", "re2tal"], DTYPES, [False, True])
+)
 def test_a_unit_launches_four_kernels_forward_and_eight_backward(coupling, dtype, autocast, launches):
     """At most, beside those of its branch, which runs twice. (Deeper networks show what one unit more takes.)"""
     x = example(dtype).requires_grad_()
@@ -192,9 +194,10 @@ def test_a_checkpointed_unit_launches_as_many_and_glances_at_what_it_saves(launc
 
 
 @on_device
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("coupling", ["bdia:1/8", "momentum:1/4", "dr2net:0.3,1/2", "re2tal"])
+@pytest.mark.parametrize(
+    ("coupling", "dtype", "autocast"),
+    spread(["bdia:1/8", "momentum:1/4", "dr2net:0.3,1/2", "re2tal"], DTYPES, [False, True]),
+)
 def test_gradients_are_those_of_stored_activations_and_of_the_plain_form(coupling, dtype, autocast, monkeypatch):
     model, x = network(4, coupling, dtype), example(dtype).requires_grad_()
 

@@ -191,7 +191,7 @@ def test_auto_needs_a_budget():
         revwire.convert(Stage(), X, whole="auto")
 
 
-@pytest.mark.parametrize(("depth", "factor", "whole"), [(4, 4, False), (48, 4, True), (24, 1 / 32, True)])
+@pytest.mark.parametrize(("depth", "factor", "whole"), [(4, 4, False), (32, 4, True), (24, 1 / 32, True)])
 def test_a_budget_chooses_between_adds_and_whole_modules(depth, factor, whole):
     """Adds are rebuilt one at a time; in deep or narrow networks most of what is kept are bits, of which fewer units
     have fewer.

@@ -276,7 +276,7 @@ def test_data_that_do_not_fit_are_named(folder, change, message):
 def test_real_videos_go_through_all_of_it(tmp_path):
     pytest.importorskip("torchvision")
     config = load(
-        "decoding", [f"output={tmp_path}", "sampling.frames=32", "sampling.steps=16", "actionformer.max_steps=16"]
+        "decoding", [f"output={tmp_path}", "sampling.frames=16", "sampling.steps=8", "actionformer.max_steps=8"]
     )
     with pytest.warns(UserWarning, match="passed over 26 faults"):
         record = runs.train(config, progress=False)

@@ -111,6 +111,9 @@ up to steps.
 """
 
 
+ALONE = ("name=alone", *PLAIN, "memory=bdia")
+
+
 def port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -139,12 +142,18 @@ def together(data, tmp_path, *changes):
     return load("synthetic", arguments)
 
 
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A run in one process, and its figures."""
+    config = load("synthetic", [f"data.root={data}", f"output={tmp_path_factory.mktemp('alone')}", *TINY, *ALONE])
+    return config, runs.train(config, progress=False).results[0]["figures"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_are_one_with_the_same_global_batch(data, tiny, tmp_path, strategy):
-    alone = tiny("name=alone", *PLAIN, "memory=bdia")
-    figures = runs.train(alone, progress=False).results[0]["figures"]
+def test_two_processes_are_one_with_the_same_global_batch(data, alone, tmp_path, strategy):
+    alone, figures = alone
     both = together(data, tmp_path, "name=both", "memory=bdia", f"training.strategy={strategy}")
     one, two = weights(alone), weights(both)
     assert one.keys() == two.keys()
