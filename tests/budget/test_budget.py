@@ -203,8 +203,7 @@ def limits():
     return forecast.peak_bytes, forecast.stored.peak_bytes
 
 
-@pytest.mark.parametrize("share", [0.0, 0.35, 0.7, 1.0])
-@pytest.mark.parametrize("coupling", ["bdia:1/16", "re2tal"])
+@pytest.mark.parametrize(("share", "coupling"), spread([0.0, 0.35, 0.7, 1.0], ["bdia:1/16", "re2tal"]))
 def test_a_step_takes_what_was_predicted_and_no_more_than_the_budget(limits, share, coupling):
     low, high = limits
     budget = int(low * 1.01 + share * (high - low))

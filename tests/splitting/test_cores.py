@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import revwire
+from cases import spread
 from revwire._forwards.converted import converted
 from revwire._splitting import core_relations
 from revwire._splitting import core_search as cores
@@ -160,8 +161,7 @@ def assert_equal(a, b):
 KINDS = (Attention, Biased, InPlace, Scaled, Merged, Einsum, Masked, Sized, lambda: Attention(0.3))
 
 
-@pytest.mark.parametrize("coupling", ["re2tal", "bdia"])
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize(("make", "coupling"), spread(KINDS, ["re2tal", "bdia"]))
 def test_gradients_are_those_of_stored_activations(make, coupling):
     model = net(make, coupling=coupling)
     assert parts(model) == {f"blocks.{i}.branch": 2 for i in range(3)}
