@@ -1,11 +1,12 @@
-"""Hooks of MkDocs (``mkdocs.yml`` names this file): results and notebooks become files of the site, and links that lead
-out of ``docs/`` lead to the repository.
+"""Hooks of MkDocs (``mkdocs.yml`` names this file): results, notebooks and the help of the command line become files of
+the site, and links that lead out of ``docs/`` lead to the repository.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +28,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "results/data.js", content=script()))
     for path in NOTEBOOKS:
         files.append(File.generated(config, f"tutorials/{path.stem}.md", content=as_page(path)))
+    files.append(File.generated(config, "reference/command-line.md", content=commands()))
     return files
+
+
+def commands() -> str:
+    """The commands, their arguments and options, as Typer writes them down."""
+    typer = [sys.executable, "-m", "typer", "revwire.cli.app", "utils", "docs", "--name", "revwire"]
+    made = subprocess.run([*typer, "--title", "Command line"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return made.stdout
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

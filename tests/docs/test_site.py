@@ -73,6 +73,13 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     assert 'id="revwire.huggingface.RevwireCallback"' in pages
 
 
+def test_the_reference_has_the_command_line(site: Path) -> None:
+    page = (site / "reference/command-line/index.html").read_text()
+    for command in ("plan", "verify", "profile", "doctor", "demo"):
+        assert f'id="revwire-{command}"' in page
+    assert "memory-budget BYTES" in page
+
+
 def test_the_search_knows_what_a_reader_asks_for(site: Path) -> None:
     entries = json.loads((site / "search/search_index.json").read_text())["docs"]
     text = " ".join(entry["title"] + entry["text"] for entry in entries)
