@@ -35,7 +35,7 @@ def fresh_arguments(structure: Any) -> Any:
 
 def _copied_tensor(t: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     if t.layout != torch.strided or t.is_nested or t.is_meta or type(t) is not Tensor or t.is_conj() or t.is_neg():
-        return _wanting(t.detach().clone(), t)
+        return t.detach().clone().requires_grad_(t.requires_grad)
     storage = t.untyped_storage()
     if storage_id(storage) not in storages:
         storages[storage_id(storage)] = storage.clone()  # type: ignore[no-untyped-call]

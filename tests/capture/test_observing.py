@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import revwire
+from revwire._capture.arguments import fresh_arguments
 from revwire._capture.run import record
 from revwire._structures import refs
 from steps import assert_same_step, twin
@@ -166,3 +167,17 @@ def test_a_module_outside_of_the_tree_is_a_part_of_its_branch():
     assert len(revwire.report(model).units) == 3
     assert_same_step(model, reference, X)
     assert revwire.verify(revwire.convert(revwire.revert(model), X, coupling="bdia:1/2"), X).bit_exact
+
+
+def test_copies_of_arguments_are_leaves_where_these_are():
+    x = torch.randn(2, 3, requires_grad=True)
+    y = x * 2
+    leaf, given = fresh_arguments((x, y))
+    assert leaf.is_leaf
+    assert leaf.requires_grad
+    assert not given.is_leaf
+    given.mul_(2)  # as code may that is given what a layer gave
+    assert torch.equal(given, 2 * y)
+    (given.sum() + leaf.sum()).backward()
+    assert torch.equal(leaf.grad, torch.ones(2, 3))
+    assert x.grad is None
