@@ -97,6 +97,9 @@ _ATTRIBUTES: tuple[tuple[Any, tuple[str, ...]], ...] = (
 )
 """Attributes that are read as such, here and elsewhere, and what has them."""
 
+LOOKS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
+"""Operators that take values of a tensor into Python."""
+
 for _owner, _names in _ATTRIBUTES:
     for _name in _names:
         if not hasattr(_owner, _name):

@@ -703,6 +703,14 @@ def writes_in_place_are_counted():
         _ = inferred._version
 
 
+@canary("LOOKS", "_local_scalar_dense", breaks="chunks of branches whose modules decide on values")
+def values_are_taken_into_python_by_operators():
+    for look in (bool, float, lambda t: t.item(), lambda t: torch.equal(t, t)):
+        with Seen() as seen:
+            look(torch.ones(()))
+        assert not _torch.LOOKS.isdisjoint(seen.operators)
+
+
 @canary("_base", breaks="saved views of weights, and chains behind identities")
 def views_know_their_base():
     x = torch.ones(4)

@@ -62,7 +62,7 @@ def hints_of(
 
 def _is_quiet(recording: Recording) -> bool:
     """Whether a step in train mode leaves nothing to be seen that evaluation does not show."""
-    kinds = {read.kind for read in recording.reads}
+    kinds = {read.kind for read in recording.reads if read.parent >= 0}  # by the model's code, not by the recorder
     if recording.drew or not recording.training or kinds & {"random", "state", "data"}:
         return False
     written = (recording.values[before] for e in recording.events for before, _ in e.writes)

@@ -18,7 +18,7 @@ from revwire._surroundings.copies import recalled
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory
 from revwire._surroundings.randomness import RandomStates, accelerators_of, random_states
-from revwire._torch import TorchDispatchMode, storage_id, tree_leaves
+from revwire._torch import LOOKS, TorchDispatchMode, storage_id, tree_leaves
 
 if TYPE_CHECKING:
     from revwire._runtime.unit import Unit
@@ -63,9 +63,6 @@ def observed_run(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]
     return Observed(traces, looks.found, sides)
 
 
-_LOOKS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
-
-
 class _Looks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether values of a tensor, but for those that the modules hold, are taken into Python."""
 
@@ -75,7 +72,7 @@ class _Looks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
+        if func in LOOKS:
             held = [t for m in self.modules for t in (*m.parameters(), *m.buffers()) if t.layout == torch.strided]
             known = {storage_id(t.untyped_storage()) for t in held}
             self.found |= any(storage_id(t.untyped_storage()) not in known for t in args if isinstance(t, Tensor))
