@@ -80,9 +80,8 @@ except ImportError as error:
 ModuleWithStatistics = _NormBase
 
 REPLICATE = "_replicate_for_data_parallel"
-"""What `nn.DataParallel` calls to copy a module: it finds it on the instance, which may copy more. (Without it replicas
-would run on weights of another device, which PyTorch refuses.)
-"""
+"""What `nn.DataParallel` calls to copy a module; it finds it on the instance, which may copy more (else replicas would
+run on weights of another device, which PyTorch refuses)."""
 
 _ATTRIBUTES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (nn.Module(), ("_parameters", "_buffers", "_modules", "_is_full_backward_hook", "_compiled_call_impl")),
@@ -99,7 +98,6 @@ _ATTRIBUTES: tuple[tuple[Any, tuple[str, ...]], ...] = (
 
 LOOKS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Operators that take values of a tensor into Python."""
-
 for _owner, _names in _ATTRIBUTES:
     for _name in _names:
         if not hasattr(_owner, _name):
