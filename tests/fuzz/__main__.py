@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import record
 from fuzz.program import Program
-from fuzz.runner import Outcome, check, check_seed
+from fuzz.runner import Outcome, check, check_seed, survived
 from fuzz.shrink import shrunk
 
 
@@ -55,7 +55,7 @@ def outcomes_of(options: argparse.Namespace) -> dict[str, Any]:
         if options.jobs > 1:
             spawn = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(options.jobs, mp_context=spawn))
-            found = pool.map(check_seed, seeds)
+            found = pool.map(survived, seeds)
         for outcome in found:
             outcomes.append(outcome)
             if outcome.fault is not None or options.show:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import linecache
+import os
+import pickle
 import random
 import re
 import signal
@@ -327,6 +329,22 @@ def check_seed(seed: int) -> Outcome:
     """The same, of a seed alone: for another process, where ``__main__`` is another module."""
     torch.set_num_threads(1)
     return check(Program.draw(seed))
+
+
+def survived(seed: int) -> Outcome:
+    """The same, in a process of its own, which PyTorch may end."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        with open(write, "wb") as to:
+            pickle.dump(check_seed(seed), to)
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as from_:
+        text = from_.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return pickle.loads(text) if text else Outcome(seed, fault=FaultError("crash", f"exit status {status}"))
 
 
 def _check(program: Program, outcome: Outcome) -> None:
