@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import dis
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from types import CellType, CodeType, FunctionType
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from revwire._surroundings.attributes import MISSING
+
+_NOT_THEIRS = frozenset((*sys.stdlib_module_names, "numpy", "revwire", "torch"))
+"""Packages whose code is no model's."""
+
+_CALLS = 3
+"""How deep functions that functions name are looked for."""
+
+
+def package_of(kind: type | FunctionType | ModuleType) -> str:
+    """The package that a class, a function or a module belongs to."""
+    name = kind.__name__ if isinstance(kind, ModuleType) else kind.__module__
+    return (name or "").partition(".")[0]
+
+
+def packages_of(modules: Iterable[nn.Module]) -> set[str]:
+    """Those of the classes of modules and of their hooks, PyTorch's apart."""
+    modules = [*modules]
+    tables = (t for m in modules for t in vars(m).values() if isinstance(t, dict))
+    hooks = (_function_in(hook) for table in tables for hook in table.values())
+    return {
+        *(package_of(k) for k in (*map(type, modules), *hooks) if isinstance(k, (type, FunctionType)))
+    } - _NOT_THEIRS
 
 
 def classes_of(modules: Iterable[nn.Module]) -> set[type]:
@@ -25,27 +48,52 @@ def is_of_torch(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.modules.")
 
 
+@lru_cache(maxsize=4096)
+def names_in(code: CodeType) -> frozenset[str]:
+    """The globals and attributes that code names, in functions within it too."""
+    return frozenset(code.co_names).union(*map(names_in, _inner(code)))
+
+
 def named(function: FunctionType) -> Iterator[Any]:
-    """The globals and enclosed variables that a function names."""
-    names = function.__globals__
-    yield from (names[name] for name in function.__code__.co_names if name in names)
+    """The globals and enclosed variables that a function names, and the globals of a model's Python modules."""
+    names, scope = names_in(function.__code__), function.__globals__
+    yield from (scope[name] for name in names if name in scope)
+    for table in map(vars, _modules_named(function)):
+        yield from (table[name] for name in names if name in table)
     yield from (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
 
 
-def named_by(classes: Iterable[type]) -> Iterator[Any]:
-    """What stands in classes, and what their methods, and functions that these call, name."""
-    for kind in classes:
-        yield from vars(kind).values()
-    for function in _functions(classes):
-        yield from named(function)
+def functions_of(modules: Iterable[nn.Module]) -> list[FunctionType]:
+    """The functions that may run when modules do, PyTorch's apart: methods of their classes, hooks, those among their
+    attributes, and those that these name, in tables and classes too, a few calls deep.
+    """
+    modules = [*modules]
+    found, seen = dict[int, FunctionType](), set[int]()
+    named_now = [v for kind in classes_of(modules) for v in vars(kind).values()]
+    for m in modules:
+        named_now += vars(m).values()
+    for _ in range(_CALLS):
+        todo, named_now = named_now, []
+        while todo:
+            value = _function_in(todo.pop())
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, (dict, list, tuple)):
+                todo += (v for v in (value.values() if isinstance(value, dict) else value) if callable(v))
+            elif isinstance(value, type) and not issubclass(value, nn.Module) and package_of(value) not in _NOT_THEIRS:
+                todo += vars(value).values()
+            elif isinstance(value, FunctionType) and package_of(value) not in _NOT_THEIRS:
+                found[id(value)] = value
+                named_now += named(value)
+    return [*found.values()]
 
 
 @contextmanager
-def names_kept(classes: Iterable[type]) -> Iterator[None]:
+def names_kept(functions: Iterable[FunctionType], classes: Iterable[type]) -> Iterator[None]:
     """Undo what a run assigns to globals, to enclosed variables, and to attributes of classes."""
-    functions = [*_functions(classes)]
     cells = [(c, c.cell_contents) for f in functions for c in f.__closure__ or () if _is_filled(c)]
-    names = [(f.__globals__, n, f.__globals__.get(n, MISSING)) for f in functions for n in _stored(f.__code__)]
+    names = [(table, n, table.get(n, MISSING)) for f in functions for table, n in _stored(f)]
     attributes = {kind: _plain_attributes(kind) for kind in classes}
     try:
         yield
@@ -67,20 +115,40 @@ def names_kept(classes: Iterable[type]) -> Iterator[None]:
                     setattr(kind, name, value)
 
 
-def _functions(classes: Iterable[type]) -> Iterator[FunctionType]:
-    """The methods of classes, and the functions that they name."""
-    seen = set[int]()
-    methods = [v for kind in classes for v in vars(kind).values() if isinstance(v, FunctionType)]
-    for function in (*methods, *(v for m in methods for v in named(m) if isinstance(v, FunctionType))):
-        if id(function) not in seen and not (function.__module__ or "").startswith("torch."):
-            seen.add(id(function))
-            yield function
+def _function_in(value: Any) -> Any:
+    """The function in a method, a property or a partial; anything else as it is."""
+    while isinstance(value, partial):
+        value = value.func
+    if isinstance(value, (MethodType, staticmethod, classmethod)):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
 
 
-@lru_cache(maxsize=4096)
-def _stored(code: CodeType) -> tuple[str, ...]:
-    """The globals that code assigns to, or deletes."""
-    return tuple({i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")})
+def _modules_named(function: FunctionType) -> Iterator[ModuleType]:
+    names, scope = names_in(function.__code__), function.__globals__
+    modules = (v for v in map(scope.get, names) if isinstance(v, ModuleType))
+    return (m for m in modules if package_of(m) not in _NOT_THEIRS)
+
+
+def _stored(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """The globals that a function may assign to, or delete: those of its statements, and any, where it asks for all."""
+    scope = function.__globals__
+    every = "globals" in names_in(function.__code__)
+    names = [n for n in scope if not n.startswith("__")] if every else _assigned(function.__code__, "GLOBAL")
+    yield from ((scope, name) for name in names)
+    of_modules = _assigned(function.__code__, "ATTR")
+    yield from ((vars(module), name) for module in _modules_named(function) for name in of_modules)
+
+
+@lru_cache(maxsize=8192)
+def _assigned(code: CodeType, what: str) -> frozenset[str]:
+    """The globals, or the attributes, that code assigns to, or deletes."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in (f"STORE_{what}", f"DELETE_{what}")}
+    return frozenset(own).union(*(_assigned(c, what) for c in _inner(code)))
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    return (c for c in code.co_consts if isinstance(c, CodeType))
 
 
 def _plain_attributes(kind: type) -> dict[str, Any]:

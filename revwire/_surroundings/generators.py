@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._surroundings.code import named
+from revwire._surroundings.attributes import slots_of
+from revwire._surroundings.code import named, names_in
 
 _DEPTH = 4
 """How deep generators are looked for in containers and objects."""
@@ -61,7 +62,7 @@ def code_draws_from_all(kind: type) -> bool:
         for value in named(method):
             if any(value is m for m in modules) or any(getattr(value, "__self__", None) is g for g in shared):
                 return True
-            if value is numpy is not None and "random" in method.__code__.co_names:
+            if value is numpy is not None and "random" in names_in(method.__code__):
                 return True
     return False
 
@@ -72,7 +73,7 @@ _SET_BACK = frozenset({"fork_rng", "set_rng_state", "manual_seed"})
 def code_sets_back(kind: type) -> bool:
     """Whether a method of a class names what sets torch's generators: then it may not show that it drew from them."""
     methods = filter(lambda v: isinstance(v, FunctionType), vars(kind).values())
-    return any(not _SET_BACK.isdisjoint(method.__code__.co_names) for method in methods)
+    return any(not _SET_BACK.isdisjoint(names_in(method.__code__)) for method in methods)
 
 
 def _items(value: Any) -> Iterable[Any]:
@@ -80,13 +81,7 @@ def _items(value: Any) -> Iterable[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
-    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name) for name in slots)]
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    names = vars(kind).get("__slots__", ())
-    return (names,) if isinstance(names, str) else tuple(names)
+    return [*getattr(value, "__dict__", {}).values(), *slots_of(value).values()]
 
 
 def states_of(generators: Iterable[Any]) -> States:

@@ -14,7 +14,7 @@ Note [What modules hold]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revwire._surroundings.attributes import MISSING, contents_of, refill, refilled
-from revwire._surroundings.code import classes_of, is_of_torch, named_by, names_kept
+from revwire._surroundings.attributes import MISSING, contents_of, refill, refilled, slots_of
+from revwire._surroundings.code import classes_of, functions_of, is_of_torch, named, names_kept, packages_of
 from revwire._surroundings.generators import (
     States,
     code_draws_from_all,
@@ -41,11 +41,13 @@ from revwire._surroundings.generators import (
 from revwire._surroundings.inventory import Inventory, is_written, size_of, version_of
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.noted import (
+    SMALL,
     again,
     differs,
     held_in,
     is_array,
     is_container,
+    is_object_of,
     may_change,
     note_write,
     noted,
@@ -272,17 +274,22 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
 @contextmanager
 def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
     """Undo what a run does to what modules hold: generators of their own, tensors and arrays among their attributes,
-    and what containers, theirs and those that their code names, are ``filled`` with; and what their code assigns to
-    globals and classes. (Assignments to modules are undone by `attributes_kept`.)
+    and what containers and plain objects, theirs and those that their code names, are ``filled`` with; and what their
+    code, hooks included, assigns to globals and classes. (Assignments to modules are undone by `attributes_kept`.)
     """
-    classes = classes_of(root.modules())
-    attributes = [v for m in root.modules() for k, v in vars(m).items() if k not in _STANDARD]
+    modules = [*root.modules()]
+    classes, functions, packages = classes_of(modules), functions_of(modules), packages_of(modules)
+    attributes = [v for m in modules for k, v in vars(m).items() if k not in _STANDARD]
     of_classes = [g for kind in classes for g in generators_of_class(kind)]
     states = states_of([*chain.from_iterable(map(generators_in, attributes)), *of_classes])
     buffers = [(b, version_of(b)) for b in root.buffers()]
-    values = [held for v in (*attributes, *filter(is_container, named_by(classes))) for held in held_in(v)]
-    containers = [(v, contents_of(v)) for v in values if filled and is_container(v)]
-    with _written_undone(values), names_kept(classes):
+    values = held_in(attributes, packages)
+    outside = held_in(chain(*map(named, functions), *(vars(kind).values() for kind in classes)), packages)
+    fillable = [*values, *outside] if filled else []
+    containers = [(v, contents_of(v)) for v in fillable if is_container(v)]
+    objects = [v for v in fillable if is_object_of(v, packages)]
+    small = [v for v in outside if not isinstance(v, Tensor) or v.numel() <= SMALL]
+    with _written_undone([*values, *small]), names_kept(functions, classes), _slots_kept(objects):
         try:
             yield
         finally:
@@ -293,6 +300,19 @@ def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
             for container, contents in containers:
                 if refilled([(container, contents)]):
                     refill(container, contents)
+
+
+@contextmanager
+def _slots_kept(objects: Iterable[Any]) -> Iterator[None]:
+    kept = [(v, slots_of(v)) for v in objects]
+    try:
+        yield
+    finally:
+        for v, fields in kept:
+            for name in slots_of(v).keys() - fields.keys():
+                object.__delattr__(v, name)  # the class may be frozen
+            for name, value in fields.items():
+                object.__setattr__(v, name, value)
 
 
 @contextmanager

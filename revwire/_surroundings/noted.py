@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from copy import copy
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
 
+from revwire._surroundings.attributes import slots_of
+from revwire._surroundings.code import package_of
 from revwire._surroundings.inventory import version_of
 
-_SMALL = 2**16
+SMALL = 2**16
 """Elements of a tensor that is copied before a forward that may write to it."""
 
 _SHORT = 256
@@ -22,6 +25,9 @@ _SHORT = 256
 
 _DEPTH = 3
 """How many containers may stand in one another."""
+
+_SEEN_ELSEWHERE = (Tensor, nn.Module, type)
+"""What is no plain object, though its class may be a model's."""
 
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = frozenset((*_DICTS, list, set, deque, bytearray))  # exact types: what others do when copied is unknown
@@ -75,7 +81,7 @@ class HeldTensor:
         self.original, self.alias = ref(t), t.detach()  # it owns no graph
         self.requires_grad, self.version = t.requires_grad, version_of(t)
         written = _WRITES.of(t)
-        copied = t.numel() <= _SMALL if written is None else written
+        copied = t.numel() <= SMALL if written is None else written
         self.clone = self.alias.clone() if copied else None
 
     @property
@@ -174,9 +180,26 @@ def _filled(container: Any, item: Callable[[Any], Any]) -> Any:
     return out
 
 
-def held_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """A value, and what it holds, in containers of a few levels."""
-    yield value
-    if depth and isinstance(value, (dict, list, tuple, deque)):
-        for item in list(value.values() if isinstance(value, dict) else value):
-            yield from held_in(item, depth - 1)
+def is_object_of(value: Any, packages: Collection[str]) -> bool:
+    """Whether this is an object of a class of one of these packages, and neither a module nor a tensor."""
+    return package_of(type(value)) in packages and not isinstance(value, _SEEN_ELSEWHERE)
+
+
+def held_in(values: Iterable[Any], packages: Collection[str]) -> list[Any]:
+    """Values, and what they hold, a few levels deep: in containers, and in objects whose classes belong to these
+    packages. Of an object come the table of its attributes, and itself, if it has slots.
+    """
+    found = dict[int, Any]()
+    todo = [(value, _DEPTH) for value in values]
+    while todo:
+        value, depth = todo.pop()
+        if id(value) in found:
+            continue
+        found[id(value)] = value
+        items: list[Any] = []
+        if isinstance(value, (dict, list, tuple, deque)):
+            items = list(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, SimpleNamespace) or is_object_of(value, packages):
+            items = [getattr(value, "__dict__", {}), *slots_of(value).values()]
+        todo += [(item, depth - 1) for item in items if depth]
+    return [*found.values()]

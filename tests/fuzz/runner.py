@@ -90,15 +90,6 @@ class Model:
         arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         seeded(99)
         revwire.convert(self.root, arguments, **options)
-        for name in ("LOSSES", "LOG", "STATS", "HOOKED"):
-            self.globals[name].clear()
-        self.globals["COUNTS"].clear()
-        self.globals["COUNTS"]["calls"] = 0
-        self.globals["STATE"].step = 0
-        self.globals["TOTAL"] = 0
-        for kind in ("Block", "Inner"):
-            if kind in self.globals:
-                self.globals[kind].total = 0
         try:
             differ("convert leaves", before, self.state(), 0)
         except FaultError as fault:
