@@ -136,14 +136,16 @@ def _stored(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
     every = "globals" in names_in(function.__code__)
     names = [n for n in scope if not n.startswith("__")] if every else _assigned(function.__code__, "GLOBAL")
     yield from ((scope, name) for name in names)
-    of_modules = _assigned(function.__code__, "ATTR")
-    yield from ((vars(module), name) for module in _modules_named(function) for name in of_modules)
+    for module in _modules_named(function):
+        yield from ((vars(module), name) for name in _assigned(function.__code__, "ATTR"))
 
 
 @lru_cache(maxsize=8192)
 def _assigned(code: CodeType, what: str) -> frozenset[str]:
     """The globals, or the attributes, that code assigns to, or deletes."""
-    own = {i.argval for i in dis.get_instructions(code) if i.opname in (f"STORE_{what}", f"DELETE_{what}")}
+    names = (f"STORE_{what}", f"DELETE_{what}")
+    may = any(dis.opmap[name] in code.co_code[::2] for name in names)  # to read instructions takes a while
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in names} if may else ()
     return frozenset(own).union(*(_assigned(c, what) for c in _inner(code)))
 
 

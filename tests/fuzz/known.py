@@ -8,5 +8,7 @@ KNOWN: dict[int, str] = {
 
 CRASHES: dict[int, str] = {
     3697: "PyTorch ends the process where the original registers a hook on a tensor that it wrote in place before",
+    4152: "as 3697",
+    4489: "as 3697",
 }
 """Seeds whose original cannot be run."""
