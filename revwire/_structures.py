@@ -119,7 +119,7 @@ def mapped(structure: Any, leaf: Callable[[Any], Any]) -> Any:
         if isinstance(structure, list):
             return items
         if is_named_tuple(structure):
-            return type(structure)(*items)
+            return type(structure)._make(items)
         return tuple(items) if type(structure) is torch.Size else type(structure)(items)
     if is_mapping(structure):
         return type(structure)((k, mapped(v, leaf)) for k, v in structure.items())

@@ -84,7 +84,7 @@ class Numbers:
             return value
         if is_sequence(value):
             items = [self.noted(v, needs) for v in value]
-            return items if kind is list else kind(*items) if hasattr(value, "_fields") else tuple(items)
+            return items if kind is list else kind._make(items) if hasattr(value, "_fields") else tuple(items)
         if is_mapping(value):
             return kind((k, self.noted(v, needs)) for k, v in value.items())
         if kind is slice:

@@ -142,7 +142,7 @@ def filled(recorded: Any, values: list[Any]) -> Any:
         items = [filled(r, values) for r in recorded]
         if kind is list:
             return items
-        return kind(*items) if is_named_tuple(recorded) else kind(items)
+        return kind._make(items) if is_named_tuple(recorded) else kind(items)
     if is_mapping(recorded):
         return kind((k, filled(r, values)) for k, r in recorded.items())
     if kind is slice:

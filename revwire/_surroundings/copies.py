@@ -67,7 +67,7 @@ def detached(value: Any, found: Versions) -> Any:
     if type(value) in (list, tuple):
         return type(value)(detached(v, found) for v in value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(detached(v, found) for v in value))
+        return type(value)._make(detached(v, found) for v in value)  # type: ignore[attr-defined]
     if type(value) is dict:
         return {k: detached(v, found) for k, v in value.items()}
     return _copied(value)
