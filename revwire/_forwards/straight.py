@@ -88,8 +88,8 @@ class _Line:
 
     def is_known(self, function: ast.expr) -> bool:
         """Whether it is a module of the host, or one of `_CALLS`."""
-        if self.is_own(function, "_modules"):
-            return True
+        if isinstance(function, ast.Attribute) and self.is_own(function, "_modules"):
+            return type(self.host._modules[function.attr]).__call__ is nn.Module.__call__
         if not isinstance(function, ast.Attribute) or function.attr not in _CALLS:
             return False
         owner = function.value

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revwire
 from steps import TOLERANCE, assert_same_step, step, twin
-from toys import Loop, X, block, stack
+from toys import Loop, Plain, X, block, stack
 
 EXACT = ("bdia:1/2", "re2tal")
 
@@ -519,3 +519,48 @@ def test_a_hosts_own_checkpointing_around_its_sums():
     torch.manual_seed(0)
     got, want = grads_both_ways(revwire.convert(Checkpointing().double(), X, coupling="bdia:1/2"), X)
     torch.testing.assert_close(got, want, **TOLERANCE)  # sums of gradients have another order there
+
+
+SEEN: list[int] = []
+
+
+class Halved(nn.Linear):
+    """Does something before its call, and after it, in a ``__call__`` of its own."""
+
+    def __call__(self, x):
+        SEEN.append(len(x))
+        return super().__call__(x).tanh() * 0.5
+
+
+def calls_its_own(self, x):
+    return x + self.own(self.f(x))
+
+
+def test_what_a_call_of_its_own_does_happens_once():
+    model = stack(calls_its_own, lambda self: setattr(self, "own", Halved(8, 8)))
+    revwire.convert(model, X, coupling="bdia:1/2", rewire="everywhere")
+    assert len(revwire.report(model).units) == 3
+    SEEN.clear()
+    assert_to_the_bit(model, X)
+    assert len(SEEN) == 6  # three blocks in two steps: a recompute does not go through it
+
+
+def test_a_straight_line_does_not_hide_a_call_of_its_own():
+    model = stack(calls_its_own, lambda self: setattr(self, "own", Halved(8, 8)))
+    want = model(X)[0]
+    revwire.convert(model, X, coupling=Plain(), exact=False, rewire="everywhere")
+    with revwire.stored_activations(model):
+        torch.testing.assert_close(model(X)[0], want, rtol=0, atol=0)
+
+
+def packs(self, x, lengths):
+    packed = nn.utils.rnn.pack_padded_sequence(self.f(x), lengths, batch_first=True, enforce_sorted=False)
+    out, _ = nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True, total_length=x.shape[1])
+    return x + out
+
+
+def test_packed_sequences_are_followed():
+    model = stack(packs, lambda self: setattr(self, "cell", nn.GRU(8, 8, batch_first=True)))
+    lengths = torch.tensor([3, 5])
+    revwire.convert(model, (X, lengths), coupling="bdia:1/2", rewire="everywhere")
+    assert_to_the_bit(model, X, lengths)
