@@ -3,8 +3,9 @@
 Note [Scratch memory]
     Some kernels unfold their input, or lay their weights out anew: a 3x3x3 convolution on the CPU may take 27 times
     its input for a while. No run of a forward shows that. So the largest convolution of each kind (kernel, stride,
-    groups, dtype) runs once by itself, on zeros, forward and backward. The others of its kind are taken to need as much
-    in proportion to what explains the measured one better, their unfolded input or their weights.
+    groups, dtype, and whether its weights are larger than its unfolded input) runs once by itself, on zeros, forward
+    and backward. The others of its kind are taken to need as much in proportion to what explains the measured one
+    better, their unfolded input or their weights.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
     x, weight, *_ = values
     settings = [leaf for leaf in leaves_of((event.args, event.kwargs)) if not isinstance(leaf, Ref)]
     order = sorted(range(len(x.strides)), key=lambda d: -x.strides[d])  # of its layout
-    kind = (event.target, weight.shape[2:], repr(settings), (*order,), x.dtype, x.wants, event.modes)
     unfolded = prod(x.shape[:2]) * prod(weight.shape[2:]) * prod(results[0].shape[2:]) * x.dtype.itemsize
-    return kind, _Sizes(unfolded, prod(weight.shape) * weight.dtype.itemsize)
+    sizes = _Sizes(unfolded, prod(weight.shape) * weight.dtype.itemsize)
+    which = sizes.weights > sizes.unfolded  # the larger one tells what the scratch memory grows with
+    return (event.target, weight.shape[2:], repr(settings), (*order,), x.dtype, x.wants, event.modes, which), sizes
 
 
 def _measured(recording: Recording, some: list[tuple[Event, _Sizes]]) -> list[int]:

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
+
+from torch import nn
 
 from revwire._capture.recording import Event
 from revwire._search.dataflow import Flow
@@ -281,12 +284,19 @@ def can_run_twice(flow: Flow, call: int) -> bool:
     return not _has_effects(flow, call, starts)
 
 
+def _holds_nothing(module: nn.Module) -> bool:
+    """Whether it is a layer of PyTorch's without any state, such as a softmax that is made where it is called."""
+    tensors = chain(module.parameters(), module.buffers())
+    return type(module).__module__.startswith("torch.nn.") and next(tensors, None) is None
+
+
 def _has_effects(flow: Flow, call: int, starts: set[int]) -> bool:
     """Whether a call, made twice, would leave something else behind than made once."""
     recording = flow.recording
     values, inside = recording.values, recording.events[call : recording.events[call].end]
     memory = {values[s].storage for s in starts}
     drawn = any(read.kind in ("random", "state") and call <= read.parent < inside[0].end for read in recording.reads)
-    foreign = any(e.is_module and id(e.target) not in recording.module_names for e in inside)
+    unnamed = (e.target for e in inside if e.is_module and id(e.target) not in recording.module_names)
+    foreign = not all(map(_holds_nothing, unnamed))
     written = any(values[before].storage in memory for e in inside for before, _ in e.writes)
     return inside[0].hooked or bool(inside[0].changes) or drawn or foreign or written

@@ -208,6 +208,29 @@ def test_kernels_that_refuse_are_left_out(monkeypatch):
     assert revwire.plan(model, x).peaks == without
 
 
+def test_convolutions_of_one_kernel_with_long_inputs_and_with_many_weights():
+    """The scratch memory of the one grows with the input, that of the other with the weights."""
+    torch.manual_seed(0)
+    wide = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((8, 16), (16, 16)))
+    deep = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((16, 512), (512, 512)))
+    model = nn.Sequential(*wide, nn.MaxPool2d(32), *deep)
+    x = torch.randn(2, 8, 128, 128)
+    model(x).mean().backward()
+    assert revwire.plan(model, x).peaks.stored == pytest.approx(measured(model, x), rel=CLOSE)
+
+
+def test_a_block_that_makes_a_layer_without_state_can_be_checkpointed():
+    class Attention(Layer):
+        def forward(self, x):
+            scores = nn.Softmax(-1)(self.norm(x) @ x.mT)
+            return x + self.down(torch.relu(self.up(scores @ x)))
+
+    model = nn.Sequential(*(Attention(48) for _ in range(4)))
+    plan = revwire.plan(model, torch.randn(8, 64, 48), exclude="*")
+    assert plan.checkpointed
+    assert plan.peaks.planned <= plan.peaks.checkpointing
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
