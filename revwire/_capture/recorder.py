@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from revwire._capture.aliasing import is_view
+from revwire._capture.aliasing import address_of, is_view
 from revwire._capture.intercept import active
 from revwire._capture.lines import Line, current_line
 from revwire._capture.reads import kind_of, name_of, state_change
@@ -22,23 +23,49 @@ from revwire._surroundings.attributes import attributes_of, changed, containers_
 from revwire._surroundings.interrupts import let_wait
 from revwire._surroundings.inventory import has_hooks, version_of
 from revwire._surroundings.modes import backward_hooks_left_out, transformed
+from revwire._surroundings.noted import note_write
 from revwire._surroundings.randomness import python_random_state, same_random_state
-from revwire._torch import TorchDispatchMode, no_torch_function
+from revwire._torch import TorchDispatchMode, arguments_of, no_torch_function
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which kernels the current event runs."""
+    """Notes which kernels the current event runs, and undoes what they write to weights: no version counter tells what
+    is written through ``weight.data``, and there may be too many weights to copy them all.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
+        self.weights = {a: p for p in recorder.recording.root.parameters() if (a := address_of(p)) is not None}
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for weight, before in self.written:
+            note_write(weight)
+            weight.data.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args)
         for event in self.recorder.open_events:
             event.kernels.append(func)
             event.dynamic |= dynamic
+        self._before_write([args[i] if i < len(args) else (kwargs or {}).get(name) for i, name in _written_by(func)])
         return func(*args, **(kwargs or {}))
+
+    def _before_write(self, to: Any) -> None:
+        """Copy the weights that a kernel is about to write to, once."""
+        for t in tensors_in(to) if to and self.weights else ():
+            weight = self.weights.pop(address_of(t) or 0, None)
+            if weight is not None:
+                self.written.append((weight, weight.detach().clone()))
+
+
+@lru_cache(maxsize=4096)
+def _written_by(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that a kernel writes to."""
+    arguments = enumerate(arguments_of(func))
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _indexes_by_numbers(func: Any, args: Any) -> bool:

@@ -134,12 +134,10 @@ class Segment:
         """As `make`, for a call of a module."""
         if not self.rewinds:
             return self.make(module, args, kwargs, run, tensors)
-        # a ``__call__`` of its own goes on around the call, in the host's code, which is followed
-        again = module if type(module).__call__ is nn.Module.__call__ else run
+        again = module if type(module).__call__ is nn.Module.__call__ else run  # what is around it goes on in the host
         owned, training, (known, assigned) = Inventory.of((module,)), self.run.host.training, about
-        held = Held.by(known, owned, assigned, training)
+        held = self.taken = Held.by(known, owned, assigned, training)
         self.modules.append(owned)
-        self.taken = held
         writers = [m for m in owned.writers if m.training] if owned.writers else []
         if not (writers or held.values):
             out = self.make(again, args, kwargs, run, tensors)

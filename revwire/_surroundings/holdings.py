@@ -48,6 +48,7 @@ from revwire._surroundings.noted import (
     is_array,
     is_container,
     is_object_of,
+    is_written_to,
     may_change,
     note_write,
     noted,
@@ -289,7 +290,12 @@ def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
     containers = [(v, contents_of(v)) for v in fillable if is_container(v)]
     objects = [v for v in fillable if is_object_of(v, packages)]
     small = [v for v in outside if not isinstance(v, Tensor) or v.numel() <= SMALL]
-    with _written_undone([*values, *small]), names_kept(functions, classes), _slots_kept(objects):
+    with (
+        _written_undone([*values, *small]),
+        _weights_kept([*root.parameters()]),
+        names_kept(functions, classes),
+        _slots_kept(objects),
+    ):
         try:
             yield
         finally:
@@ -300,6 +306,24 @@ def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
             for container, contents in containers:
                 if refilled([(container, contents)]):
                     refill(container, contents)
+
+
+@contextmanager
+def _weights_kept(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Undo what is assigned to ``weight.data``, and what is written to those that a run was seen to write to. (Of the
+    run that sees it, the recorder undoes that.)
+    """
+    plain = [p for p in weights if type(p) is nn.Parameter and p.layout == torch.strided]  # others belong to sharding
+    kept = [(p, p.detach(), p.detach().clone() if is_written_to(p) else None) for p in plain]
+    try:
+        yield
+    finally:
+        for p, then, copy in kept:
+            if p.data_ptr() != then.data_ptr() and then.untyped_storage().size():
+                note_write(p)
+                p.data = then
+            if copy is not None:
+                p.data.copy_(copy)
 
 
 @contextmanager

@@ -72,6 +72,11 @@ def note_write(t: Tensor) -> None:
     _WRITES.note(t, True)
 
 
+def is_written_to(t: Tensor) -> bool:
+    """Whether a forward was seen to write to this tensor."""
+    return bool(_WRITES.of(t))
+
+
 class HeldTensor:
     """A tensor as a forward found it."""
 

@@ -163,3 +163,45 @@ def test_checks_count_nothing(run, way):
     before = counted(net)
     run(net, [X] if run is revwire.calibrate else X)
     assert counted(net) == before
+
+
+def assigned_through_data(key, query):
+    key.data = key.data * 0.9 + query.data * 0.1
+
+
+def written_through_data(key, query):
+    key.data.mul_(0.9).add_(query.data, alpha=0.1)
+
+
+def written(key, query):
+    with torch.no_grad():
+        key.lerp_(query, 0.1)
+
+
+class Momentum(nn.Module):
+    """A teacher's weights follow those that are trained, in forward."""
+
+    def __init__(self, follow):
+        super().__init__()
+        self.follow, self.net, self.teacher = follow, Net("function"), nn.Linear(WIDTH, WIDTH)
+        self.student = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        self.follow(self.teacher.weight, self.student.weight)
+        return self.student(self.net(x)) - self.teacher(x).detach()
+
+
+@pytest.mark.parametrize("follow", [assigned_through_data, written_through_data, written])
+@pytest.mark.parametrize("run", [revwire.plan, revwire.convert, revwire.verify, revwire.profile])
+def test_weights_that_a_forward_moves_are_as_before(run, follow):
+    torch.manual_seed(0)
+    model = Momentum(follow)
+    if run in (revwire.verify, revwire.profile):
+        revwire.convert(model, X, rewire="everywhere")
+    before, weight = {k: v.clone() for k, v in model.state_dict().items()}, model.teacher.weight
+    run(model, X)
+    assert model.teacher.weight is weight
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    model(X)
+    assert not torch.equal(model.teacher.weight, before["teacher.weight"])  # a call does move them
