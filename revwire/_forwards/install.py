@@ -24,6 +24,7 @@ from revwire._plan.options import Options
 from revwire._plan.plan import Plan
 from revwire._plan.ready import refuse_unready
 from revwire._plan.survey import Planner, Prepared
+from revwire._structures import tensors_in
 from revwire._surroundings.as_found import left_as_found
 
 
@@ -48,6 +49,12 @@ def prepared_again(model: nn.Module, example_inputs: Any, plan: Plan) -> Prepare
 def _observed(model: nn.Module, example_inputs: Any) -> Recording:
     refuse_converted(model)
     call = as_call(example_inputs)
+    given = [*tensors_in((call.args, call.kwargs))]
+    if given and not any(t.numel() for t in given):  # nothing is drawn for no elements, and no value is seen
+        raise ConversionError(
+            f"{type(model).__name__}: got example inputs without elements (shape {tuple(given[0].shape)}), which "
+            "do not show what the model computes; expected a batch of at least one, such as a training step takes"
+        )
     try:
         return fullest_recording(model, call.args, call.kwargs)
     except RevwireError:
