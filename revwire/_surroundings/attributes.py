@@ -107,7 +107,7 @@ def slots_of(v: Any) -> dict[str, Any]:
     """What the slots of an object hold."""
     names = (vars(kind).get("__slots__", ()) for kind in type(v).__mro__)
     all_names = (name for n in names for name in ((n,) if isinstance(n, str) else n))
-    return {name: getattr(v, name) for name in all_names if hasattr(v, name)}
+    return {name: getattr(v, name) for name in all_names if not name.startswith("__") and hasattr(v, name)}
 
 
 def containers_in(structure: Any) -> list[tuple[Any, Any]]:

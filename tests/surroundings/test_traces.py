@@ -1,6 +1,5 @@
 """What code writes outside of tensors and modules, of whatever kind, conversion, plans and checks undo."""
 
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
@@ -24,9 +23,11 @@ class Tally:
         self.n = 0
 
 
-@dataclass(slots=True)
 class Slots:
-    n: int = 0
+    __slots__ = ("__weakref__", "n")  # the first cannot be assigned to
+
+    def __init__(self):
+        self.n = 0
 
 
 TALLY, SLOTS = Tally(), Slots()
