@@ -5,15 +5,23 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+from threading import Lock
 from types import CodeType, FunctionType
 
 Function = ast.FunctionDef | ast.Lambda
+
+_PARSING = Lock()
+"""Held by the one thread that parses: CPython 3.11 counts how deep it is in a tree for all threads at once, and raises
+SystemError where two build one at a time.
+"""
 
 
 def source_of(function: FunctionType) -> Function | None:
     """The syntax tree of a function, if its source is what runs."""
     code = function.__code__
-    found = _functions_in(code.co_filename).get((code.co_name, code.co_firstlineno), [])
+    with _PARSING:
+        functions = _functions_in(code.co_filename)
+    found = functions.get((code.co_name, code.co_firstlineno), [])
     return next((node for node, then in found if _same_code(then, code)), None)
 
 
