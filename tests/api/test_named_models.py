@@ -75,8 +75,8 @@ CASES: dict[str, Case] = {
         24,
     ),
     "swin_tiny": (
-        lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.2),
-        torch.randn(1, 3, 224, 224),
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, drop_path_rate=0.2),
+        torch.randn(2, 3, 64, 64),
         24,
     ),
     "convnext_atto": (lambda: timm.create_model("convnext_atto", drop_path_rate=0.2), torch.randn(2, 3, 64, 64), 12),

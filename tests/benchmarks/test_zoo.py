@@ -21,7 +21,7 @@ from benchmarks.zoo.count import count
 pytestmark = pytest.mark.filterwarnings("ignore::revwire.NothingToRewireWarning")
 """Some models have no chain."""
 
-SAMPLE = {
+SAMPLE = {  # besides the models of tests/api/test_named_models.py
     # the pattern: (zoo, model, units that must be rewired, at least)
     "pre-norm, behind a convolutional stem": ("timm_models", "vit_tiny_r_s16_p8_224", 24),
     "layer-scale, and two kinds of blocks": ("timm_models", "cait_xxs24_224", 51),
@@ -34,8 +34,6 @@ SAMPLE = {
     "no chain at all": ("timm_models", "densenet121", 0),
     "convolutions without activation": ("torchvision_models", "mobilenet_v2", 9),
     "pyramid taps, targets, a dict of losses": ("torchvision_models", "retinanet_resnet50_fpn", 12),
-    "video windows": ("torchvision_models", "swin3d_t", 24),
-    "two pathways": ("pytorchvideo_models", "slowfast_r50", 24),
     "squeeze and excitation in the branch": ("pytorchvideo_models", "x3d_xs", 22),
     "post-norm, masks": ("huggingface", "BertModel", 6),
     "weights shared across depth": ("huggingface", "AlbertModel", 8),
