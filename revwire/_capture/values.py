@@ -10,13 +10,15 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from revwire._capture.aliasing import Memory, address_of
 from revwire._capture.recording import Event, Recording, Value
 from revwire._streams.samples import usual_magnitude
 from revwire._structures import Opaque, Ref, is_constant, mapped, plain, tensors_in
+from revwire._surroundings.modes import NOTHING
+from revwire._torch import no_torch_dispatch
 
 
 class Values:
@@ -106,12 +108,13 @@ class Values:
         return self.noted(structure)
 
     def measure_magnitudes(self, tensors: list[Tensor]) -> None:
-        """Note the largest magnitude of each of these, and the usual one."""
+        """Note the largest magnitude of each of these, and the usual one, unless they are known."""
         for t in tensors:
-            if t.is_floating_point() and t.numel() and not t.is_meta and not t.is_nested:
-                value = self.recording.values[self.number_of(t)]
-                value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
-                value.usual = usual_magnitude(t)
+            value = self.recording.values[self.number_of(t)]
+            if t.is_floating_point() and t.numel() and not t.is_meta and not t.is_nested and not value.largest:
+                with no_torch_dispatch() if type(t) in (Tensor, nn.Parameter) else NOTHING:  # a mode need not see it
+                    value.largest = float(torch.linalg.vector_norm(t.detach(), float("inf")))
+                    value.usual = usual_magnitude(t)
 
     def note_saved(self, t: Tensor, event: Event) -> None:
         """Note that autograd keeps this tensor for an event that still runs; weights are there anyway."""

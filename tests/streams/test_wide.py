@@ -234,6 +234,12 @@ def test_a_few_channels_do_not_move_what_is_usual(shape, dim, size):
         assert usual_magnitude(seen) == pytest.approx(1.15, rel=0.15)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 4094, 4095, 4096])
+def test_three_of_four_elements_stay_below_what_is_usual(count):
+    x = torch.rand(count, generator=torch.Generator().manual_seed(count)) + 0.1
+    assert usual_magnitude(-x) == float(x.quantile(0.75))
+
+
 def test_what_is_usual_leaves_zeros_out():
     x = torch.zeros(1000)
     assert usual_magnitude(x) == 0.0
