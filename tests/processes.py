@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def outcomes(checks: dict[str, Check], backend: str = "gloo") -> dict[str, str]:
     After a failure the processes are no longer in step, so what stands behind it is not run, and says so.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_worker, (checks, free_port(), Path(folder), backend), nprocs=WORLD, start_method="spawn")
+        mp.spawn(_workers, (checks, free_port(), Path(folder), backend))
         found = {}
         for name in checks:
             told = [Path(folder, f"{name}.{rank}") for rank in range(WORLD)]
@@ -63,6 +64,12 @@ def passes_interpreted(file: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
+
+
+def _workers(_: int, *args: Any) -> None:
+    """Fork all ranks from this process, which has imported what the checks need, once for all, and computed nothing."""
+    how = "fork" if args[-1] == "gloo" else "spawn"  # a GPU belongs to processes that began after it
+    mp.start_processes(_worker, args, nprocs=WORLD, start_method=how)
 
 
 def _worker(rank: int, checks: dict[str, Check], port: int, folder: Path, backend: str = "gloo") -> None:

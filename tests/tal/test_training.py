@@ -120,26 +120,48 @@ def port():
         return str(s.getsockname()[1])
 
 
-def together(data, tmp_path, *changes):
-    """Train in two processes, as torchrun would start them."""
-    arguments = [f"data.root={data}", f"output={tmp_path}", *TINY, *PLAIN, "training.devices=2", *changes]
-    command = [sys.executable, "-m", "benchmarks.tal", "train", "--quiet", "--config", "synthetic", *arguments]
-    shared_environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port(),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": "1",
-    }
-    environments = [shared_environment | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"} for rank in "01"]
-    running = [
-        subprocess.Popen(command, cwd=ROOT, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for e in environments
-    ]
-    outputs = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "".join(outputs)
-    return load("synthetic", arguments)
+PAIRS = """
+import os, sys
+import torch._dynamo
+from benchmarks.tal import runs
+from benchmarks.tal.__main__ import main
+common, port = sys.argv[1:], {ports}
+for strategy in {strategies}:
+    for rank in "01":
+        if not os.fork():
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port[strategy])
+            sys.argv[1:] = [*common, f"name={{strategy}}", f"training.strategy={{strategy}}"]
+            sys.exit(main())
+    if os.wait()[1] | os.wait()[1]:
+        sys.exit(strategy)
+"""
+"""Two processes for each strategy, with the environment that torchrun gives them; what they import is imported once."""
+STRATEGIES = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def together(data, tmp_path_factory):
+    """Runs in two processes, by strategy."""
+    folder = tmp_path_factory.mktemp("together")
+    arguments = [f"data.root={data}", f"output={folder}", *TINY, *PLAIN, "training.devices=2", "memory=bdia"]
+    code = PAIRS.format(strategies=STRATEGIES, ports={s: port() for s in STRATEGIES})
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--quiet", "--config", "synthetic", *arguments],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "MASTER_ADDR": "127.0.0.1",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "test",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {s: load("synthetic", [*arguments, f"name={s}", f"training.strategy={s}"]) for s in STRATEGIES}
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +173,9 @@ def alone(data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_are_one_with_the_same_global_batch(data, alone, tmp_path, strategy):
-    alone, figures = alone
-    both = together(data, tmp_path, "name=both", "memory=bdia", f"training.strategy={strategy}")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_are_one_with_the_same_global_batch(alone, together, strategy):
+    (alone, figures), both = alone, together[strategy]
     one, two = weights(alone), weights(both)
     assert one.keys() == two.keys()
     for name in one:
