@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial, reduce
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -83,18 +84,20 @@ REPLICATE = "_replicate_for_data_parallel"
 """What `nn.DataParallel` calls to copy a module; it finds it on the instance, which may copy more (else replicas would
 run on weights of another device, which PyTorch refuses)."""
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TOLD = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_OF_ALL = tuple(f"_global{name}" for name in (*HOOKS, *_TOLD[:2]))
+
 _ATTRIBUTES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (nn.Module(), ("_parameters", "_buffers", "_modules", "_is_full_backward_hook", "_compiled_call_impl")),
-    (nn.Module(), ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")),
-    (registry, ("_global_forward_hooks", "_global_forward_pre_hooks")),
-    (registry, ("_global_backward_hooks", "_global_is_full_backward_hook")),
+    (nn.Module(), (*HOOKS, *_TOLD)),
+    (registry, (*_OF_ALL, "_global_is_full_backward_hook")),
     (Tensor, ("_version", "_base")),
     (torch.UntypedStorage, ("_cdata",)),
     (torch.autograd.Function, ("_backward_cls",)),
     (torch.ops.aten.add.Tensor, ("_schema",)),
     (torch.fx.Node, ("_rename",)),
-)
-"""Attributes that are read as such, here and elsewhere, and what has them."""
+)  # attributes that are read as such, here and elsewhere, and what has them
 
 LOOKS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Operators that take values of a tensor into Python."""
@@ -188,12 +191,10 @@ def _serves(mixin: Any) -> bool:
     return any(issubclass(c, nn.Module) or _serves(c) for c in mixin.__subclasses__())
 
 
-_FOLLOWED = "hosts whose own code runs in each call"
+_FOLLOWED, _STACK = "hosts whose own code runs in each call", "saved_tensors_default_hooks"
 
-push_saved_tensors_hooks: Callable[[Any, Any], None] = _bound(
-    "torch._C._autograd._push_saved_tensors_default_hooks", _FOLLOWED
-)
-pop_saved_tensors_hooks: Callable[[], None] = _bound("torch._C._autograd._pop_saved_tensors_default_hooks", _FOLLOWED)
+push_saved_tensors_hooks: Callable[[Any, Any], None] = _bound(f"torch._C._autograd._push_{_STACK}", _FOLLOWED)
+pop_saved_tensors_hooks: Callable[[], None] = _bound(f"torch._C._autograd._pop_{_STACK}", _FOLLOWED)
 """What `torch.autograd.graph.saved_tensors_hooks` does, without its object: around each call of a branch."""
 
 
@@ -223,16 +224,15 @@ def saves_result(node: Any) -> bool:
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
-def has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around the forward of this module that were registered on it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+hooks_of: Callable[[nn.Module], tuple[dict[int, Any], ...]] = attrgetter(*HOOKS, *_TOLD)
+HOOKS_OF_ALL: tuple[dict[int, Any], ...] = attrgetter(*_OF_ALL)(registry)
+"""The tables of the hooks that run around the forward of a module, and of all: `HOOKS`, and what they are to be told.
+"""
 
 
 def hooks_on_all_modules() -> bool:
     """Whether hooks run around the forward of every module."""
-    return bool(registry._global_forward_hooks or registry._global_forward_pre_hooks)
+    return any(HOOKS_OF_ALL[:2])
 
 
 def has_old_backward_hooks(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserList
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,7 @@ def records_of(loss):
 
 def counted_runs(model, monkeypatch):
     """Which branches have run through their last layer, in order; the list grows with each."""
-    runs = []
+    runs = UserList()  # no recompute puts it back
 
     def run(x, number, forward):
         out = forward(x)

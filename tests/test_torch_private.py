@@ -347,18 +347,25 @@ def operations_that_save_their_results_are_known():
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
-@canary("has_own_hooks", breaks="hooks on modules: they would not run, or blocks be taken apart")
+@canary("HOOKS", "hooks_of", breaks="hooks on modules: they would not run, or blocks be taken apart")
 def hooks_on_a_module_are_seen():
     for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
         module = nn.Identity()
-        assert not _torch.has_own_hooks(module)
+        assert not any(_torch.hooks_of(module))
         handle = getattr(module, f"register_{kind}")(lambda *_: None)
-        assert _torch.has_own_hooks(module), kind
+        assert any(_torch.hooks_of(module)[: len(_torch.HOOKS)]), kind
         handle.remove()
-        assert not _torch.has_own_hooks(module)
+        assert not any(_torch.hooks_of(module))
+    module.register_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
+    module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    assert all(_torch.hooks_of(module)[len(_torch.HOOKS) :])
 
 
-@canary("hooks_on_all_modules", breaks="hooks on all modules: blocks would be taken apart, and hooks not run")
+@canary(
+    "HOOKS_OF_ALL",
+    "hooks_on_all_modules",
+    breaks="hooks on all modules: blocks would be taken apart, and hooks not run",
+)
 def hooks_on_all_modules_are_seen():
     for register in (
         nn.modules.module.register_module_forward_hook,
@@ -368,6 +375,7 @@ def hooks_on_all_modules_are_seen():
         handle = register(lambda *_: None)
         try:
             assert _torch.hooks_on_all_modules()
+            assert sum(map(len, _torch.HOOKS_OF_ALL)) == 1
         finally:
             handle.remove()
     assert not _torch.hooks_on_all_modules()

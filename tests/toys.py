@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,19 @@ _SEEDS = count()
 def restless() -> torch.Generator:
     """A generator that begins elsewhere each time: nobody can replay it."""
     return torch.Generator().manual_seed(next(_SEEDS))
+
+
+class Setting:
+    """An attribute of a module that no recompute puts back, so that it may go another way."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.values = value, WeakKeyDictionary[nn.Module, Any]()
+
+    def __get__(self, module: nn.Module, _: type) -> Any:
+        return self.values.get(module, self.value)
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        self.values[module] = value
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:

@@ -203,8 +203,7 @@ class Recorder(TorchFunctionMode):
         self.stack.pop()
         with self.bookkeeping():
             self.close(event, versions, out)
-            event.assigned = self.assigned(event, family)
-            event.changes = self.changes(event, containers)
+            event.changes = self.changes(event, family, containers)
         return out
 
     def opaque_call(self, original: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:
@@ -254,12 +253,11 @@ class Recorder(TorchFunctionMode):
             if not self.watch.add(leaf):
                 self.recording.reads.append(Read("object", type(leaf).__name__, event.number))
 
-    def assigned(self, event: Event, family: list[tuple[nn.Module, Any]]) -> tuple[tuple[nn.Module, str], ...]:
+    def changes(
+        self, event: Event, family: list[tuple[nn.Module, Any]], containers: list[tuple[Any, Any]]
+    ) -> tuple[str, ...]:
         called = {id(e.target) for e in self.recording.events[event.number + 1 :] if e.is_module}
-        return tuple((m, n) for m, before in family if id(m) not in called for n in changed(before, m))
-
-    def changes(self, event: Event, containers: list[tuple[Any, Any]]) -> tuple[str, ...]:
-        names = [f"{ASSIGNS} {n!r}" for _, n in event.assigned]
+        names = [f"{ASSIGNS} {n!r}" for m, before in family if id(m) not in called for n in changed(before, m)]
         if refilled(containers):
             names.append("changes a list, dict or set that it is given")
         return tuple(names)

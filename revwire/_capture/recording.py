@@ -103,7 +103,7 @@ class Event:
     under.
     ``opaque``: a call that shows nothing of what it does inside. ``hooked``: a module call whose own hooks are in it,
     around a second call of the module that is its forward alone. ``changes`` names what a module call changed besides
-    tensors: attributes, containers; ``assigned`` holds the attributes. ``line``: of the code that made it.
+    tensors: attributes, containers. ``line``: of the code that made it.
     """
 
     number: int
@@ -124,7 +124,6 @@ class Event:
     opaque: bool = False
     hooked: bool = False
     changes: tuple[str, ...] = ()
-    assigned: tuple[tuple[nn.Module, str], ...] = ()
     line: Line | None = None
 
     @property

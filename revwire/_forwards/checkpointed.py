@@ -26,8 +26,7 @@ from revwire._forwards.base import InstanceForward, put_on, standing_forward
 from revwire._runtime.autograd_graph import NO_PASS, running_pass
 from revwire._runtime.endings import Ending
 from revwire._streams.samples import glance, same_bits_of, same_glances
-from revwire._surroundings.attributes import counts_kept
-from revwire._surroundings.buffers import Constants, Copies, Written, buffers_exchanged, undisturbed
+from revwire._surroundings.buffers import Constants, Copies, Written, buffers_exchanged
 from revwire._surroundings.context import context_kept, run_again
 from revwire._surroundings.copies import as_found, is_stateful
 from revwire._surroundings.holdings import Held, Known
@@ -73,7 +72,7 @@ class _Run:
         self.call: Any = args, kwargs  # until it has run: then only tensors and objects are kept, by `checkpoint`
         self.structure = structure
         self.owned = Inventory.of([forward.module])
-        self.held = Held.by(forward.known, self.owned, (), forward.module.training)
+        self.held = Held.by(forward.known, self.owned, forward.module.training)
         if not forward.homes:  # a copy, whose tensors are others
             forward.homes.note(forward.module)
         self.copies: Copies | None = None
@@ -112,9 +111,12 @@ class _Run:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Around the forward."""
-        writers = [m for m in self.owned.writers if m.training]
-        with undisturbed([*writers, *self.held.holders]):
-            written, constants = Written(writers, copied=True), Constants(self.forward.module.modules())
+        writers = self.owned.writing
+        with self.held.undisturbed(writers):
+            written, constants = (
+                Written(writers, copied=True, unseen=self.held.reached.unseen),
+                Constants(self.forward.module.modules()),
+            )
             self.settings, self.context = settings_now(), context_kept()
             with self._pinned():
                 yield
@@ -135,15 +137,13 @@ class _Run:
                 name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
                 raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
-        exchanged = buffers_exchanged(holders, self.copies, only_training=False, more=self.changed)
+        exchanged = buffers_exchanged(holders, self.copies, more=self.changed)
         restored, pinned = settings_restored(self.settings), self._pinned()
         lent_out = put_back(lent(self.owned.tables, self.forward.homes))
-        counts = counts_kept(self.forward.module)
         with (
-            undisturbed([*holders, *self.held.holders]),
+            self.held.undisturbed(holders),
             lent_out,
             exchanged,
-            counts,
             self.held.found_again(),
             restored,
             pinned,

@@ -14,7 +14,6 @@ from revwire._forwards.leaf import is_leaf, make_leaf
 from revwire._forwards.rewired import RewiredForward
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
-from revwire._runtime.segment import About
 from revwire._runtime.unit import Unit
 from revwire._search.places import Layout, Origin, Place
 from revwire._surroundings.holdings import Known
@@ -91,18 +90,11 @@ class Host:
         opened = [self.module, *(self.module.get_submodule(n) for n in layout.opened if n in at)]
         self._tables = [m._modules for m in opened if m._modules]
         self._users: dict[int, set[int]] = {}
-        self._assigned: dict[int, list[tuple[nn.Module, str]]] = {}
         for p in self.planned:
             for name in p.place.modules:
                 self._users.setdefault(at.get(name, -1), set()).add(p.number)
-            for called, name, attribute in p.place.assigned:
-                if called in at and name in at:
-                    found = self._assigned.setdefault(at[called], [])
-                    pair = self.module.get_submodule(name), attribute
-                    if pair not in found:
-                        found.append(pair)
         self._heavy = {id(m) for m in self.module.modules() if next(m.parameters(), None) is not None}
-        self._known: dict[int, About] = {}
+        self._known: dict[int, Known] = {}
         self._passing: dict[int, bool] = {}
         make_leaves(self.module)
 
@@ -127,11 +119,11 @@ class Host:
     def _shares_chain(self, other: RewiredForward) -> bool:
         return any(id(slot.chain) in self.chains for slot in other.slots)
 
-    def about(self, module: nn.Module) -> About:
+    def known(self, module: nn.Module) -> Known:
         """What is known of a module that its code calls."""
         found = self._known.get(id(module))
         if found is None:
-            found = self._known[id(module)] = Known(), self._assigned.get(id(module), ())
+            found = self._known[id(module)] = Known()
         return found
 
     def is_light(self, function: Any) -> bool:

@@ -178,19 +178,8 @@ class _Assembly:
             compiled.run,
             modules,
             excerpt.slot.later,
-            self._assigned(excerpt),
             line=shown(self.host.recording.events[excerpt.candidate.add].line),
         )
-
-    def _assigned(self, excerpt: Excerpt) -> tuple[tuple[str, str], ...]:
-        """(module, attribute) of what the modules in a branch assign to; a recompute must find it as the forward
-        did.
-        """
-        recording = self.host.recording
-        calls = [recording.events[self.host.event_of[n]] for n in excerpt.nodes if n in self.host.event_of]
-        inner = [e for call in calls if call.is_module for e in recording.events[call.number : call.end] if e.is_module]
-        named = [(recording.module_names.get(id(m), ()), name) for e in inner for m, name in e.assigned]
-        return tuple(dict.fromkeys((paths[0], name) for paths, name in named if paths))
 
     def _instead_of_sum(self, graph: fx.Graph, excerpt: Excerpt, branch: fx.Node) -> fx.Node:
         """What an activation is applied to where the skip is dropped: the branch's value, or, to write in place, what

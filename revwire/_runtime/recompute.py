@@ -41,7 +41,7 @@ from revwire._runtime.kinds import dressed
 from revwire._runtime.unit import evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import glance, same_glances
-from revwire._surroundings.buffers import buffers_exchanged, undisturbed
+from revwire._surroundings.buffers import buffers_exchanged
 from revwire._surroundings.context import run_again
 from revwire._surroundings.copies import recalled
 from revwire._surroundings.inventory import Place, versions_of
@@ -150,13 +150,13 @@ class _CheckpointWatch(TorchFunctionMode):
 
 
 @contextmanager
-def _modules_found(record: UnitRecord, gone: list[Place]) -> Iterator[None]:
-    writers, held = record.owned.writers, record.held
+def _modules_found(record: UnitRecord, gone: list[Place], found: AbstractContextManager[None]) -> Iterator[None]:
+    writers, held = record.owned.writing, record.held
     with (
         put_back(gone) if gone else NOTHING,
-        undisturbed([*writers, *held.holders]) if held.values else NOTHING,
+        held.undisturbed(writers) if writers or held.reached.changes else NOTHING,
         buffers_exchanged(writers, record.buffers) if writers else NOTHING,
-        held.found_again() if held.may_differ else NOTHING,
+        found,
     ):
         yield
 
@@ -165,8 +165,10 @@ def _modules_as_found(record: UnitRecord, gone: list[Place]) -> AbstractContextM
     """Let a recompute find weights, buffers and attributes as the forward did, where anything of these may be
     another.
     """
-    differ = gone or record.owned.writers or record.held.may_differ
-    return _modules_found(record, gone) if differ else NOTHING
+    found = record.held.found_again()
+    if found is NOTHING and not (gone or record.owned.writing):
+        return NOTHING
+    return _modules_found(record, gone, found)
 
 
 def evaluated_again(

@@ -108,7 +108,7 @@ class Call:
         kwargs = {k: filled(a, values) for k, a in self.kwargs.items()} if self.kwargs else {}
         with (
             NOTHING if self.modes is None else _under(self.modes),
-            self.held.found_again() if self.held is not None and self.held.may_differ else NOTHING,
+            NOTHING if self.held is None else self.held.found_again(),
         ):
             if self.context is None:
                 out = self.function(*args, **kwargs)

@@ -20,7 +20,7 @@ from revwire._runtime.selective import Products
 from revwire._runtime.unit import Unit, evaluate
 from revwire._streams.base import Streams
 from revwire._streams.samples import can_be_sampled, glance, is_random_state
-from revwire._surroundings.buffers import Written, statistics_of, undisturbed
+from revwire._surroundings.buffers import Written, statistics_of
 from revwire._surroundings.copies import Versions, detached
 from revwire._surroundings.holdings import Held
 from revwire._surroundings.inventory import Inventory, has_hooks, version_of
@@ -110,7 +110,6 @@ def _record(call: Evaluation) -> UnitRecord:
     inputs: Versions = []
     extras = tuple([detached(e, inputs) for e in call.extras]) if call.extras else ()
     owned = Inventory.of(unit.modules(host))
-    assigned = [(host.get_submodule(path), name) for path, name in unit.assigned] if unit.assigned else ()
     return UnitRecord(
         unit=unit,
         host=host,
@@ -120,7 +119,7 @@ def _record(call: Evaluation) -> UnitRecord:
         extras=extras,
         inputs=inputs,
         owned=owned,
-        held=Held.by(unit.known, owned, assigned, host.training),
+        held=Held.by(unit.known, owned, host.training),
         chunk=call.chunk,
         kind=kind_of(x),
         stop=Stop() if _may_stop(call) else None,
@@ -137,12 +136,11 @@ def _may_stop(call: Evaluation) -> bool:
 
 def _evaluated(call: Evaluation, record: UnitRecord) -> tuple[Tensor, tuple[Any, ...]]:
     """Run the branch; of what it writes to buffers, the record keeps what was there."""
-    writers = [m for m in record.owned.writers if m.training] if record.owned.writers else []
-    holders = record.held.holders if record.held.values else []
-    if not (writers or holders):
+    writers = record.owned.writing
+    if not (writers or record.held.reached.changes):
         return evaluate(call.unit, call.host, call.x, call.extras)
-    with undisturbed([*writers, *holders]):
-        written = Written(writers)
+    with record.held.undisturbed(writers):
+        written = Written(writers, unseen=record.held.reached.unseen)
         statistics = statistics_of(writers) if record.stop else {}
         f, sides = evaluate(call.unit, call.host, call.x, call.extras)
         record.buffers = {**statistics, **written.copies()}

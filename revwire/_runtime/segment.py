@@ -22,7 +22,7 @@ from revwire._runtime.numbers import Numbers
 from revwire._runtime.replay import Call, CallModes, Made, Replay
 from revwire._runtime.selective import Products
 from revwire._structures import tensors_in
-from revwire._surroundings.buffers import Copies, Written, statistics_of, undisturbed
+from revwire._surroundings.buffers import Copies, Written, statistics_of
 from revwire._surroundings.context import context_kept
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory, version_of, versions_of
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 _KEEPS_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
 
 _CPU = ("cpu",)
-
-About = tuple[Known, Sequence[tuple[nn.Module, str]]]
-"""Of a module that is called: what it was found to hold, and the attributes that it, or those below it, assign to."""
 
 
 class Segment:
@@ -129,21 +126,21 @@ class Segment:
         return out
 
     def make_module(
-        self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any], tensors: list[Tensor], about: About
+        self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any], tensors: list[Tensor], known: Known
     ) -> Any:
         """As `make`, for a call of a module."""
         if not self.rewinds:
             return self.make(module, args, kwargs, run, tensors)
         again = module if type(module).__call__ is nn.Module.__call__ else run  # what is around it goes on in the host
-        owned, training, (known, assigned) = Inventory.of((module,)), self.run.host.training, about
-        held = self.taken = Held.by(known, owned, assigned, training)
+        owned, training = Inventory.of((module,)), self.run.host.training
+        held = self.taken = Held.by(known, owned, training)
         self.modules.append(owned)
-        writers = [m for m in owned.writers if m.training] if owned.writers else []
-        if not (writers or held.values):
+        writers = owned.writing
+        if not (writers or held.reached.changes):
             out = self.make(again, args, kwargs, run, tensors)
         else:
-            with undisturbed([*writers, *held.holders]):
-                written = Written(writers)
+            with held.undisturbed(writers):
+                written = Written(writers, unseen=held.reached.unseen)
                 if self.checkpoints:  # batch statistics are compared
                     self.buffers.update(statistics_of(writers))
                 out = self.make(again, args, kwargs, run, tensors)

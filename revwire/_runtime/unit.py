@@ -25,7 +25,6 @@ class Unit:
         modules: ``modules(host)`` gives the modules whose parameters and buffers the branch uses.
         later: its further places in the chain, ascending, where the chain runs through the same unit again (shared
             weights).
-        assigned: (module, attribute) of what the branch assigns to, by the module's name in the host.
         known: what its modules were found to hold.
         line: of the code that makes its residual add, where that is known.
         has_branch: its branch can be called by itself; not so where the code of its host is followed.
@@ -37,7 +36,6 @@ class Unit:
     branch: Branch
     modules: Callable[[nn.Module], Iterable[nn.Module]]
     later: tuple[int, ...] = ()
-    assigned: tuple[tuple[str, str], ...] = ()
     known: Known = field(default_factory=Known)
     line: str = ""
     has_branch: bool = True

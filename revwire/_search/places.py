@@ -69,7 +69,6 @@ class Place:
         origin: of the tensor that it begins with.
         line: of the code that makes its add.
         modules: that its branch calls, by their names in the host.
-        assigned: (module that is called, module, attribute) of what they assign to.
         out: for a host that is one unit, where its output is in what the host returns.
     """
 
@@ -84,7 +83,6 @@ class Place:
     views: tuple[int, int]
     origin: Origin | None
     modules: tuple[str, ...]
-    assigned: tuple[tuple[str, str, str], ...]
     out: Path | None = None
     line: str = ""
 
@@ -131,8 +129,7 @@ def _whole(recording: Recording, c: Candidate) -> Place:
     start, out = path_to((top.args, top.kwargs), c.fork), path_to(top.out, c.out)
     if start is None or out is None:
         raise CaptureError("hides the stream in an object; hand it on as a tensor, or in a tuple, list or dict")
-    assigned = _assigned(recording, top, "")
-    return Place(True, False, None, 1, 0, 0, False, False, (0, 0), Origin(start), ("",), assigned, out)
+    return Place(True, False, None, 1, 0, 0, False, False, (0, 0), Origin(start), ("",), out)
 
 
 class _Seen:
@@ -201,7 +198,6 @@ class _Seen:
             views=(len(c.lead), max(len(c.views), self.views_behind(c.out))),
             origin=self.origin(c.fork),
             modules=tuple(dict.fromkeys(self.name(e) for e in called)),
-            assigned=tuple(a for e in called for a in _assigned(self.recording, e, self.name(e))),
             line=shown(events[c.add].line),
         )
 
@@ -279,12 +275,6 @@ class _Seen:
 
     def target(self, event: Event) -> str:
         return f".{self.name(event)}" if event.is_module else name_of(event.target)
-
-
-def _assigned(recording: Recording, call: Event, name: str) -> tuple[tuple[str, str, str], ...]:
-    inner = [e for e in recording.events[call.number : call.end] if e.is_module]
-    named = [(recording.module_names.get(id(m), ()), a) for e in inner for m, a in e.assigned]
-    return tuple(dict.fromkeys((name, paths[0], a) for paths, a in named if paths))
 
 
 def path_to(structure: Any, value: int) -> Path | None:

@@ -55,7 +55,7 @@ class Observed(NamedTuple):
 
 def observed_run(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...]) -> Observed:
     devices, modules = accelerators_of([x]), unit.modules(host)
-    before, held = random_states(devices), Held.by(Known(), Inventory.of(modules), (), host.training)
+    before, held = random_states(devices), Held.by(Known(), Inventory.of(modules), host.training)
     looks = _Looks(modules)
     with looks:
         sides = evaluate(unit, host, x, extras)[1]
@@ -91,7 +91,7 @@ def separable(unit: Unit, host: nn.Module, x: Tensor, extras: tuple[Any, ...], c
     last, and only where nothing else may be cut: it takes two samples.
     """
     none, most = Separable(x.dim(), (), False, kinds_of(extras, x)), counts[-1]
-    if unit.assigned or Inventory.of(unit.modules(host)).writers:
+    if Inventory.of(unit.modules(host)).writers:
         return none
     seen = observed_run(unit, host, x, extras)
     if seen.traces or seen.decides or any(isinstance(leaf, Tensor) for leaf in tree_leaves(seen.sides)):

@@ -10,6 +10,10 @@ from typing import Any
 from torch import nn
 
 from revwire._structures import CONSTANTS
+from revwire._torch import CALL, REPLICATE
+
+STANDARD = frozenset((*vars(nn.Module()), "forward", "compile", CALL, REPLICATE))
+"""Attributes that every module has, or a converted one."""
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -63,24 +67,6 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
         for module, kind, before in kept:
             if type(module) is kind and changed(before, module):
                 restore(module, before)
-
-
-_COUNTS = frozenset({bool, int, float, str, type(None)})
-
-
-@contextmanager
-def counts_kept(root: nn.Module) -> Iterator[None]:
-    """Give every module below ``root`` its numbers, strings and None among the attributes back: what a recompute counts
-    was counted before. Parameters and buffers are left to those who move them (sharding does, in a recompute).
-    """
-    kept = [(vars(m), {k: v for k, v in vars(m).items() if type(v) in _COUNTS}) for m in root.modules()]
-    try:
-        yield
-    finally:
-        for now, before in kept:
-            for k in [k for k, v in now.items() if type(v) in _COUNTS and k not in before]:
-                del now[k]
-            now.update(before)
 
 
 def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:

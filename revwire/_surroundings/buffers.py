@@ -26,12 +26,13 @@ class Written:
     read and written] in `surroundings`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, copied: bool = False) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, copied: bool = False, unseen: bool = False) -> None:
         """Before the forward; ``copied``: with copies of all that is written, counters too, whatever was written last
-        time.
+        time; ``unseen``: version counters may not tell.
         """
-        self.copied = copied
-        self.before = [(m, quiet := m in _QUIET and not copied, _with_copies(m, not quiet)) for m in modules]
+        self.copied, self.unseen = copied, unseen
+        always = copied or unseen
+        self.before = [(m, quiet := m in _QUIET and not always, _with_copies(m, not quiet)) for m in modules]
 
     def copies(self) -> Copies:
         """After the forward: the old values of those buffers whose new ones must not be read by a recompute."""
@@ -39,7 +40,7 @@ class Written:
         for module, quiet, buffers in self.before:
             old: dict[str, Tensor | None] = {}
             for name, buffer, version, copy in buffers:
-                if version_of(buffer) != version:
+                if self.unseen or version_of(buffer) != version:
                     old[name] = copy
                 elif _standing(module, name) is not buffer:  # another tensor took its place: it is a copy itself
                     old[name] = buffer
@@ -117,7 +118,6 @@ def buffers_exchanged(
     modules: Iterable[nn.Module],
     copies: Copies | None = None,
     *,
-    only_training: bool = True,
     more: Container[tuple[int, str]] = (),
 ) -> Iterator[None]:
     """Let these modules (not those below them) write to copies of their buffers, and give them the originals back.
@@ -125,13 +125,12 @@ def buffers_exchanged(
     Args:
         modules: whose buffers are exchanged.
         copies: older values for some of them.
-        only_training: not of those in eval mode.
         more: which of those that are usually constants (integers) too: copies of all would be large.
 
     Batch normalisation writes its statistics without touching their version counter, so what was written cannot be
     seen afterwards; and writing values back would race with, and look like, a change by somebody else.
     """
-    writers = [m for m in modules if m.training or not only_training]
+    writers = [*modules]
     kept: list[tuple[nn.Module, str, Tensor]] = []
     with undisturbed(writers):
         try:

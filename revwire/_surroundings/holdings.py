@@ -1,30 +1,37 @@
-"""What the modules of a branch hold besides weights, and may change in a forward: generators, attributes, buffers.
+"""What a branch finds besides its weights and its input: attributes and buffers of its modules, hooks, generators, and
+what its code may change elsewhere.
 
-Note [What modules hold]
-    A recompute must find all of it as the forward did, and leave no trace. Which attributes may change is looked up
-    once, and again when the modules are others or have more or fewer attributes (`Known`); a branch that has none pays
-    for one comparison. Of a tensor the version counter tells whether a forward wrote to it; a copy is made beforehand
-    if it is small, or was seen to be written to before, as in the run of an example. Arrays and containers are copied;
-    of long lists and dicts, what was added since is left out. What is large, was never written to before, and is read
-    by the same branch, is left for the checks to find; so are items of long lists and dicts that are replaced, and what
-    plain objects (a config) hold, but for generators.
+Note [What a branch finds]
+    A recompute must find all of it as the forward did, and leave no trace. Attributes, hooks and modules below are
+    compared by identity with those of the forward: what was assigned, added or removed since is exchanged for a
+    recompute, and what the recompute itself assigns is taken back. What may be written to in place is noted besides:
+    tensors, arrays and containers among the attributes of modules with code of their own, buffers, and what their code
+    may change outside (`outside`). Of a tensor the version counter tells whether a forward wrote to it; a copy is made
+    beforehand if it is small, or was seen to be written to before, as in the run of an example. Arrays and containers
+    are copied; of long lists and dicts, what was added since is left out. What is large, was never written to before,
+    and is read by the same branch, is left for the checks to find; so are items of long lists and dicts that are
+    replaced.
+    What the code of the modules is, and so what it may change, is looked up once, and again when the modules are others
+    or have more or fewer buffers (`Known`).
     Floating-point buffers in train mode, and those of normalisation, are `buffers`' business; here are the others:
-    those of modules in eval mode, those that are None, and integers.
+    those of modules in eval mode, those that are None, and integers. Weights are that of `weights`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from revwire._surroundings.attributes import MISSING, contents_of, refill, refilled, slots_of
-from revwire._surroundings.code import classes_of, functions_of, is_of_torch, named, names_kept, packages_of
+from revwire._surroundings.attributes import MISSING, STANDARD
+from revwire._surroundings.buffers import undisturbed
+from revwire._surroundings.code import classes_of, is_of_torch
 from revwire._surroundings.generators import (
     States,
     code_draws_from_all,
@@ -35,44 +42,16 @@ from revwire._surroundings.generators import (
     generators_of_all,
     generators_of_class,
     is_generator,
-    set_states,
     states_of,
 )
-from revwire._surroundings.inventory import Inventory, is_written, size_of, version_of
+from revwire._surroundings.inventory import REQUIRES_GRAD, Inventory, is_written, size_of
 from revwire._surroundings.modes import NOTHING
-from revwire._surroundings.noted import (
-    SMALL,
-    again,
-    differs,
-    held_in,
-    is_array,
-    is_container,
-    is_object_of,
-    is_written_to,
-    may_change,
-    note_write,
-    noted,
-    was_changed,
-)
-from revwire._torch import CALL, REPLICATE, ModuleWithStatistics
+from revwire._surroundings.noted import again, differs, kinds_noted, noted, was_changed
+from revwire._surroundings.outside import EVERYWHERE, NOTHING_REACHED, Reached, put, reached
+from revwire._torch import HOOKS_OF_ALL, ModuleWithStatistics, hooks_of
 
-_STANDARD = frozenset((*vars(nn.Module()), "forward", "compile", CALL, REPLICATE))
-"""Attributes that every module has, or a converted one."""
-
-
-class Place(NamedTuple):
-    """Where something stands that may change.
-
-    Attributes:
-        module: the identity of its module.
-        is_buffer, name: in which table, and by which name.
-        draws: whether there are generators in it.
-    """
-
-    module: int
-    is_buffer: bool
-    name: str
-    draws: bool
+_SHARDED = "torch.distributed.fsdp.fully_sharded_data_parallel"
+"""Whose modules change their attributes in forward and backward, and know why."""
 
 
 class Found(NamedTuple):
@@ -80,8 +59,10 @@ class Found(NamedTuple):
 
     Attributes:
         modules, size: their identities, in order, and their `size_of`, by which they are known again.
-        places: where something may change.
-        names: all names of attributes and buffers, by the identity of the module.
+        own: the numbers of those with code of their own, in that order.
+        buffers: (number of the module, name) of those that are looked at here.
+        drawing: (number of the module, name) of attributes with generators in them.
+        reached: what their code may change.
         generators: those of classes, and of the code of their methods.
         draws: whether this code names what draws from the generators of Python and NumPy.
         sets_back: whether it names what sets torch's generators.
@@ -89,8 +70,10 @@ class Found(NamedTuple):
 
     modules: list[int]
     size: int
-    places: tuple[Place, ...]
-    names: dict[int, frozenset[str]]
+    own: list[int]
+    buffers: list[tuple[int, str]]
+    drawing: list[tuple[int, str]]
+    reached: Reached
     generators: list[Any]
     draws: bool
     sets_back: bool
@@ -98,12 +81,21 @@ class Found(NamedTuple):
     @classmethod
     def of(cls, owned: Inventory) -> Found:
         """What these modules have now."""
-        classes = classes_of(owned.modules.values())
+        modules = [*owned.modules.values()]
+        classes = classes_of(modules)
+        own = [i for i, m in enumerate(modules) if not (is_of_torch(type(m)) or type(m).__module__ == _SHARDED)]
         return cls(
             [*owned.modules],
             owned.size,
-            tuple(place for m in owned.modules.values() for place in _places(m)),
-            {i: frozenset((*vars(m), *_buffers(m))) for i, m in owned.modules.items()},
+            own,
+            [(i, name) for i, m in enumerate(modules) for name in _buffers_of(m)],
+            [
+                (i, name)
+                for i in own
+                for name, value in vars(modules[i]).items()
+                if name not in STANDARD and next(generators_in(value), None) is not None
+            ],
+            reached(modules),
             [g for kind in classes for g in generators_of_class(kind)],
             any(map(code_draws_from_all, classes)),
             any(map(code_sets_back, classes)),
@@ -136,29 +128,25 @@ class Known:
         return last
 
 
-def _places(module: nn.Module) -> Iterator[Place]:
-    for name, value in () if is_of_torch(type(module)) else vars(module).items():  # theirs are settings
-        if name not in _STANDARD:
-            draws = next(generators_in(value), None) is not None
-            if draws or may_change(value):
-                yield Place(id(module), False, name, draws)
-    for name, buffer in _buffers(module).items():
-        if not isinstance(module, ModuleWithStatistics) or (buffer is not None and not is_written(buffer)):
-            yield Place(id(module), True, name, False)
-
-
-def _table(module: nn.Module, is_buffer: bool) -> dict[str, Any]:
-    return _buffers(module) if is_buffer else vars(module)
-
-
-def _buffers(module: nn.Module) -> dict[str, Any]:
-    """Its buffers; those of a scripted module, whose table is no dict, are `buffers`' business alone."""
+def _buffers_of(module: nn.Module) -> list[str]:
+    """Names of the buffers that are looked at here. (Those of a scripted module, whose table is no dict, are `buffers`'
+    business alone.)
+    """
     buffers = module._buffers
-    return buffers if isinstance(buffers, dict) else {}
+    if not isinstance(buffers, dict):
+        return []  # type: ignore[unreachable]
+    counts = isinstance(module, ModuleWithStatistics)
+    return [name for name, b in buffers.items() if not (counts and (b is None or is_written(b)))]
 
 
-Standing = tuple[nn.Module, bool, str, Any]
-"""(module, whether it is a buffer, name, value)."""
+Standing = tuple[Any, Any, Any]
+"""(table, name, value): what stands there, or is to."""
+
+Hooks = list[tuple[dict[Any, Any], dict[Any, Any]]]
+"""Tables of hooks, each with what it held."""
+
+_NOTED = object()
+"""Stands in a copy of attributes for one that was `noted`."""
 
 
 @dataclass(slots=True)
@@ -167,41 +155,57 @@ class Held:
 
     Attributes:
         owned: the modules of the branch.
-        names: of all that they had.
         values: what stood where, as `noted`.
         generators: those that may draw, with their states.
+        hooks: those around the forwards of the modules; none: there were none.
+        reached: what the code of the branch may change.
         sets_back: whether it may set torch's generators back, so that it does not show what it drew from them.
     """
 
     owned: Inventory
-    names: dict[int, frozenset[str]]
     values: Sequence[Standing]
     generators: States
+    hooks: Hooks
+    reached: Reached = NOTHING_REACHED
     sets_back: bool = False
 
     @classmethod
-    def by(cls, known: Known, owned: Inventory, assigned: Sequence[tuple[nn.Module, str]], training: bool) -> Held:
-        """What the modules of a branch hold now; ``assigned``: attributes that it was seen to assign to."""
+    def by(cls, known: Known, owned: Inventory, training: bool) -> Held:
+        """What the modules of a branch hold now."""
         found, drawn = known.found(owned), known.draws[training]
-        if drawn is False and not (found.generators or found.places or assigned):  # the usual case
-            return cls(owned, found.names, (), (), found.sets_back)
+        hooked = any(HOOKS_OF_ALL) or any(map(any, map(hooks_of, owned.modules.values())))
         drawing = [*found.generators, *(() if drawn is False else generators_of_all())]
-        values = list[Standing]()
-        for number, is_buffer, name, draws in found.places:
-            module = owned.modules[number]
-            value = _table(module, is_buffer).get(name, MISSING)
-            if draws or is_generator(value):
-                drawing.extend(generators_in(value))
-            elif is_buffer and module.training and isinstance(value, Tensor) and value.is_floating_point():
-                continue
-            values.append((module, is_buffer, name, noted(value)))
-        values += [(m, False, name, noted(vars(m).get(name, MISSING))) for m, name in assigned]
-        return cls(owned, found.names, values, states_of(drawing) if drawing else [], found.sets_back)
+        kinds = kinds_noted("numpy.random" in sys.modules) if found.own else ()
+        values, unseen = list[Standing](), found.reached.unseen
+        for number in found.own:
+            own, then = owned.attributes[number]
+            for name in [
+                n for n, v in then.items() if (type(v) in kinds or isinstance(v, Tensor)) and n not in STANDARD
+            ]:
+                if is_generator(value := then[name]):
+                    drawing.append(value)
+                    continue
+                values.append((own, name, noted(value, unseen=unseen)))
+                then[name] = _NOTED  # it may be of a graph, which the copy must not own
+        for number, name in found.drawing:
+            drawing.extend(generators_in(owned.attributes[number][0].get(name)))
+        if found.buffers:
+            modules = [*owned.modules.values()]
+            for number, name in found.buffers:
+                module = modules[number]
+                value = module._buffers.get(name, MISSING)
+                if not (module.training and isinstance(value, Tensor) and value.is_floating_point()):
+                    values.append((module._buffers, name, noted(value, unseen=unseen)))
+        for table, name in found.reached.places:
+            values.append((table, name, noted(table.get(name, MISSING), unseen=True)))
+        hooks = _tables_of_hooks(owned) if hooked else []
+        states = states_of(drawing) if drawing else []
+        return cls(owned, values, states, hooks, found.reached, found.sets_back)
 
-    @property
-    def holders(self) -> list[nn.Module]:
-        """The modules in which a recompute may exchange something."""
-        return [module for module, *_ in self.values]
+    def undisturbed(self, writers: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Keep other threads from exchanging what these modules hold, and what the code of the branch may change."""
+        modules = self.owned.modules.values() if self.reached.changes else writers
+        return _undisturbed(modules) if self.reached.places else undisturbed(modules)
 
     def settle(self, known: Known, training: bool) -> None:
         """After the forward: forget the generators that it did not draw from."""
@@ -214,143 +218,99 @@ class Held:
 
     def was_changed(self) -> bool:
         """Whether a run since drew from generators, or wrote to anything."""
-        values = ((then, _table(m, is_buffer).get(name, MISSING)) for m, is_buffer, name, then in self.values)
-        return bool(drawn_from(self.generators)) or any(was_changed(then, now) for then, now in values)
+        values = (was_changed(then, table.get(name, MISSING)) for table, name, then in self.values)
+        return bool(drawn_from(self.generators)) or bool(self._differences()) or any(values)
 
-    @property
-    def may_differ(self) -> bool:
-        """Whether a recompute might find another state."""
-        return bool(self.values or self.generators) or size_of(self.owned.modules.values()) != self.owned.size
+    def found_again(self) -> AbstractContextManager[None]:
+        """Let a recompute find all as the forward did, and leave no trace."""
+        owned = self.owned
+        if (
+            self.values
+            or self.generators
+            or self.hooks
+            or self.reached.changes
+            or any(HOOKS_OF_ALL)
+            or any(map(any, map(hooks_of, owned.modules.values())))
+            or size_of(owned.modules.values()) != owned.size
+            or [*map(REQUIRES_GRAD, owned.weights)] != owned.trained
+        ):
+            return self._exchanged()
+        for table, then in chain(owned.attributes, owned.below):
+            if len(table) != len(then) or not all(map(is_, table.values(), then.values())):
+                return self._exchanged()
+        return NOTHING
 
     @contextmanager
-    def found_again(self) -> Iterator[None]:
-        """Let a recompute find all as the forward did, and leave no trace."""
-        changed = [
-            (module, is_buffer, name, again(then))
-            for module, is_buffer, name, then in self.values
-            if differs(then, _table(module, is_buffer).get(name, MISSING))
+    def _exchanged(self) -> Iterator[None]:
+        owned, hooks = self.owned, self.hooks or _tables_of_hooks(self.owned)
+        exchanged = [
+            *self._differences(),
+            *((t, n, again(then)) for t, n, then in self.values if differs(then, t.get(n, MISSING))),
         ]
-        with (
-            generators_at(self.generators) if self.generators else NOTHING,
-            _standing([*changed, *self._new()]),
-        ):
-            yield
+        places = [(t, n, t.get(n, MISSING)) for t, n, _ in self.values]
+        trained = [w for w, then in zip(owned.weights, owned.trained, strict=True) if w.requires_grad != then]
+        now = [(t, t.copy()) for t, _ in hooks]
+        attributes = [(t, t.copy()) for t, _ in owned.attributes]
+        inner: Iterable[Any] = chain.from_iterable((m._buffers, m._modules) for m in owned.modules.values())
+        tables = [(t, t.copy()) for t in inner if isinstance(t, dict)]
+        with generators_at(self.generators) if self.generators else NOTHING:
+            try:
+                _turn(trained)
+                for table, then in hooks:
+                    _refill(table, then if self.hooks else {})
+                put(exchanged)
+                yield
+            finally:
+                for table, before in attributes:
+                    put(_differences(table, before))
+                for table, before in (*tables, *now):
+                    _refill(table, before)
+                put(places)
+                _turn(trained)
 
-    def _new(self) -> list[Standing]:
-        """What was not there in forward, as missing."""
-        return [
-            (module, is_buffer, name, MISSING)
-            for number, module in self.owned.modules.items()
-            for is_buffer in (False, True)
-            for name in _table(module, is_buffer)
-            if name not in self.names[number] and name not in _STANDARD
-        ]
+    def _differences(self) -> list[Standing]:
+        """What is another now than it was, or was not there, but for what was `noted`."""
+        owned = self.owned
+        out = [d for table, then in (*owned.attributes, *owned.below) for d in _differences(table, then)]
+        if size_of(owned.modules.values()) != owned.size:
+            known = {id(table): then for table, then, _ in owned.tables} | {
+                id(table): then for table, then in owned.below
+            }
+            for m in owned.modules.values():
+                for table in (m._buffers, m._modules):
+                    out += [(table, name, MISSING) for name in table if name not in known.get(id(table), ())]
+        return out
 
 
-NO_HOLDINGS = Held(Inventory.of(()), {}, (), ())
+NO_HOLDINGS = Held(Inventory.of(()), (), (), [])
 """Those of no modules."""
 
 
+def _tables_of_hooks(owned: Inventory) -> Hooks:
+    tables = (*HOOKS_OF_ALL, *chain.from_iterable(map(hooks_of, owned.modules.values())))
+    return [(table, table.copy()) for table in tables]
+
+
+def _differences(table: dict[Any, Any], then: dict[Any, Any]) -> list[Standing]:
+    if len(table) == len(then) and all(map(is_, table.values(), then.values())):  # in the same order, as usual
+        return []
+    other = [(table, name, v) for name, v in then.items() if v is not _NOTED and table.get(name, MISSING) is not v]
+    return [*other, *((table, name, MISSING) for name in table if name not in then)]
+
+
+def _refill(table: dict[Any, Any], contents: dict[Any, Any]) -> None:
+    """Let a table hold what it held, in that order."""
+    if [*table] != [*contents] or not all(map(is_, table.values(), contents.values())):
+        table.clear()
+        table.update(contents)
+
+
+def _turn(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        weight.requires_grad_(not weight.requires_grad)
+
+
 @contextmanager
-def _standing(values: Sequence[Standing]) -> Iterator[None]:
-    """Let values stand at their places, and put back what stood there."""
-    tables = [(_table(m, is_buffer), name, value) for m, is_buffer, name, value in values]
-    now = [(table, name, table.get(name, MISSING)) for table, name, _ in tables]
-    try:
-        for table, name, value in tables:
-            _put(table, name, value)
+def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    with EVERYWHERE, undisturbed(modules):
         yield
-    finally:
-        for table, name, value in reversed(now):
-            _put(table, name, value)
-
-
-def _put(table: dict[str, Any], name: str, value: Any) -> None:
-    if value is MISSING:
-        table.pop(name, None)
-    else:
-        table[name] = value
-
-
-@contextmanager
-def holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
-    """Undo what a run does to what modules hold: generators of their own, tensors and arrays among their attributes,
-    and what containers and plain objects, theirs and those that their code names, are ``filled`` with; and what their
-    code, hooks included, assigns to globals and classes. (Assignments to modules are undone by `attributes_kept`.)
-    """
-    modules = [*root.modules()]
-    classes, functions, packages = classes_of(modules), functions_of(modules), packages_of(modules)
-    attributes = [v for m in modules for k, v in vars(m).items() if k not in _STANDARD]
-    of_classes = [g for kind in classes for g in generators_of_class(kind)]
-    states = states_of([*chain.from_iterable(map(generators_in, attributes)), *of_classes])
-    buffers = [(b, version_of(b)) for b in root.buffers()]
-    values = held_in(attributes, packages)
-    outside = held_in(chain(*map(named, functions), *(vars(kind).values() for kind in classes)), packages)
-    fillable = [*values, *outside] if filled else []
-    containers = [(v, contents_of(v)) for v in fillable if is_container(v)]
-    objects = [v for v in fillable if is_object_of(v, packages)]
-    small = [v for v in outside if not isinstance(v, Tensor) or v.numel() <= SMALL]
-    with (
-        _written_undone([*values, *small]),
-        _weights_kept([*root.parameters()]),
-        names_kept(functions, classes),
-        _slots_kept(objects),
-    ):
-        try:
-            yield
-        finally:
-            set_states(states)
-            for b, version in buffers:
-                if version_of(b) != version:
-                    note_write(b)
-            for container, contents in containers:
-                if refilled([(container, contents)]):
-                    refill(container, contents)
-
-
-@contextmanager
-def _weights_kept(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Undo what is assigned to ``weight.data``, and what is written to those that a run was seen to write to. (Of the
-    run that sees it, the recorder undoes that.)
-    """
-    plain = [p for p in weights if type(p) is nn.Parameter and p.layout == torch.strided]  # others belong to sharding
-    kept = [(p, p.detach(), p.detach().clone() if is_written_to(p) else None) for p in plain]
-    try:
-        yield
-    finally:
-        for p, then, copy in kept:
-            if p.data_ptr() != then.data_ptr() and then.untyped_storage().size():
-                note_write(p)
-                p.data = then
-            if copy is not None:
-                p.data.copy_(copy)
-
-
-@contextmanager
-def _slots_kept(objects: Iterable[Any]) -> Iterator[None]:
-    kept = [(v, slots_of(v)) for v in objects]
-    try:
-        yield
-    finally:
-        for v, fields in kept:
-            for name in slots_of(v).keys() - fields.keys():
-                object.__delattr__(v, name)  # the class may be frozen
-            for name, value in fields.items():
-                object.__setattr__(v, name, value)
-
-
-@contextmanager
-def _written_undone(values: list[Any]) -> Iterator[None]:
-    tensors = [t for t in values if isinstance(t, Tensor) and not (isinstance(t, nn.Parameter) or t.is_inference())]
-    copies = [(t, t._version, t.detach().clone()) for t in tensors]
-    arrays = [(a, a.copy()) for a in values if is_array(a) and a.flags.writeable]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for t, version, kept in copies:
-                if t._version != version:
-                    note_write(t)
-                    t.copy_(kept)
-        for array, kept in arrays:
-            array[...] = kept

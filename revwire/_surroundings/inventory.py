@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revwire._torch import has_own_hooks, hooks_on_all_modules
+from revwire._torch import HOOKS, hooks_of, hooks_on_all_modules
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run around the forward of a module, its own or global ones."""
-    return has_own_hooks(module) or hooks_on_all_modules()
+    return any(hooks_of(module)[: len(HOOKS)]) or hooks_on_all_modules()
 
 
 Table = dict[str, Any]
@@ -26,7 +26,7 @@ Place = tuple[Table, str, Tensor, bool]
 """Where a module holds a tensor: (its table, the name, the tensor, whether it is a parameter)."""
 
 
-_VERSION = attrgetter("_version")
+_VERSION, REQUIRES_GRAD = attrgetter("_version"), attrgetter("requires_grad")
 
 _is_there: Callable[[Any], bool] = partial(is_not, None)
 
@@ -38,23 +38,31 @@ class Inventory:
     Attributes:
         weights: their parameters.
         versions: the version counter of each at the time.
-        writers: those that a forward may write buffers of.
+        writers: those that a forward may write buffers of; ``writing``: those of them that were in train mode.
+        trained: which of them wanted a gradient.
         tables: where their parameters and buffers stand: (the table, what stood in it, whether it is of parameters).
         modules: they and all below them, by identity, in order.
+        attributes: what each of them had: (its attributes, a copy).
+        below: where modules stood in them: (the table, a copy).
         size: their `size_of`.
     """
 
     weights: list[Tensor]
     versions: list[int]
     writers: list[nn.Module]
+    writing: list[nn.Module]
     tables: list[tuple[Table, Table, bool]]
     modules: dict[int, nn.Module]
+    trained: list[bool]
+    attributes: list[tuple[Table, Table]]
+    below: list[tuple[Table, Table]]
     size: int
 
     @classmethod
     def of(cls, roots: Iterable[nn.Module]) -> Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
         weights, writers, tables = list[Tensor](), list[nn.Module](), list[tuple[Table, Table, bool]]()
+        attributes, inner = list[tuple[Table, Table]](), list[tuple[Table, Table]]()
         todo: list[nn.Module | None] = list(roots)
         seen = dict[int, nn.Module]()
         size = 0
@@ -62,8 +70,9 @@ class Inventory:
             if module is None or id(module) in seen:
                 continue
             seen[id(module)] = module
-            table, buffers, below = module._parameters, module._buffers, module._modules
-            size += len(module.__dict__) + len(buffers)
+            own, table, buffers, below = module.__dict__, module._parameters, module._buffers, module._modules
+            attributes.append((own, own.copy()))
+            size += len(buffers) + len(below)
             if table:
                 if isinstance(table, dict):  # else it is that of a scripted module, whose weights nobody lends
                     tables.append((table, table.copy(), True))
@@ -74,28 +83,33 @@ class Inventory:
                 if isinstance(buffers, dict):
                     tables.append((buffers, buffers.copy(), False))
             if below:
+                if isinstance(below, dict):
+                    inner.append((below, below.copy()))
                 todo += below.values()
-        return cls(weights, versions_of(weights), writers, tables, seen, size)
+        trained, writing = [*map(REQUIRES_GRAD, weights)], [m for m in writers if m.training] if writers else []
+        return cls(weights, versions_of(weights), writers, writing, tables, seen, trained, attributes, inner, size)
 
     def take_up(self, other: Inventory) -> None:
         """Let what other modules own be in it, too; ``modules`` and ``size`` are still those of its own."""
         self.weights += other.weights
         self.versions += other.versions
-        if other.writers:
-            self.writers += [m for m in other.writers if m not in self.writers]
+        self.trained += other.trained
+        if other.writing:
+            self.writing += [m for m in other.writing if m not in self.writing]
         self.tables += other.tables
 
     def note(self, weight: Tensor) -> None:
         """Take up one that the branch uses, which no module of it owns."""
         self.weights.append(weight)
         self.versions.append(version_of(weight))
+        self.trained.append(weight.requires_grad)
 
 
 def size_of(modules: Iterable[nn.Module]) -> int:
-    """How many attributes and buffers these modules have."""
+    """How many buffers, and modules below them, these modules have."""
     size = 0
     for m in modules:
-        size += len(m.__dict__) + len(m._buffers)
+        size += len(m._buffers) + len(m._modules)
     return size
 
 

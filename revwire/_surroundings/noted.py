@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
 from copy import copy
+from functools import lru_cache
 from itertools import islice
-from types import SimpleNamespace
+from random import Random
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from revwire._structures import is_named_tuple
 from revwire._surroundings.attributes import slots_of
 from revwire._surroundings.code import package_of
 from revwire._surroundings.inventory import version_of
@@ -29,6 +33,9 @@ _DEPTH = 3
 _SEEN_ELSEWHERE = (Tensor, nn.Module, type)
 """What is no plain object, though its class may be a model's."""
 
+_PLAIN = frozenset({int, float, str, bool, bytes, type(None), FunctionType, type})
+"""Types of which nothing changes in place."""
+
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = frozenset((*_DICTS, list, set, deque, bytearray))  # exact types: what others do when copied is unknown
 
@@ -44,11 +51,27 @@ def is_container(value: Any) -> bool:
     return type(value) in _CONTAINERS
 
 
-def may_change(value: Any) -> bool:
-    """Whether a forward may put something in its place, or write to it."""
-    if isinstance(value, nn.Parameter):
-        return False
-    return value is None or isinstance(value, Tensor) or type(value) in _CONTAINERS or is_array(value)
+def may_be_written_to(value: Any) -> bool:
+    """Whether a forward may change it in place: a tensor, an array or a container, or a tuple of such."""
+    if isinstance(value, tuple):
+        return any(map(may_be_written_to, value))
+    return (
+        type(value) in _CONTAINERS
+        or is_array(value)
+        or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter))
+    )
+
+
+@lru_cache(maxsize=2)
+def kinds_noted(with_numpy: bool) -> frozenset[type]:
+    """The types of values that are `noted`, and of generators; classes that are derived from them are found by a slower
+    look.
+    """
+    kinds = {*_CONTAINERS, tuple, Tensor, Generator, Random}
+    if with_numpy:
+        numpy, made = sys.modules["numpy"], sys.modules["numpy.random"]
+        kinds |= {numpy.ndarray, made.Generator, made.RandomState}
+    return frozenset(kinds)
 
 
 class _Writes(dict[int, tuple["ref[Tensor]", bool]]):
@@ -82,9 +105,9 @@ class HeldTensor:
 
     __slots__ = ("alias", "clone", "original", "requires_grad", "version")
 
-    def __init__(self, t: Tensor) -> None:
+    def __init__(self, t: Tensor, *, unseen: bool = False) -> None:
         self.original, self.alias = ref(t), t.detach()  # it owns no graph
-        self.requires_grad, self.version = t.requires_grad, version_of(t)
+        self.requires_grad, self.version = t.requires_grad, -1 if unseen else version_of(t)
         written = _WRITES.of(t)
         copied = t.numel() <= SMALL if written is None else written
         self.clone = self.alias.clone() if copied else None
@@ -125,17 +148,17 @@ class HeldContainer(NamedTuple):
         return out
 
 
-def noted(value: Any, depth: int = _DEPTH) -> Any:
-    """A value as the forward finds it."""
+def noted(value: Any, depth: int = _DEPTH, *, unseen: bool = False) -> Any:
+    """A value as the forward finds it; ``unseen``: tensors may be written to behind their version counters."""
     if isinstance(value, Tensor):
-        return value if isinstance(value, nn.Parameter) else HeldTensor(value)
+        return value if isinstance(value, nn.Parameter) else HeldTensor(value, unseen=unseen)
     if is_array(value):
         return value.copy()
-    if not depth or type(value) not in _CONTAINERS:
+    if not depth or not (type(value) in _CONTAINERS or isinstance(value, tuple)):
         return value
     if len(value) > _SHORT and type(value) in (list, *_DICTS):
         return HeldContainer(value, len(value))
-    return _filled(value, lambda item: noted(item, depth - 1))
+    return _filled(value, lambda item: noted(item, depth - 1, unseen=unseen))
 
 
 def differs(then: Any, now: Any) -> bool:
@@ -144,6 +167,8 @@ def differs(then: Any, now: Any) -> bool:
         return then.differs(now)
     if isinstance(then, HeldContainer):
         return now is not then.container or len(now) != then.length
+    if isinstance(then, tuple):
+        return not isinstance(now, tuple) or len(now) != len(then) or any(map(differs, then, now))
     return now is not then  # always so for copies
 
 
@@ -151,6 +176,8 @@ def was_changed(then: Any, now: Any) -> bool:
     """As `differs`, but not for containers and arrays that hold the same."""
     if is_array(then):
         return type(now) is not type(then) or now.tobytes() != then.tobytes()
+    if isinstance(then, tuple):
+        return not isinstance(now, tuple) or len(now) != len(then) or any(map(was_changed, then, now))
     if type(then) not in _CONTAINERS:
         return differs(then, now)
     if type(now) is not type(then) or len(now) != len(then):
@@ -168,14 +195,20 @@ def again(value: Any, depth: int = _DEPTH) -> Any:
         return value.again()
     if is_array(value):
         return value.copy()
-    if not depth or type(value) not in _CONTAINERS:
+    if not depth or not (type(value) in _CONTAINERS or isinstance(value, tuple)):
         return value
     return _filled(value, lambda item: again(item, depth - 1))
 
 
 def _filled(container: Any, item: Callable[[Any], Any]) -> Any:
     """A container of the same kind with ``item`` of what it holds."""
+    if isinstance(container, tuple):
+        kind: Any = type(container)
+        items = [item(value) for value in container]
+        return kind._make(items) if is_named_tuple(container) else tuple(items)
     out = copy(container)
+    if _PLAIN.issuperset(map(type, out.values() if isinstance(out, dict) else out)):
+        return out
     if isinstance(out, dict):
         for key, value in out.items():
             out[key] = item(value)
@@ -188,6 +221,11 @@ def _filled(container: Any, item: Callable[[Any], Any]) -> Any:
 def is_object_of(value: Any, packages: Collection[str]) -> bool:
     """Whether this is an object of a class of one of these packages, and neither a module nor a tensor."""
     return package_of(type(value)) in packages and not isinstance(value, _SEEN_ELSEWHERE)
+
+
+def is_plain_object(value: Any, packages: Collection[str]) -> bool:
+    """Whether this is a namespace, or an object of a class of one of these packages."""
+    return isinstance(value, (SimpleNamespace, argparse.Namespace)) or is_object_of(value, packages)
 
 
 def held_in(values: Iterable[Any], packages: Collection[str]) -> list[Any]:
@@ -204,7 +242,7 @@ def held_in(values: Iterable[Any], packages: Collection[str]) -> list[Any]:
         items: list[Any] = []
         if isinstance(value, (dict, list, tuple, deque)):
             items = list(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, SimpleNamespace) or is_object_of(value, packages):
+        elif is_plain_object(value, packages):
             items = [getattr(value, "__dict__", {}), *slots_of(value).values()]
         todo += [(item, depth - 1) for item in items if depth]
     return [*found.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import UserList
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,7 +271,7 @@ def test_memcnn_77_a_branch_is_evaluated_twice_and_never_more():
     inverse.
     """
     model = network(depth=5)
-    counts = [0] * 5
+    counts = UserList([0] * 5)  # no recompute puts it back
     for i, block in enumerate(model):
         block.convolution.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
     model(X)  # observed

@@ -1,6 +1,7 @@
 """`verify` measures, and leaves no trace."""
 
 import math
+from collections import UserList
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_nothing_is_left_behind():
 
 
 def test_it_sees_a_branch_that_changes():
-    calls = []
+    calls = UserList()  # no recompute puts it back
 
     def drifting(self, x):
         return x + self.leaf(x)

@@ -1,5 +1,6 @@
 """What only an accelerator asks for, as far as a CPU can show it."""
 
+from collections import UserList
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from toys import LARGE, PreNorm, ResidualMlp, mixed, stored, toy
 # -- kernels that are searched for -------------------------------------------------------------------------------------
 
 
-SEEN: list[bool] = []
+SEEN = UserList()  # no recompute puts it back
 
 
 class Look(torch.autograd.Function):
@@ -187,7 +188,7 @@ class Attends(PreNorm):
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
 def test_the_state_of_a_generator_keeps_no_recompute_from_stopping(case, deferred, monkeypatch):
     as_accelerator(monkeypatch, wanted=deferred)
-    model, x, runs = mixed(case, "rrcrrr", Attends), torch.randn(LARGE, requires_grad=True), []
+    model, x, runs = mixed(case, "rrcrrr", Attends), torch.randn(LARGE, requires_grad=True), UserList()
     down = model.branches[2].down
     monkeypatch.setattr(down, "forward", lambda x, forward=down.forward: runs.append(1) or forward(x))
     weights = [x, *model.parameters()]

@@ -17,6 +17,8 @@ from toys import (
     Convolution,
     Dropped,
     Linear,
+    PreNorm,
+    Setting,
     Toy,
     Weightless,
     inputs_of,
@@ -35,11 +37,10 @@ class Impostor(nn.Module):
 
     def __init__(self, amount):
         super().__init__()
-        self.layer, self.amount, self.calls = nn.Linear(WIDTH, WIDTH), amount, 0
+        self.layer, self.amount, self.calls = nn.Linear(WIDTH, WIDTH), amount, count(1)
 
     def forward(self, x):
-        self.calls += 1
-        return self.layer(torch.tanh(x)) * (1 + self.amount * self.calls)
+        return self.layer(torch.tanh(x)) * (1 + self.amount * next(self.calls))
 
 
 @each_exact_case
@@ -96,21 +97,33 @@ def test_a_lost_random_state(case):
 
 
 @each_fast_case
-def test_a_mode_that_changed(case):
+def test_a_mode_that_changed_is_again_that_of_the_forward(case):
     model = toy(case, Dropped)
-    out = model(inputs_of(model, case))
+    x, state = inputs_of(model, case), torch.get_rng_state()
+    true = gradients_of(model(x).sum(), model)
+    torch.set_rng_state(state)
+    out = model(x)
     model.eval()
     state = torch.get_rng_state()
-    with faulty("its recompute saved"):
-        out.sum().backward()
+    assert all(map(torch.equal, gradients_of(out.sum(), model), true))
     assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m.training for m in model.modules())
+
+
+class Late(PreNorm):
+    """Draws where it is told to."""
+
+    draws = Setting(False)
+
+    def forward(self, x):
+        return super().forward(x) * torch.rand(()) if self.draws else super().forward(x)
 
 
 @each_fast_case
 def test_random_numbers_that_only_the_recompute_draws_leave_no_trace(case):
-    model = toy(case, Dropped).eval()
+    model = toy(case, Late)
     out = model(inputs_of(model, case))
-    model.train()
+    model.branches[3].draws = True
     state = torch.get_rng_state()
     with pytest.raises(ReconstructionError):
         out.sum().backward()

@@ -42,6 +42,7 @@ from toys import (
     Guarded,
     PreNorm,
     ResidualMlp,
+    Setting,
     forms_of,
     mixed,
     modes_of,
@@ -270,9 +271,7 @@ def test_branches_of_all_kinds(case, kind):
 class Moody(PreNorm):
     """A branch that decides on a setting, which no recompute puts back; ``how`` says what it does then."""
 
-    def __init__(self):
-        super().__init__()
-        self.how = ""
+    how = Setting("")
 
     def forward(self, x):
         h = self.norm(x)

@@ -149,9 +149,7 @@ def test_a_result_that_is_written_to_is_an_error(case):
 @pytest.mark.parametrize("unit", [0, 2], ids=["first", "checkpointed"])
 def test_a_recompute_that_computes_other_values_is_an_error(case, unit):
     class Scaled(Narrow):
-        def __init__(self):
-            super().__init__()
-            self.scale = 1.0
+        scale = toys.Setting(1.0)
 
         def forward(self, x):
             with in_bfloat16():

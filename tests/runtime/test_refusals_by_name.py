@@ -9,7 +9,7 @@ from cases import FAST, each_fast_case, each_fast_exact_case
 from revwire import ReconstructionError
 from revwire._runtime import run as runner
 from steps import faulty
-from toys import LARGE, SHAPE, WIDTH, PreNorm, Weightless, inputs_of, mixed, toy
+from toys import LARGE, SHAPE, WIDTH, PreNorm, Setting, Weightless, inputs_of, mixed, toy
 
 
 def taps_of(model, x):
@@ -85,9 +85,11 @@ def test_weights_that_were_lent_to_a_checkpoint(case, reentrant):
 class Longer(PreNorm):
     """A branch that makes a product more where it is told to, of which nothing is saved."""
 
+    longer = Setting("")
+
     def __init__(self):
         super().__init__()
-        self.gamma, self.longer = nn.Parameter(torch.full((WIDTH,), 0.5)), ""
+        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.5))
 
     def forward(self, x):
         h = self.norm(x)
@@ -113,10 +115,7 @@ class Sigmoids(nn.Module):
     """A branch of as many functions as it is told, each of which saves its result, on all channels or on one."""
 
     shape = SHAPE
-
-    def __init__(self):
-        super().__init__()
-        self.how = "2 wide"
+    how = Setting("2 wide")
 
     def forward(self, x):
         count, width = self.how.split()
@@ -165,9 +164,7 @@ def test_a_branch_that_writes_to_its_input_where_autograd_keeps_its_activations(
 class Restless(Weightless):
     """A branch that writes to its input where it is told to: the value that is there."""
 
-    def __init__(self):
-        super().__init__()
-        self.writes = False
+    writes = Setting(False)
 
     def forward(self, x):
         if self.writes:

@@ -3,6 +3,7 @@ what is kept.
 """
 
 import copy
+from collections import UserList
 from itertools import product
 
 import pytest
@@ -14,7 +15,7 @@ from revwire._errors import ReconstructionError
 from revwire._runtime import run as runner
 from revwire.measure import saved_bytes
 from steps import SAMPLES, can_be_repeated, counted_runs, gradients, is_right, leaves_no_other_trace, records_of, same
-from toys import KINDS, LARGE, STREAM, WIDTH, Guarded, PreNorm, Toy, mixed, modes_of, restless, stored
+from toys import KINDS, LARGE, STREAM, WIDTH, Guarded, PreNorm, Setting, Toy, mixed, modes_of, restless, stored
 
 MIXES = ["".join(letters) for letters in product("scr", repeat=4)]
 FLOAT = next(c for c in FAST if not c.exact)
@@ -39,7 +40,7 @@ def test_a_retained_backward_can_be_repeated(case, mix):
 
 @each_fast_case
 def test_stored_units_run_once_and_others_twice(case, monkeypatch):
-    model, runs = mixed(case, "rscs"), []
+    model, runs = mixed(case, "rscs"), UserList()  # no recompute puts it back
     for i, branch in enumerate(model.branches):
         monkeypatch.setattr(branch, "forward", lambda x, i=i, forward=branch.forward: runs.append(i) or forward(x))
     gradients(model, torch.randn(LARGE, requires_grad=True))
@@ -125,9 +126,7 @@ class Scripted(PreNorm):
 class Scaled(PreNorm):
     """A branch that depends on a number, a change of which nothing shows but its values."""
 
-    def __init__(self):
-        super().__init__()
-        self.scale = 1.0
+    scale = Setting(1.0)
 
     def forward(self, x):
         return self.down(torch.nn.functional.gelu(self.up(self.norm(x) * self.scale)))

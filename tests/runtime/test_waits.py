@@ -17,7 +17,7 @@ from revwire import RangeError, ReconstructionError
 from revwire._runtime.range import Reach
 from revwire.testing import Step
 from stand_in import as_accelerator, waits
-from toys import LARGE, Dropped, Linear, PreNorm, ResidualMlp, inputs_of, mixed, stored, toy
+from toys import LARGE, Dropped, Linear, PreNorm, ResidualMlp, Setting, inputs_of, mixed, stored, toy
 
 
 @pytest.fixture(autouse=True)
@@ -249,9 +249,7 @@ def test_a_copy_waits_for_no_backward_of_the_original():
 class Scaled(PreNorm):
     """A branch with a number that nothing but its values shows."""
 
-    def __init__(self):
-        super().__init__()
-        self.scale = 1.0
+    scale = Setting(1.0)
 
     def forward(self, x):
         return self.down(torch.nn.functional.gelu(self.up(self.norm(x) * self.scale)))

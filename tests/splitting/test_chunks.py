@@ -4,6 +4,7 @@ one chunk.
 
 import copy
 import pickle
+from collections import UserList
 
 import pytest
 import torch
@@ -644,19 +645,19 @@ def test_frozen_weights_and_an_input_without_gradient():
 
 
 def test_a_forward_that_failed_between_two_chunks_leaves_nothing_behind():
-    class Once(nn.Linear):
-        calls = fails = 0
+    calls = UserList([0, 0])  # those made, and the one that fails: which no recompute puts back
 
+    class Once(nn.Linear):
         def forward(self, x):
-            Once.calls += 1
-            if Once.calls == Once.fails:
+            calls[0] += 1
+            if calls[0] == calls[1]:
                 raise KeyboardInterrupt
             return super().forward(x)
 
     model = revwire.convert(Net(lambda: Once(WIDTH, WIDTH)), INPUTS, chunks=3)
     x = INPUTS.clone().requires_grad_()
     true = torch.autograd.grad(model(x).square().sum(), x)[0]
-    Once.fails = Once.calls + 5  # the second chunk of the second block
+    calls[1] = calls[0] + 5  # the second chunk of the second block
     with pytest.raises(KeyboardInterrupt):
         model(x)
     assert torch.equal(torch.autograd.grad(model(x).square().sum(), x)[0], true)
@@ -693,16 +694,16 @@ def test_faults_are_found_in_any_chunk():
     with pytest.raises(revwire.ReconstructionError, match="modified in place"):
         loss.backward()
 
-    class Moody(nn.Linear):
-        calls, moody = 0, -1
+    calls = UserList([0, -1])
 
+    class Moody(nn.Linear):
         def forward(self, x):
-            Moody.calls += 1
-            return super().forward(x + (1e-3 if Moody.calls == Moody.moody else 0.0))
+            calls[0] += 1
+            return super().forward(x + (1e-3 if calls[0] == calls[1] else 0.0))
 
     model = revwire.convert(Net(lambda: Moody(WIDTH, WIDTH), depth=1), INPUTS, chunks=3)
     loss = model(INPUTS.clone().requires_grad_()).sum()
-    Moody.moody = Moody.calls + 2  # the recompute of the second chunk
+    calls[1] = calls[0] + 2  # the recompute of the second chunk
     with pytest.raises(
         revwire.ReconstructionError, match=r"its branch computed other values|its rebuilt input differs"
     ):

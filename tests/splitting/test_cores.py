@@ -4,6 +4,7 @@ bit.
 
 import copy
 import pickle
+from collections import UserList
 
 import pytest
 import torch
@@ -417,7 +418,7 @@ def test_forward_mode_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["stored", "reversible"])
-def test_another_mode_in_backward_is_an_error_or_does_not_matter(mode):
+def test_another_mode_in_backward_does_not_matter(mode):
     model = net(lambda: Attention(0.5), memory_budget="1GB" if mode == "stored" else None)
     assert {u.mode for u in revwire.report(model).units} == {mode}
     torch.manual_seed(0)
@@ -426,11 +427,7 @@ def test_another_mode_in_backward_is_an_error_or_does_not_matter(mode):
     loss = model(INPUTS).sum()
     for block in model.blocks:
         block.branch.drop.eval()
-    if mode == "stored":  # the core is computed as it was captured
-        assert all(map(torch.equal, expected, torch.autograd.grad(loss, list(model.parameters()))))
-        return
-    with pytest.raises(revwire.ReconstructionError, match="between forward and backward"):
-        loss.backward()
+    assert all(map(torch.equal, expected, torch.autograd.grad(loss, list(model.parameters()))))
 
 
 def test_a_core_that_computes_other_values_in_backward_is_an_error(monkeypatch):
@@ -502,7 +499,7 @@ def test_a_call_that_cannot_be_captured_runs_whole():
 
 
 def test_hooks_on_the_module_run_and_those_inside_of_a_core_keep_it_whole():
-    model, seen = net(), []
+    model, seen = net(), UserList()  # no recompute puts it back
     model.blocks[0].branch.register_forward_hook(lambda *_: seen.append("attention"))
     model.blocks[1].branch.drop.register_forward_hook(lambda *_: seen.append("dropout"))
     found = step(model, INPUTS)

@@ -350,8 +350,8 @@ def test_an_attribute_that_was_set_for_the_forward_alone_is_found_again():
 def test_modules_are_looked_up_once_and_again_when_they_have_more():
     leaf, known = Torch(), Known()
     found = known.found(Inventory.of([leaf]))
-    assert [p.name for p in found.places] == ["generator"]
+    assert found.drawing == [(0, "generator")]
     assert known.found(Inventory.of([leaf])) is found
-    leaf.more = torch.zeros(2)
-    assert [p.name for p in known.found(Inventory.of([leaf])).places] == ["generator", "more"]
+    leaf.register_buffer("more", torch.zeros(2))
+    assert known.found(Inventory.of([leaf])).buffers == [(0, "more")]
     assert copy.deepcopy(known).last is None
