@@ -40,12 +40,24 @@ Mark = Callable[[], None]
 def traced(step: Callable[[Mark], object], device: torch.device, *, thorough: bool = True) -> list[Bytes]:
     """Those before the first mark that ``step`` makes, and after each; at the end its result is still alive.
 
-    Garbage is collected before. On the CPU, where its release is not told, that only keeps the collector from what the
-    step itself leaves behind; if it is not to be ``thorough``, what is old is passed over, which in a large process
-    takes as long as some steps do.
+    Garbage is collected before, and not during the step: when the collector runs is chance, and what it finds may be of
+    an earlier step. On the CPU what is old may be passed over (unless ``thorough``), which in a large process takes as
+    long as some steps do.
     """
     gc.collect(2 if thorough or device.type != "cpu" else 1)
-    return _on_cpu(step) if device.type == "cpu" else _on_accelerator(step, device)
+    with _no_collector():
+        return _on_cpu(step) if device.type == "cpu" else _on_accelerator(step, device)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def keeps_peak(device: torch.device) -> bool:

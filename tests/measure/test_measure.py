@@ -1,6 +1,7 @@
 """`revwire.measure`: bytes and seconds, against cases that can be counted by hand."""
 
 import doctest
+import gc
 import os
 
 import pytest
@@ -59,6 +60,14 @@ def test_peak_is_above_rest_and_leaves_out_what_the_first_run_allocates():
         return torch.empty(1000)
 
     assert peak_bytes(step) == KILO
+
+
+def test_garbage_is_not_collected_while_a_step_is_measured():
+    """What the collector finds then may be of an earlier step, and its release would count against this one."""
+    enabled = []
+    peak_bytes(lambda: enabled.append(gc.isenabled()))
+    assert enabled == [True, False]
+    assert gc.isenabled()
 
 
 def test_saved_is_what_the_graph_holds_without_weights_and_inputs():

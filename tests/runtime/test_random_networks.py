@@ -1,5 +1,7 @@
 """Laws on random residual networks: chains driven directly, and models that `revwire.convert` rewires."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -12,8 +14,10 @@ from revwire.testing import Step, check_gradients, check_modes, check_revert
 from strategies import Network, cases, chain_of, exact_cases, shapes
 from toys import Oracle, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore::revwire.NothingToRewireWarning")
-"""Some of these networks have no chain."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::revwire.NothingToRewireWarning"),  # some of these networks have no chain
+    pytest.mark.filterwarnings(r"ignore:.*expected the streams to stay below.*:UserWarning"),  # some grow
+]
 
 slow = settings(
     deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -92,7 +96,10 @@ def test_what_is_held_does_not_depend_on_what_branches_compute(shape, case):
     model, inputs = chain_of(shape, case), inputs_for(shape, case)
     elements = inputs[0].numel()
     width = 8 if case.dtype == torch.float64 else 4
-    held = saved_bytes(lambda: model(*inputs))
+    with warnings.catch_warnings(record=True) as grown:
+        warnings.simplefilter("always")
+        held = saved_bytes(lambda: model(*inputs))
+    assume(not grown)  # beyond the range of their scale, streams are stored twice more, and a warning says so
     assert held <= 6 * elements * width + shape.depth * (elements * case.coupling.kept_bits // 8 + 8192)
     assert shape.depth <= DEPTH
 
