@@ -180,7 +180,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A module call; ``body``: it is the forward alone, without the module's hooks."""
         with self.bookkeeping():
-            self.note_draws()
+            self.note_draws(module)
             event, versions = self.open(module, True, args, kwargs)
             event.hooked = has_hooks(module) and not body
             self.watch_objects(event, (args, kwargs))
@@ -194,7 +194,7 @@ class Recorder(TorchFunctionMode):
                 else original(module, *args, **kwargs)
             )
             with self.bookkeeping():
-                self.note_draws()
+                self.note_draws(module)
         except BaseException:
             self.stack.pop()
             event.end = len(self.recording.events)
@@ -238,7 +238,9 @@ class Recorder(TorchFunctionMode):
         if change is not None:
             self.recording.reads.append(Read("state", change, self.parent, line))
 
-    def note_draws(self) -> None:
+    def note_draws(self, module: nn.Module) -> None:
+        if not _may_draw(module):
+            return
         now = python_random_state()
         if not same_random_state(self.drawn, now):
             self.recording.reads.append(Read("random", "Python's random numbers", self.parent))
@@ -298,6 +300,16 @@ def _hooked_call(recorder: Recorder, original: Callable[..., Any], module: nn.Mo
             return original(module, *args, **kwargs)
     finally:
         back()
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether a call of a module may draw Python's random numbers: layers of PyTorch's do not, and call no others."""
+    return (
+        has_hooks(module)
+        or not type(module).__module__.startswith("torch.nn.modules.")
+        or next(module.children(), None) is not None
+        or "forward" in vars(module)
+    )
 
 
 def _given(recording: Recording) -> list[int]:
