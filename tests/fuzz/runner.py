@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import linecache
 import os
 import pickle
@@ -13,7 +14,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ CALLS = 3
 
 IN_CHUNKS = 5
 """Of so many programs one runs in chunks under the plain rule, where it may be cut."""
+
+PLAIN = frozenset({type(None), bool, int, float, str, torch.Size, torch.dtype, np.float64})
 
 SECONDS = 30
 """For one seed."""
@@ -76,7 +79,7 @@ class Model:
         text, name = program.text(), f"<seed {program.seed}>"
         linecache.cache[name] = len(text), None, text.splitlines(True), name
         self.globals: dict[str, Any] = {"__name__": f"fuzz_{program.seed}"}
-        exec(compile(text, name, "exec", dont_inherit=True), self.globals)
+        exec(_compiled(text, name), self.globals)
         self.left: FaultError | None = None  # by a conversion, that is not as before
         self.root: nn.Module = self.globals["Root"]().to(self.globals["DTYPE"])
 
@@ -94,9 +97,12 @@ class Model:
             differ("convert leaves", before, self.state(), 0)
         except FaultError as fault:
             self.left = fault
-        for restore, state in drawn:
-            restore(state)
-        differ("convert leaves", before, self.state(), 0)
+        if drawn:
+            for restore, state in drawn:
+                restore(state)
+            differ("convert leaves", before, self.state(), 0)
+        elif self.left is not None:
+            raise self.left
 
     def generators(self) -> list[tuple[Callable[[Any], Any], Any]]:
         """Those that modules hold: how a state is set, and the present one."""
@@ -173,6 +179,11 @@ class Model:
         return found
 
 
+@functools.lru_cache(maxsize=1)
+def _compiled(text: str, name: str) -> CodeType:
+    return compile(text, name, "exec", dont_inherit=True)
+
+
 def seeded(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
@@ -200,14 +211,19 @@ def loss_of(value: Any) -> Tensor | None:
 
 
 def flat(name: str, value: Any, found: dict[str, Any]) -> None:
-    """Put down the plain data in a value: tensors as copies."""
+    """Put down the plain data in a value: tensors as copies, and of all else its type."""
+    if type(value) in PLAIN:
+        found[name] = value
+        return
     if isinstance(value, Tensor):
         found[name] = value.detach().clone()
         kind = value.dtype, tuple(value.shape), tuple(value.stride()), value.requires_grad, type(value)
         found[f"{name}'s kind"] = kind
-    elif value is None or isinstance(value, (bool, int, float, str, torch.Size, torch.dtype)):
-        found[name] = value
-    elif isinstance(value, dict):
+        return
+    if type(value).__module__.startswith("revwire"):  # what a conversion puts there
+        return
+    found[f"{name}'s kind"] = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, dict):
         for k, v in value.items():
             if isinstance(k, (str, int)):
                 flat(f"{name}[{k}]" if name != "state" else k, v, found)
@@ -275,9 +291,11 @@ def _same(a: Any, b: Any, precision: float) -> bool:
         if precision and a.is_floating_point():
             return bool(torch.allclose(a, b, rtol=0, atol=_room(a, precision), equal_nan=True))
         return torch.equal(a, b) or bool(a.is_floating_point() and a.isnan().any() and torch.allclose(a, b, 0, 0, True))
-    if isinstance(a, float) and isinstance(b, float):
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
         return a == b or abs(a - b) <= precision * (1 + abs(a)) or (a != a and b != b)
-    return type(a) is type(b) and bool(a == b)
+    return bool(a == b)
 
 
 def _room(a: Tensor, precision: float) -> float:
