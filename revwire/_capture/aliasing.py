@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from revwire._torch import storage_id
 
 
 class Memory:
-    """Which tensors share memory, and which values those that are alive have now."""
+    """Which tensors share memory, and which values those that are alive have now.
 
-    def __init__(self) -> None:
+    Args:
+        released: told the number of a memory whenever a tensor that lies in it is gone.
+    """
+
+    def __init__(self, released: Callable[[int], None]) -> None:
+        self.released = released
         self.numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.sharing: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = {}
         self.count = 0
@@ -29,18 +35,17 @@ class Memory:
     def bind(self, t: Tensor, number: int) -> int:
         """Give a tensor a value number; returns the number of its memory."""
         known = self.number_of(t) is not None
-        reference = weakref.ref(t)
-        self.numbers[id(t)] = (reference, number)
         address = address_of(t)
-        if address is None:
-            self.count += 1
-            return -self.count
-        token, sharing = self.sharing.get(address, (-1, []))
+        token, sharing = self.sharing.get(address, (-1, [])) if address is not None else (-1, [])
         alive = [r for r in sharing if r() is not None]
         if not alive:  # the memory may have been another tensor's before
             self.count += 1
-            token = self.count
-        self.sharing[address] = (token, alive if known and alive else [*alive, reference])
+            token = self.count if address is not None else -self.count
+        released = self.released  # not by way of this object, which would hold itself
+        reference = weakref.ref(t, lambda _: released(token))
+        self.numbers[id(t)] = (reference, number)
+        if address is not None:
+            self.sharing[address] = (token, alive if known and alive else [*alive, reference])
         return token
 
     def storage_at(self, address: int | None) -> int:

@@ -202,7 +202,8 @@ class Read:
 
 @dataclass
 class Recording:
-    """All that one run did. ``events[0]`` is the call of the root module; ``storages`` has the bytes of each memory;
+    """All that one run did. ``events[0]`` is the call of the root module; ``storages`` has the bytes of each memory,
+    ``released`` the first event before which the code that ran had let go of it (autograd keeps nothing in this run);
     ``training``: all modules were in train mode; ``drew``: random numbers were drawn, as far as generators tell that
     belong to nobody; ``derived``: what has been found out about it, once for all who ask.
     """
@@ -213,9 +214,14 @@ class Recording:
     values: list[Value] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     storages: dict[int, int] = field(default_factory=dict)
+    released: dict[int, int] = field(default_factory=dict)
     training: bool = False
     drew: bool = True
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def note_released(self, storage: int) -> None:
+        """Note that the code which runs has let go of a memory; the last time counts."""
+        self.released[storage] = len(self.events)
 
     def of_call(self, call: int) -> Recording:
         """The recording of one module call, as if its module had been the root."""

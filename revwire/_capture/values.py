@@ -34,7 +34,7 @@ class Values:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self.memory = Memory()
+        self.memory = Memory(recording.note_released)
         self.names: dict[int, tuple[str, ...]] = {}
         self.owned: set[int] = set()
         self.kept: dict[int, list[Tensor]] = {}

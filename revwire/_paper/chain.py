@@ -67,11 +67,13 @@ def chain_on_paper(step: Step, units: Sequence[Candidate], states: int, kept_byt
         } - {fork.storage}
         given = frozenset(s for s in inputs if s in step.sizes)
         more = 2 * state - elements * fork.dtype.itemsize + states // 2 - state  # wide streams: one more on its way
-        inner = inner_height(step, sorted(region), given).over(more)
+        inner = inner_height(step, sorted(region), given, whole=True).over(more)
         found.append(UnitOnPaper(max(region) + 1, given, kept, inner))
     return ChainOnPaper(min(own), max(own) + 1, own, states, tuple(found))
 
 
 def events_of(step: Step, c: Candidate) -> frozenset[int]:
-    """The torch calls that are in a unit."""
-    return frozenset(e for e in {*c.region, c.add, *c.post} if not step.events[e].is_module)
+    """The torch calls that are in a unit: with those modules whose results it takes, all that they do."""
+    between = range(min(c.region | {c.add}), c.add)
+    inner = {e for e in between if step.events[e].parent > c.host}
+    return frozenset(e for e in {*inner, *c.region, c.add, *c.post} if not step.events[e].is_module)

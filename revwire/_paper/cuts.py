@@ -39,7 +39,7 @@ def cut_of(step: Step, call: int) -> Cut:
         if 0 <= values[r.value].event < call
     }
     kept = frozenset(s for s in inputs if s in step.sizes)
-    return Cut(call, end, kept, inner_height(step, range(call, end), kept))
+    return Cut(call, end, kept, inner_height(step, range(call, end), kept, whole=False))
 
 
 class Book:

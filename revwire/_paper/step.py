@@ -5,16 +5,18 @@ Note [A step on paper]
     backward, and the gradients that wait (`Step.waiting`): one for each value whose consumers have had their turn and
     whose producer has not. A gradient that goes through a view, a sum or an alias lies in the memory of the one that it
     comes from; several gradients of one value are summed up, in place where nothing else holds the first. Gradients of
-    weights are there for the moment in which they are added to ``.grad``, and scratch memory while a kernel runs.
+    weights are there for the moment in which they are added to ``.grad``; those of a weight that is used several times
+    wait until all are summed up. Scratch memory is there while a kernel runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
 from revwire._capture.recording import Event, Recording
+from revwire._paper.lives import Lives
 from revwire._paper.scratch import scratch_of
 from revwire._structures import refs
 
@@ -51,8 +53,9 @@ class Step:
 
     Attributes:
         gradients: at most alive during the backward of an event, but for those of weights.
-        weights: bytes of the gradients of weights that it gives, and of the scratch memory of its kernels.
-        waiting: alive when the backward of an event begins, and (the last) when the backward pass does.
+        weights: bytes of the gradients of weights that it gives or that wait, and of the scratch memory of its kernels.
+        waiting: alive when the backward of an event is over, and (the last) when the backward pass begins.
+        unsummed: bytes of the gradients of weights that wait then.
         passing: alive during the forward of an event, and kept by nothing.
         sizes: of each storage that is not there before the run.
     """
@@ -66,22 +69,32 @@ class Step:
         self.gradients = [0] * len(self.events)
         self.weights = [0] * len(self.events)
         self.waiting = [0] * (len(self.events) + 1)
+        self.unsummed = [0] * (len(self.events) + 1)
         self._pending: dict[int, _Buffer] = {}
         self._alive = 0
+        self._uses: dict[int, list[int]] = {}  # events that give a gradient to a weight, from the last
         self._scratch = scratch_of(recording)
         self._go_back()
-        self.passing = self._passing()
+        self.lives = Lives(recording, self.sizes)
+        self.passing = self.lives.passing(range(len(self.events)))
 
     def keeps(self, event: int) -> Iterator[int]:
         """The storages that autograd keeps for an event, beside what is there before the run."""
         return (s for s in self.events[event].keeps if s in self.sizes)
 
-    def height(self, event: int, kept: int, waiting: int = 0) -> Bytes:
-        """At most alive in the forward and the backward of an event whose forward ends with so much kept, while some
-        gradients wait.
-        """
+    def height(self, event: int, kept: int) -> Bytes:
+        """At most alive in the forward and the backward of an event whose forward ends with so much kept."""
+        return self.backward(event, kept).or_more(NONE.over(kept + self.passing[event]))
+
+    def backward(self, event: int, kept: int) -> Bytes:
+        """At most alive in the backward of an event whose forward ends with so much kept."""
         back = kept + self.gradients[event]
-        return Bytes(back + self.weights[event], back).or_more(NONE.over(kept + self.passing[event] + waiting))
+        return Bytes(back + self.weights[event], back)
+
+    def again(self, last: int, alive: int) -> Bytes:
+        """Alive in a forward that is run again, up to this event, before its backward."""
+        waiting = alive + self.waiting[last + 1]
+        return Bytes(waiting + self.unsummed[last + 1], waiting)
 
     def size_of(self, value: int) -> int:
         """Bytes of a value by its own elements."""
@@ -99,6 +112,7 @@ class Step:
             if not event.is_module:
                 self._undo(event)
             self.waiting[event.number] = self._alive
+        self._sum_up()
 
     def _undo(self, event: Event) -> None:
         """The backward of one event."""
@@ -109,7 +123,10 @@ class Step:
         buffers = [self._pending.pop(v) for v in given]
         wanted = self._wanted(event, given)
         shared = len(given) == 1 and _passes_on(event)
-        weights = sum(self.size_of(v) for v in wanted if self.values[v].event < 0)
+        own = [v for v in wanted if self.values[v].event < 0]
+        weights = sum(map(self.size_of, own))
+        for v in own:
+            self._uses.setdefault(v, []).append(event.number)
         new: list[tuple[int, _Buffer]] = []
         for v in (v for v in wanted if self.values[v].event >= 0):
             same = shared and self.size_of(v) == buffers[0].size
@@ -126,6 +143,19 @@ class Step:
         for v, buffer in new:
             buffer.held -= 1
             self._add(event, v, buffer)
+
+    def _sum_up(self) -> None:
+        """Count the gradients of weights that wait to be summed up with those of their other uses."""
+        first: dict[int, int] = {}
+        for v, (last, *others) in self._uses.items():
+            size = self.size_of(v)
+            for event in range(others[-1], last) if others else ():
+                self.weights[event] += size
+                self.unsummed[event + 1] += size
+            for event in others[:1]:
+                first[event] = max(size, first.get(event, 0))
+        for event, size in first.items():  # the first sum is not in place, once the gradients of results are gone
+            self.weights[event] += max(0, size - (self.gradients[event] - self.waiting[event]))
 
     def _results(self, event: Event) -> list[int]:
         """What an event made: what it only hands on has its gradient already."""
@@ -171,49 +201,24 @@ class Step:
         if buffer.held == 0:
             self._alive -= buffer.size
 
-    # -- forward ---------------------------------------------------------------------------------------------------
-
-    def _passing(self) -> list[int]:
-        """Bytes of the results that a later event, or the caller, still takes, and that nothing keeps."""
-        last: dict[int, int] = {}
-        first: dict[int, int] = {}
-        saved: dict[int, int] = {}
-        for event in self.events:
-            for r in refs((event.args, event.kwargs, event.out)):
-                storage = self.values[r.value].storage
-                if storage in self.sizes:
-                    first.setdefault(storage, event.number)
-                    last[storage] = max(last.get(storage, 0), event.number)
-            for storage in event.keeps:
-                saved.setdefault(storage, event.number)
-        for r in refs(self.events[0].out):
-            last[self.values[r.value].storage] = len(self.events) - 1
-        change = [0] * (len(self.events) + 1)
-        for storage, begin in first.items():
-            end = min(last[storage] + 1, saved.get(storage, len(self.events)))
-            if end > begin:
-                change[begin] += self.sizes[storage]
-                change[end] -= self.sizes[storage]
-        alive, out = 0, []
-        for by in change[:-1]:
-            alive += by
-            out.append(alive)
-        return out
-
 
 def _passes_on(event: Event) -> bool:
     """Whether the gradient of the result is that of the inputs, in the same memory."""
     return event.view or event.is_addition
 
 
-def inner_height(step: Step, events: Iterable[int], there: Iterable[int]) -> Bytes:
-    """At most alive in the backward of some events that have to run again first, beyond what is there."""
-    events = [*events]
+def inner_height(step: Step, events: Sequence[int], there: Iterable[int], *, whole: bool) -> Bytes:
+    """At most alive in the backward of some events that have to run again first, beyond what is there; the ``whole`` of
+    them runs again, or all up to the last that keeps something, where `torch.utils.checkpoint` stops.
+    """
     saved, most, seen = 0, NONE, set(there)
-    for e in events:
+    keeping = [e for e in events if whole or step.events[e].keeps]
+    for e, passing in zip(events, step.lives.passing(events, seen), strict=True):
         for s in step.keeps(e):
             if s not in seen:
                 seen.add(s)
                 saved += step.sizes[s]
-        most = most.or_more(step.height(e, saved, step.waiting[events[-1] + 1]))
+        most = most.or_more(step.backward(e, saved))
+        if keeping and e <= keeping[-1]:
+            most = most.or_more(step.again(events[-1], saved + passing))
     return most
