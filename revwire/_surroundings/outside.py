@@ -46,20 +46,9 @@ _BY_TEXT = frozenset({"setattr", "delattr", "vars", "globals", "__dict__", "__se
 
 _FILL = frozenset(
     {
-        *(
-            "add",
-            "append",
-            "appendleft",
-            "clear",
-            "discard",
-            "extend",
-            "extendleft",
-            "insert",
-            "pop",
-            "popitem",
-            "popleft",
-        ),
-        *("remove", "reverse", "setdefault", "sort", "update", "__setitem__", "__delitem__", "__iadd__", "data"),
+        *("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem"),
+        *("popleft", "remove", "reverse", "setdefault", "sort", "update", "__setitem__", "__delitem__", "__iadd__"),
+        "data",
     }
 )
 """Names by which code writes to a container or tensor; and all that end with one underscore."""
