@@ -1,4 +1,4 @@
-"""What is alive when: values until the code that ran lets go of them, gradients of weights until all uses are summed."""
+"""What is alive when: values until the code lets go of them, gradients of weights until all their uses are summed."""
 
 from functools import partial
 
