@@ -53,7 +53,7 @@ class Names:
     def path(self, c: Candidate, key: UnitKey) -> str:
         """The host's name and that of its largest child in the branch (or the number of the add in it)."""
         sizes: dict[str, int] = {}
-        for number in c.region:
+        for number in sorted(c.region):
             around = self.recording.calls_around(number)
             if c.host in around and around[-1] != c.host:
                 child = self.recording.events[around[around.index(c.host) + 1]].target

@@ -68,6 +68,36 @@ def attention():
     return nn.Sequential(*(Attends() for _ in range(4))).train()
 
 
+class Twice(nn.Module):
+    """Calls each of its blocks twice, which report what comes in: only what lies within them is rewired, and only in
+    one of the calls.
+    """
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.means = nn.Linear(8, 8), []
+            self.inner = stack(lambda inner, x: x + inner.g(inner.f(x).tanh()), depth=2).blocks
+
+        def forward(self, x):
+            h = self.first(x.tanh())
+            self.means.append(float(h.detach().mean()))
+            for inner in self.inner:
+                h = inner(h)
+            return x + h
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+        self.float()
+
+    def forward(self, x):
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x) * 1.0
+        return x
+
+
 def layout(model):
     """All by which a converted model runs."""
     state = converted(model)
@@ -103,6 +133,7 @@ CASES = {
     "stays": (convnet, IMAGES, {"checkpoint": "stays"}),
     "least of two chains": (convnet, IMAGES, {"memory_budget": "least"}),
     "cores": (attention, INPUTS, {"chunks": 8}),
+    "called twice": (Twice, INPUTS[..., :8], {"rewire": "everywhere"}),
 }
 
 
