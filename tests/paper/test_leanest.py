@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import revwire
@@ -217,6 +218,29 @@ def test_convolutions_of_one_kernel_with_long_inputs_and_with_many_weights():
     x = torch.randn(2, 8, 128, 128)
     model(x).mean().backward()
     assert revwire.plan(model, x).peaks.stored == pytest.approx(measured(model, x), rel=CLOSE)
+
+
+class Windows(nn.Module):
+    """Attention within windows, for which PyTorch has no kernel that makes no map."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(3, 0, 1, 4, 2, 5)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+        return x + self.out(attended.transpose(2, 3).flatten(-2))
+
+
+def test_gradients_inside_a_call_of_several_kernels():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Windows() for _ in range(3))), torch.randn(2, 4, 128, 16)
+    drawn = torch.get_rng_state()
+    peaks = revwire.plan(model, x).peaks
+    assert torch.equal(torch.get_rng_state(), drawn)
+    model(x).mean().backward()
+    assert peaks.stored == pytest.approx(measured(model, x), rel=CLOSE)
 
 
 def test_a_block_that_makes_a_layer_without_state_can_be_checkpointed():
