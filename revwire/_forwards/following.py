@@ -160,15 +160,7 @@ class Following(TorchFunctionMode):
 
     def opaque_call(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of the host's own code that no function mode sees."""
-        if self.units.instead:
-            args, kwargs = self.units.renamed((args, kwargs))
-        given = tensors_of(args, kwargs)
-        owner = self.units.owner(given, None)
-        if owner is None:
-            return call(*args, **kwargs)
-        if owner.raw is not owner.segment.x:
-            args, kwargs, given = self.units.with_state(owner, args, kwargs, given)
-        return owner.after(call, given, owner.segment.make(call, args, kwargs, call, given))
+        return self.module_call(self.host.opaque(call), call, args, kwargs)
 
     def expects(self, args: Any, kwargs: Any) -> bool:
         """Whether one of these arguments of a module that is opened is a part of a unit of the host, or begins one."""
@@ -176,8 +168,7 @@ class Following(TorchFunctionMode):
 
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a module by the host's own code."""
-        host = self.host
-        if id(module) in host.opened:
+        if id(module) in self.host.opened:
             return call(*args, **kwargs)
         modes = function_modes()
         popped = modes > 0 and function_mode(modes - 1) is self

@@ -50,6 +50,21 @@ def _modules_of(names: tuple[str, ...], host: nn.Module) -> list[nn.Module]:
     return [host.get_submodule(name) for name in names]
 
 
+class Opaque(nn.Module):
+    """Stands for a module where code calls something else that no function mode sees into.
+
+    Attributes:
+        function: what is called, whose code may read and change what that of a module may.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("internal: what it stands for is called; please report this")
+
+
 class Host:
     """One host, with all that is looked up by identity: a copy of the module has another.
 
@@ -96,6 +111,7 @@ class Host:
         self._heavy = {id(m) for m in self.module.modules() if next(m.parameters(), None) is not None}
         self._known: dict[int, Known] = {}
         self._passing: dict[int, bool] = {}
+        self._opaque: dict[int, Opaque] = {}
         make_leaves(self.module)
 
     @property
@@ -124,6 +140,14 @@ class Host:
         found = self._known.get(id(module))
         if found is None:
             found = self._known[id(module)] = Known()
+        return found
+
+    def opaque(self, call: Any) -> Opaque:
+        """What stands for a custom autograd function, by its ``apply``, or for a TorchScript function."""
+        function = getattr(call, "__self__", call)
+        found = self._opaque.get(id(function))
+        if found is None:
+            found = self._opaque[id(function)] = Opaque(function)
         return found
 
     def is_light(self, function: Any) -> bool:

@@ -8,6 +8,7 @@ so what it would run is run as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _known(call: Callable[..., Any]) -> Callable[..., Any]:
     def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if NOW.follower is None:
             return call(self, *args, **kwargs)
-        return NOW.follower.opaque_call(lambda *a, **k: call(self, *a, **k), args, kwargs)
+        return NOW.follower.opaque_call(MethodType(call, self), args, kwargs)
 
     setattr(scripted, _OURS, True)
     return scripted

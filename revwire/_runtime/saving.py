@@ -94,7 +94,7 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
         if products:
             products.settle(f)
             record.products = products
-        if not record.held.sets_back:
+        if not record.held.reached.sets_back:
             record.surroundings.settle()
         if record.held.generators or call.unit.known.draws[call.host.training] is None:
             record.held.settle(call.unit.known, call.host.training)

@@ -165,7 +165,7 @@ class Segment:
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
-        self.draws.before(call, sets_back=self.taken is not None and self.taken.sets_back)
+        self.draws.before(call, sets_back=self.taken is not None and self.taken.reached.sets_back)
         modes, context = modes_here(self.kinds), copy_context()
         if self.modes is None:
             self.modes, self.context = (True, False, *modes[2:]), context

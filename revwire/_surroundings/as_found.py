@@ -14,7 +14,7 @@ from revwire._structures import tensors_in
 from revwire._surroundings.attributes import MISSING, STANDARD, attributes_kept, contents_of, refill, refilled, slots_of
 from revwire._surroundings.buffers import buffers_kept
 from revwire._surroundings.code import CACHED, classes_of, functions_of, named, packages_of
-from revwire._surroundings.generators import generators_in, generators_of_class, set_states, states_of
+from revwire._surroundings.generators import generators_in, set_states, states_of
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.noted import (
     SMALL,
@@ -72,11 +72,10 @@ def _holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
     modules = [*root.modules()]
     classes, functions, packages = classes_of(modules), functions_of(modules), packages_of(modules)
     attributes = [v for m in modules for k, v in vars(m).items() if k not in STANDARD]
-    of_classes = [g for kind in classes for g in generators_of_class(kind)]
-    states = states_of([*chain.from_iterable(map(generators_in, attributes)), *of_classes])
     buffers = [(b, version_of(b)) for b in root.buffers()]
     values = held_in(attributes, packages)
     reach = reached(modules)
+    states = states_of([*chain.from_iterable(map(generators_in, attributes)), *reach.generators])
     places = [(table, name, table.get(name, MISSING)) for table, name in reach.places]
     of_code = chain((v for *_, v in places), *map(named, functions), *(vars(kind).values() for kind in classes))
     outside = held_in(of_code, packages)

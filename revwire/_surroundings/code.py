@@ -60,12 +60,15 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 
 def named(function: FunctionType) -> Iterator[Any]:
-    """The globals and enclosed variables that a function names, and the globals of a model's Python modules."""
+    """The globals and enclosed variables that a function names, the globals of a model's Python modules, and defaults
+    of its arguments.
+    """
     names, scope = names_in(function.__code__), function.__globals__
     yield from (scope[name] for name in names if name in scope)
     for table in map(vars, modules_named(function)):
         yield from (table[name] for name in names if name in table)
     yield from (cell.cell_contents for cell in function.__closure__ or () if is_filled(cell))
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
 
 
 def functions_of(modules: Iterable[nn.Module]) -> list[FunctionType]:

@@ -47,33 +47,25 @@ def _generators_in(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
             yield from _generators_in(item, depth - 1, seen)
 
 
-def generators_of_class(kind: type) -> Iterator[Any]:
-    """Those among the attributes of a class, and among the globals and enclosed variables that its methods name."""
-    for value in vars(kind).values():
-        yield from filter(is_generator, named(value)) if isinstance(value, FunctionType) else generators_in(value)
-
-
-def code_draws_from_all(kind: type) -> bool:
-    """Whether a method of a class names what draws from the generators of ``random`` or ``numpy.random``."""
+def draws_from_all(function: FunctionType) -> bool:
+    """Whether a function names what draws from the generators of ``random`` or ``numpy.random``."""
     numpy = sys.modules.get("numpy")
     modules = [random, *([] if numpy is None else [numpy.random])]
     shared = generators_of_all()
-    for method in filter(lambda v: isinstance(v, FunctionType), vars(kind).values()):
-        for value in named(method):
-            if any(value is m for m in modules) or any(getattr(value, "__self__", None) is g for g in shared):
-                return True
-            if value is numpy is not None and "random" in names_in(method.__code__):
-                return True
+    for value in named(function):
+        if any(value is m for m in modules) or any(getattr(value, "__self__", None) is g for g in shared):
+            return True
+        if value is numpy is not None and "random" in names_in(function.__code__):
+            return True
     return False
 
 
 _SET_BACK = frozenset({"fork_rng", "set_rng_state", "manual_seed"})
 
 
-def code_sets_back(kind: type) -> bool:
-    """Whether a method of a class names what sets torch's generators: then it may not show that it drew from them."""
-    methods = filter(lambda v: isinstance(v, FunctionType), vars(kind).values())
-    return any(not _SET_BACK.isdisjoint(names_in(method.__code__)) for method in methods)
+def sets_back(function: FunctionType) -> bool:
+    """Whether a function names what sets torch's generators: then it may not show that it drew from them."""
+    return not _SET_BACK.isdisjoint(names_in(function.__code__))
 
 
 def _items(value: Any) -> Iterable[Any]:

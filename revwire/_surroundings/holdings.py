@@ -31,16 +31,13 @@ from torch import Tensor, nn
 
 from revwire._surroundings.attributes import MISSING, STANDARD
 from revwire._surroundings.buffers import undisturbed
-from revwire._surroundings.code import classes_of, is_of_torch
+from revwire._surroundings.code import is_of_torch
 from revwire._surroundings.generators import (
     States,
-    code_draws_from_all,
-    code_sets_back,
     drawn_from,
     generators_at,
     generators_in,
     generators_of_all,
-    generators_of_class,
     is_generator,
     states_of,
 )
@@ -62,10 +59,7 @@ class Found(NamedTuple):
         own: the numbers of those with code of their own, in that order.
         buffers: (number of the module, name) of those that are looked at here.
         drawing: (number of the module, name) of attributes with generators in them.
-        reached: what their code may change.
-        generators: those of classes, and of the code of their methods.
-        draws: whether this code names what draws from the generators of Python and NumPy.
-        sets_back: whether it names what sets torch's generators.
+        reached: what their code may change, and draw from.
     """
 
     modules: list[int]
@@ -74,15 +68,11 @@ class Found(NamedTuple):
     buffers: list[tuple[int, str]]
     drawing: list[tuple[int, str]]
     reached: Reached
-    generators: list[Any]
-    draws: bool
-    sets_back: bool
 
     @classmethod
     def of(cls, owned: Inventory) -> Found:
         """What these modules have now."""
         modules = [*owned.modules.values()]
-        classes = classes_of(modules)
         own = [i for i, m in enumerate(modules) if not (is_of_torch(type(m)) or type(m).__module__ == _SHARDED)]
         return cls(
             [*owned.modules],
@@ -96,9 +86,6 @@ class Found(NamedTuple):
                 if name not in STANDARD and next(generators_in(value), None) is not None
             ],
             reached(modules),
-            [g for kind in classes for g in generators_of_class(kind)],
-            any(map(code_draws_from_all, classes)),
-            any(map(code_sets_back, classes)),
         )
 
 
@@ -158,8 +145,7 @@ class Held:
         values: what stood where, as `noted`.
         generators: those that may draw, with their states.
         hooks: those around the forwards of the modules; none: there were none.
-        reached: what the code of the branch may change.
-        sets_back: whether it may set torch's generators back, so that it does not show what it drew from them.
+        reached: what the code of the branch may change, and draw from.
     """
 
     owned: Inventory
@@ -167,14 +153,13 @@ class Held:
     generators: States
     hooks: Hooks
     reached: Reached = NOTHING_REACHED
-    sets_back: bool = False
 
     @classmethod
     def by(cls, known: Known, owned: Inventory, training: bool) -> Held:
         """What the modules of a branch hold now."""
         found, drawn = known.found(owned), known.draws[training]
         hooked = any(HOOKS_OF_ALL) or any(map(any, map(hooks_of, owned.modules.values())))
-        drawing = [*found.generators, *(() if drawn is False else generators_of_all())]
+        drawing = [*found.reached.generators, *(() if drawn is False else generators_of_all())]
         kinds = kinds_noted("numpy.random" in sys.modules) if found.own else ()
         values, unseen = list[Standing](), found.reached.unseen
         for number in found.own:
@@ -185,7 +170,7 @@ class Held:
                 if is_generator(value := then[name]):
                     drawing.append(value)
                     continue
-                values.append((own, name, noted(value, unseen=unseen)))
+                values.append((own, name, noted(value, drawing, unseen=unseen)))
                 then[name] = _NOTED  # it may be of a graph, which the copy must not own
         for number, name in found.drawing:
             drawing.extend(generators_in(owned.attributes[number][0].get(name)))
@@ -195,12 +180,12 @@ class Held:
                 module = modules[number]
                 value = module._buffers.get(name, MISSING)
                 if not (module.training and isinstance(value, Tensor) and value.is_floating_point()):
-                    values.append((module._buffers, name, noted(value, unseen=unseen)))
+                    values.append((module._buffers, name, noted(value, drawing, unseen=unseen)))
         for table, name in found.reached.places:
-            values.append((table, name, noted(table.get(name, MISSING), unseen=True)))
+            values.append((table, name, noted(table.get(name, MISSING), drawing, unseen=True)))
         hooks = _tables_of_hooks(owned) if hooked else []
         states = states_of(drawing) if drawing else []
-        return cls(owned, values, states, hooks, found.reached, found.sets_back)
+        return cls(owned, values, states, hooks, found.reached)
 
     def undisturbed(self, writers: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Keep other threads from exchanging what these modules hold, and what the code of the branch may change."""
@@ -214,7 +199,7 @@ class Held:
         if known.draws[training] is None:
             shared = generators_of_all()
             drawn = any(g is s for g, _ in self.generators for s in shared)
-            known.draws[training] = drawn or (known.last is not None and known.last.draws)
+            known.draws[training] = drawn or (known.last is not None and known.last.reached.draws)
 
     def was_changed(self) -> bool:
         """Whether a run since drew from generators, or wrote to anything."""

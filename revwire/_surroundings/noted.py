@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from revwire._structures import is_named_tuple
 from revwire._surroundings.attributes import slots_of
 from revwire._surroundings.code import package_of
+from revwire._surroundings.generators import is_generator
 from revwire._surroundings.inventory import version_of
 
 SMALL = 2**16
@@ -148,17 +149,21 @@ class HeldContainer(NamedTuple):
         return out
 
 
-def noted(value: Any, depth: int = _DEPTH, *, unseen: bool = False) -> Any:
-    """A value as the forward finds it; ``unseen``: tensors may be written to behind their version counters."""
+def noted(value: Any, drawing: list[Any], depth: int = _DEPTH, *, unseen: bool = False) -> Any:
+    """A value as the forward finds it; generators in it are put into ``drawing``. ``unseen``: tensors may be written to
+    behind their version counters.
+    """
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) else HeldTensor(value, unseen=unseen)
     if is_array(value):
         return value.copy()
     if not depth or not (type(value) in _CONTAINERS or isinstance(value, tuple)):
+        if is_generator(value):
+            drawing.append(value)
         return value
     if len(value) > _SHORT and type(value) in (list, *_DICTS):
         return HeldContainer(value, len(value))
-    return _filled(value, lambda item: noted(item, depth - 1, unseen=unseen))
+    return _filled(value, lambda item: noted(item, drawing, depth - 1, unseen=unseen))
 
 
 def differs(then: Any, now: Any) -> bool:

@@ -35,6 +35,7 @@ from revwire._surroundings.code import (
     package_of,
     packages_of,
 )
+from revwire._surroundings.generators import draws_from_all, is_generator, sets_back
 from revwire._surroundings.noted import held_in, is_plain_object, may_be_written_to
 
 EVERYWHERE = RLock()
@@ -180,26 +181,45 @@ class Reached(NamedTuple):
         places: where something stands outside of modules.
         changes: whether it may change anything, modules and what they hold included.
         unseen: whether it may write to tensors behind their version counters.
+        generators: those that it names, or that are in what it names.
+        draws: whether it names what draws from the generators of Python and NumPy.
+        sets_back: whether it names what sets torch's generators.
     """
 
     places: list[Place]
     changes: bool
     unseen: bool
+    generators: list[Any]
+    draws: bool
+    sets_back: bool
 
 
-NOTHING_REACHED = Reached([], False, False)
-"""By code that changes nothing."""
+NOTHING_REACHED = Reached([], False, False, [], False, False)
+"""By code that changes nothing, and draws nothing."""
 
 
 def reached(modules: Sequence[nn.Module]) -> Reached:
-    """What the code of these modules, and what it calls, may change."""
-    functions, objects = _functions_and_objects(modules)
-    all_writes = [writes_of(f.__code__) for f in functions if f.__name__ != "__init__"]  # which writes to what is new
-    if not any(w.anything for w in all_writes):
-        return NOTHING_REACHED
-    stored = frozenset[str]().union(*(w.attributes for w in all_writes))
+    """What the code of these modules, and what it calls, may change, and draw from."""
+    functions, objects, held = _named_by(modules)
+    writes = [writes_of(f.__code__) for f in functions if f.__name__ != "__init__"]  # which writes to what is new
+    changes = any(w.anything for w in writes)
+    return Reached(
+        _places(modules, functions, objects, writes) if changes else [],
+        changes,
+        any(w.unseen for w in writes),
+        [*filter(is_generator, held)],
+        any(map(draws_from_all, functions)),
+        any(map(sets_back, functions)),
+    )
+
+
+def _places(
+    modules: Sequence[nn.Module], functions: list[FunctionType], objects: list[Any], writes: list[Writes]
+) -> list[Place]:
+    """Where these functions may change something outside of modules."""
+    stored = frozenset[str]().union(*(w.attributes for w in writes))
     names = frozenset[str]().union(*(names_in(f.__code__) for f in functions))
-    look = _Look(stored, names, any(w.fills for w in all_writes))
+    look = _Look(stored, names, any(w.fills for w in writes))
     kinds = chain((v for f in functions for v in named(f) if isinstance(v, type)), map(type, (*modules, *objects)))
     classes = {base for kind in {*kinds} for base in kind.__mro__ if is_of_a_model(base)}
     found = [(Attributes(kind), n) for kind in classes for n in look.at(vars(kind))]
@@ -207,7 +227,7 @@ def reached(modules: Sequence[nn.Module]) -> Reached:
         found += [*_globals_of(f, look), *_own_of(f, look)]
     found += _of_objects(objects, look, {*map(id, functions)})
     places = {(id(getattr(table, "owner", table)), name): (table, name) for table, name in found}
-    return Reached([*places.values()], True, any(w.unseen for w in all_writes))
+    return [*places.values()]
 
 
 class _Look(NamedTuple):
@@ -272,19 +292,20 @@ def _own_of(function: FunctionType, look: _Look) -> Iterator[Place]:
         yield from ((table, name) for name, value in table.items() if may_be_written_to(value))
 
 
-def _functions_and_objects(modules: Sequence[nn.Module]) -> tuple[list[FunctionType], list[Any]]:
-    """The functions that may run when modules do, and the plain objects that these may name, or that modules have; with
-    those methods of the objects that the functions name.
+def _named_by(modules: Sequence[nn.Module]) -> tuple[list[FunctionType], list[Any], list[Any]]:
+    """The functions that may run when modules do; the plain objects that these may name, or that modules have, with
+    those of their methods that the functions name; and all else that they name.
     """
     functions = functions_of(modules)
     packages = {*packages_of(modules), *map(package_of, functions)}
-    values = chain(
-        (v for m in modules for k, v in vars(m).items() if k not in STANDARD),
-        *map(named, functions),
-        *(vars(kind).values() for kind in classes_of(modules)),
-    )
+    values = [
+        *(v for m in modules for k, v in vars(m).items() if k not in STANDARD),
+        *chain.from_iterable(map(named, functions)),
+        *chain.from_iterable(vars(kind).values() for kind in classes_of(modules)),
+    ]
     objects = [v for v in held_in(values, packages) if is_plain_object(v, packages)]
     names = _CALLED.union(*(names_in(f.__code__) for f in functions))
     kinds = {base for kind in {*map(type, objects)} for base in kind.__mro__ if is_of_a_model(base)}
     methods = functions_among([m for kind in kinds for n, m in vars(kind).items() if n in names], calls=1)
-    return [*{id(f): f for f in (*functions, *methods)}.values()], objects
+    held = held_in([*values, *chain.from_iterable(map(named, methods))], packages)
+    return [*{id(f): f for f in (*functions, *methods)}.values()], objects, held

@@ -20,11 +20,11 @@ def patchable():
     return nn.Module.__call__, torch.jit.ScriptFunction.__call__, torch.autograd.Function.apply.__qualname__
 
 
-PATCHED = patchable()
-
-
-def nothing_is_patched():
-    return patchable() == PATCHED
+@pytest.fixture
+def nothing_patched():
+    before = patchable()
+    yield
+    assert patchable() == before
 
 
 class Failing(nn.Module):
@@ -34,6 +34,7 @@ class Failing(nn.Module):
         raise KeyError("boom")
 
 
+@pytest.mark.usefixtures("nothing_patched")
 def test_a_failing_example_is_a_clear_error_and_leaves_no_trace():
     model = nn.Sequential(stack(pre_norm).blocks[0], Failing())
     before = torch.get_rng_state(), random.getstate()
@@ -43,7 +44,6 @@ def test_a_failing_example_is_a_clear_error_and_leaves_no_trace():
         revwire.convert(model, X)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert nothing_is_patched()
     assert not any("forward" in vars(m) for m in model.modules())
 
 
@@ -64,6 +64,7 @@ def test_a_cut_is_the_recording_of_one_call():
     assert [e.parent for e in cut.events] == [e.parent for e in alone.events]
 
 
+@pytest.mark.usefixtures("nothing_patched")
 def test_threads_may_observe_at_once():
     models, errors = [stack(pre_norm) for _ in range(6)], []
 
@@ -80,7 +81,6 @@ def test_threads_may_observe_at_once():
         t.join()
     assert not errors
     assert all(len(revwire.report(m).units) == 3 for m in models)
-    assert nothing_is_patched()
 
 
 class Passing(TorchFunctionMode):

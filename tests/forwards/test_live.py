@@ -200,6 +200,37 @@ def test_a_generator_of_its_own_in_the_code():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+GENERATOR, CALLS = torch.Generator(), []
+
+
+class Noisy(torch.autograd.Function):
+    """Draws from all generators in its forward, and counts its calls."""
+
+    @staticmethod
+    def forward(ctx, h):
+        CALLS.append(len(CALLS))
+        own, shared = torch.rand(h.shape, generator=GENERATOR, dtype=h.dtype), torch.rand_like(h)
+        ctx.factor = own * shared.tanh() * random.random() * CALLS[-1]
+        return h * ctx.factor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor
+
+
+def test_a_custom_function_that_draws_and_counts():
+    model = rewound(lambda self, x: x + self.g(Noisy.apply(self.f(x))) * torch.rand(()))
+    found = []
+    for stored in (False, True):
+        random.seed(0)
+        GENERATOR.manual_seed(0)
+        CALLS.clear()
+        with revwire.stored_activations(model) if stored else contextlib.nullcontext():
+            found.append(step(model, X)[1])
+        assert len(CALLS) == len(model.blocks)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import copy
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy
 import pytest
@@ -118,6 +119,61 @@ class OfTheFile(Leaf):
         return torch.rand(h.shape, generator=OF_THE_MODULE)
 
 
+class Noise:
+    """Draws by a method."""
+
+    def __init__(self):
+        self.generator = torch.Generator()
+
+    def like(self, h):
+        return torch.rand(h.shape, generator=self.generator)
+
+
+NOISE, NAMED = Noise(), {"all": [torch.Generator()]}
+
+
+def noise_of_the_object(h):
+    return NOISE.like(h)
+
+
+def noise_named(h):
+    return torch.rand(h.shape, generator=NAMED["all"][0])
+
+
+def noise_by_default(h, generator=OF_THE_MODULE):
+    return torch.rand(h.shape, generator=generator)
+
+
+def enclosed(generator):
+    return lambda h: torch.rand(h.shape, generator=generator)
+
+
+def number_of_python():
+    return random.random()
+
+
+class ByFunctions(Leaf):
+    """Draws from generators that only the code of functions names."""
+
+    functions = noise_of_the_object, noise_named, noise_by_default, enclosed(OF_THE_MODULE)
+
+    def factor(self, h):
+        return sum(f(h) for f in self.functions)
+
+
+class LateOfTheClass(Leaf):
+    """Puts its generator into a table of its class when it is first needed."""
+
+    table: ClassVar = {}
+
+    @property
+    def generator(self):
+        return self.table.setdefault("cpu", torch.Generator().manual_seed(3))
+
+    def factor(self, h):
+        return torch.rand(h.shape, generator=self.generator)
+
+
 class Python(Leaf):
     def begin(self):
         self.random = random.Random(3)
@@ -158,12 +214,25 @@ class LaterOfPython(Leaf):
         return random.random() if self.calls > 1 else 1.0
 
 
+class LaterByFunctions(Leaf):
+    def begin(self):
+        self.calls = 0
+
+    def factor(self, h):
+        self.calls += 1
+        return number_of_python() if self.calls > 1 else 1.0
+
+
 class OfNumPy(Leaf):
     def factor(self, h):
         return numpy.random.standard_normal()
 
 
-DRAWING = [Torch, Late, New, Listed, OfTheClass, OfTheFile, Python, NumPy, OldNumPy, OfPython, LaterOfPython, OfNumPy]
+DRAWING = [
+    *(Torch, Late, New, Listed, OfTheClass, LateOfTheClass, OfTheFile, ByFunctions),
+    *(Python, NumPy, OldNumPy, OfPython, LaterOfPython, LaterByFunctions, OfNumPy),
+]
+SHARED = [OF_THE_MODULE, OfTheClass.generator, NOISE.generator, *NAMED["all"]]
 
 
 def weight_gradients(net, run):
@@ -181,8 +250,9 @@ def assert_equal(got, true):
 def begin_again(net, leaf):
     random.seed(0)
     numpy.random.seed(0)
-    OF_THE_MODULE.manual_seed(0)
-    OfTheClass.generator.manual_seed(0)
+    LateOfTheClass.table.clear()
+    for generator in SHARED:
+        generator.manual_seed(0)
     for block in net.blocks:
         for name in [k for k in vars(block.leaf) if k in ("generator", "generators", "random", "dice")]:
             delattr(block.leaf, name)
@@ -213,7 +283,8 @@ def test_generators_are_replayed(leaf, options):
 def test_conversion_draws_nothing(leaf):
     net = Net(leaf)
     begin_again(net, leaf)
-    generators = [g for b in net.blocks for g in (vars(b.leaf).get("generator"), vars(b.leaf).get("random")) if g]
+    own = (g for b in net.blocks for g in (vars(b.leaf).get("generator"), vars(b.leaf).get("random")) if g)
+    generators = [*own, *SHARED]
     before = [str(state) for _, state in states_of(generators)]
     revwire.verify(revwire.convert(net, X), X)
     assert before == [str(state) for _, state in states_of(generators)]
