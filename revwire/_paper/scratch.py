@@ -4,9 +4,10 @@ Note [Scratch memory]
     Some kernels unfold their input, or lay their weights out anew: a 3x3x3 convolution on the CPU may take 27 times
     its input for a while. Calls that are several kernels (attention that makes its map) have gradients inside. No run
     of a forward shows either. So the largest convolution of each kind (kernel, stride, groups, dtype, and whether its
-    weights are larger than its unfolded input), and of other calls of several kernels the one that saves most, run once
-    by themselves, on zeros, forward and backward. The others of their kind are taken to need as much in proportion: to
-    what they save, or to what explains a measured convolution better, its unfolded input or its weights.
+    weights are larger than its unfolded input), and of the other calls that may need some the one that saves or gives
+    most, run once by themselves, on zeros, forward and backward. The others of their kind are taken to need as much in
+    proportion: to what they save or give, or to what explains a measured convolution better, its unfolded input or its
+    weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from revwire._torch import profiler_enabled
 from revwire.measure._trace import Mark, keeps_peak, traced
 
 _CONVOLUTION = torch.ops.aten.convolution
+_AS_STRIDED = torch.ops.aten.as_strided.default
+"""Its backward counts how often it has read each element."""
+
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 _NEGLIGIBLE = 1 << 16
@@ -38,7 +42,7 @@ _SMALL = 1 << 20
 
 
 class _Sizes(NamedTuple):
-    """Bytes of the unfolded input of a convolution, or of what another call saves, and of its weights."""
+    """Bytes of the unfolded input of a convolution, or of what another call saves or gives, and of its weights."""
 
     unfolded: int
     weights: int = 0
@@ -73,7 +77,7 @@ def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
     """
     convolution = any(getattr(k, "overloadpacket", None) is _CONVOLUTION for k in event.kernels)
     composed = not event.opaque and event.saved and sum(map(_computes, event.kernels)) > 1
-    if not (convolution or composed):
+    if not (convolution or composed or _AS_STRIDED in event.kernels):
         return None
     values = [recording.values[r.value] for r in refs((event.args, event.kwargs))]
     results = [recording.values[r.value] for r in refs(event.out)]
@@ -84,7 +88,8 @@ def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
     order = sorted(range(len(x.strides)), key=lambda d: -x.strides[d])  # of its layout
     kind = event.target, repr(settings), (*order,), x.dtype, x.wants, event.modes
     if not convolution:
-        return (*kind, tuple(len(v.shape) for v in values)), _Sizes(event.saved)
+        size = max(event.saved, prod(results[0].shape) * x.dtype.itemsize)
+        return (*kind, tuple(len(v.shape) for v in values)), _Sizes(size)
     if len(values) < 2:
         return None
     weight = values[1]
