@@ -21,7 +21,7 @@ from torch import Tensor
 
 from revwire._capture.recording import Event, Recording, Value
 from revwire._structures import Ref, leaves_of, mapped, refs
-from revwire._torch import profiler_enabled
+from revwire._torch import arguments_of, profiler_enabled
 from revwire.measure._trace import Mark, keeps_peak, traced
 
 _CONVOLUTION = torch.ops.aten.convolution
@@ -101,7 +101,7 @@ def _kind(recording: Recording, event: Event) -> tuple[Any, _Sizes] | None:
 
 def _computes(kernel: Any) -> bool:
     """Whether its results are no views, nor what it wrote to."""
-    return kernel is not _UNSAFE_VIEW and all(r.alias_info is None for r in kernel._schema.returns)
+    return kernel is not _UNSAFE_VIEW and all(a.alias_info is None for a in arguments_of(kernel))
 
 
 def _measured(recording: Recording, some: list[tuple[Event, _Sizes]]) -> list[int]:
