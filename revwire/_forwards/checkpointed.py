@@ -30,7 +30,7 @@ from revwire._surroundings.buffers import Constants, Copies, Written, buffers_ex
 from revwire._surroundings.context import context_kept, run_again
 from revwire._surroundings.copies import as_found, is_stateful
 from revwire._surroundings.holdings import Held, Known
-from revwire._surroundings.inventory import Inventory, versions_of
+from revwire._surroundings.inventory import Inventory
 from revwire._surroundings.modes import NOTHING, exporting, stalls, transformed
 from revwire._surroundings.settings import kernels_not_searched, settings_now, settings_restored
 from revwire._surroundings.weights import Homes, lent, put_back
@@ -130,12 +130,9 @@ class _Run:
         Raises:
             ReconstructionError: a weight was written to since.
         """
-        for weight, version, now in zip(
-            self.owned.weights, self.owned.versions, versions_of(self.owned.weights), strict=True
-        ):
-            if now != version:
-                name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
-                raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
+        for weight in self.owned.moved():
+            name = next((n for n, p in self.forward.module.named_parameters() if p is weight), "of the module")
+            raise self._fault(f"its weight {name!r} was modified in place", "the weights of the forward pass")
         holders = [m for m in self.forward.module.modules() if m._buffers]
         exchanged = buffers_exchanged(holders, self.copies, more=self.changed)
         restored, pinned = settings_restored(self.settings), self._pinned()

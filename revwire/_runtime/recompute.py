@@ -44,7 +44,7 @@ from revwire._streams.samples import glance, same_glances
 from revwire._surroundings.buffers import buffers_exchanged
 from revwire._surroundings.context import run_again
 from revwire._surroundings.copies import recalled
-from revwire._surroundings.inventory import Place, versions_of
+from revwire._surroundings.inventory import Place
 from revwire._surroundings.modes import NOTHING, deterministic_kernels
 from revwire._surroundings.weights import lent, put_back
 from revwire._torch import inside_checkpoint, set_grad_enabled
@@ -289,10 +289,7 @@ def _check_versions(chain: Chain, record: UnitRecord) -> None:
         constant = reference()
         if constant is not None and constant._version != version:
             raise record.fault(chain, "a constant that it uses was modified in place", _NO_WRITE)
-    owned = record.owned
-    now = versions_of(owned.weights)
-    if now != owned.versions:
-        weight = next(w for w, a, b in zip(owned.weights, owned.versions, now, strict=True) if a != b)
+    for weight in record.owned.moved():
         got = f"its weight {_name(record, weight)!r} was modified in place"
         raise record.fault(chain, got, "the weights of the forward pass")
 

@@ -98,6 +98,8 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
             record.surroundings.settle()
         if record.held.generators or call.unit.known.draws[call.host.training] is None:
             record.held.settle(call.unit.known, call.host.training)
+        if record.held.reached.changes:
+            call.unit.known.note_moved(record.owned)
         record.witnesses = [number for number, _ in last]
         record.sample = call.streams.sample(f, [t for _, t in last])
     finally:

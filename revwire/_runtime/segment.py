@@ -107,9 +107,8 @@ class Segment:
         recorded = [self.values.noted(a, needs) for a in args]
         named = {k: self.values.noted(a, needs) for k, a in kwargs.items()} if kwargs else None
         call = Call(function, recorded, named, needs)
-        versions = versions_of(tensors)
+        versions, start = versions_of(tensors), len(self.cells)
         self._look(call)
-        start = len(self.cells)
         try:
             push_saved_tensors_hooks(self.pack, opened_cell)
             try:
@@ -145,6 +144,8 @@ class Segment:
                     self.buffers.update(statistics_of(writers))
                 out = self.make(again, args, kwargs, run, tensors)
                 self.buffers.update(written.copies())
+            if known.note_moved(owned):
+                self.effects.add(len(self.calls) - 1)
         if held.generators or known.draws[training] is None:
             held.settle(known, training)
         return out
@@ -220,8 +221,7 @@ class Segment:
             cells = self.cells[:]
         else:
             cells = [c for p in used for c in self.cells[self.ends[p - 1] if p else 0 : self.ends[p]]]
-        calls = [self.calls[p] for p in used]
-        return Replay(calls, {n: t for n, (t, _) in held.items()}, self.values.size, out), cells
+        return Replay([self.calls[p] for p in used], {n: t for n, (t, _) in held.items()}, self.values.size, out), cells
 
     def settle(self) -> bool:
         """After the last call: whether it is known what each of them drew."""

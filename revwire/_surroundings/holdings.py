@@ -14,7 +14,8 @@ Note [What a branch finds]
     What the code of the modules is, and so what it may change, is looked up once, and again when the modules are others
     or have more or fewer buffers (`Known`).
     Floating-point buffers in train mode, and those of normalisation, are `buffers`' business; here are the others:
-    those of modules in eval mode, those that are None, and integers. Weights are that of `weights`.
+    those of modules in eval mode, those that are None, and integers. Weights are that of `weights`; of those that a
+    forward was seen to write to (a teacher that follows, a weight that is cut off) copies are made here.
 """
 
 from __future__ import annotations
@@ -43,7 +44,16 @@ from revwire._surroundings.generators import (
 )
 from revwire._surroundings.inventory import REQUIRES_GRAD, Inventory, is_written, size_of
 from revwire._surroundings.modes import NOTHING
-from revwire._surroundings.noted import again, differs, kinds_noted, noted, was_changed
+from revwire._surroundings.noted import (
+    HeldTensor,
+    again,
+    differs,
+    is_written_to,
+    kinds_noted,
+    note_write,
+    noted,
+    was_changed,
+)
 from revwire._surroundings.outside import EVERYWHERE, NOTHING_REACHED, Reached, put, reached
 from revwire._torch import HOOKS_OF_ALL, ModuleWithStatistics, hooks_of
 
@@ -58,6 +68,7 @@ class Found(NamedTuple):
         modules, size: their identities, in order, and their `size_of`, by which they are known again.
         own: the numbers of those with code of their own, in that order.
         buffers: (number of the module, name) of those that are looked at here.
+        weights: (number of the module, name) of those that a forward was seen to write to.
         drawing: (number of the module, name) of attributes with generators in them.
         reached: what their code may change, and draw from.
     """
@@ -66,6 +77,7 @@ class Found(NamedTuple):
     size: int
     own: list[int]
     buffers: list[tuple[int, str]]
+    weights: list[tuple[int, str]]
     drawing: list[tuple[int, str]]
     reached: Reached
 
@@ -79,6 +91,7 @@ class Found(NamedTuple):
             owned.size,
             own,
             [(i, name) for i, m in enumerate(modules) for name in _buffers_of(m)],
+            [(i, name) for i, m in enumerate(modules) for name, w in m._parameters.items() if _is_moved(w)],
             [
                 (i, name)
                 for i in own
@@ -113,6 +126,19 @@ class Known:
         if last is None or last.size != owned.size or last.modules != [*owned.modules]:
             last = self.last = Found.of(owned)
         return last
+
+    def note_moved(self, owned: Inventory) -> bool:
+        """A forward has ended: whether it wrote to weights of which there is no copy; the next one makes copies."""
+        moved = owned.moved()
+        for weight in moved:
+            note_write(weight)
+            self.last = None
+        return bool(moved)
+
+
+def _is_moved(weight: Any) -> bool:
+    """Whether a forward was seen to write to this weight. (Others than plain ones belong to sharding.)"""
+    return type(weight) is nn.Parameter and is_written_to(weight)
 
 
 def _buffers_of(module: nn.Module) -> list[str]:
@@ -174,13 +200,14 @@ class Held:
                 then[name] = _NOTED  # it may be of a graph, which the copy must not own
         for number, name in found.drawing:
             drawing.extend(generators_in(owned.attributes[number][0].get(name)))
-        if found.buffers:
-            modules = [*owned.modules.values()]
-            for number, name in found.buffers:
-                module = modules[number]
-                value = module._buffers.get(name, MISSING)
-                if not (module.training and isinstance(value, Tensor) and value.is_floating_point()):
-                    values.append((module._buffers, name, noted(value, drawing, unseen=unseen)))
+        modules = [*owned.modules.values()]
+        for number, name in found.buffers:
+            module = modules[number]
+            value = module._buffers.get(name, MISSING)
+            if not (module.training and isinstance(value, Tensor) and value.is_floating_point()):
+                values.append((module._buffers, name, noted(value, drawing, unseen=unseen)))
+        for number, name in found.weights:
+            values += _weight_noted(modules[number]._parameters, name, owned, unseen=unseen)
         for table, name in found.reached.places:
             values.append((table, name, noted(table.get(name, MISSING), drawing, unseen=True)))
         hooks = _tables_of_hooks(owned) if hooked else []
@@ -265,6 +292,15 @@ class Held:
                 for table in (m._buffers, m._modules):
                     out += [(table, name, MISSING) for name in table if name not in known.get(id(table), ())]
         return out
+
+
+def _weight_noted(table: dict[str, Any], name: str, owned: Inventory, *, unseen: bool) -> list[Standing]:
+    """A weight that a forward may write to, as this one finds it."""
+    weight = table.get(name)
+    if weight is None or not _is_moved(weight):
+        return []
+    owned.copied(weight)
+    return [(table, name, HeldTensor(weight, unseen=unseen))]
 
 
 NO_HOLDINGS = Held(Inventory.of(()), (), (), [])

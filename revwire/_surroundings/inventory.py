@@ -18,6 +18,9 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module)[: len(HOOKS)]) or hooks_on_all_modules()
 
 
+COPIED = -2
+"""Stands for the version of a weight that may be written to."""
+
 Table = dict[str, Any]
 """The parameters of one module, or its buffers, by name."""
 
@@ -37,7 +40,7 @@ class Inventory:
 
     Attributes:
         weights: their parameters.
-        versions: the version counter of each at the time.
+        versions: the version counter of each at the time; `COPIED`: who runs the branch again has a copy.
         writers: those that a forward may write buffers of; ``writing``: those of them that were in train mode.
         trained: which of them wanted a gradient.
         tables: where their parameters and buffers stand: (the table, what stood in it, whether it is of parameters).
@@ -97,6 +100,20 @@ class Inventory:
         if other.writing:
             self.writing += [m for m in other.writing if m not in self.writing]
         self.tables += other.tables
+
+    def copied(self, weight: Tensor) -> None:
+        """There is a copy of a weight, so that it may be written to."""
+        self.versions = [
+            COPIED if w is weight else version for w, version in zip(self.weights, self.versions, strict=True)
+        ]
+
+    def moved(self) -> list[Tensor]:
+        """The weights that were written to since, and of which there is no copy."""
+        now = versions_of(self.weights)
+        if now == self.versions:
+            return []
+        pairs = zip(self.weights, self.versions, now, strict=True)
+        return [weight for weight, a, b in pairs if a != b and a != COPIED]
 
     def note(self, weight: Tensor) -> None:
         """Take up one that the branch uses, which no module of it owns."""

@@ -238,7 +238,7 @@ SHARED = [OF_THE_MODULE, OfTheClass.generator, NOISE.generator, *NAMED["all"]]
 def weight_gradients(net, run):
     net.zero_grad(set_to_none=True)
     run()
-    return {name: p.grad.clone() for name, p in net.named_parameters()}
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 def assert_equal(got, true):
@@ -288,6 +288,69 @@ def test_conversion_draws_nothing(leaf):
     before = [str(state) for _, state in states_of(generators)]
     revwire.verify(revwire.convert(net, X), X)
     assert before == [str(state) for _, state in states_of(generators)]
+
+
+class MovesWeights(Leaf):
+    """A teacher that follows, a weight that is cut off, and one that is written to behind its version counter."""
+
+    late = False
+
+    def begin(self):
+        self.teacher = nn.Linear(WIDTH, 2 * WIDTH).requires_grad_(False)
+        self.codes = nn.Parameter(torch.ones(2 * WIDTH), requires_grad=False)
+        self.embedding = nn.Embedding(1, 2 * WIDTH, max_norm=0.5)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if not self.late or self.calls > 1:
+            with torch.no_grad():
+                self.up.weight.clamp_(-0.2, 0.2)
+                for ours, theirs in zip(self.teacher.parameters(), self.up.parameters(), strict=True):
+                    ours.lerp_(theirs, 0.1)
+        self.codes.data.mul_(0.9)
+        return super().forward(x) + self.teacher(x).tanh()[..., :WIDTH]
+
+    def factor(self, h):
+        return (self.teacher.weight.sum() + self.codes) * (1 + self.embedding(torch.tensor([0])))
+
+
+def moving_twins(leaf, **options):
+    torch.manual_seed(0)
+    net, stored = Net(leaf), Net(leaf)
+    stored.load_state_dict(net.state_dict())
+    for model in (net, stored):
+        revwire.convert(model, X, **options)
+    return net, stored
+
+
+def assert_same_weights_after_a_step(net, stored):
+    got = weight_gradients(net, lambda: net(X).square().sum().backward())
+    with revwire.stored_activations(stored):
+        assert_equal(got, weight_gradients(stored, lambda: stored(X).square().sum().backward()))
+    assert_equal(dict(net.named_parameters()), dict(stored.named_parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"whole": "blocks.*"}, {"coupling": "re2tal"}], ids=str)
+def test_a_recompute_finds_weights_that_its_forward_moves(options):
+    net, stored = moving_twins(MovesWeights, **options)
+    for _ in range(3):
+        assert_same_weights_after_a_step(net, stored)
+
+
+@pytest.mark.parametrize("options", [{}, {"whole": "blocks.*"}], ids=str)
+def test_weights_that_a_forward_moves_for_the_first_time(options, monkeypatch):
+    monkeypatch.setattr(MovesWeights, "late", True)
+    net, stored = moving_twins(MovesWeights, **options)
+    assert_same_weights_after_a_step(net, stored)
+    if options:
+        with pytest.warns(UserWarning, match="writes in place to a tensor from outside"):
+            assert_same_weights_after_a_step(net, stored)
+    else:
+        with pytest.raises(revwire.ReconstructionError, match=r"weight 'leaf\.up\.weight' was modified"):
+            net(X).sum().backward()
+        stored(X)
+    assert_same_weights_after_a_step(net, stored)
 
 
 class Tensors(Leaf):
