@@ -28,7 +28,7 @@ from revwire._runtime.endings import Ending
 from revwire._streams.samples import glance, same_bits_of, same_glances
 from revwire._surroundings.buffers import Constants, Copies, Written, buffers_exchanged
 from revwire._surroundings.context import context_kept, run_again
-from revwire._surroundings.copies import as_found, is_stateful
+from revwire._surroundings.copies import is_stateful, snapshot
 from revwire._surroundings.holdings import Held, Known
 from revwire._surroundings.inventory import Inventory
 from revwire._surroundings.modes import NOTHING, exporting, stalls, transformed
@@ -84,11 +84,11 @@ class _Run:
         """Run the module: the first time on what it was called with, then on the same leaves."""
         if self.call is not None:
             (args, kwargs), self.call = self.call, None
-            self.objects = {i: as_found(leaf) for i, leaf in enumerate(leaves) if is_stateful(leaf)}
+            self.objects = {i: snapshot(leaf) for i, leaf in enumerate(leaves) if is_stateful(leaf)}
             out = self.forward.plain(*args, **kwargs)
             self.glances = _glances(out)
             return out
-        found = [as_found(self.objects[i]) if i in self.objects else leaf for i, leaf in enumerate(leaves)]
+        found = [snapshot(self.objects[i]) if i in self.objects else leaf for i, leaf in enumerate(leaves)]
         args, kwargs = tree_unflatten(found, self.structure)
         out = run_again(self.context, partial(self.forward.plain, *args, **kwargs))
         compared, task = _Compared(self, self.glances, _glances(out)), running_pass()

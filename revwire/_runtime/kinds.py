@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from revwire._surroundings.copies import OURS
+
 
 class Kind(NamedTuple):
     """A class of tensors, and what one of them carries along."""
@@ -23,7 +25,7 @@ def kind_of(x: Tensor) -> Kind | None:
     cls = type(x)
     if cls is Tensor or cls is nn.Parameter or cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None
-    return Kind(cls, {name: value for name, value in vars(x).items() if not name.startswith("_revwire")})
+    return Kind(cls, {name: value for name, value in vars(x).items() if name not in OURS})
 
 
 def plain(x: Tensor) -> Tensor:

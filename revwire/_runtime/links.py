@@ -33,7 +33,7 @@ from revwire._runtime.unit import Unit
 from revwire._surroundings.inventory import version_of
 from revwire._torch import HOOKED_NODE
 
-LINK = "_revwire_link"
+LINK = "_revwire_link"  # these names are `OURS`
 
 
 _VIEW = "_revwire_link_of_view"

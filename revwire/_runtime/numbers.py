@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revwire._runtime.replay import Drawing, Given, Made, recorded_dataclass
 from revwire._structures import CONSTANTS, is_mapping, is_sequence
-from revwire._surroundings.copies import snapshot
+from revwire._surroundings.copies import OURS, carried_by, snapshot
 from revwire._surroundings.inventory import version_of
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis)})
@@ -77,7 +77,7 @@ class Numbers:
         if isinstance(value, Tensor):
             number = self.number_of(value)
             needs.append(number)
-            return Made(number)
+            return Made(number, carried_by(value) if value.__dict__.keys() - OURS else None)
         if isinstance(value, torch.Generator):
             return Drawing(value.clone_state())
         if isinstance(value, (*CONSTANTS, nn.Module)):

@@ -39,12 +39,12 @@ CallModes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...], Setting
 
 
 class Made:
-    """In the recorded arguments of a call: the tensor with this number."""
+    """In the recorded arguments of a call: the tensor with this number; ``carried``: attributes that code gave it."""
 
-    __slots__ = ("number",)
+    __slots__ = ("carried", "number")
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, carried: dict[str, Any] | None = None) -> None:
+        self.number, self.carried = number, carried
 
 
 class Given:
@@ -126,6 +126,8 @@ def filled(recorded: Any, values: list[Any]) -> Any:
     """A recorded argument with the tensors in it."""
     kind = type(recorded)
     if kind is Made:
+        if recorded.carried:
+            vars(values[recorded.number]).update(recalled(recorded.carried))
         return values[recorded.number]
     if kind in (int, float, bool, str) or recorded is None:
         return recorded

@@ -13,10 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revwire._surroundings.attributes import slots_of
 from revwire._surroundings.inventory import version_of
 
 
-def snapshot(obj: Any, tensor: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+def alike(t: Tensor) -> Tensor:
+    """The same memory without its graph: it wants a gradient as ``t`` does, and has the attributes of ``t``."""
+    out = t.detach().requires_grad_(t.requires_grad)
+    vars(out).update(carried_by(t))
+    return out
+
+
+OURS = frozenset({"_revwire_link", "_revwire_link_of_view"})
+"""Attributes that are not code's own."""
+
+
+def carried_by(t: Tensor) -> dict[str, Any]:
+    """The attributes that code gave a tensor, as they are now."""
+    return {name: snapshot(value) for name, value in vars(t).items() if name not in OURS}
+
+
+def snapshot(obj: Any, tensor: Callable[[Tensor], Tensor] = alike) -> Any:
     """``obj`` with its structure copied, and ``tensor`` applied to its tensors. Modules and what cannot be copied are
     shared.
 
@@ -46,8 +63,8 @@ def _share(obj: Any, memo: dict[int, Any], seen: set[int], tensor: Callable[[Ten
     elif isinstance(obj, dict):
         for item in obj.values():
             _share(item, memo, seen, tensor)
-    elif hasattr(obj, "__dict__"):
-        _share(vars(obj), memo, seen, tensor)
+    elif not isinstance(obj, type):
+        _share([*getattr(obj, "__dict__", {}).values(), *slots_of(obj).values()], memo, seen, tensor)
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -61,7 +78,7 @@ def detached(value: Any, found: Versions) -> Any:
     copied.
     """
     if isinstance(value, Tensor):
-        out = value.detach().requires_grad_(value.requires_grad)
+        out = alike(value)
         found.append((out, version_of(out)))
         return out
     if type(value) in (list, tuple):
@@ -89,8 +106,3 @@ def _copied(value: Any) -> Any:
 def is_stateful(value: Any) -> bool:
     """Whether a call may write to an argument that is no container."""
     return not isinstance(value, (Tensor, nn.Module, *_PLAIN))
-
-
-def as_found(value: Any) -> Any:
-    """A copy of a stateful object for a recompute, whose tensors are detached, and want gradients as they did."""
-    return snapshot(value, lambda t: t.detach().requires_grad_(t.requires_grad))

@@ -54,7 +54,7 @@ from revwire._surroundings.noted import (
     noted,
     was_changed,
 )
-from revwire._surroundings.outside import EVERYWHERE, NOTHING_REACHED, Reached, put, reached
+from revwire._surroundings.outside import EVERYWHERE, NOTHING_REACHED, Place, Reached, put, reached
 from revwire._torch import HOOKS_OF_ALL, ModuleWithStatistics, hooks_of
 
 _SHARDED = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -172,6 +172,7 @@ class Held:
         generators: those that may draw, with their states.
         hooks: those around the forwards of the modules; none: there were none.
         reached: what the code of the branch may change, and draw from.
+        read: what stood where it reads.
     """
 
     owned: Inventory
@@ -179,6 +180,7 @@ class Held:
     generators: States
     hooks: Hooks
     reached: Reached = NOTHING_REACHED
+    read: Sequence[Any] = ()
 
     @classmethod
     def by(cls, known: Known, owned: Inventory, training: bool) -> Held:
@@ -212,7 +214,7 @@ class Held:
             values.append((table, name, noted(table.get(name, MISSING), drawing, unseen=True)))
         hooks = _tables_of_hooks(owned) if hooked else []
         states = states_of(drawing) if drawing else []
-        return cls(owned, values, states, hooks, found.reached)
+        return cls(owned, values, states, hooks, found.reached, [*map(_standing, found.reached.reads)])
 
     def undisturbed(self, writers: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Keep other threads from exchanging what these modules hold, and what the code of the branch may change."""
@@ -245,6 +247,7 @@ class Held:
             or any(map(any, map(hooks_of, owned.modules.values())))
             or size_of(owned.modules.values()) != owned.size
             or [*map(REQUIRES_GRAD, owned.weights)] != owned.trained
+            or (self.read and self._other_settings())
         ):
             return self._exchanged()
         for table, then in chain(owned.attributes, owned.below):
@@ -255,11 +258,13 @@ class Held:
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         owned, hooks = self.owned, self.hooks or _tables_of_hooks(self.owned)
+        settings = self._other_settings()
         exchanged = [
+            *settings,
             *self._differences(),
             *((t, n, again(then)) for t, n, then in self.values if differs(then, t.get(n, MISSING))),
         ]
-        places = [(t, n, t.get(n, MISSING)) for t, n, _ in self.values]
+        places = [(t, n, t.get(n, MISSING)) for t, n, _ in (*self.values, *settings)]
         trained = [w for w, then in zip(owned.weights, owned.trained, strict=True) if w.requires_grad != then]
         now = [(t, t.copy()) for t, _ in hooks]
         attributes = [(t, t.copy()) for t, _ in owned.attributes]
@@ -280,6 +285,11 @@ class Held:
                 put(places)
                 _turn(trained)
 
+    def _other_settings(self) -> list[Standing]:
+        """What the code of the branch reads, and is another now."""
+        places = zip(self.reached.reads, self.read, strict=True)
+        return [(table, name, then) for (table, name), then in places if table.get(name, MISSING) is not then]
+
     def _differences(self) -> list[Standing]:
         """What is another now than it was, or was not there, but for what was `noted`."""
         owned = self.owned
@@ -292,6 +302,11 @@ class Held:
                 for table in (m._buffers, m._modules):
                     out += [(table, name, MISSING) for name in table if name not in known.get(id(table), ())]
         return out
+
+
+def _standing(place: Place) -> Any:
+    table, name = place
+    return table.get(name, MISSING)
 
 
 def _weight_noted(table: dict[str, Any], name: str, owned: Inventory, *, unseen: bool) -> list[Standing]:

@@ -18,7 +18,7 @@ from threading import RLock
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from revwire._surroundings.attributes import MISSING, STANDARD, slots_of
 from revwire._surroundings.code import (
@@ -179,6 +179,7 @@ class Reached(NamedTuple):
 
     Attributes:
         places: where something stands outside of modules.
+        reads: where something else stands that it names, which others may exchange.
         changes: whether it may change anything, modules and what they hold included.
         unseen: whether it may write to tensors behind their version counters.
         generators: those that it names, or that are in what it names.
@@ -187,6 +188,7 @@ class Reached(NamedTuple):
     """
 
     places: list[Place]
+    reads: list[Place]
     changes: bool
     unseen: bool
     generators: list[Any]
@@ -194,17 +196,22 @@ class Reached(NamedTuple):
     sets_back: bool
 
 
-NOTHING_REACHED = Reached([], False, False, [], False, False)
+NOTHING_REACHED = Reached([], [], False, False, [], False, False)
 """By code that changes nothing, and draws nothing."""
 
 
 def reached(modules: Sequence[nn.Module]) -> Reached:
     """What the code of these modules, and what it calls, may change, and draw from."""
     functions, objects, held = _named_by(modules)
-    writes = [writes_of(f.__code__) for f in functions if f.__name__ != "__init__"]  # which writes to what is new
+    running = [f for f in functions if f.__name__ != "__init__"]  # which writes to what is new
+    writes = [writes_of(f.__code__) for f in running]
     changes = any(w.anything for w in writes)
+    kinds = chain((v for f in functions for v in named(f) if isinstance(v, type)), map(type, (*modules, *objects)))
+    classes = {base for kind in {*kinds} for base in kind.__mro__ if is_of_a_model(base)}
+    places = _places(classes, functions, objects, writes) if changes else {}
     return Reached(
-        _places(modules, functions, objects, writes) if changes else [],
+        [*places.values()],
+        [place for at, place in _by_identity(_reads(classes, running, objects)).items() if at not in places],
         changes,
         any(w.unseen for w in writes),
         [*filter(is_generator, held)],
@@ -213,21 +220,44 @@ def reached(modules: Sequence[nn.Module]) -> Reached:
     )
 
 
+def _by_identity(places: Iterable[Place]) -> dict[tuple[int, str], Place]:
+    return {(id(getattr(table, "owner", table)), name): (table, name) for table, name in places}
+
+
 def _places(
-    modules: Sequence[nn.Module], functions: list[FunctionType], objects: list[Any], writes: list[Writes]
-) -> list[Place]:
+    classes: Iterable[type], functions: list[FunctionType], objects: list[Any], writes: list[Writes]
+) -> dict[tuple[int, str], Place]:
     """Where these functions may change something outside of modules."""
     stored = frozenset[str]().union(*(w.attributes for w in writes))
     names = frozenset[str]().union(*(names_in(f.__code__) for f in functions))
     look = _Look(stored, names, any(w.fills for w in writes))
-    kinds = chain((v for f in functions for v in named(f) if isinstance(v, type)), map(type, (*modules, *objects)))
-    classes = {base for kind in {*kinds} for base in kind.__mro__ if is_of_a_model(base)}
     found = [(Attributes(kind), n) for kind in classes for n in look.at(vars(kind))]
     for f in functions:
         found += [*_globals_of(f, look), *_own_of(f, look)]
     found += _of_objects(objects, look, {*map(id, functions)})
-    places = {(id(getattr(table, "owner", table)), name): (table, name) for table, name in found}
-    return [*places.values()]
+    return _by_identity(found)
+
+
+def _reads(classes: Iterable[type], functions: list[FunctionType], objects: list[Any]) -> Iterator[Place]:
+    """Where something stands that these functions name: settings, globals, enclosed variables."""
+    names = frozenset[str]().union(*(names_in(f.__code__) for f in functions))
+    for kind in classes:
+        yield from ((Attributes(kind), n) for n, v in vars(kind).items() if n in names and _is_setting(n, v))
+    for f in functions:
+        scope = f.__globals__
+        yield from ((scope, n) for n in names_in(f.__code__) if n in scope and _is_setting(n, scope[n]))
+        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
+            if is_filled(cell) and _is_setting(name, cell.cell_contents):
+                yield Cell(cell), name
+    for v in objects:
+        own: dict[str, Any] = getattr(v, "__dict__", {})
+        yield from ((own, n) for n in names.intersection(own) if _is_setting(n, own[n]))
+        yield from ((Attributes(v), n) for n, value in slots_of(v).items() if n in names and _is_setting(n, value))
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether this may be exchanged while a model trains: no code, nor a tensor, which may be of a graph."""
+    return name[:2] != "__" and not (callable(value) or isinstance(value, (*_CODE, Tensor)))
 
 
 class _Look(NamedTuple):

@@ -374,6 +374,51 @@ def test_an_attribute_of_a_tensor():
     torch.testing.assert_close(model(X, mask)[0], X, **TOLERANCE)
 
 
+class Given:
+    """An object with slots, which holds tensors in containers, and counts."""
+
+    __slots__ = ("calls", "tensors")
+
+    def __init__(self, t):
+        self.calls, self.tensors = 0, [t, {"more": t * 2}]
+
+    def factor(self):
+        self.calls += 1
+        return (self.tensors[0] + self.tensors[1]["more"]) * self.calls
+
+
+class Reader(nn.Module):
+    """A leaf that reads attributes of a tensor, and an object that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x, mask, given):
+        return self.f(x).tanh() * mask * mask.gain * mask.table["gain"] * given.factor()
+
+
+def test_what_a_leaf_reads_of_tensors_and_objects_that_it_is_given():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            init = lambda self: setattr(self, "leaf", Reader())  # noqa: E731
+            self.c, self.blocks = nn.Linear(8, 8), stack(lambda s, x, m, g: x + s.leaf(x, m, g), init).blocks
+
+        def forward(self, x):
+            mask, given = torch.ones_like(x), Given(self.c(x))
+            mask.gain, mask.table = torch.tensor(0.3), {"gain": 0.2}
+            for b in self.blocks:
+                x = b(x, mask, given)
+            assert given.calls == len(self.blocks)
+            return x
+
+    torch.manual_seed(0)
+    model = revwire.convert(Reads().double(), X, coupling="bdia:1/2")
+    assert len(revwire.report(model).units) == 3
+    assert_to_the_bit(model, X)
+
+
 # -- parts that are no unit -------------------------------------------------------------------------------------------
 
 

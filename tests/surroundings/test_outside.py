@@ -431,7 +431,34 @@ class Switched(Leaf):
         h = torch.relu(self.drop(self.up(x)))
         if self.training:
             h = h * 2
-        return self.down(h * self.factor)
+        return self.down(h * self.factor * rate() * RATE * Rates.rate * RATES.deep.rate * SLOTS_OF_RATES.n)
+
+
+def enclosed_rate():
+    value = 1.0
+
+    def give():
+        return value
+
+    def take(new):
+        nonlocal value
+        value = new
+
+    return give, take
+
+
+class Rates:
+    rate = 1.0
+
+
+RATE, RATES, SLOTS_OF_RATES = 1.0, SimpleNamespace(deep=SimpleNamespace(rate=1.0)), Slots()
+rate, set_rate = enclosed_rate()
+
+
+def set_rates(value):
+    """Settings that the code of the branch only reads."""
+    globals()["RATE"] = Rates.rate = RATES.deep.rate = SLOTS_OF_RATES.n = value
+    set_rate(value)
 
 
 def seen(module, args, out):
@@ -482,12 +509,16 @@ def removed(net):
         del block.leaf.factor
 
 
+def settings(net):
+    set_rates(2.0)
+
+
 def hooked_everywhere(net):
     HANDLES.append(nn.modules.module.register_module_forward_hook(seen))
 
 
 HANDLES = []
-SWITCHES = [attribute, dropout, mode, frozen, trained_again, hooked, unhooked, exchanged, removed]
+SWITCHES = [attribute, dropout, mode, frozen, trained_again, hooked, unhooked, exchanged, removed, settings]
 
 
 @pytest.fixture(autouse=True)
@@ -503,6 +534,7 @@ def nothing_left():
 @pytest.mark.parametrize("switch", [*SWITCHES, hooked_everywhere], ids=lambda s: s.__name__)
 def test_what_is_switched_before_backward_is_as_in_forward(switch, mode):
     def made():
+        set_rates(1.0)
         net = converted(Switched, mode)
         for block in net.blocks:
             block.leaf.down.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
