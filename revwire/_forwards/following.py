@@ -160,7 +160,7 @@ class Following(TorchFunctionMode):
 
     def opaque_call(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of the host's own code that no function mode sees."""
-        return self.module_call(self.host.opaque(call), call, args, kwargs)
+        return self.module_call(self.host.opaque(call, args), call, args, kwargs)
 
     def expects(self, args: Any, kwargs: Any) -> bool:
         """Whether one of these arguments of a module that is opened is a part of a unit of the host, or begins one."""

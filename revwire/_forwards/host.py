@@ -142,12 +142,15 @@ class Host:
             found = self._known[id(module)] = Known()
         return found
 
-    def opaque(self, call: Any) -> Opaque:
-        """What stands for a custom autograd function, by its ``apply``, or for a TorchScript function."""
+    def opaque(self, call: Any, args: Any) -> Opaque:
+        """What stands for a custom autograd function, by its ``apply``, or for a TorchScript function; the modules that
+        it is given are below it.
+        """
         function = getattr(call, "__self__", call)
         found = self._opaque.get(id(function))
         if found is None:
             found = self._opaque[id(function)] = Opaque(function)
+        found._modules = {str(i): a for i, a in enumerate(args) if isinstance(a, nn.Module)}
         return found
 
     def is_light(self, function: Any) -> bool:

@@ -218,6 +218,26 @@ class Noisy(torch.autograd.Function):
         return gradient * ctx.factor
 
 
+class Through(torch.autograd.Function):
+    """Runs a module that it is given."""
+
+    @staticmethod
+    def forward(ctx, h, module):
+        return h + module(h)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def test_a_custom_function_that_is_given_a_module():
+    model = rewound(
+        lambda self, x: x + Through.apply(self.f(x), self.norm),
+        lambda self: setattr(self, "norm", nn.BatchNorm1d(5)),
+    )
+    assert_to_the_bit(model, X)
+
+
 def test_a_custom_function_that_draws_and_counts():
     model = rewound(lambda self, x: x + self.g(Noisy.apply(self.f(x))) * torch.rand(()))
     found = []
