@@ -57,6 +57,11 @@ class LiveForward(RewiredForward):
         self.code = type(host).forward
         self.host: Host | None = None
         self.whole: set[Any] = set()  # calls whose units run whole, though they were to run in chunks
+        look_through_checkpoints()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        look_through_checkpoints()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "host": None, "whole": set()}
@@ -84,7 +89,6 @@ class LiveForward(RewiredForward):
         refuse_transforms(self.path or type(self.module).__name__)
         self.refuse_old_backward_hooks()
         if self.host is None or not self.host.is_current:
-            look_through_checkpoints()
             self.note_homes()
             self.host = Host(self.module, self.slots, self.layout)
         if self.layout.opaque:

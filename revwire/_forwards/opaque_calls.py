@@ -15,20 +15,23 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from revwire._runtime.follower import NOW
+from revwire._runtime.regions import as_region
 
 _OURS = "_revwire_known"
 
 
 def look_through_checkpoints() -> None:
-    """Let reentrant checkpointing in the own code of a host that is followed run its function, and nothing else."""
+    """Let reentrant checkpointing in the own code of a host that is followed run its function, and nothing else.
+    Elsewhere, chains begin and end within what it runs.
+    """
     if "apply" not in vars(CheckpointFunction):
         CheckpointFunction.apply = classmethod(_apply)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    function, preserve, *inputs = args
     if NOW.follower is None:
-        return super(CheckpointFunction, cls).apply(*args, **kwargs)
-    function, _, *inputs = args
+        return super(CheckpointFunction, cls).apply(as_region(function), preserve, *inputs, **kwargs)
     return function(*inputs)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from revwire._runtime.autograd_graph import Edge, edge_behind, edge_of, identities_behind
 from revwire._runtime.chain import Chain
 from revwire._runtime.functions import enter
+from revwire._runtime.regions import HERE
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._surroundings.inventory import version_of
@@ -105,12 +106,18 @@ def link_of(x: Tensor, chain: Chain, unit: Unit | None = None) -> Link | None:
     link, stands_for = getattr(x, LINK, None), False
     if link is None and x._base is not None:
         link, stands_for = _link_behind(x), True
-    if not isinstance(link, Link) or link.tape.chain is not chain:
+    if not isinstance(link, Link) or link.tape.chain is not chain or link.tape.region is not HERE.region:
         return None
     newest = (link.tape.progress, version_of(x)) == (link.position, link.version)
     if not newest or (unit is not None and unit.place(link.tape.position) is None):
         return None
     return _through(x, link) if stands_for else link
+
+
+def crosses_region(x: Tensor) -> bool:
+    """Whether a link of ``x`` does not hold here; see Note [Regions] in `regions`."""
+    link = getattr(x, LINK, None)
+    return isinstance(link, Link) and link.tape.region is not HERE.region
 
 
 def _link_behind(x: Tensor) -> Any:

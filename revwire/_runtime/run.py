@@ -25,10 +25,11 @@ from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, 
 from revwire._runtime.functions import comes_from_chain, enter, gated, later, step
 from revwire._runtime.kinds import Kind, dressed, kind_of
 from revwire._runtime.kinds import plain as plain_tensor
-from revwire._runtime.links import Link, link_of, linked, linked_view
+from revwire._runtime.links import Link, crosses_region, link_of, linked, linked_view
 from revwire._runtime.move import next_point
 from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.range import magnitude, warn_of_what_is_not_finite
+from revwire._runtime.regions import HERE
 from revwire._runtime.rewind import unpacker
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -209,10 +210,12 @@ def _refuse(chain: Chain, unit: Unit, x: Tensor) -> None:
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
             f"expected a dense tensor of a real floating-point dtype; exclude it: convert(..., exclude=[{unit.path!r}])"
         )
-    if unit.index and running_pass() != -1:
+    if unit.index and running_pass() != -1 and HERE.region is None:
         raise _cut(chain, unit.path)
-    if unit.index and not chain.warned and comes_from_chain(x, chain):
-        made_by = edge_behind(x)[0].name()  # raises where FSDP2 might have made it, and its nodes are not known
+    torn = crosses_region(x)
+    if unit.index and not chain.warned and (torn or comes_from_chain(x, chain)):
+        # the name of a node raises where FSDP2 might have made it, and its nodes are not known
+        made_by = "reentrant checkpointing: with use_reentrant=False it goes on" if torn else edge_behind(x)[0].name()
         chain.warned = True
         warnings.warn(
             f"{unit.where(chain.name)}: got a tensor that something between two units made ({made_by}); expected the "

@@ -24,6 +24,7 @@ from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Anchor, Before, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
 from revwire._runtime.range import RangeCheck
+from revwire._runtime.regions import HERE
 from revwire._streams.base import Streams
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.modes import stalls
@@ -64,6 +65,7 @@ class Tape:
         self.state: tuple[Tensor, Tensor] | None = state
         self.versions = _versions(state)
         self.position = position
+        self.region = HERE.region
         self.progress = 0  # units and views so far: tells the newest output from older ones
         self.keep = keep
         self.plain = plain

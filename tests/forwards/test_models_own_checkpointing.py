@@ -73,6 +73,79 @@ def test_blocks_that_checkpoint_themselves(before, reentrant):
     assert check(model, switch, torch.randn(3, WIDTH), before) == 4
 
 
+class Stack(nn.Module):
+    """Checkpoints runs of its blocks, as it is told."""
+
+    def __init__(self, runs, reentrant):
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Block(reentrant) for _ in range(6))
+        self.runs, self.reentrant, self.checkpointing = runs, reentrant, True
+
+    def forward(self, x):
+        x = self.stem(x)
+        for run in self.runs:
+            part = nn.Sequential(*(self.blocks[i] for i in run))
+            alone = not self.checkpointing or len(run) == 1
+            x = part(x) if alone else checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+RUNS = {"all": [(0, 1), (2, 3), (4, 5)], "some": [(0,), (1, 2), (3,), (4,), (5,)], "last": [(0,), (1, 2, 3, 4, 5)]}
+
+
+def loss_of(model, x):
+    torch.manual_seed(1)
+    return model(x).square().sum()
+
+
+def slopes(model, x):
+    """Gradients by `backward`, as reentrant checkpointing wants it."""
+    model.zero_grad()
+    loss_of(model, x).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_a_chain_does_not_reach_beyond_reentrant_checkpoints(runs):
+    """Which run twice, the first time without a graph: it begins anew, and says so once."""
+    torch.manual_seed(0)
+    model, x = Stack(runs, reentrant=True).train(), torch.randn(3, WIDTH)
+    revwire.convert(model, x, rewire="everywhere")
+    assert len(revwire.report(model).units) == 6
+    with pytest.warns(UserWarning, match="reentrant checkpointing: with use_reentrant=False it goes on") as told:
+        got = slopes(model, x)
+    assert len(told) == 1
+    with revwire.stored_activations(model):
+        stored = slopes(model, x)
+    for want in (slopes(model, x), stored):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_gradients_through_reentrant_checkpoints_are_the_slopes_of_the_loss(runs):
+    torch.manual_seed(0)
+    model, x = Stack(runs, reentrant=True).double().train(), torch.randn(3, WIDTH).double()
+    revwire.convert(model, x, rewire="everywhere")
+    with pytest.warns(UserWarning, match="reentrant"):
+        slope = slopes(model, x)[0]
+    losses, small = [], 1e-6
+    for step in (small, -2 * small):
+        model.stem.weight.data += step * slope
+        losses.append(loss_of(model, x).item())
+    assert (losses[0] - losses[1]) / (2 * small) == pytest.approx(slope.square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_a_chain_goes_on_through_other_checkpoints(runs):
+    torch.manual_seed(0)
+    model, x = Stack(runs, reentrant=False).train(), torch.randn(3, WIDTH)
+    revwire.convert(model, x, rewire="everywhere")
+    got = trained_gradients(model, x)
+    for checkpointing in (True, False):
+        model.checkpointing = checkpointing
+        assert all(torch.equal(a, b) for a, b in zip(got, _stored(model, (x,), {}), strict=True))
+
+
 @each_time
 def test_timm(before):
     model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32, drop_path_rate=0.1).train()
