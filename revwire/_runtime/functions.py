@@ -22,6 +22,7 @@ Note [Gradients that wait]
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -146,7 +147,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
         tape = run.tape
         ctx.rule, ctx.dtype, ctx.share = run.rule, f.dtype, share
-        ctx.kept, ctx.range = run.kept, tape.range
+        ctx.kept, ctx.range, ctx.born = run.kept, tape.range, tape.born
         out = run.step(current, f)
         if tape.rewinds and ctx.kept is None:
             ctx.tape, ctx.position = tape, len(tape.records) - 1
@@ -192,9 +193,18 @@ def comes_from_chain(x: Tensor, chain: Chain, most: int = 8) -> bool:
     """Whether ``x`` was made, by at most ``most`` operations, from the output of a unit of ``chain`` that was to be
     continued.
     """
+    return any(node.tape is not None and node.tape.chain is chain for node in _steps_behind(x, most))
+
+
+def runs_again(x: Tensor, chain: Chain) -> bool:
+    """Whether ``x`` was made from the output of a unit of ``chain`` that ran in the present backward pass."""
+    return (chain, running_pass()) in (node.born for node in _steps_behind(x))
+
+
+def _steps_behind(x: Tensor, most: int | None = None) -> Iterator[Any]:
+    """The nearest nodes of units behind ``x``."""
     step: Any = backward_node(_Step)
-    steps = (n for n in nodes_behind(x, past=lambda n: not isinstance(n, step), most=most) if isinstance(n, step))
-    return any(node.tape is not None and node.tape.chain is chain for node in steps)
+    return (n for n in nodes_behind(x, past=lambda n: not isinstance(n, step), most=most) if isinstance(n, step))
 
 
 def enter(x: Tensor, streams: Streams, state: Tensor, tape: Tape | None = None) -> Tensor:

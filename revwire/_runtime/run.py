@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from revwire._errors import ConversionError, RangeError, ReconstructionError, UnsupportedTransformError
-from revwire._runtime.autograd_graph import edge_behind, recording_nothing, running_pass
+from revwire._runtime.autograd_graph import NO_PASS, edge_behind, recording_nothing, running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk, SharedDraws, concatenated, parts_of, views_of
-from revwire._runtime.functions import comes_from_chain, enter, gated, later, step
+from revwire._runtime.functions import comes_from_chain, enter, gated, later, runs_again, step
 from revwire._runtime.kinds import Kind, dressed, kind_of
 from revwire._runtime.kinds import plain as plain_tensor
 from revwire._runtime.links import Link, crosses_region, link_of, linked, linked_view
@@ -210,10 +210,11 @@ def _refuse(chain: Chain, unit: Unit, x: Tensor) -> None:
             f"{unit.path} ({chain.name}): got a stream of {x.dtype} ({x.layout}{', nested' if x.is_nested else ''}); "
             f"expected a dense tensor of a real floating-point dtype; exclude it: convert(..., exclude=[{unit.path!r}])"
         )
-    if unit.index and running_pass() != -1 and HERE.region is None:
-        raise _cut(chain, unit.path)
     torn = crosses_region(x)
-    if unit.index and not chain.warned and (torn or comes_from_chain(x, chain)):
+    if unit.index and running_pass() != NO_PASS and HERE.region is None:
+        if not runs_again(x, chain):  # else it began anew here in the forward, too
+            raise _cut(chain, unit.path)
+    elif unit.index and not chain.warned and (torn or comes_from_chain(x, chain)):
         # the name of a node raises where FSDP2 might have made it, and its nodes are not known
         made_by = "reentrant checkpointing: with use_reentrant=False it goes on" if torn else edge_behind(x)[0].name()
         chain.warned = True

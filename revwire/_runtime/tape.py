@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from revwire._errors import ReconstructionError
+from revwire._runtime.autograd_graph import running_pass
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Anchor, Before, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
@@ -66,6 +67,7 @@ class Tape:
         self.versions = _versions(state)
         self.position = position
         self.region = HERE.region
+        self.born = chain, running_pass()
         self.progress = 0  # units and views so far: tells the newest output from older ones
         self.keep = keep
         self.plain = plain

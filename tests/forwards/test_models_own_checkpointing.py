@@ -146,6 +146,39 @@ def test_a_chain_goes_on_through_other_checkpoints(runs):
         assert all(torch.equal(a, b) for a, b in zip(got, _stored(model, (x,), {}), strict=True))
 
 
+class Between(nn.Module):
+    """Blocks, and between them a dropout, all in one checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Block(False) for _ in range(3))
+        self.between, self.checkpointing = nn.Dropout(0.3), True
+
+    def body(self, x):
+        for block in self.blocks:
+            x = self.between(block(x))
+        return x.tanh()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return checkpoint(self.body, x, use_reentrant=False) if self.checkpointing else self.body(x)
+
+
+def test_a_chain_that_begins_anew_does_so_in_the_recompute_of_a_checkpoint():
+    torch.manual_seed(0)
+    model, x = Between().eval(), torch.randn(3, WIDTH)
+    revwire.convert(model, x, rewire="everywhere")
+    assert len(revwire.report(model).units) == 3
+    model.train()
+    with pytest.warns(UserWarning, match=r"something between two units made \(.*The chain begins anew here"):
+        got = slopes(model, x)
+    with revwire.stored_activations(model):
+        stored = slopes(model, x)
+    model.checkpointing = False
+    for want in (slopes(model, x), stored):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @each_time
 def test_timm(before):
     model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32, drop_path_rate=0.1).train()

@@ -1,9 +1,8 @@
 """Seeds whose faults are open, each with a reason."""
 
 KNOWN: dict[int, str] = {
-    54: "a part of a chain is run again by checkpoint() around code that is no host: refused, also when stored",
     235: "in chunks: refused, as in eval mode a block writes in place to the stream and makes no residual add of it",
-    3965: "as 54",
+    3965: "a part of a chain is run again by checkpoint() around code that saves something else: refused",
 }
 
 CRASHES: dict[int, str] = {
