@@ -7,7 +7,7 @@ not write to the caller's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,14 +57,18 @@ def _share(obj: Any, memo: dict[int, Any], seen: set[int], tensor: Callable[[Ten
         memo[id(obj)] = tensor(obj)
     elif isinstance(obj, nn.Module):
         memo[id(obj)] = obj
-    elif isinstance(obj, (list, tuple, set)):
-        for item in obj:
+    else:
+        for item in _parts_of(obj):
             _share(item, memo, seen, tensor)
-    elif isinstance(obj, dict):
-        for item in obj.values():
-            _share(item, memo, seen, tensor)
-    elif not isinstance(obj, type):
-        _share([*getattr(obj, "__dict__", {}).values(), *slots_of(obj).values()], memo, seen, tensor)
+
+
+def _parts_of(obj: Any) -> Iterable[Any]:
+    """What a container or an object holds."""
+    if isinstance(obj, (list, tuple, set)):
+        return obj
+    if isinstance(obj, dict):
+        return obj.values()
+    return () if isinstance(obj, type) else (*getattr(obj, "__dict__", {}).values(), *slots_of(obj).values())
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
