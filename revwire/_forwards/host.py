@@ -50,6 +50,10 @@ def _modules_of(names: tuple[str, ...], host: nn.Module) -> list[nn.Module]:
     return [host.get_submodule(name) for name in names]
 
 
+_MOST_OPAQUE = 64
+"""Custom functions that a host tells apart."""
+
+
 class Opaque(nn.Module):
     """Stands for a module where code calls something else that no function mode sees into.
 
@@ -149,6 +153,10 @@ class Host:
         function = getattr(call, "__self__", call)
         found = self._opaque.get(id(function))
         if found is None:
+            if len(self._opaque) == _MOST_OPAQUE:  # code that makes its functions anew in each call has no end of them
+                forgotten = id(self._opaque.pop(next(iter(self._opaque))))
+                self._known.pop(forgotten, None)
+                self._passing.pop(forgotten, None)
             found = self._opaque[id(function)] = Opaque(function)
         found._modules = {str(i): a for i, a in enumerate(args) if isinstance(a, nn.Module)}
         return found

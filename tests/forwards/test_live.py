@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import pickle
 import random
 import warnings
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -249,6 +251,32 @@ def test_a_custom_function_that_draws_and_counts():
             found.append(step(model, X)[1])
         assert len(CALLS) == len(model.blocks)
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_custom_functions_that_are_made_anew_in_each_call_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr("revwire._forwards.host._MOST_OPAQUE", 2)
+    made = []
+
+    def forward(self, x):
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, h):
+                return 2 * h
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return 2 * gradient
+
+        made.append(weakref.ref(Doubled))
+        return x + self.g(Doubled.apply(self.f(x)).tanh())
+
+    model = rewound(forward)
+    assert_to_the_bit(model, X)
+    for _ in range(8):
+        model(X)[0].sum().backward()
+    gc.collect()
+    assert len(made) > 8 * len(model.blocks)
+    assert sum(one() is not None for one in made) <= 2 * len(model.blocks)
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
