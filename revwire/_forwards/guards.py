@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 
 from revwire._structures import CONSTANTS, ByIdentity
+from revwire._surroundings.attributes import contents_of, items_in
 from revwire._surroundings.inventory import has_hooks
 from revwire._torch import CALL, REPLICATE, hooks_on_all_modules
 
@@ -106,7 +107,7 @@ class StandingGuard:
         self._owners.append(_Owner(self._ref(owner), [*found], self._ids(found.values(), counts=deep), containers))
 
     def _content(self, container: Any) -> tuple[Any, ...]:
-        items = container.values() if isinstance(container, dict) else container
+        items = items_in(container) or []
         if not all(isinstance(item, CONSTANTS) or type(item) in _LASTING for item in items):
             raise TypeError("something that holds more")
         self._ids(items)
@@ -146,9 +147,8 @@ _LASTING = (type, FunctionType, BuiltinFunctionType)
 def _content(container: Any) -> tuple[Any, ...]:
     if not container:
         return ()
-    if isinstance(container, dict):
-        return type(container), (*container,), tuple(map(id, container.values()))
-    return type(container), tuple(map(id, container))
+    keys = (*dict.keys(container),) if isinstance(container, dict) else ()
+    return type(container), keys, tuple(map(id, items_in(container) or ()))
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
@@ -163,12 +163,12 @@ def _held(v: Any, depth: int) -> Any:
         return Tensor
     if isinstance(v, dict):
         return (
-            (ByIdentity(v), *((_held(k, 0), _held(item, depth - 1)) for k, item in v.items()))
+            (ByIdentity(v), *((_held(k, 0), _held(item, depth - 1)) for k, item in contents_of(v)))
             if depth
             else ByIdentity(v)
         )
     if isinstance(v, (list, tuple)):
-        return (type(v), *(_held(item, depth - 1) for item in v)) if depth else ByIdentity(v)
+        return (type(v), *(_held(item, depth - 1) for item in items_in(v) or ())) if depth else ByIdentity(v)
     if depth == 2 and hasattr(v, "__dict__") and not isinstance(v, (nn.Module, type)) and not callable(v):
         return ByIdentity(v), tuple((k, item) for k, item in vars(v).items() if isinstance(item, CONSTANTS))
     return ByIdentity(v)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +18,31 @@ STANDARD = frozenset((*vars(nn.Module()), "forward", "compile", CALL, REPLICATE)
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, tuple, set, frozenset, deque, bytearray)
+
+
+def container_of(v: Any) -> Any:
+    """The built-in container that an object is, or None. What its class makes of that is code of somebody's, which may
+    do anything (import what it lists, say): nothing but a model calls it.
+    """
+    kinds = type(v).__mro__
+    return next((kind for kind in _CONTAINERS if kind in kinds), None)
+
+
+def items_in(v: Any) -> list[Any] | None:
+    """The values in a container; None for anything else."""
+    kind = container_of(v)
+    if kind is None:
+        return None
+    return [*kind.values(v)] if issubclass(kind, dict) else [*kind.__iter__(v)]
+
+
 def contents_of(v: Any) -> Any:
-    """What a container holds; None for anything else."""
-    if isinstance(v, dict):
-        return list(v.items())
-    return list(v) if isinstance(v, (list, set, deque, bytearray)) else None
+    """What a container that can be filled holds; None for anything else."""
+    kind = container_of(v)
+    if kind in (None, tuple, frozenset):
+        return None
+    return [*kind.items(v)] if issubclass(kind, dict) else [*kind.__iter__(v)]
 
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -82,11 +102,10 @@ def restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
 
 def refill(container: Any, contents: Any) -> None:
     """Let a container hold what it held."""
-    container.clear()
-    if isinstance(container, (dict, set)):
-        container.update(contents)
-    else:
-        container.extend(contents)
+    kind = container_of(container)
+    kind.clear(container)
+    fill = kind.update if issubclass(kind, (dict, set)) else kind.extend
+    fill(container, contents)
 
 
 def slots_of(v: Any) -> dict[str, Any]:
@@ -104,10 +123,8 @@ def containers_in(structure: Any) -> list[tuple[Any, Any]]:
         item = todo.pop()
         if isinstance(item, (list, dict, set)):
             out.append((item, contents_of(item)))
-        if isinstance(item, (list, tuple)):
-            todo.extend(item)
-        elif isinstance(item, dict):
-            todo.extend(item.values())
+        if isinstance(item, (list, tuple, dict)):
+            todo += items_in(item) or ()
     return out
 
 

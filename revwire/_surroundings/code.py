@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from revwire._surroundings.attributes import items_in
+
 _NOT_THEIRS = frozenset((*sys.stdlib_module_names, "numpy", "revwire", "torch"))
 """Packages whose code is no model's."""
 
@@ -31,7 +33,7 @@ def packages_of(modules: Iterable[nn.Module]) -> set[str]:
     """Those of the classes of modules and of their hooks, PyTorch's apart."""
     modules = [*modules]
     tables = (t for m in modules for t in vars(m).values() if isinstance(t, dict))
-    hooks = (_function_in(hook) for table in tables for hook in table.values())
+    hooks = (_function_in(hook) for table in tables for hook in dict.values(table))
     return {
         *(package_of(k) for k in (*map(type, modules), *hooks) if isinstance(k, (type, FunctionType)))
     } - _NOT_THEIRS
@@ -93,7 +95,7 @@ def functions_among(values: list[Any], calls: int = _CALLS) -> list[FunctionType
             if isinstance(value, property):
                 todo += (value.fget, value.fset, value.fdel)
             elif isinstance(value, (dict, list, tuple)):
-                todo += (v for v in (value.values() if isinstance(value, dict) else value) if callable(v))
+                todo += (v for v in items_in(value) or () if callable(v))
             elif isinstance(value, type) and not issubclass(value, nn.Module) and package_of(value) not in _NOT_THEIRS:
                 todo += vars(value).values()
             elif isinstance(value, FunctionType) and package_of(value) not in _NOT_THEIRS:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._surroundings.attributes import slots_of
+from revwire._surroundings.attributes import items_in, slots_of
 from revwire._surroundings.inventory import version_of
 
 
@@ -64,10 +64,9 @@ def _share(obj: Any, memo: dict[int, Any], seen: set[int], tensor: Callable[[Ten
 
 def _parts_of(obj: Any) -> Iterable[Any]:
     """What a container or an object holds."""
-    if isinstance(obj, (list, tuple, set)):
-        return obj
-    if isinstance(obj, dict):
-        return obj.values()
+    items = items_in(obj)
+    if items is not None:
+        return items
     return () if isinstance(obj, type) else (*getattr(obj, "__dict__", {}).values(), *slots_of(obj).values())
 
 

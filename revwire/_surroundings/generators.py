@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._surroundings.attributes import slots_of
+from revwire._surroundings.attributes import items_in, slots_of
 from revwire._surroundings.code import named, names_in
 
 _DEPTH = 4
@@ -69,10 +69,9 @@ def sets_back(function: FunctionType) -> bool:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
+    items = items_in(value)
+    if items is not None:
+        return items
     return [*getattr(value, "__dict__", {}).values(), *slots_of(value).values()]
 
 

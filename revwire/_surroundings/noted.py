@@ -17,7 +17,7 @@ from weakref import ref
 from torch import Generator, Tensor, nn
 
 from revwire._structures import is_named_tuple
-from revwire._surroundings.attributes import slots_of
+from revwire._surroundings.attributes import items_in, slots_of
 from revwire._surroundings.code import package_of
 from revwire._surroundings.generators import is_generator
 from revwire._surroundings.inventory import version_of
@@ -246,7 +246,7 @@ def held_in(values: Iterable[Any], packages: Collection[str]) -> list[Any]:
         found[id(value)] = value
         items: list[Any] = []
         if isinstance(value, (dict, list, tuple, deque)):
-            items = list(value.values() if isinstance(value, dict) else value)
+            items = items_in(value) or []
         elif is_plain_object(value, packages):
             items = [getattr(value, "__dict__", {}), *slots_of(value).values()]
         todo += [(item, depth - 1) for item in items if depth]
