@@ -11,7 +11,7 @@ from revwire._search.residuals import Candidate
 from revwire._structures import refs
 
 _STATE = 4
-"""Bytes per element of the value of a state and of its gradient; 8 where the network is in float64."""
+"""Bytes per element of the value of a state; 8 where the network is in float64."""
 
 
 class UnitOnPaper(NamedTuple):
@@ -66,7 +66,7 @@ def chain_on_paper(step: Step, units: Sequence[Candidate], states: int, kept_byt
             if values[r.value].event not in region
         } - {fork.storage}
         given = frozenset(s for s in inputs if s in step.sizes)
-        more = 2 * state - elements * fork.dtype.itemsize + states // 2 - state  # wide streams: one more on its way
+        more = elements * fork.dtype.itemsize + states // 2 - state  # wide streams: one more on its way
         inner = inner_height(step, sorted(region), given, whole=True).over(more)
         found.append(UnitOnPaper(max(region) + 1, given, kept, inner))
     return ChainOnPaper(min(own), max(own) + 1, own, states, tuple(found))

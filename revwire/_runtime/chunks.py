@@ -206,4 +206,4 @@ def concatenated(parts: Sequence[Tensor], dim: int, like: Tensor) -> Tensor:
     that.
     """
     out = torch.cat(list(parts), dim)
-    return out if out.stride() == like.stride() else torch.empty_like(like).copy_(out)
+    return out if out.stride() == like.stride() else torch.empty_like(like, dtype=out.dtype).copy_(out)

@@ -8,8 +8,9 @@ Note [Two kinds of graph node]
     holds more than one unit's activations.
 
 Note [Values and gradients]
-    The float tensors that enter the step carry gradients. Of their values only that of ``current`` is used, and it is
-    the value of the tape's state.
+    The tensors that enter the step carry gradients, in the dtype in which the plain network has them: where it hands on
+    16 bits from block to block, the gradients of states have 16 bits. Then values are read from the tape's state where
+    they are used; else that of ``current`` is its own. The value of ``previous`` is not used.
 
 Note [Gradients that wait]
     A step gives b·g to x_{k-1}, a·g to x_k and c·g to the branch. The first is asked for last, when the branch has used
@@ -38,7 +39,7 @@ from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
-from revwire._streams.base import Streams
+from revwire._streams.base import VALUE_BYTES, Streams
 from revwire._streams.gradients import multiples
 from revwire._surroundings.inventory import version_of
 from revwire._torch import backward_node
@@ -52,7 +53,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, streams: Streams, state: Tensor, tape: Tape | None) -> Tensor:
         ctx.dtype, ctx.tape = x.dtype, tape
-        return streams.read(state)
+        return streams.read(state).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -144,11 +145,19 @@ class _Step(torch.autograd.Function):
     """x_{k+1} = a·x_k + b·x_{k-1} + c·F_k(x_k); see Note [Two kinds of graph node]."""
 
     @staticmethod
-    def forward(ctx: Any, run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        run: UnitRun,
+        previous: Tensor,
+        current: Tensor,
+        f: Tensor,
+        share: Share | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         tape = run.tape
-        ctx.rule, ctx.dtype, ctx.share = run.rule, f.dtype, share
+        ctx.rule, ctx.share, ctx.dtypes = run.rule, share, (previous.dtype, current.dtype, f.dtype)
         ctx.kept, ctx.range, ctx.born = run.kept, tape.range, tape.born
-        out = run.step(current, f)
+        out = run.step(current, f, dtype)
         if tape.rewinds and ctx.kept is None:
             ctx.tape, ctx.position = tape, len(tape.records) - 1
         else:
@@ -164,19 +173,20 @@ class _Step(torch.autograd.Function):
         if ctx.range.deferred:
             g = unless_spoiled(ctx.range, g)
         need, share, c, back = ctx.needs_input_grad, ctx.share, rule.c, rule.back
-        if ctx.dtype != g.dtype or isinstance(c, Tensor) or isinstance(back, Tensor) or not need[3]:
+        of_previous, of_current, of_branch = ctx.dtypes
+        if of_branch != of_previous or isinstance(c, Tensor) or isinstance(back, Tensor) or not need[3]:
             share = None
         f, x, previous = multiples(
             g,
             (
-                (c, ctx.dtype) if need[3] else None,
-                (rule.a, g.dtype) if need[2] else None,
-                (back, g.dtype) if need[1] and share is None else None,
+                (c, of_branch) if need[3] else None,
+                (rule.a, of_current) if need[2] else None,
+                (back, of_previous) if need[1] and share is None else None,
             ),
         )
         if share is not None and f is not None:
             previous, share.divisor, share.version = f, c / back, version_of(f)
-        return None, previous, x, f, None
+        return None, previous, x, f, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -212,6 +222,11 @@ def enter(x: Tensor, streams: Streams, state: Tensor, tape: Tape | None = None) 
     return _Enter.apply(x, streams, state, tape)  # type: ignore[no-any-return]
 
 
+def value_of(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
+    """The float value of a state that ``x`` carries, without a gradient."""
+    return streams.read(state) if x.element_size() < VALUE_BYTES else x.detach()
+
+
 def gated(out: Tensor, check: RangeCheck) -> Tensor:
     """``out``, which leaves a chain whose range this check has not read."""
     return _Gate.apply(out, check)  # type: ignore[no-any-return]
@@ -227,10 +242,10 @@ def later(run: UnitRun, previous: Tensor) -> tuple[Tensor, Share | None]:
     return _Later.apply(previous, share), share
 
 
-def step(run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None) -> Tensor:
-    """Differentiable step: the float tensors carry gradients, the tape carries the state; ``share`` as `later` gave
-    it.
+def step(run: UnitRun, previous: Tensor, current: Tensor, f: Tensor, share: Share | None, dtype: torch.dtype) -> Tensor:
+    """Differentiable step to what carries x_{k+1}, in this ``dtype`` where streams are wider: the tensors carry
+    gradients, the tape carries the state; ``share`` as `later` gave it.
     """
     if run.tape.keep:
-        return _Step.apply(run, previous, current, f, share)  # type: ignore[no-any-return]
-    return run.step(current, f)
+        return _Step.apply(run, previous, current, f, share, dtype)  # type: ignore[no-any-return]
+    return run.step(current, f, dtype)

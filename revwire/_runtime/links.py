@@ -10,9 +10,8 @@ Note [Identities]
     FSDP2, and PyTorch where a module has backward hooks, hand a module its inputs (and PyTorch its caller the outputs)
     through an identity function, in whose backward pass they act. That makes another tensor, behind which the chain
     goes on. A backward hook sees, and may exchange, the whole gradient of a state, so no path may lead past its tensor:
-    where the streams are wider than the tensor, and have carriers of their own, they are entered anew through it.
-    (There the gradient has the tensor's dtype for a moment, as it has everywhere in the original network.) FSDP2 is
-    content to hear that the gradient is there.
+    where a state has a carrier beside the tensor, it is entered anew through it. FSDP2 is content to hear that the
+    gradient is there.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ _VIEW = "_revwire_link_of_view"
 class Link:
     """What the output of a unit knows of its chain: the tape, how far it had come, and the gradient carriers.
 
-    ``previous`` and ``current`` are float tensors of the stream dtype, through which the gradients of x_{k-1} and x_k
-    flow. ``current`` is None where the linked tensor itself carries x_k (a tensor must not refer to itself).
+    Through ``previous`` and ``current`` the gradients of x_{k-1} and x_k flow. ``current`` is None where the linked
+    tensor itself carries x_k (a tensor must not refer to itself).
     """
 
     tape: Tape
@@ -63,7 +62,7 @@ class Link:
         return OrderedDict, ()
 
     def carriers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The float tensors of x_{k-1} and x_k, through which gradients flow; ``x`` is the linked tensor."""
+        """The tensors through which the gradients of x_{k-1} and x_k flow; ``x`` is the linked tensor."""
         current = x if self.current is None else self.current
         assert self.previous is not None
         previous = self.previous

@@ -56,10 +56,11 @@ def ended(segment: Segment, value: Tensor, unit: Unit, strides: tuple[int, ...] 
         if segment.rewinds and not _put_on_tape(segment, value, f):
             run.keep()
         segment.let_go()
-        out = outside_inference_mode(step, run, previous, current, f, share)
+        dtype = result_dtype(run.unit, x, f)
+        out = outside_inference_mode(step, run, previous, current, f, share, dtype)
         run.join(out)
     del previous  # where the chain ends, its streams are merged: as few tensors as can be are there meanwhile
-    out = left(segment.link, run.unit, out, current, result_dtype(run.unit, x, f), kind_of(x))
+    out = left(segment.link, run.unit, out, current, dtype, kind_of(x))
     return out if strides is None else relayout(chain, partial(laid_out, strides=strides), out)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
 from revwire._runtime.entries import MoveRecord
-from revwire._runtime.functions import unless_spoiled
+from revwire._runtime.functions import unless_spoiled, value_of
 from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
+from revwire._streams.base import VALUE_BYTES, stream_dtype
 from revwire._streams.floats import FloatStreams
 from revwire.couplings.base import Move
 
@@ -25,15 +26,15 @@ class _MoveNode(torch.autograd.Function):
     """z_{k+1} = a·y_{k+1} + b·z_k + c·p(y_{k+1})."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, unit: Unit, move: Move, z: Tensor, y: Tensor) -> Tensor:
-        out = _moved(tape, unit, move, y)
-        ctx.move, ctx.range, ctx.tape, ctx.y = move, tape.range, None, None
+    def forward(ctx: Any, tape: Tape, unit: Unit, move: Move, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
+        out = _moved(tape, unit, move, value)
+        ctx.move, ctx.range, ctx.tape, ctx.y, ctx.dtypes = move, tape.range, None, None, (z.dtype, y.dtype)
         if move.map is not None and not move.map.is_affine:
             if tape.records and isinstance(tape.records[-1], MoveRecord):
                 ctx.tape, ctx.position = tape, len(tape.records) - 1
             else:
-                ctx.y = y.detach()
-        return out
+                ctx.y = value
+        return out.to(y.dtype) if y.element_size() < VALUE_BYTES else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -57,29 +58,32 @@ class _MoveNode(torch.autograd.Function):
             assert walk.current is not None
             return tape.streams.read(walk.current)
 
-        b = move.rule.b
-        z = (g if b == 1 else g * b) if need[3] else None  # no copy where there need be none
-        return None, None, None, z, move.pulled(g, value) if need[4] else None
+        b, (of_z, of_y) = move.rule.b, ctx.dtypes
+        z = (g if b == 1 else g * b).to(of_z) if need[3] else None  # no copy where there need be none
+        y = move.pulled(g.to(stream_dtype(g.dtype)), value).to(of_y) if need[4] else None
+        return None, None, None, z, y, None
 
 
 def next_point(tape: Tape, unit: Unit, z: Tensor, y: Tensor) -> Tensor | None:
-    """The float value of z_{k+1}, if the scheme of the unit that has just run moves it; ``z`` and ``y``: those of the
-    states z_k and y_{k+1}, with which the tape stands. Where it leaves the range, the tape ends before it.
+    """What carries z_{k+1}, if the scheme of the unit that has just run moves it; ``z`` and ``y`` carry the states z_k
+    and y_{k+1}, with which the tape stands. Where it leaves the range, the tape ends before it.
     """
     place, chain = tape.position - 1, tape.chain
     move = tape.couplings[place].move
     if move is None:
         return None
+    before, newest = tape.intact_state()
+    value = value_of(y, tape.streams, newest)
     if chain.observer:
-        move = chain.observer.on_move(chain, place, y.detach(), z.detach()) or move
+        move = chain.observer.on_move(chain, place, value, value_of(z, tape.streams, before)) or move
     if tape.keep:
-        return _MoveNode.apply(tape, unit, move, z, y)  # type: ignore[no-any-return]
-    return _moved(tape, unit, move, y)
+        return _MoveNode.apply(tape, unit, move, z, y, value)  # type: ignore[no-any-return]
+    out = _moved(tape, unit, move, value)
+    return out.to(y.dtype) if y.element_size() < VALUE_BYTES else out
 
 
 def _moved(tape: Tape, unit: Unit, move: Move, y: Tensor) -> Tensor:
     before, newest = tape.intact_state()
-    y = y.detach()
     p, more = move.value(y), tape.records_more
     done = tape.streams.step(before, y, p, move.rule, undone=more)
     if not tape.range.holds(unit, done):

@@ -233,7 +233,7 @@ def _recompute(
     wide: Tensor | None = streams.read(state)
     assert wide is not None
     x = dressed((wide if wide.dtype == record.dtype else wide.to(record.dtype)).detach(), record.kind)
-    if wide.dtype != record.dtype and streams.takes_states:
+    if wide.dtype != record.dtype:
         wide = None  # as large as all that a branch in 16 bits saves
     if record.input_requires_grad:
         x.requires_grad_()

@@ -98,7 +98,7 @@ def entered(
 
 
 def left(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch.dtype, kind: Kind | None) -> Tensor:
-    """What a unit hands on, whose float value is ``out``; ``current``: that of its input."""
+    """What a unit hands on, whose state ``out`` carries; ``current``: that of its input."""
     tape, chain = link.tape, link.tape.chain
     place = tape.position - 1
     out = outside_inference_mode(_give_out, link, unit, out, current, dtype, kind)
@@ -122,18 +122,19 @@ def relayout(chain: Chain, view: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
 def _run(
     run: UnitRun, x: Tensor, extras: tuple[Any, ...], previous: Tensor, current: Tensor
 ) -> tuple[Tensor, torch.dtype, tuple[Any, ...]]:
-    """(The float value of x_{k+1}, the dtype of what the unit returns, side outputs): each chunk has a branch and a
-    step of its own, whose nodes autograd visits one chunk after the other.
+    """(What carries x_{k+1}, the dtype of what the unit returns, side outputs): each chunk has a branch and a step of
+    its own, whose nodes autograd visits one chunk after the other.
     """
     outs = []
     with run:
         for chunk, part, before, value in _pieces(run.chunks if run.tape.keep else (), x, previous, current):
             waiting, share = later(run, before)
             f, sides = run.branch(chunk, part, extras)
-            outs.append(outside_inference_mode(step, run, waiting, value, f, share))
+            dtype = result_dtype(run.unit, x, f)
+            outs.append(outside_inference_mode(step, run, waiting, value, f, share, dtype))
         out = outs[0] if chunk is None else concatenated(outs, chunk.dim, current)
         run.join(out)
-    return out, result_dtype(run.unit, x, f), sides
+    return out, dtype, sides
 
 
 def _pieces(
@@ -164,7 +165,7 @@ def _give_out(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch
     link.spend()
     if tape.position == chain.length:
         tape.range.close()
-        out = out if tape.plain else tape.couplings[-1].merge(current, out)
+        out = out if tape.plain else _merged(tape, current, out)
         return dressed((gated(out, tape.range) if tape.range.late else out).to(dtype), kind)
     if tape.left:
         tape, current, out = _scaled_anew(chain, tape, current, out, dtype)
@@ -175,12 +176,22 @@ def _give_out(link: Link, unit: Unit, out: Tensor, current: Tensor, dtype: torch
     return linked(dressed(out.to(dtype), kind), tape, current, out)
 
 
+def _merged(tape: Tape, current: Tensor, out: Tensor) -> Tensor:
+    """The output of a chain, by what carries its last two states."""
+    wide = stream_dtype(out.dtype)
+    last = out.to(wide)
+    found = tape.couplings[-1].merge(current.to(wide), last)
+    return out if found is last else found
+
+
 def _scaled_anew(
     chain: Chain, old: Tape, current: Tensor, out: Tensor, dtype: torch.dtype
 ) -> tuple[Tape, Tensor, Tensor]:
-    """A tape for the rest of the chain, and the values of x_k and x_{k+1} in it; see Note [Out of range] in `range`."""
-    streams = _streams_for(chain, magnitude(current, out), usual_magnitude(out), out, _of_branches(dtype, out.device))
-    states = streams.enter(current), streams.enter(out)
+    """A tape for the rest of the chain, and what carries x_k and x_{k+1} in it; see Note [Out of range] in `range`."""
+    before, after = (t.detach().to(stream_dtype(t.dtype)) for t in (current, out))
+    of_branches = _of_branches(dtype, out.device)
+    streams = _streams_for(chain, magnitude(before, after), usual_magnitude(after), after, of_branches)
+    states = streams.enter(before), streams.enter(after)
     tape = Tape(chain, streams, states, position=old.position, keep=old.keep, unpacker=unpacker, plain=old.plain)
     if isinstance(streams, FixedStreams):
         current, out = enter(current, streams, states[0]), enter(out, streams, states[1])
@@ -234,7 +245,8 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
     _refuse(chain, unit, x)
     exported = exporting()  # then there are no values to scale the streams for
     kind, x = kind_of(x), plain_tensor(x)
-    wide = x.to(stream_dtype(x.dtype)) if exported else canonical(x.to(stream_dtype(x.dtype)))
+    x = x if exported else canonical(x)
+    wide = x.to(stream_dtype(x.dtype))
     plain = chain.original or (not host.training and any(c.plain_in_eval for c in chain.couplings))
     floats = plain or exported or not chain.exact
     late = not floats and _is_read_late(chain, host, wide)
@@ -251,10 +263,10 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         late=late,
         training=host.training,
     )
-    carrier = wide if isinstance(streams, FloatStreams) else enter(wide, streams, state, tape)
+    carrier = x if isinstance(streams, FloatStreams) else enter(x, streams, state, tape)
     if tape.range.late:
         tape.range.admit(unit, wide, carrier.detach())
-    outward = dressed(carrier.to(x.dtype), kind)
+    outward = dressed(carrier, kind)
     return outward, Link(tape, tape.progress, version_of(outward), carrier, None if outward is carrier else carrier)
 
 

@@ -36,7 +36,7 @@ from revwire._runtime.entries import Anchor, Before, Result, UnitRecord
 from revwire._runtime.saving import Evaluation, evaluated_as_is, recorded
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit, evaluate
-from revwire._streams.base import Stepped
+from revwire._streams.base import VALUE_BYTES, Stepped
 from revwire._streams.floats import FloatStreams
 from revwire._streams.samples import Fingerprint
 from revwire._surroundings.modes import saved_tensors_hooked
@@ -154,29 +154,31 @@ class UnitRun:
 
     # -- its step --------------------------------------------------------------------------------------------------
 
-    def step(self, x: Tensor, f: Tensor) -> Tensor:
-        """The float value of x_{k+1}, or of the chunk that has just run; ``x`` is that of x_k."""
+    def step(self, x: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
+        """The float value of x_{k+1}, or of its chunk, in this ``dtype`` where that is narrow; ``x`` carries x_k."""
         tape = self.tape
         if tape.chain.observer:
             tape.chain.observer.on_step()
         states = tape.intact_state()
+        if x.element_size() < VALUE_BYTES:
+            x = states[1] if self._chunk is None else self._chunk.of(states[1])
         previous = states[0] if self._chunk is None else self._chunk.of(states[0])
         begins = states[0] is states[1]
         rebuilt = tape.rewinds and self.kept is None
         anchored = not tape.streams.rebuilds or tape.chain.anchored(self.place)
         undone = rebuilt and not begins and (not anchored or self._by_result())
-        done = tape.streams.step(previous, x, f, self.rule, undone=undone)
+        done = tape.streams.step(previous, x, f, self.rule, undone=undone, dtype=dtype)
         if not tape.range.holds(self.unit, done):
-            done = self._beyond(previous, x, f)
+            done = _beyond(tape, self.unit, self.rule, previous, x, f)
         if rebuilt:
             if tape.chain.observer:
                 tape.chain.observer.on_drop(tape.key(len(tape.records)), previous)
             tape.records.append(self._closed(previous, f, done, begins=begins, anchored=anchored))
         self._parts.append(done.state)
-        return done.value
+        return done.value.to(dtype) if dtype.itemsize < VALUE_BYTES else done.value
 
     def join(self, out: Tensor) -> None:
-        """All chunks have been stepped, and give ``out``, the float value of x_{k+1}: the tape goes on."""
+        """All chunks have been stepped, and give ``out``, which carries x_{k+1}: the tape goes on."""
         tape = self.tape
         assert tape.state is not None
         current = tape.state[1]
@@ -185,7 +187,7 @@ class UnitRun:
             state = current, current
         elif self._chunk is None:
             state = current, self._parts[0]
-        elif isinstance(tape.streams, FloatStreams):
+        elif isinstance(tape.streams, FloatStreams) and out.element_size() >= VALUE_BYTES:
             state = current, out.detach()
         else:
             state = current, joined(self._parts, self._chunk.dim, current)
@@ -194,14 +196,6 @@ class UnitRun:
         else:
             tape.pass_over(state, ends=tape.left or self.place == tape.chain.length - 1)
         tape.position = self.place + 1
-
-    def _beyond(self, previous: Tensor, x: Tensor, f: Tensor) -> Stepped:
-        """A step whose values leave the range: no state, but the float value; the tape ends with it."""
-        tape = self.tape
-        out = FloatStreams().step(tape.streams.read(previous), x, f, self.rule).value
-        tape.range.leave(self.unit, out)
-        tape.left = True
-        return Stepped(previous, out, None)
 
     def _keep_whole(self) -> None:
         """Nothing of a unit whose values left the range can come back from its result: it keeps x_{k-1}."""
@@ -243,6 +237,15 @@ class UnitRun:
         if record.stop and not record.by_result:
             return previous.new_empty(0)
         return self.tape.streams.summary(previous) if done.summary is None else done.summary
+
+
+def _beyond(tape: Tape, unit: Unit, rule: Rule, previous: Tensor, x: Tensor, f: Tensor) -> Stepped:
+    """A step whose values leave the range: no state, but the float value; the tape ends with it."""
+    read = tape.streams.read
+    out = FloatStreams().step(read(previous), x if x.is_floating_point() else read(x), f, rule).value
+    tape.range.leave(unit, out)
+    tape.left = True
+    return Stepped(previous, out, None)
 
 
 def _evaluated(run: UnitRun, x: Tensor, extras: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:

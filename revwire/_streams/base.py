@@ -23,6 +23,9 @@ from torch import Tensor
 from revwire._streams.samples import Fingerprint, Sample
 from revwire.couplings.base import Factor, Rule
 
+VALUE_BYTES = 4
+"""What the value of an element of a stream takes at least: what is narrower only carries it."""
+
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
     """The float dtype in which streams of this dtype are held: never narrower than float32."""
@@ -95,6 +98,7 @@ class Form(Protocol):
         negative: bool,
         scale: int,
         keep: bool,
+        dtype: torch.dtype,
     ) -> Stepped: ...
     def retreat(
         self,
@@ -124,11 +128,6 @@ class Streams(ABC):
     """Whether a state can come back from those after it; else each unit keeps it."""
 
     @property
-    def takes_states(self) -> bool:
-        """Whether `unstep` does with the state of x_k as well as with its value."""
-        return True
-
-    @property
     def bound(self) -> float | None:
         """The magnitude below which every value must stay, if there is one."""
         return None
@@ -142,9 +141,18 @@ class Streams(ABC):
         """The float value of a state, in the stream dtype and the layout of the state."""
 
     @abstractmethod
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
-        """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k. A step that is never ``undone`` keeps no
-        bits.
+    def step(
+        self,
+        previous: Tensor,
+        x: Tensor,
+        f: Tensor,
+        rule: Rule,
+        *,
+        undone: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Stepped:
+        """x_{k+1} from the state of x_{k-1}; ``x`` is the float value of x_k, or its state. A step that is never
+        ``undone`` keeps no bits. The value of x_{k+1} may have this ``dtype`` at once, if that is narrower.
         """
 
     @abstractmethod

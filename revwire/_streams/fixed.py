@@ -24,7 +24,7 @@ from torch import Tensor
 
 from revwire._errors import RangeError
 from revwire._streams import fused, kernels
-from revwire._streams.base import Form, Stepped, Streams, Undone, add_scaled, scaled
+from revwire._streams.base import VALUE_BYTES, Form, Stepped, Streams, Undone, add_scaled, scaled
 from revwire._streams.bits import pack_bits, unpack_bits
 from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
@@ -105,10 +105,6 @@ class FixedStreams(Streams):
         return cls(scale, integer, _form_on(device) if dtype == torch.float32 else None, dtype)
 
     @property
-    def takes_states(self) -> bool:
-        return self.form is not fused  # that would read it once more
-
-    @property
     def bound(self) -> float:
         """Two such values can be added without leaving the integers, and so is what `_rounded` makes of NaN."""
         return float(2.0 ** ((62 if self.integer == torch.int64 else 30) - self.scale))
@@ -121,12 +117,27 @@ class FixedStreams(Streams):
             return self.form.read(state, self.scale)
         return state.to(self.dtype).mul_(2.0**-self.scale)
 
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
-        numbers = self._numbers(previous, x, rule)
+    def step(
+        self,
+        previous: Tensor,
+        x: Tensor,
+        f: Tensor,
+        rule: Rule,
+        *,
+        undone: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Stepped:
+        numbers, wanted = (
+            self._numbers(previous, x, rule),
+            dtype if dtype and dtype.itemsize < VALUE_BYTES else self.dtype,
+        )
         if self.form and numbers:
-            done = self.form.advance(previous, x, f, *numbers, negative=rule.b < 0, scale=self.scale, keep=undone)
+            sign, scale = rule.b < 0, self.scale
+            done = self.form.advance(previous, x, f, *numbers, negative=sign, scale=scale, keep=undone, dtype=wanted)
             if done.in_range or done.reached is not None:
                 return done
+        if not x.is_floating_point():
+            x = self.read(x)
         wide = self._increment(x, f, rule)
         m, bits = _bits(rule), None
         out = wide.to(self.integer)
@@ -148,10 +159,10 @@ class FixedStreams(Streams):
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
         numbers = self._numbers(following, x, rule)
-        if not (x.is_floating_point() or (numbers and self.form is kernels)):
-            x = self.read(x)
         if self.form and numbers:
             return self.form.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
+        if not x.is_floating_point():
+            x = self.read(x)
         increment = self._increment(x, f, rule).to(self.integer)
         out = torch.sub(following, increment, out=increment) if rule.b > 0 else increment.sub_(following)
         if rule.signs is not None:

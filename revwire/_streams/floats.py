@@ -35,7 +35,16 @@ class FloatStreams(Streams):
     def read(self, state: Tensor) -> Tensor:
         return state.detach()
 
-    def step(self, previous: Tensor, x: Tensor, f: Tensor, rule: Rule, *, undone: bool = True) -> Stepped:
+    def step(
+        self,
+        previous: Tensor,
+        x: Tensor,
+        f: Tensor,
+        rule: Rule,
+        *,
+        undone: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Stepped:
         c = rule.c
         if isinstance(c, float) and rule.a == 0 and rule.b == 1 and f.dtype == previous.dtype:
             out = torch.add(previous, f, alpha=c, out=torch.empty_like(previous))

@@ -79,14 +79,24 @@ def suits(*tensors: Tensor) -> bool:
 
 
 def advance(
-    previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool
+    previous: Tensor,
+    x: Tensor,
+    f: Tensor,
+    a: float,
+    c: float,
+    m: int,
+    *,
+    negative: bool,
+    scale: int,
+    keep: bool,
+    dtype: torch.dtype,
 ) -> Stepped:
     """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` the m low bits of
-    X_{k-1} + h.
+    X_{k-1} + h. ``x`` may be the state of x_k instead of its value. The value of x_{k+1} has this ``dtype``.
     """
     n, f = previous.numel(), _like(f, x)
     span, tiles, block = _tiles(n)
-    state, value = torch.empty_like(previous), torch.empty_like(x)
+    state, value = torch.empty_like(previous), torch.empty_like(x, dtype=dtype)
     found = previous.new_empty(2, tiles)
     bits = previous.new_empty(span * m, dtype=torch.uint8) if m and keep else None
     with _on(previous):
@@ -116,14 +126,14 @@ def retreat(
     negative: bool,
     scale: int,
 ) -> Undone:
-    """X_{k-1}, the inverse of `advance`, and its sums."""
+    """X_{k-1}, the inverse of `advance`, and its sums; ``x`` may be the state of x_k instead of its value."""
     n, f, out = following.numel(), _like(f, x), torch.empty_like(following)
     span, tiles, block = _tiles(n)
     sums = following.new_empty(tiles)
     with _on(following):
         _kernels().retreat[(tiles,)](
             *(following, x, f, following if bits is None else bits, out, sums, n, span),
-            *(ldexp(a, scale), ldexp(c, scale)),
+            *(ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale)),
             M=m,
             NEGATIVE=negative,
             ADDS=a != 0,
@@ -184,7 +194,7 @@ def _spread(t: Tensor, most: int) -> tuple[int, int]:
 
 def multiples(g: Tensor, wanted: Sequence[tuple[float, torch.dtype]]) -> list[Tensor] | None:
     """Up to three multiples of a gradient, each in a dtype of its own; None where this form does not do."""
-    plain = type(g) in _KINDS and g.dtype is torch.float32 and (g.is_cuda or INTERPRETED) and g.numel()
+    plain = type(g) in _KINDS and g.dtype in _BRANCHES and (g.is_cuda or INTERPRETED) and g.numel()
     if not plain or any(dtype not in _BRANCHES for _, dtype in wanted) or not is_dense(g):
         return None
     g, n = g.detach(), g.numel()
@@ -216,7 +226,7 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
     narrow = f.dtype in _BRANCHES
     if narrow and f.stride() == x.stride() and type(f) is Tensor:
         return f
-    return torch.empty_like(x, dtype=f.dtype if narrow else x.dtype).copy_(f)
+    return torch.empty_like(x, dtype=f.dtype if narrow else torch.float32).copy_(f)
 
 
 def _on(t: Tensor) -> AbstractContextManager[Any]:

@@ -34,7 +34,7 @@ def multiples(g: Tensor, wanted: Sequence[Wanted | None]) -> list[Tensor | None]
         return out
     found = fused.multiples(g, [(factor, dtype) for _, factor, dtype in made])
     if found is None:
-        found = [(g * factor).to(dtype) for _, factor, dtype in made]
+        found = [(g.to(torch.promote_types(g.dtype, dtype)) * factor).to(dtype) for _, factor, dtype in made]
     for (i, _, _), t in zip(made, found, strict=True):
         out[i] = t
     return out

@@ -60,23 +60,48 @@ def suits(*tensors: Tensor) -> bool:
 
 
 def advance(
-    previous: Tensor, x: Tensor, f: Tensor, a: float, c: float, m: int, *, negative: bool, scale: int, keep: bool
+    previous: Tensor,
+    x: Tensor,
+    f: Tensor,
+    a: float,
+    c: float,
+    m: int,
+    *,
+    negative: bool,
+    scale: int,
+    keep: bool,
+    dtype: torch.dtype,
 ) -> Stepped:
     """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` what it takes to
-    come back.
+    come back: the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
 
-    That is the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right. Where not
-    all is in range, what it gives is undefined.
+    ``x`` may be the state of x_k instead of its value. The value of x_{k+1} has this ``dtype``. Where not all is in
+    range, what it gives is undefined.
     """
-    k, n, f = _native(), previous.numel(), _like(f, x)
+    k, n = _native(), previous.numel()
     like = k.LIKE[previous.itemsize]
     half = 1 << m >> 1
-    state, value = torch.empty_like(previous), torch.empty_like(x)
-    sums = _no_sums(previous) if keep else None
-    numbers = (ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, half, -1 if negative else 1, like)
-    given = previous.data_ptr(), x.data_ptr(), f.data_ptr()
-    made = state.data_ptr(), value.data_ptr(), 0 if sums is None else sums.data_ptr()
-    reached = _in_parts(k.advance, numbers, n, given + made)
+    state, value = torch.empty_like(previous), torch.empty_like(x, dtype=dtype)
+    sums = torch.empty(SEGMENTS, dtype=previous.dtype) if keep else None
+    one, to_sums = ldexp(1.0, -scale), 0 if sums is None else sums.data_ptr()
+    numbers = (ldexp(a, scale), ldexp(c, scale), one, m, half, -1 if negative else 1, like)
+    if _is_float(x, f) and dtype is _FLOAT:
+        given = previous.data_ptr(), x.data_ptr(), f.data_ptr(), state.data_ptr(), value.data_ptr(), to_sums
+        reached = _in_parts(k.advance, numbers, n, given)
+    else:
+        values = _flat(value)
+
+        def piece(first: int, last: int, low: int, high: int, at: int, with_: int) -> int:
+            made = values[low:high] if dtype is _FLOAT else torch.empty(high - low)
+            there = made.data_ptr() - low * _FLOAT.itemsize
+            found = k.advance(
+                *numbers, n, first, last, previous.data_ptr(), at, with_, state.data_ptr(), there, to_sums
+            )
+            if dtype is not _FLOAT:
+                values[low:high].copy_(made)
+            return int(found)
+
+        reached = _in_pieces(piece, x, f, scale)
     bits = None
     if m and keep:
         size = -(-n // 8) * m
@@ -99,34 +124,60 @@ def retreat(
     scale: int,
 ) -> Undone:
     """X_{k-1}, the inverse of `advance`, and its sums; ``x`` may be the state of x_k instead of its value."""
-    k, n, out, sums = _native(), following.numel(), torch.empty_like(following), _no_sums(following)
+    k, n, sums = _native(), following.numel(), torch.empty(SEGMENTS, dtype=following.dtype)
+    out = torch.empty_like(following)
     like = k.LIKE[following.itemsize]
+    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1, like)
+    if _is_float(x, f):
+        addresses = following.data_ptr(), x.data_ptr(), f.data_ptr(), out.data_ptr(), sums.data_ptr()
+        _in_parts(k.retreat, numbers, n, addresses)
+    else:
+
+        def piece(first: int, last: int, low: int, high: int, at: int, with_: int) -> int:
+            return int(
+                k.retreat(*numbers, n, first, last, following.data_ptr(), at, with_, out.data_ptr(), sums.data_ptr())
+            )
+
+        _in_pieces(piece, x, f, scale)
     if m:
         assert bits is not None
         layout = layout_of(n, m)
-        k.unpack(like, bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr())
-    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1, like)
-    if x.dtype is _FLOAT is f.dtype and x.stride() == f.stride() and type(f) is Tensor:
-        given = following.data_ptr(), x.data_ptr(), f.data_ptr()
-        _in_parts(k.retreat, numbers, n, (*given, out.data_ptr(), sums.data_ptr()))
-        return Undone(out, sums)
+        given = bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr(), sums.data_ptr()
+        k.unpack(like, *given)
+    return Undone(out, sums)
+
+
+def _is_float(x: Tensor, f: Tensor) -> bool:
+    """Whether a kernel reads both as they lie."""
+    return x.dtype is _FLOAT is f.dtype and x.stride() == f.stride() and type(f) is Tensor
+
+
+def _in_pieces(kernel: Callable[..., int], x: Tensor, f: Tensor, scale: int) -> tuple[int, ...]:
+    """As `_in_parts`, a few segments at a time, so that no value of a whole stream is there.
+
+    Args:
+        kernel: is given the first and the last segment of a piece, its first and its last element, and the addresses at
+            which the values of x_k and of the branch would begin.
+        x: values of x_k, or its state.
+        f: what the branch gave.
+        scale: K.
+    """
+    n = x.numel()
     f = f if f.stride() == x.stride() and type(f) is Tensor else torch.empty_like(x, dtype=f.dtype).copy_(f.detach())
     xs, fs = _flat(x), _flat(f.detach())
 
-    def in_pieces(*given: Any) -> int:
-        """A few segments at a time, so that no value of a whole stream is there."""
-        first, last = given[-2:]
-        step = max(1, SEGMENTS // max(1, n // _PIECE))
+    def share(_: int, first: int, last: int) -> int:
+        step, reached = max(1, SEGMENTS // max(1, n // _PIECE)), 0
         for a in range(first, last, step):
             b = min(a + step, last)
             low, high = n * a // SEGMENTS, n * b // SEGMENTS
             at, with_ = _value(xs[low:high], scale), fs[low:high].to(_FLOAT)
             floats = at.data_ptr() - low * _FLOAT.itemsize, with_.data_ptr() - low * _FLOAT.itemsize
-            k.retreat(*numbers, n, a, b, following.data_ptr(), *floats, out.data_ptr(), sums.data_ptr())
-        return 0
+            found = kernel(a, b, low, high, *floats)
+            reached = found if min(found, reached) < 0 <= reached else max(found, reached)
+        return reached
 
-    _in_parts(in_pieces, numbers, n, ())
-    return Undone(out, sums)
+    return _in_parts(share, (), n, ())
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -149,13 +200,9 @@ def read(state: Tensor, scale: int) -> Tensor:
 
 def summed(state: Tensor) -> Tensor:
     """The sums of a state, as `advance` and `retreat` give them."""
-    k, sums = _native(), _no_sums(state)
+    k, sums = _native(), torch.empty(SEGMENTS, dtype=state.dtype)
     _in_parts(k.summed, (k.LIKE[state.itemsize],), state.numel(), (state.data_ptr(), sums.data_ptr()))
     return sums
-
-
-def _no_sums(state: Tensor) -> Tensor:
-    return torch.empty(SEGMENTS, dtype=state.dtype)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -187,12 +234,6 @@ def sampled(f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Te
     out = torch.empty(elements + fewer * len(saved), dtype=torch.float32)
     _native().sample(out.data_ptr(), *steps, elements, fewer)
     return out
-
-
-def _like(f: Tensor, x: Tensor) -> Tensor:
-    if f.dtype == x.dtype and f.stride() == x.stride() and type(f) is Tensor:
-        return f
-    return torch.empty_like(x).copy_(f.detach())
 
 
 def _in_parts(

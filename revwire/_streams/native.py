@@ -118,10 +118,9 @@ def advance(a, c, one, m, half, sign, like, n, first, last, previous, x, f, stat
 
 @_compiled
 def retreat(a, c, m, half, sign, like, n, first, last, following, x, f, out, sums):
-    """The inverse of `advance`; ``out`` holds the kept bits, and becomes the state."""
+    """The inverse of `advance`, as if all kept bits were zero: `unpack` adds them to ``out``."""
     a, c, limit = _float32(a), _float32(c), _float32(_top(like)) * _float32(2)
     m, half, sign = _as(m, like), _as(half, like), _as(sign, like)
-    mask = _as((_as(1, like) << m) - 1, like)
     all_news, all_olds = carray(_to(following, like), n), carray(_to(out, like), n)
     all_xs, all_fs = carray(_at(x), n, _float32), carray(_at(f), n, _float32)
     for s in range(first, last):
@@ -130,8 +129,7 @@ def retreat(a, c, m, half, sign, like, n, first, last, following, x, f, out, sum
         for j in range(len(news)):
             wide = _rint(fs[j] * c + xs[j] * a)
             rounded = _as(wide if abs(wide) < limit else _zero, like)
-            shifted = _as(_as(sign * _as(news[j] - rounded, like), like) << m, like)
-            old = _as(_as(shifted | _as(olds[j] & mask, like), like) - half, like)
+            old = _as(_as(_as(sign * _as(news[j] - rounded, like), like) << m, like) - half, like)
             total = _as(total + old, like)
             olds[j] = old
         carray(_to(sums, like), SEGMENTS)[s] = total
@@ -208,8 +206,8 @@ def pack(like, n, previous, rows, layout, half, size, packed):
 
 
 @_compiled
-def unpack(like, size, packed, rows, layout, n, out):
-    """The inverse of `pack`: the low bits, each in its element."""
+def unpack(like, size, packed, rows, layout, n, out, sums):
+    """The inverse of `pack`: the low bits, added each to its element, where they are zero; and the sums then."""
     all_planes, states = carray(_at(packed), size, _uint8), carray(_to(out, like), n)
     groups = carray(_at(layout), (rows, 7), _int64)
     for g in range(rows):
@@ -218,4 +216,10 @@ def unpack(like, size, packed, rows, layout, n, out):
         part = states[first : max(first, min(n, first + len(plane)))]
         for j in range(len(part)):
             low = _as(_as(_uint8(plane[j] >> _uint8(left)) & _uint8(mask), like) << _as(shift, like), like)
-            part[j] = part[j] | low if shift else low
+            part[j] = _as(part[j] + low, like)
+    totals = carray(_to(sums, like), SEGMENTS)
+    for s in range(SEGMENTS):
+        part, total = states[n * s // SEGMENTS : n * (s + 1) // SEGMENTS], _as(0, like)
+        for j in range(len(part)):
+            total = _as(total + part[j], like)
+        totals[s] = total

@@ -64,12 +64,21 @@ def _to_integer(wide):
 
 
 @_compiled
-def _increment(x, f, at, inside, a, c, ADDS: tl.constexpr, SPELLED: tl.constexpr):
-    """2^K·(a·x + c·f) at some places, as a float: a and c come multiplied by 2^K."""
+def _increment(x, f, at, inside, a, c, one, ADDS: tl.constexpr, SPELLED: tl.constexpr):
+    """2^K·(a·x + c·f) at some places, as a float: a and c come multiplied by 2^K; ``x``: values, or states."""
     wide = tl.load(f + at, mask=inside, other=0.0).to(tl.float32) * c
     if ADDS:
-        wide = _fused(tl.load(x + at, mask=inside, other=0.0), a, wide, SPELLED)
+        if x.dtype.element_ty == tl.int32:
+            wide = _fused(_number(tl.load(x + at, mask=inside, other=0), one), a, wide, SPELLED)
+        else:
+            wide = _fused(tl.load(x + at, mask=inside, other=0.0), a, wide, SPELLED)
     return wide
+
+
+@_compiled
+def _number(state, one):
+    """The values of a state."""
+    return tl.where(state != POISON, state.to(tl.float32) * one, float("nan"))
 
 
 @_compiled
@@ -138,7 +147,7 @@ def advance(
     """
     at, inside, row = _tile(n, span, BLOCK)
     old = tl.load(previous + at, mask=inside, other=0)
-    rounded, fits, wide = _to_integer(_increment(x, f, at, inside, a, c, ADDS, SPELLED))
+    rounded, fits, wide = _to_integer(_increment(x, f, at, inside, a, c, one, ADDS, SPELLED))
     shifted = old + ((1 << M) >> 1)
     new = rounded - (shifted >> M) if NEGATIVE else rounded + (shifted >> M)
     sound = old != POISON
@@ -146,7 +155,7 @@ def advance(
     number = tl.where(fits, new.to(tl.float32), wide) * one
     number = tl.where(sound, number, float("nan"))
     tl.store(state + at, tl.where(good, new, POISON), mask=inside)
-    tl.store(value + at, tl.where(good, number, float("nan")), mask=inside)
+    _put(value, at, tl.where(good, number, float("nan")), inside)
     size = tl.where(inside, number.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     tl.store(reached + tl.program_id(0), tl.max(tl.max(size, 1), 0))
     _add_up(sums, old)
@@ -162,13 +171,13 @@ def advance(
 
 @_compiled
 def retreat(
-    following, x, f, bits, state, sums, n, span, a, c,
+    following, x, f, bits, state, sums, n, span, a, c, one,
     M: tl.constexpr, NEGATIVE: tl.constexpr, ADDS: tl.constexpr, SPELLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `advance`: the state of x_{k-1}, and its sums."""
     at, inside, row = _tile(n, span, BLOCK)
     new = tl.load(following + at, mask=inside, other=0)
-    rounded, _, _ = _to_integer(_increment(x, f, at, inside, a, c, ADDS, SPELLED))
+    rounded, _, _ = _to_integer(_increment(x, f, at, inside, a, c, one, ADDS, SPELLED))
     old = (rounded - new if NEGATIVE else new - rounded) << M
     if M & 4:
         old |= _unpacked(bits, row, span, 0, 4, BLOCK)
@@ -194,8 +203,7 @@ def read(state, value, n, one, BLOCK: tl.constexpr):
     first, columns = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     inside = columns < tl.minimum(n - first, BLOCK).to(tl.int32)
     found = tl.load(state + first + columns, mask=inside, other=0)
-    number = tl.where(found != POISON, found.to(tl.float32) * one, float("nan"))
-    tl.store(value + first + columns, number, mask=inside)
+    tl.store(value + first + columns, _number(found, one), mask=inside)
 
 
 @_compiled
@@ -236,7 +244,7 @@ def scale(
     """Up to three multiples of ``g``, each in the type of its place."""
     start, columns = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     inside, at = columns < tl.minimum(n - start, BLOCK).to(tl.int32), start + columns
-    found = tl.load(g + at, mask=inside, other=0.0)
+    found = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     if FIRST:
         _put(first, at, found * a, inside)
     if SECOND:

@@ -130,6 +130,11 @@ def check(rule, before, x, f, scale=SCALE):
     assert same(mine.summary(previous), step.summary)
     assert step.summary.sum(dtype=torch.int32) == previous.sum(dtype=torch.int32)
     assert mine.step(previous, x, f, rule, undone=False).bits is None
+    for dtype in DTYPES:
+        done = mine.step(previous, current, f, rule, dtype=dtype)
+        assert same(done.state, expected.state)
+        assert same(done.value, step.value.to(dtype))
+    assert same(mine.unstep(step.state, current, f, rule, step.bits).state, previous)
 
 
 @on_device
@@ -245,18 +250,20 @@ def test_tensors_of_other_kinds_are_left_to_the_plain_form():
 
 
 @on_device
+@pytest.mark.parametrize("given", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_multiples_of_a_gradient_are_the_plain_forms(dtype):
+def test_multiples_of_a_gradient_are_the_plain_forms(given, dtype):
     g = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 2.0 ** torch.arange(-3, 4).to(
         DEVICE
     )
     g[0, :3] = torch.tensor([float("nan"), float("inf"), -1e38])
+    g = g.to(given)
     for t in (g, g.t(), g[2:3]):
         wanted = [(9 / 8, dtype), (7 / 8, torch.float32), (0.3, dtype)]
         for count in (1, 2, 3):
             found = fused.multiples(t, wanted[:count])
             for out, (factor, kind) in zip(found, wanted, strict=False):
-                expected = (t * factor).to(kind)
+                expected = (t.to(torch.promote_types(given, kind)) * factor).to(kind)
                 assert out.dtype == kind
                 assert torch.equal(out.isnan(), expected.isnan())
                 assert same(out.nan_to_num(0.5), expected.nan_to_num(0.5))

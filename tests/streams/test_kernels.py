@@ -72,12 +72,39 @@ def test_compiled_and_plain_forms_agree(size, layout, coupling, kind, dtype, int
     assert mine.summary.sum(dtype=integer) == previous.sum(dtype=integer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_branch", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 9, 100_001])
+def test_a_step_by_the_state_gives_its_value_in_any_dtype(size, of_branch, dtype):
+    streams, rule = FixedStreams(SCALE, torch.int32, form=_kernels), Rule.of(Bdia(1 / 8).coefficients)
+    before, x, f = streams_of(size, "transposed", 0)
+    previous, current, f = streams.enter(before), streams.enter(x), f.to(of_branch)
+    expected = streams.step(previous, streams.read(current), f, rule)
+    for x_k in (current, streams.read(current)):
+        done = streams.step(previous, x_k, f, rule, dtype=dtype)
+        assert done.in_range
+        assert torch.equal(done.state, expected.state)
+        assert torch.equal(done.value, expected.value.to(dtype))
+        assert torch.equal(done.bits, expected.bits)
+        assert torch.equal(done.summary, expected.summary)
+        assert done.largest == expected.largest
+
+
 @pytest.mark.parametrize("bits", range(1, 8))
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 63, 1000])
 def test_kept_bits_lie_as_in_the_plain_form(bits, size):
     previous = torch.randint(-(2**29), 2**29, (size,), dtype=torch.int32)
     done = _kernels.advance(
-        previous, torch.zeros(size), torch.zeros(size), 1.0, 1.0, bits, negative=False, scale=3, keep=True
+        previous,
+        torch.zeros(size),
+        torch.zeros(size),
+        1.0,
+        1.0,
+        bits,
+        negative=False,
+        scale=3,
+        keep=True,
+        dtype=torch.float32,
     )
     assert torch.equal(done.bits, pack_bits(previous + (1 << bits - 1), bits))
 
