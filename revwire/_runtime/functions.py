@@ -17,8 +17,8 @@ Note [Gradients that wait]
     the third: so it is made of the third then, by a node (`_Later`) that stands before the branch in forward, and
     therefore comes after it in backward. While the branch holds the most memory, one gradient of a state is there
     instead of two. The branch gets the exact c·g. A branch that writes to the gradient that it is given, which PyTorch
-    forbids, would change that of x_{k-1} too: the node sees it, and refuses. A branch of 16 bits gets another tensor
-    anyway, and nothing waits.
+    forbids, would change that of x_{k-1} too: the node sees it, and refuses. A branch of fewer bits than x_{k-1}, under
+    autocast, gets another tensor anyway, and nothing waits.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Note [Wide streams]
     All of a state lies on one grid, so what is small beside the largest value has fewer bits. Streams of float32 are
     therefore integers of 64 bits where 32 would leave most values (`samples.usual_magnitude`) too few: where a few
-    channels are much larger than the others. Values, branches and gradients stay in float32; the two states take twice
+    channels are much larger than the others. Values, branches and gradients stay as they are; the two states take twice
     the bytes. In 16-bit branches the rounding of a state disappears behind theirs when it is eight times finer. In
     float32, where the largest value is 3 to 7 times the usual one, as mostly, that has 21 or 22 bits of 24 in 32-bit
     integers; these serve down to 19.
@@ -127,10 +127,8 @@ class FixedStreams(Streams):
         undone: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Stepped:
-        numbers, wanted = (
-            self._numbers(previous, x, rule),
-            dtype if dtype and dtype.itemsize < VALUE_BYTES else self.dtype,
-        )
+        numbers = self._numbers(previous, x, rule)
+        wanted = dtype if dtype and dtype.itemsize < VALUE_BYTES else self.dtype
         if self.form and numbers:
             sign, scale = rule.b < 0, self.scale
             done = self.form.advance(previous, x, f, *numbers, negative=sign, scale=scale, keep=undone, dtype=wanted)
