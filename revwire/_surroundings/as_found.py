@@ -20,7 +20,6 @@ from revwire._surroundings.noted import (
     SMALL,
     held_in,
     is_array,
-    is_container,
     is_object_of,
     is_written_to,
     note_write,
@@ -101,7 +100,7 @@ def _holdings_kept(root: nn.Module, *, filled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _filled_undone(values: Iterable[Any]) -> Iterator[None]:
-    containers = [(v, contents_of(v)) for v in values if is_container(v)]
+    containers = [(v, contents) for v in values if (contents := contents_of(v)) is not None]
     try:
         yield
     finally:

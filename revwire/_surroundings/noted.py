@@ -47,11 +47,6 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def is_container(value: Any) -> bool:
-    """Whether this can be filled, and copied."""
-    return type(value) in _CONTAINERS
-
-
 def may_be_written_to(value: Any) -> bool:
     """Whether a forward may change it in place: a tensor, an array or a container, or a tuple of such."""
     if isinstance(value, tuple):

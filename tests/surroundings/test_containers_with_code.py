@@ -21,7 +21,16 @@ class Loads(OrderedDict):
     items = values
 
 
-TABLE = Loads(a=torch.tanh, b=torch.sigmoid)
+class Log(list):
+    """A class of a project's own, which has a list's methods."""
+
+
+class Counts(dict):
+    def add(self, name):
+        self[name] = self.get(name, 0) + 1
+
+
+LOG, COUNTS, TABLE = Log(), Counts(), Loads(a=torch.tanh, b=torch.sigmoid)
 
 
 class Block(nn.Module):
@@ -31,6 +40,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         self.seen.update("ab")
+        LOG.append(0)
+        COUNTS.add("calls")
         return x + TABLE["a"](self.own["a"](self.f(x)))
 
 
@@ -41,8 +52,13 @@ def converted_and_verified(model, x):
 @pytest.mark.parametrize("call", [revwire.plan, revwire.convert, converted_and_verified])
 def test_their_code_runs_as_in_the_model(call):
     model, x = nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 8)
+    LOG.clear()
+    COUNTS.clear()
     call(model, x)
     assert Loads.calls == 0
+    assert not LOG
+    assert not COUNTS
     assert all(block.seen == Counter() for block in model)
     model(x).sum().backward()
+    assert (len(LOG), COUNTS) == (3, {"calls": 3})
     assert all(block.seen == Counter("ab") for block in model)
