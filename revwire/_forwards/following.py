@@ -68,7 +68,7 @@ class Following(TorchFunctionMode):
         try:
             args, kwargs, given = self.units.with_state(one, args, kwargs, tensors_of(args, kwargs))
             make = one.segment.make_module
-            out = make(host.module, args, kwargs, self.plain, given, host.known(host.module))
+            out = make(host.module, args, kwargs, self.plain, given, host.leaf(host.module)[1])
             for call in one.segment.calls:
                 call.function = self.plain
             value = found_at(p.place.out or (), out)
@@ -190,7 +190,7 @@ class Following(TorchFunctionMode):
         if self.units.instead:
             args, kwargs = self.units.renamed((args, kwargs))
         given = tensors_of(args, kwargs)
-        passes = host.passes(module)
+        passes, known = host.leaf(module)
         owner = None if passes else self.units.owner(given, module)
         if owner is None:
             out = call(*args, **kwargs)
@@ -199,7 +199,7 @@ class Following(TorchFunctionMode):
         else:
             if owner.raw is not owner.segment.x:
                 args, kwargs, given = self.units.with_state(owner, args, kwargs, given)
-            out = owner.segment.make_module(module, args, kwargs, call, given, host.known(module))
+            out = owner.segment.make_module(module, args, kwargs, call, given, known)
             out = owner.after(module, given, out)
         if host.by_call:
             self.units.met(host.names.get(id(module), ""), out)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from revwire._forwards.base import standing_forward
-from revwire._forwards.leaf import is_leaf, make_leaf
+from revwire._forwards.leaf import are_leaves, make_leaf
 from revwire._forwards.rewired import RewiredForward
 from revwire._programs.calls import Slot
 from revwire._runtime.chain import Chain
@@ -107,44 +107,34 @@ class Host:
         at = {name[1:]: i for i, name in self.names.items()}
         self.opened = {at[name] for name in layout.opened if name in at}
         opened = [self.module, *(self.module.get_submodule(n) for n in layout.opened if n in at)]
-        self._tables = [m._modules for m in opened if m._modules]
+        self._below = [m._modules.values() for m in opened if m._modules]
         self._users: dict[int, set[int]] = {}
         for p in self.planned:
             for name in p.place.modules:
                 self._users.setdefault(at.get(name, -1), set()).add(p.number)
         self._heavy = {id(m) for m in self.module.modules() if next(m.parameters(), None) is not None}
-        self._known: dict[int, Known] = {}
-        self._passing: dict[int, bool] = {}
+        self._leaves: dict[int, tuple[bool, Known]] = {}
         self._opaque: dict[int, Opaque] = {}
         make_leaves(self.module)
 
     @property
     def is_current(self) -> bool:
         """Whether what its code may call are leaves: modules may be exchanged, or compiled, at any time."""
-        for table in self._tables:
-            for module in table.values():
-                if not (module is None or is_leaf(module)):
-                    return False
-        return True
+        return all(map(are_leaves, self._below))
 
-    def passes(self, module: nn.Module) -> bool:
-        """Whether a module holds units of the same chains: a state that it is given goes on inside."""
-        found = self._passing.get(id(module))
+    def leaf(self, module: nn.Module) -> tuple[bool, Known]:
+        """Of a module that its code calls: whether it holds units of the same chains, so that a state which it is
+        given goes on inside; and what is known of it.
+        """
+        found = self._leaves.get(id(module))
         if found is None:
             forwards = (standing_forward(m) for m in module.modules())
-            found = any(isinstance(f, RewiredForward) and self._shares_chain(f) for f in forwards)
-            self._passing[id(module)] = found
+            passes = any(isinstance(f, RewiredForward) and self._shares_chain(f) for f in forwards)
+            found = self._leaves[id(module)] = passes, Known()
         return found
 
     def _shares_chain(self, other: RewiredForward) -> bool:
         return any(id(slot.chain) in self.chains for slot in other.slots)
-
-    def known(self, module: nn.Module) -> Known:
-        """What is known of a module that its code calls."""
-        found = self._known.get(id(module))
-        if found is None:
-            found = self._known[id(module)] = Known()
-        return found
 
     def opaque(self, call: Any, args: Any) -> Opaque:
         """What stands for a custom autograd function, by its ``apply``, or for a TorchScript function; the modules that
@@ -154,9 +144,7 @@ class Host:
         found = self._opaque.get(id(function))
         if found is None:
             if len(self._opaque) == _MOST_OPAQUE:  # code that makes its functions anew in each call has no end of them
-                forgotten = id(self._opaque.pop(next(iter(self._opaque))))
-                self._known.pop(forgotten, None)
-                self._passing.pop(forgotten, None)
+                self._leaves.pop(id(self._opaque.pop(next(iter(self._opaque)))), None)
             found = self._opaque[id(function)] = Opaque(function)
         found._modules = {str(i): a for i, a in enumerate(args) if isinstance(a, nn.Module)}
         return found

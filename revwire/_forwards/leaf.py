@@ -6,6 +6,7 @@ module; it does nothing but ask, while no host's code is followed on its thread.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -70,15 +71,20 @@ _STANDING: dict[str, type] = {CALL: Leaf, REPLICATE: _Replicate, "compile": _Com
 """What stands on a module that is a leaf."""
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether calls of a module are known."""
-    own = vars(module)
-    return type(own.get(CALL)) is Leaf and (own.get(COMPILED_CALL) is None or type(own[COMPILED_CALL]) is Leaf)
+def are_leaves(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether calls of these modules are known."""
+    for module in modules:
+        if module is None:
+            continue
+        own = vars(module)
+        if type(own.get(CALL)) is not Leaf or not (own.get(COMPILED_CALL) is None or type(own[COMPILED_CALL]) is Leaf):
+            return False
+    return True
 
 
 def make_leaf(module: nn.Module) -> None:
     """Let calls of a module be known."""
-    if is_leaf(module) and vars(module)[CALL].module is module:
+    if are_leaves((module,)) and vars(module)[CALL].module is module:
         return
     own = vars(module)
     compiled = own.get(COMPILED_CALL)

@@ -7,7 +7,7 @@ branch, and a class of its own would be felt.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,6 +25,19 @@ def keep(cells: Iterable[Cell]) -> None:
     for cell in cells:
         if cell[0] is not None:
             cell[0] = cell[0].detach()
+
+
+def packed_into(cells: list[Cell]) -> Callable[[Tensor], Cell]:
+    """The hook that saves a tensor in a cell, and puts that down. Autograd keeps the hook with every tensor: it owns
+    the cells alone.
+    """
+
+    def pack(t: Tensor) -> Cell:
+        cell: Cell = [t, t._version, None]
+        cells.append(cell)
+        return cell
+
+    return pack
 
 
 def kept_cell(tensor: Tensor) -> Cell:

@@ -37,21 +37,24 @@ class Draws:
         """A call is about to be made, which may set generators back itself: then what it drew does not show."""
         self._sets_back = sets_back
         if not self.quiet:
-            call.randomness = self._look()
+            self._look()
+            call.randomness = self._states
         elif sets_back:
             call.randomness = self._now()
 
     def after(self, call: Call) -> None:
         """It was made. (Code may set a generator back before its next call: what a call drew is only seen here.)"""
-        if not self.quiet:
-            before, now = self._states, self._look()
-            if _same(before, now) and not self._sets_back:
-                call.randomness = None
+        if not (self.quiet or self._look() or self._sets_back):
+            call.randomness = None
 
-    def _look(self) -> RandomStates:
-        before, self._states = self._states, self._now()
-        self.drew = self.drew or (bool(before) and not _same(before, self._states))
-        return self._states
+    def _look(self) -> bool:
+        """Whether anything was drawn since the last look."""
+        before, now = self._states, self._now()
+        if before and _same(before, now):
+            return False
+        self._states = now
+        self.drew = self.drew or bool(before)
+        return bool(before)
 
     def settle(self) -> bool:
         """After the last call: whether it is known what each of them drew."""
@@ -62,4 +65,4 @@ class Draws:
 
 
 def _same(before: RandomStates, now: RandomStates) -> bool:
-    return all(same_bytes(state, now[device]) for device, state in before.items())
+    return all(map(same_bytes, before.values(), now.values()))  # of the same devices, in one order

@@ -281,8 +281,9 @@ def _branch_again(record: UnitRecord, x: Tensor) -> Tensor:
 
 def _check_versions(chain: Chain, record: UnitRecord) -> None:
     """See that nobody has written to what the recompute will use."""
-    if any(tensor._version != version for tensor, version in record.inputs):
-        raise record.fault(chain, "an extra input of it was modified in place", _NO_WRITE)
+    for tensor, version in record.inputs:
+        if tensor._version != version:
+            raise record.fault(chain, "an extra input of it was modified in place", _NO_WRITE)
     if record.products and not record.products.intact:
         raise record.fault(chain, "the result of a product in it was modified in place", _NO_WRITE)
     for reference, version in record.stop.constants if record.stop else ():

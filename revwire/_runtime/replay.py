@@ -34,7 +34,7 @@ from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.randomness import RandomStates, set_random_states
 from revwire._surroundings.settings import Settings, settings_restored
 
-CallModes = tuple[bool, bool, tuple[tuple[str, bool, torch.dtype], ...], Settings]
+CallModes = tuple[bool, bool, list[tuple[str, bool, torch.dtype]], Settings]
 """(gradients enabled, inference mode, (device type, autocast enabled, its dtype) ..., settings) around a call."""
 
 
@@ -104,7 +104,9 @@ class Call:
         """Make the call again, on the values so far, and put down what it gives."""
         if self.randomness is not None:
             set_random_states(self.randomness)
-        args = [filled(a, values) for a in self.args]
+        args = [  # most are plain `Made`
+            values[a.number] if type(a) is Made and a.carried is None else filled(a, values) for a in self.args
+        ]
         kwargs = {k: filled(a, values) for k, a in self.kwargs.items()} if self.kwargs else {}
         with (
             NOTHING if self.modes is None else _under(self.modes),

@@ -8,7 +8,7 @@ Note [Cells]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revwire._runtime.cells import Cell, keep, kept_from_checkpoint, opened_cell
+from revwire._runtime.cells import Cell, keep, kept_from_checkpoint, opened_cell, packed_into
 from revwire._runtime.draws import Draws
 from revwire._runtime.numbers import Numbers
 from revwire._runtime.replay import Call, CallModes, Made, Replay
@@ -80,14 +80,7 @@ class Segment:
         if rewinds:
             self.standing = run.place, run.unit.path, run.host.training
             self.draws = Draws(self.devices, quiet=self.standing in chain.quiet)
-            cells = self.cells
-
-            def pack(t: Tensor) -> Cell:  # autograd keeps it with every tensor: it owns the cells alone
-                cell: Cell = [t, t._version, None]
-                cells.append(cell)
-                return cell
-
-            self.pack = pack
+            self.pack = packed_into(self.cells)
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -167,12 +160,17 @@ class Segment:
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
         self.draws.before(call, sets_back=self.taken is not None and self.taken.reached.sets_back)
-        modes, context = modes_here(self.kinds), copy_context()
+        kinds, context = self.kinds, copy_context()
+        if kinds is _CPU:
+            casts = [("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
+        else:
+            casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, settings_now(kinds is not _CPU)
         if self.modes is None:
-            self.modes, self.context = (True, False, *modes[2:]), context
-            casts = {kind: (enabled, dtype) for kind, enabled, dtype in modes[2]}
+            self.modes, self.context = (True, False, casts, modes[3]), context
+            autocast = {kind: (enabled, dtype) for kind, enabled, dtype in casts}
             cache = torch.is_autocast_cache_enabled()
-            self.surroundings = Surroundings(self.devices, {}, casts, cache, modes[3], context_kept())
+            self.surroundings = Surroundings(self.devices, {}, autocast, cache, modes[3], context_kept())
         if modes != self.modes:
             call.modes = modes
         if context != self.context:
@@ -242,14 +240,3 @@ class Segment:
     def _let_go(self, start: int) -> None:
         keep(self.cells[start:])
         del self.cells[start:]
-
-
-def modes_here(kinds: Sequence[str]) -> CallModes:
-    """The modes and settings around a call."""
-    if kinds is _CPU:
-        casts: tuple[tuple[str, bool, torch.dtype], ...] = (
-            ("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
-        )
-    else:
-        casts = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, settings_now(kinds is not _CPU)

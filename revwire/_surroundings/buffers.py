@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import RLock
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -98,19 +99,36 @@ def _with_copies(module: nn.Module, copied: bool) -> list[tuple[str, Tensor, int
     return [(name, b, version_of(b), b.detach().clone() if copied else None) for name, b in buffers]
 
 
+Lock = Any  # that of `RLock` has a name since Python 3.13
+
 _LOCKS = tuple(RLock() for _ in range(64))
 
 
-@contextmanager
-def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep other threads from exchanging the buffers of these modules.
+class undisturbed(AbstractContextManager[None]):  # noqa: N801 - it is used as a function
+    """Keep other threads from exchanging the buffers of these modules; ``first``: locks that are taken before theirs.
 
     Modules share a few locks, taken in one order; a nested chain takes a part of what its outer branch holds.
     """
-    with ExitStack() as stack:
-        for number in sorted({id(module) // 64 % len(_LOCKS) for module in modules}):
-            stack.enter_context(_LOCKS[number])
-        yield
+
+    __slots__ = ("locks", "taken")
+
+    def __init__(self, modules: Iterable[nn.Module], *first: Lock) -> None:
+        numbers = {id(module) // 64 % len(_LOCKS) for module in modules}
+        self.locks = [*first, *map(_LOCKS.__getitem__, sorted(numbers))]
+        self.taken: list[Lock] = []
+
+    def __enter__(self) -> None:
+        try:
+            for lock in self.locks:
+                lock.acquire()
+                self.taken.append(lock)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        while self.taken:
+            self.taken.pop().release()
 
 
 @contextmanager

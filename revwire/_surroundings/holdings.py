@@ -42,7 +42,7 @@ from revwire._surroundings.generators import (
     is_generator,
     states_of,
 )
-from revwire._surroundings.inventory import REQUIRES_GRAD, Inventory, is_written, size_of
+from revwire._surroundings.inventory import REQUIRES_GRAD, Inventory, Table, is_written
 from revwire._surroundings.modes import NOTHING
 from revwire._surroundings.noted import (
     HeldTensor,
@@ -54,7 +54,7 @@ from revwire._surroundings.noted import (
     noted,
     was_changed,
 )
-from revwire._surroundings.outside import EVERYWHERE, NOTHING_REACHED, Place, Reached, put, reached
+from revwire._surroundings.outside import EVERYWHERE, NOTHING_REACHED, Reached, put, reached
 from revwire._torch import HOOKS_OF_ALL, ModuleWithStatistics, hooks_of
 
 _SHARDED = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -65,7 +65,8 @@ class Found(NamedTuple):
     """What the modules of a branch were found to have.
 
     Attributes:
-        modules, size: their identities, in order, and their `size_of`, by which they are known again.
+        modules, size: their identities, in order, and how many buffers and modules they have, by which they are known
+            again.
         own: the numbers of those with code of their own, in that order.
         buffers: (number of the module, name) of those that are looked at here.
         weights: (number of the module, name) of those that a forward was seen to write to.
@@ -188,18 +189,8 @@ class Held:
         found, drawn = known.found(owned), known.draws[training]
         hooked = any(HOOKS_OF_ALL) or any(map(any, map(hooks_of, owned.modules.values())))
         drawing = [*found.reached.generators, *(() if drawn is False else generators_of_all())]
-        kinds = kinds_noted("numpy.random" in sys.modules) if found.own else ()
-        values, unseen = list[Standing](), found.reached.unseen
-        for number in found.own:
-            own, then = owned.attributes[number]
-            for name in [
-                n for n, v in then.items() if (type(v) in kinds or isinstance(v, Tensor)) and n not in STANDARD
-            ]:
-                if is_generator(value := then[name]):
-                    drawing.append(value)
-                    continue
-                values.append((own, name, noted(value, drawing, unseen=unseen)))
-                then[name] = _NOTED  # it may be of a graph, which the copy must not own
+        unseen = found.reached.unseen
+        values = _attributes_noted(owned, found.own, drawing, unseen=unseen) if found.own else []
         for number, name in found.drawing:
             drawing.extend(generators_in(owned.attributes[number][0].get(name)))
         modules = [*owned.modules.values()]
@@ -212,14 +203,15 @@ class Held:
             values += _weight_noted(modules[number]._parameters, name, owned, unseen=unseen)
         for table, name in found.reached.places:
             values.append((table, name, noted(table.get(name, MISSING), drawing, unseen=True)))
-        hooks = _tables_of_hooks(owned) if hooked else []
+        hooks = [(t, t.copy()) for t in _tables_of_hooks(owned)] if hooked else []
         states = states_of(drawing) if drawing else []
-        return cls(owned, values, states, hooks, found.reached, [*map(_standing, found.reached.reads)])
+        reads = found.reached.reads
+        return cls(owned, values, states, hooks, found.reached, reads.now() if reads else ())
 
     def undisturbed(self, writers: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Keep other threads from exchanging what these modules hold, and what the code of the branch may change."""
         modules = self.owned.modules.values() if self.reached.changes else writers
-        return _undisturbed(modules) if self.reached.places else undisturbed(modules)
+        return undisturbed(modules, EVERYWHERE) if self.reached.places else undisturbed(modules)
 
     def settle(self, known: Known, training: bool) -> None:
         """After the forward: forget the generators that it did not draw from."""
@@ -245,9 +237,9 @@ class Held:
             or self.reached.changes
             or any(HOOKS_OF_ALL)
             or any(map(any, map(hooks_of, owned.modules.values())))
-            or size_of(owned.modules.values()) != owned.size
+            or sum(map(len, owned.inner)) != owned.size
             or [*map(REQUIRES_GRAD, owned.weights)] != owned.trained
-            or (self.read and self._other_settings())
+            or (self.reached.reads and self.reached.reads.differing(self.read))
         ):
             return self._exchanged()
         for table, then in chain(owned.attributes, owned.below):
@@ -257,56 +249,58 @@ class Held:
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        owned, hooks = self.owned, self.hooks or _tables_of_hooks(self.owned)
-        settings = self._other_settings()
-        exchanged = [
-            *settings,
-            *self._differences(),
-            *((t, n, again(then)) for t, n, then in self.values if differs(then, t.get(n, MISSING))),
-        ]
-        places = [(t, n, t.get(n, MISSING)) for t, n, _ in (*self.values, *settings)]
-        trained = [w for w, then in zip(owned.weights, owned.trained, strict=True) if w.requires_grad != then]
-        now = [(t, t.copy()) for t, _ in hooks]
+        owned = self.owned
+        settings = self.reached.reads.differing(self.read) if self.reached.reads else []
+        exchanged, places = [*settings, *self._differences()], [(t, n, t.get(n, MISSING)) for t, n, _ in settings]
+        for table, name, then in self.values:
+            value = table.get(name, MISSING)
+            places.append((table, name, value))
+            if differs(then, value):
+                exchanged.append((table, name, again(then)))
+        now = [w.requires_grad for w in owned.weights]
+        before = self.hooks or [(t, {}) for t in _tables_of_hooks(owned)]
+        hooks = [(t, t.copy()) for t, _ in before]
         attributes = [(t, t.copy()) for t, _ in owned.attributes]
-        inner: Iterable[Any] = chain.from_iterable((m._buffers, m._modules) for m in owned.modules.values())
-        tables = [(t, t.copy()) for t in inner if isinstance(t, dict)]
+        tables = [(t, t.copy()) for t in owned.inner if isinstance(t, dict)]
         with generators_at(self.generators) if self.generators else NOTHING:
             try:
-                _turn(trained)
-                for table, then in hooks:
-                    _refill(table, then if self.hooks else {})
+                _train(owned.weights, owned.trained)
+                _refill(before)
                 put(exchanged)
                 yield
             finally:
-                for table, before in attributes:
-                    put(_differences(table, before))
-                for table, before in (*tables, *now):
-                    _refill(table, before)
+                put(_differences(attributes))
+                _refill((*tables, *hooks))
                 put(places)
-                _turn(trained)
-
-    def _other_settings(self) -> list[Standing]:
-        """What the code of the branch reads, and is another now."""
-        places = zip(self.reached.reads, self.read, strict=True)
-        return [(table, name, then) for (table, name), then in places if table.get(name, MISSING) is not then]
+                _train(owned.weights, now)
 
     def _differences(self) -> list[Standing]:
         """What is another now than it was, or was not there, but for what was `noted`."""
         owned = self.owned
-        out = [d for table, then in (*owned.attributes, *owned.below) for d in _differences(table, then)]
-        if size_of(owned.modules.values()) != owned.size:
+        out = _differences(chain(owned.attributes, owned.below))
+        if sum(map(len, owned.inner)) != owned.size:
             known = {id(table): then for table, then, _ in owned.tables} | {
                 id(table): then for table, then in owned.below
             }
-            for m in owned.modules.values():
-                for table in (m._buffers, m._modules):
-                    out += [(table, name, MISSING) for name in table if name not in known.get(id(table), ())]
+            for table in owned.inner:
+                out += [(table, name, MISSING) for name in table if name not in known.get(id(table), ())]
         return out
 
 
-def _standing(place: Place) -> Any:
-    table, name = place
-    return table.get(name, MISSING)
+def _attributes_noted(owned: Inventory, own: list[int], drawing: list[Any], *, unseen: bool) -> list[Standing]:
+    """What may be written to among the attributes of these modules, by number: `_NOTED` is in its place in copies."""
+    values, kinds = list[Standing](), kinds_noted("numpy.random" in sys.modules)
+    for number in own:
+        table, then = owned.attributes[number]
+        for name, value in then.items():
+            if not (type(value) in kinds or isinstance(value, Tensor)) or name in STANDARD:
+                continue
+            if is_generator(value):
+                drawing.append(value)
+                continue
+            values.append((table, name, noted(value, drawing, unseen=unseen)))
+            then[name] = _NOTED  # it may be of a graph, which the copy must not own
+    return values
 
 
 def _weight_noted(table: dict[str, Any], name: str, owned: Inventory, *, unseen: bool) -> list[Standing]:
@@ -322,31 +316,30 @@ NO_HOLDINGS = Held(Inventory.of(()), (), (), [])
 """Those of no modules."""
 
 
-def _tables_of_hooks(owned: Inventory) -> Hooks:
-    tables = (*HOOKS_OF_ALL, *chain.from_iterable(map(hooks_of, owned.modules.values())))
-    return [(table, table.copy()) for table in tables]
+def _tables_of_hooks(owned: Inventory) -> Iterable[dict[int, Any]]:
+    return chain(HOOKS_OF_ALL, *map(hooks_of, owned.modules.values()))
 
 
-def _differences(table: dict[Any, Any], then: dict[Any, Any]) -> list[Standing]:
-    if len(table) == len(then) and all(map(is_, table.values(), then.values())):  # in the same order, as usual
-        return []
-    other = [(table, name, v) for name, v in then.items() if v is not _NOTED and table.get(name, MISSING) is not v]
-    return [*other, *((table, name, MISSING) for name in table if name not in then)]
+def _differences(tables: Iterable[tuple[Table, Table]]) -> list[Standing]:
+    """Where something else stands in tables than stood there."""
+    out = list[Standing]()
+    for table, then in tables:
+        if len(table) != len(then) or not all(map(is_, table.values(), then.values())):  # else in the same order, too
+            out += [(table, n, v) for n, v in then.items() if v is not _NOTED and table.get(n, MISSING) is not v]
+            out += [(table, n, MISSING) for n in table if n not in then]
+    return out
 
 
-def _refill(table: dict[Any, Any], contents: dict[Any, Any]) -> None:
-    """Let a table hold what it held, in that order."""
-    if [*table] != [*contents] or not all(map(is_, table.values(), contents.values())):
-        table.clear()
-        table.update(contents)
+def _refill(tables: Iterable[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
+    """Let tables hold what they held, in that order."""
+    for table, contents in tables:
+        if [*table] != [*contents] or not all(map(is_, table.values(), contents.values())):
+            table.clear()
+            table.update(contents)
 
 
-def _turn(weights: Iterable[Tensor]) -> None:
-    for weight in weights:
-        weight.requires_grad_(not weight.requires_grad)
-
-
-@contextmanager
-def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    with EVERYWHERE, undisturbed(modules):
-        yield
+def _train(weights: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+    """Let each of these want a gradient, or none."""
+    for weight, wants in zip(weights, wanted, strict=True):
+        if weight.requires_grad != wants:
+            weight.requires_grad_(wants)

@@ -47,7 +47,7 @@ class Inventory:
         modules: they and all below them, by identity, in order.
         attributes: what each of them had: (its attributes, a copy).
         below: where modules stood in them: (the table, a copy).
-        size: their `size_of`.
+        inner: their tables of buffers, and of modules below them; ``size``: how much is in these.
     """
 
     weights: list[Tensor]
@@ -59,23 +59,23 @@ class Inventory:
     trained: list[bool]
     attributes: list[tuple[Table, Table]]
     below: list[tuple[Table, Table]]
+    inner: list[Table]
     size: int
 
     @classmethod
     def of(cls, roots: Iterable[nn.Module]) -> Inventory:
         """The inventory of these modules and all below them (a plain walk: `nn.Module.modules` is slow)."""
         weights, writers, tables = list[Tensor](), list[nn.Module](), list[tuple[Table, Table, bool]]()
-        attributes, inner = list[tuple[Table, Table]](), list[tuple[Table, Table]]()
+        attributes, standing, inner = list[tuple[Table, Table]](), list[tuple[Table, Table]](), list[Table]()
         todo: list[nn.Module | None] = list(roots)
         seen = dict[int, nn.Module]()
-        size = 0
         for module in todo:  # grows
             if module is None or id(module) in seen:
                 continue
             seen[id(module)] = module
             own, table, buffers, below = module.__dict__, module._parameters, module._buffers, module._modules
             attributes.append((own, own.copy()))
-            size += len(buffers) + len(below)
+            inner += buffers, below
             if table:
                 if isinstance(table, dict):  # else it is that of a scripted module, whose weights nobody lends
                     tables.append((table, table.copy(), True))
@@ -87,13 +87,14 @@ class Inventory:
                     tables.append((buffers, buffers.copy(), False))
             if below:
                 if isinstance(below, dict):
-                    inner.append((below, below.copy()))
+                    standing.append((below, below.copy()))
                 todo += below.values()
         trained, writing = [*map(REQUIRES_GRAD, weights)], [m for m in writers if m.training] if writers else []
-        return cls(weights, versions_of(weights), writers, writing, tables, seen, trained, attributes, inner, size)
+        versions, size = versions_of(weights), sum(map(len, inner))
+        return cls(weights, versions, writers, writing, tables, seen, trained, attributes, standing, inner, size)
 
     def take_up(self, other: Inventory) -> None:
-        """Let what other modules own be in it, too; ``modules`` and ``size`` are still those of its own."""
+        """Let what other modules own be in it, too; ``modules``, ``inner`` and ``size`` are still those of its own."""
         self.weights += other.weights
         self.versions += other.versions
         self.trained += other.trained
@@ -120,14 +121,6 @@ class Inventory:
         self.weights.append(weight)
         self.versions.append(version_of(weight))
         self.trained.append(weight.requires_grad)
-
-
-def size_of(modules: Iterable[nn.Module]) -> int:
-    """How many buffers, and modules below them, these modules have."""
-    size = 0
-    for m in modules:
-        size += len(m._buffers) + len(m._modules)
-    return size
 
 
 def version_of(x: Tensor) -> int:

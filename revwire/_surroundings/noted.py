@@ -150,11 +150,13 @@ def noted(value: Any, drawing: list[Any], depth: int = _DEPTH, *, unseen: bool =
     """
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) else HeldTensor(value, unseen=unseen)
-    if is_array(value):
-        return value.copy()
-    if not depth or not (type(value) in _CONTAINERS or isinstance(value, tuple)):
+    if not (type(value) in _CONTAINERS or isinstance(value, tuple)):
+        if is_array(value):
+            return value.copy()
         if is_generator(value):
             drawing.append(value)
+        return value
+    if not depth:
         return value
     if len(value) > _SHORT and type(value) in (list, *_DICTS):
         return HeldContainer(value, len(value))
@@ -193,9 +195,9 @@ def again(value: Any, depth: int = _DEPTH) -> Any:
     """A value that was noted, for one recompute to find."""
     if isinstance(value, (HeldTensor, HeldContainer)):
         return value.again()
-    if is_array(value):
-        return value.copy()
-    if not depth or not (type(value) in _CONTAINERS or isinstance(value, tuple)):
+    if not (type(value) in _CONTAINERS or isinstance(value, tuple)):
+        return value.copy() if is_array(value) else value
+    if not depth:
         return value
     return _filled(value, lambda item: again(item, depth - 1))
 
@@ -206,7 +208,7 @@ def _filled(container: Any, item: Callable[[Any], Any]) -> Any:
         kind: Any = type(container)
         items = [item(value) for value in container]
         return kind._make(items) if is_named_tuple(container) else tuple(items)
-    out = copy(container)
+    out = container.copy()
     if _PLAIN.issuperset(map(type, out.values() if isinstance(out, dict) else out)):
         return out
     if isinstance(out, dict):

@@ -11,9 +11,10 @@ Note [What code may change]
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import chain
+from operator import attrgetter, is_
 from threading import RLock
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
@@ -73,7 +74,10 @@ class Cell:
 
     def get(self, _: str, default: Any) -> Any:
         """Its value."""
-        return self.owner.cell_contents if is_filled(self.owner) else default
+        try:
+            return self.owner.cell_contents
+        except ValueError:  # it is empty
+            return default
 
     def __setitem__(self, _: str, value: Any) -> None:
         self.owner.cell_contents = value
@@ -89,12 +93,8 @@ class Attributes:
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
-
-    def get(self, name: str, default: Any) -> Any:
-        """The attribute of that name; a class has none of those that it inherits."""
-        if isinstance(self.owner, type):
-            return vars(self.owner).get(name, default)
-        return getattr(self.owner, name, default)
+        # the attribute of a name, or a default; a class has none of those that it inherits
+        self.get: Callable[[str, Any], Any] = vars(owner).get if isinstance(owner, type) else partial(getattr, owner)
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(self.owner, (type, FunctionType)):
@@ -173,13 +173,46 @@ def put(values: Iterable[tuple[Any, Any, Any]]) -> None:
 Place = tuple[Any, Any]
 """(table, name) of what may change."""
 
+_CONTENTS = attrgetter("cell_contents")
+
+
+class Reads:
+    """What stands at some places, read in one go: each branch of each forward does, and each recompute."""
+
+    __slots__ = ("_cells", "_getters", "_names", "_places")
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        cells, others = list[Place](), list[Place]()
+        for table, name in places:
+            (cells if isinstance(table, Cell) else others).append((table, name))
+        self._places = [*cells, *others]
+        self._cells = [cell.owner for cell, _ in cells]
+        self._getters, self._names = [table.get for table, _ in others], [name for _, name in others]
+
+    def now(self) -> list[Any]:
+        """What stands there."""
+        try:
+            found = [*map(_CONTENTS, self._cells)]
+        except ValueError:  # one is empty
+            found = [table.get(name, MISSING) for table, name in self._places[: len(self._cells)]]
+        found += [get(name, MISSING) for get, name in zip(self._getters, self._names, strict=True)]
+        return found
+
+    def differing(self, then: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+        """(table, name, what `now` gave then) where something else stands."""
+        now = self.now()
+        if all(map(is_, now, then)):
+            return []
+        found = zip(self._places, then, now, strict=True)
+        return [(table, name, v) for (table, name), v, w in found if v is not w]
+
 
 class Reached(NamedTuple):
     """What code may change.
 
     Attributes:
         places: where something stands outside of modules.
-        reads: where something else stands that it names, which others may exchange.
+        reads: where something else stands that it names, which others may exchange, if it does.
         changes: whether it may change anything, modules and what they hold included.
         unseen: whether it may write to tensors behind their version counters.
         generators: those that it names, or that are in what it names.
@@ -188,7 +221,7 @@ class Reached(NamedTuple):
     """
 
     places: list[Place]
-    reads: list[Place]
+    reads: Reads | None
     changes: bool
     unseen: bool
     generators: list[Any]
@@ -196,7 +229,7 @@ class Reached(NamedTuple):
     sets_back: bool
 
 
-NOTHING_REACHED = Reached([], [], False, False, [], False, False)
+NOTHING_REACHED = Reached([], None, False, False, [], False, False)
 """By code that changes nothing, and draws nothing."""
 
 
@@ -209,9 +242,10 @@ def reached(modules: Sequence[nn.Module]) -> Reached:
     kinds = chain((v for f in functions for v in named(f) if isinstance(v, type)), map(type, (*modules, *objects)))
     classes = {base for kind in {*kinds} for base in kind.__mro__ if is_of_a_model(base)}
     places = _places(classes, functions, objects, writes) if changes else {}
+    reads = [place for at, place in _by_identity(_reads(classes, running, objects)).items() if at not in places]
     return Reached(
         [*places.values()],
-        [place for at, place in _by_identity(_reads(classes, running, objects)).items() if at not in places],
+        Reads(reads) if reads else None,
         changes,
         any(w.unseen for w in writes),
         [*filter(is_generator, held)],

@@ -52,7 +52,7 @@ def accelerators_of(values: Iterable[Any]) -> tuple[torch.device, ...]:
 
 def random_states(devices: Iterable[torch.device]) -> RandomStates:
     """The generator states of the CPU (key None) and of ``devices``."""
-    states: RandomStates = {None: torch.get_rng_state()}
+    states: RandomStates = {None: torch.default_generator.get_state()}
     for device in devices:
         states[device] = torch.get_device_module(device).get_rng_state(device)
     return states
@@ -62,7 +62,7 @@ def set_random_states(states: RandomStates) -> None:
     """The inverse of `random_states`."""
     for device, state in states.items():
         if device is None:
-            torch.set_rng_state(state)
+            torch.default_generator.set_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, device)
 

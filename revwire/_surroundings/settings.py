@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from revwire._surroundings.modes import NOTHING
-from revwire._torch import BENCHMARK, PRECISIONS, SETTINGS, default_device
+from revwire._torch import BENCHMARK, PRECISIONS, SETTINGS, default_device, function_modes
 
 _ALWAYS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -53,7 +53,8 @@ def settings_now(accelerated: bool = True) -> Settings:
     Args:
         accelerated: also those that count on an accelerator only.
     """
-    device, looked, latest = default_device(), [read() for read in _LOOKED[accelerated]], _LATEST[accelerated]
+    device = default_device() if function_modes() else None
+    looked, latest = [read() for read in _LOOKED[accelerated]], _LATEST[accelerated]
     if looked == latest.looked and device == latest.device:
         return latest
     latest = _LATEST[accelerated] = Settings(device, looked, [read() for read, _ in _ALL])
