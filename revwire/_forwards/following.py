@@ -154,8 +154,8 @@ class Following(TorchFunctionMode):
                 out = owner.added(func, args, given)
             else:
                 out = owner.after(func, given, owner.segment.make(func, args, kwargs, func, given))
-        if self.host.by_call:
-            self.units.met(name_of(func), out)
+        if self.host.by_call and (name := name_of(func)) in self.host.by_call:
+            self.units.met(name, out)
         return out
 
     def opaque_call(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -201,8 +201,8 @@ class Following(TorchFunctionMode):
                 args, kwargs, given = self.units.with_state(owner, args, kwargs, given)
             out = owner.segment.make_module(module, args, kwargs, call, given, known)
             out = owner.after(module, given, out)
-        if host.by_call:
-            self.units.met(host.names.get(id(module), ""), out)
+        if host.by_call and (name := host.names.get(id(module), "")) in host.by_call:
+            self.units.met(name, out)
         return out
 
 

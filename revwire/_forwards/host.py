@@ -77,7 +77,7 @@ class Host:
         chains: its units of each chain, by the identity of that.
         views: how many views of a state may come before its first unit, by the identity of its chain.
         by_argument: those that begin with an argument.
-        by_call: those that begin with the result of a call, by (its name, the number of such calls before).
+        by_call: those that begin with the result of a call, by its name, and the number of such calls before.
         names: of the modules below it, by identity, with a dot in front.
         opened: those whose code is followed as its own, by identity.
     """
@@ -92,13 +92,13 @@ class Host:
         self._at = {(id(p.slot.chain), i): p for p in self.planned for i in (p.slot.index, *p.slot.later)}
         self.views = {i: n for i, units in self.chains.items() if (n := units[0].place.views[0])}
         self.by_argument: list[tuple[Planned, Origin]] = []
-        self.by_call: dict[tuple[str, int], list[Planned]] = {}
+        self.by_call: dict[str, dict[int, list[Planned]]] = {}
         for p in self.planned:
             origin = p.place.origin
             if origin is not None and origin.call is None:
                 self.by_argument.append((p, origin))
             elif origin is not None and origin.call is not None:
-                self.by_call.setdefault((origin.call, origin.number), []).append(p)
+                self.by_call.setdefault(origin.call, {}).setdefault(origin.number, []).append(p)
         self._learn(layout)
 
     def _learn(self, layout: Layout) -> None:

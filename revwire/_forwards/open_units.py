@@ -256,10 +256,10 @@ class OpenUnits:
             self.forks[id(t)] = t, p
 
     def met(self, target: str, out: Any) -> None:
-        """A call was made: a chain may begin with its result."""
+        """Such a call was made that a chain may begin with its result."""
         number = self.counts.get(target, 0)
         self.counts[target] = number + 1
-        for p in self.host.by_call.get((target, number), ()):
+        for p in self.host.by_call[target].get(number, ()):
             assert p.place.origin is not None
             self.expect(p, found_at(p.place.origin.path, out))
 

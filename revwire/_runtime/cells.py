@@ -1,8 +1,8 @@
 """What autograd saves while it is not known yet whether it will be rebuilt.
 
 A cell holds one saved tensor, until a unit that rebuilds it takes it over: ``[tensor, version, None]``, then ``[None,
-number, source]``, where ``source(number)`` gives it back. (A list, as there is one for each saved tensor of each
-branch, and a class of its own would be felt.)
+number, source]``, where a `Source` gives it back. (A list, as there is one for each saved tensor of each branch, and a
+class of its own would be felt.)
 """
 
 from __future__ import annotations
@@ -15,9 +15,24 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._surroundings.modes import NOTHING
-from revwire._torch import inside_checkpoint
+from revwire._torch import current_graph_task_id, inside_checkpoint
 
 Cell = list[Any]
+
+
+class Source:
+    """The branch of a unit, which gives what it saved.
+
+    Attributes:
+        position: of its record on a tape.
+        passes: backward passes through that, by number: each stands somewhere, with a cache of what is there again.
+        saved: gives a tensor by its number, recomputed if need be.
+    """
+
+    __slots__ = ("passes", "position", "saved")
+
+    def __init__(self, passes: dict[int, Any], position: int, saved: Callable[[int], Tensor]) -> None:
+        self.passes, self.position, self.saved = passes, position, saved
 
 
 def keep(cells: Iterable[Cell]) -> None:
@@ -60,7 +75,13 @@ def opened_cell(cell: Cell) -> Tensor:
     """
     tensor, number, source = cell
     if source is not None:
-        return source(number)  # type: ignore[no-any-return]
+        here = source.passes.get(current_graph_task_id())
+        if here is not None and here.position == source.position:  # as `Rewind.saved` does it, in the common case
+            found = here.cache.get(number)
+            if found is not None and found[0]._version == found[1]:
+                del here.cache[number]
+                return found[0]  # type: ignore[no-any-return]
+        return source.saved(number)  # type: ignore[no-any-return]
     if tensor._version != number:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "

@@ -43,26 +43,24 @@ class Draws:
             call.randomness = self._now()
 
     def after(self, call: Call) -> None:
-        """It was made. (Code may set a generator back before its next call: what a call drew is only seen here.)"""
-        if not (self.quiet or self._look() or self._sets_back):
+        """It was made, by a branch that is not quiet. (Code may set a generator back before its next call: what a call
+        drew is only seen here.)
+        """
+        if not (self._look() or self._sets_back):
             call.randomness = None
 
     def _look(self) -> bool:
         """Whether anything was drawn since the last look."""
         before, now = self._states, self._now()
-        if before and _same(before, now):
-            return False
-        self._states = now
-        self.drew = self.drew or bool(before)
-        return bool(before)
+        drew = not all(map(same_bytes, before.values(), now.values()))  # of the same devices, in one order, if any
+        if drew or not before:
+            self._states = now
+        self.drew |= drew
+        return drew
 
     def settle(self) -> bool:
         """After the last call: whether it is known what each of them drew."""
         if self.quiet:
-            return _same(self._states, self._now())
+            return all(map(same_bytes, self._states.values(), self._now().values()))
         self._look()
         return True
-
-
-def _same(before: RandomStates, now: RandomStates) -> bool:
-    return all(map(same_bytes, before.values(), now.values()))  # of the same devices, in one order

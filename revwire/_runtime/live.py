@@ -79,16 +79,16 @@ def _put_on_tape(segment: Segment, value: Tensor, f: Tensor) -> bool:
     replay, cells = found
     record = _record(segment, replay)
     last: deque[tuple[int, Tensor]] = deque(maxlen=tape.streams.witnesses)
-    source = tape.unpacker(tape, len(tape.records))
+    source = tape.source(tape, len(tape.records))
     see = chain.observer.on_branch(segment.x, record.standing) if chain.observer else None
     try:
         if see is None and record.stop is None:
             given_up(record, segment.x, cells, source, last)
         else:
-            pack = packer(record, segment.x, last)
+            pack = packer(record, segment.x, last, source)
             pack = pack if see is None else seen(pack, see)
             for cell in cells:
-                cell[:] = None, pack(cell[0]), source
+                cell[:] = pack(cell[0])
         if segment.products is not None and segment.whole:
             segment.products.settle(f)
             record.products = segment.products

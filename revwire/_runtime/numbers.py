@@ -47,11 +47,8 @@ class Numbers:
         found = self._made.get(id(t))
         return found[1] if found is not None and found[0]() is t else None
 
-    def number_of(self, t: Tensor) -> int:
-        """The number of an argument."""
-        found = self._made.get(id(t))
-        if found is not None and found[0]() is t:
-            return found[1]
+    def _given_number(self, t: Tensor) -> int:
+        """The number of an argument that comes from elsewhere."""
         number, version = self._given.get(id(t)), version_of(t)
         if number is None or self.held[number][1] != version:
             number = self._given[id(t)] = self.size
@@ -75,7 +72,8 @@ class Numbers:
         if kind in _PLAIN:
             return value
         if isinstance(value, Tensor):
-            number = self.number_of(value)
+            found = self._made.get(id(value))
+            number = found[1] if found is not None and found[0]() is value else self._given_number(value)
             needs.append(number)
             return Made(number, carried_by(value) if value.__dict__.keys() - OURS else None)
         if isinstance(value, torch.Generator):

@@ -8,7 +8,6 @@ Note [Which backward is this]
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from revwire._errors import ReconstructionError, UnsupportedTransformError
 from revwire._runtime.autograd_graph import NO_PASS, recording_nothing, running_pass
+from revwire._runtime.cells import Source
 from revwire._runtime.checks import Checks
 from revwire._runtime.chunks import joined
 from revwire._runtime.endings import Ending
@@ -23,7 +23,7 @@ from revwire._runtime.entries import Anchor, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Rebuilt
 from revwire._runtime.recompute import Again, evaluated_again
 from revwire._runtime.tape import Tape
-from revwire._torch import current_graph_task_id, current_graph_task_keeps_graph
+from revwire._torch import current_graph_task_keeps_graph
 
 
 class Rewind:
@@ -241,20 +241,6 @@ def _told(tape: Tape, position: int, record: UnitRecord, state: Tensor, again: A
     return Rebuilt(key, path, tape.streams, state, saved, record.standing, record.result_bytes(state))
 
 
-def unpacker(tape: Tape, position: int) -> Callable[[int], Tensor]:
-    """The hook that gives the tensors that the branch of the unit at ``position`` saved, by their numbers: recomputed
-    if need be.
-    """
-    passes: dict[int, Rewind] = tape.passes
-    running = current_graph_task_id
-
-    def unpack(number: int) -> Tensor:
-        here = passes.get(running())
-        if here is not None and here.position == position:  # as `saved` does it, in the common case
-            found = here.cache.get(number)
-            if found is not None and found[0]._version == found[1]:
-                del here.cache[number]
-                return found[0]
-        return Rewind.of(tape).saved(position, number)
-
-    return unpack
+def source_of(tape: Tape, position: int) -> Source:
+    """What gives the tensors that the branch of the unit at ``position`` saved."""
+    return Source(tape.passes, position, lambda number: Rewind.of(tape).saved(position, number))

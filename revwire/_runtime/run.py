@@ -30,7 +30,7 @@ from revwire._runtime.move import next_point
 from revwire._runtime.observer import Inputs, Outcome
 from revwire._runtime.range import magnitude, warn_of_what_is_not_finite
 from revwire._runtime.regions import HERE
-from revwire._runtime.rewind import unpacker
+from revwire._runtime.rewind import source_of
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
@@ -192,7 +192,7 @@ def _scaled_anew(
     of_branches = _of_branches(dtype, out.device)
     streams = _streams_for(chain, magnitude(before, after), usual_magnitude(after), after, of_branches)
     states = streams.enter(before), streams.enter(after)
-    tape = Tape(chain, streams, states, position=old.position, keep=old.keep, unpacker=unpacker, plain=old.plain)
+    tape = Tape(chain, streams, states, position=old.position, keep=old.keep, source=source_of, plain=old.plain)
     if isinstance(streams, FixedStreams):
         current, out = enter(current, streams, states[0]), enter(out, streams, states[1])
     return tape, current, out
@@ -258,7 +258,7 @@ def _begin(chain: Chain, unit: Unit, host: nn.Module, x: Tensor) -> tuple[Tensor
         (state, state),
         position=unit.index,
         keep=torch.is_grad_enabled(),
-        unpacker=unpacker,
+        source=source_of,
         plain=plain,
         late=late,
         training=host.training,
@@ -281,7 +281,7 @@ def _in_grad_mode(chain: Chain, where: str, link: Link, x: Tensor) -> Link:
         old.intact_state(),
         position=old.position,
         keep=torch.is_grad_enabled(),
-        unpacker=unpacker,
+        source=source_of,
         plain=old.plain,
     )
     return Link(tape, tape.progress, link.version, link.previous, link.current)

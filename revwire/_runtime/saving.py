@@ -10,7 +10,7 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revwire._runtime.cells import Cell
+from revwire._runtime.cells import Cell, Source, opened_cell
 from revwire._runtime.chain import Chain
 from revwire._runtime.chunks import Chunk
 from revwire._runtime.entries import Stop, UnitRecord, meta_of
@@ -70,8 +70,8 @@ def evaluated_as_is(
     return f, sides
 
 
-def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRecord, Tensor, tuple[Any, ...]]:
-    """Run a branch with placeholders, which ``unpack`` will give tensors for: (its record, F_k(x_k), side outputs).
+def recorded(call: Evaluation, source: Source) -> tuple[UnitRecord, Tensor, tuple[Any, ...]]:
+    """Run a branch with placeholders, which ``source`` will give tensors for: (its record, F_k(x_k), side outputs).
 
     Raises:
         ReconstructionError: the branch wrote to its input.
@@ -79,16 +79,16 @@ def recorded(call: Evaluation, unpack: Callable[[int], Tensor]) -> tuple[UnitRec
     chain, x = call.chain, call.x
     if searches_kernels() and stalls(x.device):
         with kernels_not_searched():
-            return recorded(call, unpack)
+            return recorded(call, source)
     version = version_of(x)
     record = _record(call)
     last: deque[tuple[int, Tensor]] = deque(maxlen=call.streams.witnesses)
     products = Products() if chain.selects(call.place) and call.may_skip else None
     try:
-        pack = packer(record, x, last)
+        pack = packer(record, x, last, source)
         if chain.observer and (see := chain.observer.on_branch(x, record.standing)):
             pack = seen(pack, see)
-        with saved_tensors_hooks(pack, unpack), products or NOTHING:
+        with saved_tensors_hooks(pack, opened_cell), products or NOTHING:
             f, sides = _evaluated(call, record)
         _refuse_writes(call.unit, chain, x, version)
         if products:
@@ -149,7 +149,7 @@ def _evaluated(call: Evaluation, record: UnitRecord) -> tuple[Tensor, tuple[Any,
         return f, sides
 
 
-def packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Callable[[Tensor], int]:
+def packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]], source: Source) -> Callable[[Tensor], Cell]:
     """The hook that packs what the branch saves. Autograd keeps it with every saved tensor: it must not own a graph.
 
     ``last`` collects witnesses: tensors that the branch computed. Neither its input, nor weights and views of them,
@@ -162,7 +162,7 @@ def packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Ca
     known = inputs.union(map(id, owned.weights))
     buffers = {id(t) for _, then, is_weight in owned.tables if not is_weight for t in then.values()} if stop else ()
 
-    def pack(t: Tensor) -> int:
+    def pack(t: Tensor) -> Cell:
         number, owner = len(saved), t._base
         if owner is None:
             owner = t
@@ -178,7 +178,7 @@ def packer(record: UnitRecord, x: Tensor, last: deque[tuple[int, Tensor]]) -> Ca
         if stop and id(owner) not in inputs:
             _look(record, stop, number, t)
         saved.append(meta_of(t))
-        return number
+        return [None, number, source]
 
     return pack
 
@@ -187,7 +187,7 @@ def given_up(
     record: UnitRecord,
     x: Tensor,
     cells: Sequence[Cell],
-    source: Callable[[int], Tensor],
+    source: Source,
     last: deque[tuple[int, Tensor]],
 ) -> None:
     """As `packer` for what was saved in cells, where no recompute stops early: from now on ``source`` rebuilds it."""
@@ -208,8 +208,8 @@ def given_up(
             owned.note(owner)
 
 
-def seen(pack: Callable[[Tensor], int], see: Callable[[Tensor], None]) -> Callable[[Tensor], int]:
-    def both(t: Tensor) -> int:
+def seen(pack: Callable[[Tensor], Cell], see: Callable[[Tensor], None]) -> Callable[[Tensor], Cell]:
+    def both(t: Tensor) -> Cell:
         see(t)
         return pack(t)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import copy_context
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +98,7 @@ class Segment:
             with kernels_not_searched():
                 return self.make(function, args, kwargs, run, tensors)
         needs: list[int] = []
-        recorded = [self.values.noted(a, needs) for a in args]
+        recorded = [*map(self.values.noted, args, repeat(needs))]
         named = {k: self.values.noted(a, needs) for k, a in kwargs.items()} if kwargs else None
         call = Call(function, recorded, named, needs)
         versions, start = versions_of(tensors), len(self.cells)
@@ -149,7 +150,7 @@ class Segment:
             self._note_made(out)
             return
         needs: list[int] = []
-        call = Call(function, [self.values.noted(a, needs) for a in args], None, needs)
+        call = Call(function, [*map(self.values.noted, args, repeat(needs))], None, needs)
         self._look(call)
         self._put_down(call, out)
 
@@ -159,7 +160,9 @@ class Segment:
 
     def _look(self, call: Call) -> None:
         """See Note [Random numbers of a replay] in `replay`; and the modes around a call."""
-        self.draws.before(call, sets_back=self.taken is not None and self.taken.reached.sets_back)
+        sets_back = self.taken is not None and self.taken.reached.sets_back
+        if sets_back or not self.draws.quiet:
+            self.draws.before(call, sets_back=sets_back)
         kinds, context = self.kinds, copy_context()
         if kinds is _CPU:
             casts = [("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
@@ -184,14 +187,13 @@ class Segment:
         self.wrote = self.wrote or any(number is not None for number in written)
 
     def _put_down(self, call: Call, out: Any) -> None:
-        self.draws.after(call)
+        if not self.draws.quiet:
+            self.draws.after(call)
         if call.function in _KEEPS_STATISTICS:
             given = [*call.args[1:3], *((call.kwargs or {}).get(n) for n in ("running_mean", "running_var"))]
             call.copies = [g.number for g in given if type(g) is Made]
-        if type(out) is Tensor:
-            call.makes = (self.values.made(out),)
-        else:
-            call.makes = [self.values.made(t) for t in tensors_in(out)]
+        made = self.values.made
+        call.makes = (made(out),) if type(out) is Tensor else [*map(made, tensors_in(out))]
         call.held, self.taken = self.taken, None
         self.calls.append(call)
         self.ends.append(len(self.cells))
@@ -211,7 +213,7 @@ class Segment:
                 used.append(place)
                 wanted.update(call.needs)
         held = {n: self.values.held[n] for n in wanted if n in self.values.held} if self.values.held else {}
-        if held and any(version_of(t) != version for t, version in held.values()):
+        if held and versions_of([t for t, _ in held.values()]) != [version for _, version in held.values()]:
             return None
         used.reverse()
         self.whole = len(used) == len(self.calls)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from revwire._errors import ReconstructionError
 from revwire._runtime.autograd_graph import running_pass
+from revwire._runtime.cells import Source
 from revwire._runtime.chain import Chain
 from revwire._runtime.entries import Anchor, Before, MoveRecord, UnitRecord, ViewRecord
 from revwire._runtime.observer import Key
@@ -30,8 +31,8 @@ from revwire._streams.base import Streams
 from revwire._surroundings.inventory import version_of
 from revwire._surroundings.modes import stalls
 
-Unpacker = Callable[["Tape", int], Callable[[int], Tensor]]
-"""Makes the hook that gives back what the branch of an entry saved."""
+SourceOf = Callable[["Tape", int], Source]
+"""Makes what gives back what the branch of an entry saved."""
 
 
 class Tape:
@@ -56,7 +57,7 @@ class Tape:
         *,
         position: int,
         keep: bool,
-        unpacker: Unpacker,
+        source: SourceOf,
         plain: bool = False,
         late: bool = False,
         training: bool = True,
@@ -77,7 +78,7 @@ class Tape:
         self.records: list[UnitRecord | ViewRecord | MoveRecord | Anchor | None] = []
         self.start: int | None = None  # the first record that a backward pass can reach
         self.passes: dict[int, Any] = {}  # backward passes, which know this tape; it does not know them
-        self.unpacker = unpacker
+        self.source = source
         self.deferred = stalls(state[0].device)  # see Note [Synchronisation] in `range`
         self.range = RangeCheck(
             *(chain.name, chain.reach, streams.bound),

@@ -119,7 +119,7 @@ class UnitRun:
         if self.kept is not None:
             return evaluated_as_is(tape.chain, self.unit, self.host, x, extras)
         call = Evaluation(tape.chain, tape.streams, self.unit, self.place, self.host, self.rule, chunk, x, extras)
-        record, f, sides = recorded(call, tape.unpacker(tape, len(tape.records)))
+        record, f, sides = recorded(call, tape.source(tape, len(tape.records)))
         self.take(record, x, f, sides)
         return f, sides
 

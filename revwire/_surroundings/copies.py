@@ -20,7 +20,8 @@ from revwire._surroundings.inventory import version_of
 def alike(t: Tensor) -> Tensor:
     """The same memory without its graph: it wants a gradient as ``t`` does, and has the attributes of ``t``."""
     out = t.detach().requires_grad_(t.requires_grad)
-    vars(out).update(carried_by(t))
+    if vars(t).keys() - OURS:
+        vars(out).update(carried_by(t))
     return out
 
 
