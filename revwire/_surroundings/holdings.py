@@ -259,7 +259,7 @@ class Held:
                 exchanged.append((table, name, again(then)))
         now = [w.requires_grad for w in owned.weights]
         before = self.hooks or [(t, {}) for t in _tables_of_hooks(owned)]
-        hooks = [(t, t.copy()) for t, _ in before]
+        hooks = [(t, t.copy() if t else {}) for t, _ in before]
         attributes = [(t, t.copy()) for t, _ in owned.attributes]
         tables = [(t, t.copy()) for t in owned.inner if isinstance(t, dict)]
         with generators_at(self.generators) if self.generators else NOTHING:
@@ -333,6 +333,8 @@ def _differences(tables: Iterable[tuple[Table, Table]]) -> list[Standing]:
 def _refill(tables: Iterable[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
     """Let tables hold what they held, in that order."""
     for table, contents in tables:
+        if not (table or contents):  # as most tables of hooks
+            continue
         if [*table] != [*contents] or not all(map(is_, table.values(), contents.values())):
             table.clear()
             table.update(contents)

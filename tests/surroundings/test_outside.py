@@ -426,6 +426,8 @@ class Switched(Leaf):
     def __init__(self):
         super().__init__(lambda m: m.factor)
         self.factor, self.drop = 1.0, nn.Dropout(0.0)
+        self.twin = nn.Linear(self.up.in_features, self.up.out_features)
+        self.twin.weight = self.up.weight  # so that the branch has it twice
 
     def forward(self, x):
         h = torch.relu(self.drop(self.up(x)))
@@ -513,12 +515,16 @@ def settings(net):
     set_rates(2.0)
 
 
+def emptied(net):
+    del rate.__closure__[0].cell_contents
+
+
 def hooked_everywhere(net):
     HANDLES.append(nn.modules.module.register_module_forward_hook(seen))
 
 
 HANDLES = []
-SWITCHES = [attribute, dropout, mode, frozen, trained_again, hooked, unhooked, exchanged, removed, settings]
+SWITCHES = [attribute, dropout, mode, frozen, trained_again, hooked, unhooked, exchanged, removed, settings, emptied]
 
 
 @pytest.fixture(autouse=True)
@@ -550,7 +556,8 @@ def test_what_is_switched_before_backward_is_as_in_forward(switch, mode):
 
     def state(net):
         modules = [{k: str(v) for k, v in vars(m).items() if k != "forward"} for m in net.modules()]
-        return modules, [p.requires_grad for p in net.parameters()]
+        outside = RATE, Rates.rate, RATES.deep.rate, SLOTS_OF_RATES.n, str(rate.__closure__[0])
+        return modules, [p.requires_grad for p in net.parameters()], outside
 
     got = gradients(net := made(), partial(step, net))
     while HANDLES:
