@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from itertools import count, islice
 
 import pytest
 import torch
@@ -175,10 +176,12 @@ def test_nothing_stays_wherever_a_conversion_is_interrupted(share, points):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_most_interrupts_leave_the_model_as_it_was(points):
-    found = [convert({}, point=1 + int(share * points)) for share in (0.0, 0.2, 0.4, 0.6)]
-    came = [not is_converted(model) for model, _, raised, _ in found if raised]  # of those that were not lost
-    assert len(came) >= 2
-    assert all(came)
+    converted = []
+    for share in (0.0, 0.2, 0.4, 0.6):
+        tries = (convert({}, point=point) for point in count(1 + int(share * points)))
+        model = next(model for model, _, raised, _ in islice(tries, 3) if raised)  # some are lost, one in hundreds
+        converted.append(is_converted(model))
+    assert converted == [False] * 4
 
 
 @pytest.mark.parametrize("options", [{"chunks": 2}, {"memory_budget": "least"}])
