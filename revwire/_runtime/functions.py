@@ -39,7 +39,7 @@ from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
 from revwire._runtime.unit_run import UnitRun
-from revwire._streams.base import VALUE_BYTES, Streams
+from revwire._streams.base import Streams
 from revwire._streams.gradients import multiples
 from revwire._surroundings.inventory import version_of
 from revwire._torch import backward_node
@@ -220,11 +220,6 @@ def _steps_behind(x: Tensor, most: int | None = None) -> Iterator[Any]:
 def enter(x: Tensor, streams: Streams, state: Tensor, tape: Tape | None = None) -> Tensor:
     """Differentiable entry of ``x`` into the streams, which hold it as ``state``; ``tape``: which begins with it."""
     return _Enter.apply(x, streams, state, tape)  # type: ignore[no-any-return]
-
-
-def value_of(x: Tensor, streams: Streams, state: Tensor) -> Tensor:
-    """The float value of a state that ``x`` carries, without a gradient."""
-    return streams.read(state) if x.element_size() < VALUE_BYTES else x.detach()
 
 
 def gated(out: Tensor, check: RangeCheck) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revwire._errors import UnsupportedTransformError
 from revwire._runtime.entries import MoveRecord
-from revwire._runtime.functions import unless_spoiled, value_of
+from revwire._runtime.functions import unless_spoiled
 from revwire._runtime.rewind import Rewind
 from revwire._runtime.tape import Tape
 from revwire._runtime.unit import Unit
@@ -73,13 +73,18 @@ def next_point(tape: Tape, unit: Unit, z: Tensor, y: Tensor) -> Tensor | None:
     if move is None:
         return None
     before, newest = tape.intact_state()
-    value = value_of(y, tape.streams, newest)
+    value = _value(y, tape, newest)
     if chain.observer:
-        move = chain.observer.on_move(chain, place, value, value_of(z, tape.streams, before)) or move
+        move = chain.observer.on_move(chain, place, value, _value(z, tape, before)) or move
     if tape.keep:
         return _MoveNode.apply(tape, unit, move, z, y, value)  # type: ignore[no-any-return]
     out = _moved(tape, unit, move, value)
     return out.to(y.dtype) if y.element_size() < VALUE_BYTES else out
+
+
+def _value(x: Tensor, tape: Tape, state: Tensor) -> Tensor:
+    """The float value of a state that ``x`` carries, without a gradient."""
+    return tape.streams.read(state) if x.element_size() < VALUE_BYTES else x.detach()
 
 
 def _moved(tape: Tape, unit: Unit, move: Move, y: Tensor) -> Tensor:

@@ -82,37 +82,20 @@ class Undone(NamedTuple):
     summary: Tensor | None = None
 
 
+Scaled = tuple[float, float, float, int, bool]
+"""A rule for integers: a·2^K, c·2^K, 2^-K, m, and whether b is negative. (There are two for each unit and step, and a
+class of its own would be felt.)
+"""
+
+
 class Form(Protocol):
     """A module that does the arithmetic of fixed-point streams in one pass over memory; see `kernels`."""
 
     def suits(self, *tensors: Tensor) -> bool: ...
     def advance(
-        self,
-        previous: Tensor,
-        x: Tensor,
-        f: Tensor,
-        a: float,
-        c: float,
-        m: int,
-        *,
-        negative: bool,
-        scale: int,
-        keep: bool,
-        dtype: torch.dtype,
+        self, previous: Tensor, x: Tensor, f: Tensor, rule: Scaled, *, keep: bool, dtype: torch.dtype
     ) -> Stepped: ...
-    def retreat(
-        self,
-        following: Tensor,
-        x: Tensor,
-        f: Tensor,
-        a: float,
-        c: float,
-        m: int,
-        bits: Tensor | None,
-        *,
-        negative: bool,
-        scale: int,
-    ) -> Undone: ...
+    def retreat(self, following: Tensor, x: Tensor, f: Tensor, rule: Scaled, bits: Tensor | None) -> Undone: ...
     def read(self, state: Tensor, scale: int) -> Tensor: ...
     def summed(self, state: Tensor) -> Tensor: ...
     def sampled(self, f: Tensor, saved: Sequence[Tensor], elements: int, fewer: int) -> Tensor | None: ...

@@ -16,7 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, isfinite, log2
+from math import floor, isfinite, ldexp, log2
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from revwire._errors import RangeError
 from revwire._streams import fused, kernels
-from revwire._streams.base import VALUE_BYTES, Form, Stepped, Streams, Undone, add_scaled, scaled
+from revwire._streams.base import VALUE_BYTES, Form, Scaled, Stepped, Streams, Undone, add_scaled, scaled
 from revwire._streams.bits import pack_bits, unpack_bits
 from revwire._streams.samples import FOLD, Fingerprint, Sample, folds, spread
 from revwire.couplings.base import Rule
@@ -127,11 +127,10 @@ class FixedStreams(Streams):
         undone: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Stepped:
-        numbers = self._numbers(previous, x, rule)
-        wanted = dtype if dtype and dtype.itemsize < VALUE_BYTES else self.dtype
-        if self.form and numbers:
-            sign, scale = rule.b < 0, self.scale
-            done = self.form.advance(previous, x, f, *numbers, negative=sign, scale=scale, keep=undone, dtype=wanted)
+        scaled_rule = self._scaled(previous, x, rule)
+        if self.form and scaled_rule:
+            wanted = dtype if dtype and dtype.itemsize < VALUE_BYTES else self.dtype
+            done = self.form.advance(previous, x, f, scaled_rule, keep=undone, dtype=wanted)
             if done.in_range or done.reached is not None:
                 return done
         if not x.is_floating_point():
@@ -156,9 +155,9 @@ class FixedStreams(Streams):
         return wide.copy_(out).mul_(2.0**-self.scale)
 
     def unstep(self, following: Tensor, x: Tensor, f: Tensor, rule: Rule, bits: Tensor | None) -> Undone:
-        numbers = self._numbers(following, x, rule)
-        if self.form and numbers:
-            return self.form.retreat(following, x, f, *numbers, bits, negative=rule.b < 0, scale=self.scale)
+        scaled_rule = self._scaled(following, x, rule)
+        if self.form and scaled_rule:
+            return self.form.retreat(following, x, f, scaled_rule, bits)
         if not x.is_floating_point():
             x = self.read(x)
         increment = self._increment(x, f, rule).to(self.integer)
@@ -170,17 +169,14 @@ class FixedStreams(Streams):
         m = _bits(rule)
         return Undone(out.bitwise_left_shift_(m).bitwise_or_(unpack_bits(bits, m, out)).sub_(_half(m)))
 
-    def _numbers(self, state: Tensor, x: Tensor, rule: Rule) -> tuple[float, float, int] | None:
-        """(a, c, m) where the form serves: for numbers, not for one number per sample."""
-        if (
-            self.form
-            and rule.bits is not None
-            and isinstance(rule.a, float)
-            and isinstance(rule.c, float)
-            and rule.signs is None
-        ):
-            return (rule.a, rule.c, rule.bits) if self.form.suits(state, x) else None
-        return None
+    def _scaled(self, state: Tensor, x: Tensor, rule: Rule) -> Scaled | None:
+        """The rule where the form serves: for numbers, not for one number per sample."""
+        a, c, m, scale = rule.a, rule.c, rule.bits, self.scale
+        if m is None or rule.signs is not None or not isinstance(a, float) or not isinstance(c, float):
+            return None
+        if not (self.form and self.form.suits(state, x)):
+            return None
+        return ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale), m, rule.b < 0
 
     def _increment(self, x: Tensor, f: Tensor, rule: Rule) -> Tensor:
         """R = round(2^K·(a·x + c·f)), a float tensor in the layout of ``x``."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._streams.base import Stepped, Undone, is_dense
+from revwire._streams.base import Scaled, Stepped, Undone, is_dense
 
 INTERPRETED = os.environ.get("REVWIRE_KERNELS") == "interpreted"
 """For tests: the kernels run on the CPU, by Triton's interpreter (which wants ``TRITON_INTERPRET=1`` too)."""
@@ -78,23 +78,11 @@ def suits(*tensors: Tensor) -> bool:
     return True
 
 
-def advance(
-    previous: Tensor,
-    x: Tensor,
-    f: Tensor,
-    a: float,
-    c: float,
-    m: int,
-    *,
-    negative: bool,
-    scale: int,
-    keep: bool,
-    dtype: torch.dtype,
-) -> Stepped:
+def advance(previous: Tensor, x: Tensor, f: Tensor, rule: Scaled, *, keep: bool, dtype: torch.dtype) -> Stepped:
     """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` the m low bits of
     X_{k-1} + h. ``x`` may be the state of x_k instead of its value. The value of x_{k+1} has this ``dtype``.
     """
-    n, f = previous.numel(), _like(f, x)
+    n, f, (a, c, unit, m, negative) = previous.numel(), _like(f, x), rule
     span, tiles, block = _tiles(n)
     state, value = torch.empty_like(previous), torch.empty_like(x, dtype=dtype)
     found = previous.new_empty(2, tiles)
@@ -102,7 +90,7 @@ def advance(
     with _on(previous):
         _kernels().advance[(tiles,)](
             *(previous, x, f, state, value, state if bits is None else bits, found[0], found[1], n, span),
-            *(ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale)),
+            *(a, c, unit),
             M=m,
             NEGATIVE=negative,
             ADDS=a != 0,
@@ -114,26 +102,16 @@ def advance(
     return Stepped(state, value, bits, found[0], reached=found[1].view(torch.float32))
 
 
-def retreat(
-    following: Tensor,
-    x: Tensor,
-    f: Tensor,
-    a: float,
-    c: float,
-    m: int,
-    bits: Tensor | None,
-    *,
-    negative: bool,
-    scale: int,
-) -> Undone:
+def retreat(following: Tensor, x: Tensor, f: Tensor, rule: Scaled, bits: Tensor | None) -> Undone:
     """X_{k-1}, the inverse of `advance`, and its sums; ``x`` may be the state of x_k instead of its value."""
     n, f, out = following.numel(), _like(f, x), torch.empty_like(following)
+    a, c, unit, m, negative = rule
     span, tiles, block = _tiles(n)
     sums = following.new_empty(tiles)
     with _on(following):
         _kernels().retreat[(tiles,)](
             *(following, x, f, following if bits is None else bits, out, sums, n, span),
-            *(ldexp(a, scale), ldexp(c, scale), ldexp(1.0, -scale)),
+            *(a, c, unit),
             M=m,
             NEGATIVE=negative,
             ADDS=a != 0,

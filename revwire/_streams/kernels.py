@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._streams.base import Stepped, Undone
+from revwire._streams.base import Scaled, Stepped, Undone
 from revwire._streams.bits import SEGMENTS, layout_of
 
 _NATIVE = "revwire._streams.native"
@@ -59,91 +59,62 @@ def suits(*tensors: Tensor) -> bool:
     return True
 
 
-def advance(
-    previous: Tensor,
-    x: Tensor,
-    f: Tensor,
-    a: float,
-    c: float,
-    m: int,
-    *,
-    negative: bool,
-    scale: int,
-    keep: bool,
-    dtype: torch.dtype,
-) -> Stepped:
+def advance(previous: Tensor, x: Tensor, f: Tensor, rule: Scaled, *, keep: bool, dtype: torch.dtype) -> Stepped:
     """X_{k+1} = round(2^K·(a·x + c·f)) ± ((X_{k-1} + h) >> m), as `base` defines it; ``keep`` what it takes to
     come back: the m low bits of X_{k-1} + h, and the sums of X_{k-1} that will tell whether it came out right.
 
     ``x`` may be the state of x_k instead of its value. The value of x_{k+1} has this ``dtype``. Where not all is in
     range, what it gives is undefined.
     """
-    k, n = _native(), previous.numel()
-    like = k.LIKE[previous.itemsize]
-    half = 1 << m >> 1
+    k, n, (a, c, unit, m, negative) = _native(), previous.numel(), rule
+    like, half = k.LIKE[previous.itemsize], 1 << m >> 1
     state, value = torch.empty_like(previous), torch.empty_like(x, dtype=dtype)
     sums = torch.empty(SEGMENTS, dtype=previous.dtype) if keep else None
-    one, to_sums = ldexp(1.0, -scale), 0 if sums is None else sums.data_ptr()
-    numbers = (ldexp(a, scale), ldexp(c, scale), one, m, half, -1 if negative else 1, like)
+    numbers = (a, c, unit, m, half, -1 if negative else 1, like)
+    to_previous, to_state, to_sums = previous.data_ptr(), state.data_ptr(), 0 if sums is None else sums.data_ptr()
     if _is_float(x, f) and dtype is _FLOAT:
-        given = previous.data_ptr(), x.data_ptr(), f.data_ptr(), state.data_ptr(), value.data_ptr(), to_sums
+        given = to_previous, x.data_ptr(), f.data_ptr(), to_state, value.data_ptr(), to_sums
         reached = _in_parts(k.advance, numbers, n, given)
     else:
         values = _flat(value)
 
-        def piece(first: int, last: int, low: int, high: int, at: int, with_: int) -> int:
+        def piece(first: int, last: int, low: int, high: int, to_x: int, to_f: int) -> int:
             made = values[low:high] if dtype is _FLOAT else torch.empty(high - low)
-            there = made.data_ptr() - low * _FLOAT.itemsize
-            found = k.advance(
-                *numbers, n, first, last, previous.data_ptr(), at, with_, state.data_ptr(), there, to_sums
-            )
+            to_value = made.data_ptr() - low * _FLOAT.itemsize
+            found = k.advance(*numbers, n, first, last, to_previous, to_x, to_f, to_state, to_value, to_sums)
             if dtype is not _FLOAT:
                 values[low:high].copy_(made)
             return int(found)
 
-        reached = _in_pieces(piece, x, f, scale)
+        reached = _in_pieces(piece, x, f, unit)
     bits = None
     if m and keep:
         size = -(-n // 8) * m
         bits = torch.empty(size, dtype=torch.uint8)
         layout = layout_of(n, m)
-        k.pack(like, n, previous.data_ptr(), layout.rows, layout.address, half, size, bits.data_ptr())
-    return Stepped(state, value, bits, sums, min(reached) >= 0, ldexp(max(reached), -scale))
+        k.pack(like, n, to_previous, layout.rows, layout.address, half, size, bits.data_ptr())
+    return Stepped(state, value, bits, sums, min(reached) >= 0, max(reached) * unit)
 
 
-def retreat(
-    following: Tensor,
-    x: Tensor,
-    f: Tensor,
-    a: float,
-    c: float,
-    m: int,
-    bits: Tensor | None,
-    *,
-    negative: bool,
-    scale: int,
-) -> Undone:
+def retreat(following: Tensor, x: Tensor, f: Tensor, rule: Scaled, bits: Tensor | None) -> Undone:
     """X_{k-1}, the inverse of `advance`, and its sums; ``x`` may be the state of x_k instead of its value."""
-    k, n, sums = _native(), following.numel(), torch.empty(SEGMENTS, dtype=following.dtype)
-    out = torch.empty_like(following)
+    k, n, (a, c, unit, m, negative) = _native(), following.numel(), rule
+    out, sums = torch.empty_like(following), torch.empty(SEGMENTS, dtype=following.dtype)
     like = k.LIKE[following.itemsize]
-    numbers = (ldexp(a, scale), ldexp(c, scale), m, 1 << m >> 1, -1 if negative else 1, like)
+    numbers = (a, c, m, 1 << m >> 1, -1 if negative else 1, like)
+    to_following, to_out, to_sums = following.data_ptr(), out.data_ptr(), sums.data_ptr()
     if _is_float(x, f):
-        addresses = following.data_ptr(), x.data_ptr(), f.data_ptr(), out.data_ptr(), sums.data_ptr()
-        _in_parts(k.retreat, numbers, n, addresses)
+        _in_parts(k.retreat, numbers, n, (to_following, x.data_ptr(), f.data_ptr(), to_out, to_sums))
     else:
 
-        def piece(first: int, last: int, low: int, high: int, at: int, with_: int) -> int:
-            return int(
-                k.retreat(*numbers, n, first, last, following.data_ptr(), at, with_, out.data_ptr(), sums.data_ptr())
-            )
+        def piece(first: int, last: int, low: int, high: int, to_x: int, to_f: int) -> int:
+            return int(k.retreat(*numbers, n, first, last, to_following, to_x, to_f, to_out, to_sums))
 
-        _in_pieces(piece, x, f, scale)
+        _in_pieces(piece, x, f, unit)
     if m:
         assert bits is not None
         layout = layout_of(n, m)
-        given = bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, out.data_ptr(), sums.data_ptr()
-        k.unpack(like, *given)
+        k.unpack(like, bits.numel(), bits.data_ptr(), layout.rows, layout.address, n, to_out, to_sums)
     return Undone(out, sums)
 
 
@@ -152,7 +123,7 @@ def _is_float(x: Tensor, f: Tensor) -> bool:
     return x.dtype is _FLOAT is f.dtype and x.stride() == f.stride() and type(f) is Tensor
 
 
-def _in_pieces(kernel: Callable[..., int], x: Tensor, f: Tensor, scale: int) -> tuple[int, ...]:
+def _in_pieces(kernel: Callable[..., int], x: Tensor, f: Tensor, unit: float) -> tuple[int, ...]:
     """As `_in_parts`, a few segments at a time, so that no value of a whole stream is there.
 
     Args:
@@ -160,22 +131,21 @@ def _in_pieces(kernel: Callable[..., int], x: Tensor, f: Tensor, scale: int) -> 
             which the values of x_k and of the branch would begin.
         x: values of x_k, or its state.
         f: what the branch gave.
-        scale: K.
+        unit: 2^-K.
     """
     n = x.numel()
     f = f if f.stride() == x.stride() and type(f) is Tensor else torch.empty_like(x, dtype=f.dtype).copy_(f.detach())
-    xs, fs = _flat(x), _flat(f.detach())
+    xs, fs, step = _flat(x), _flat(f.detach()), max(1, SEGMENTS // max(1, n // _PIECE))
+
+    def piece(first: int, last: int) -> int:
+        low, high = n * first // SEGMENTS, n * last // SEGMENTS
+        at, with_ = _value(xs[low:high], unit), fs[low:high].to(_FLOAT)
+        before = low * _FLOAT.itemsize
+        return kernel(first, last, low, high, at.data_ptr() - before, with_.data_ptr() - before)
 
     def share(_: int, first: int, last: int) -> int:
-        step, reached = max(1, SEGMENTS // max(1, n // _PIECE)), 0
-        for a in range(first, last, step):
-            b = min(a + step, last)
-            low, high = n * a // SEGMENTS, n * b // SEGMENTS
-            at, with_ = _value(xs[low:high], scale), fs[low:high].to(_FLOAT)
-            floats = at.data_ptr() - low * _FLOAT.itemsize, with_.data_ptr() - low * _FLOAT.itemsize
-            found = kernel(a, b, low, high, *floats)
-            reached = found if min(found, reached) < 0 <= reached else max(found, reached)
-        return reached
+        found = [piece(a, min(a + step, last)) for a in range(first, last, step)]
+        return -1 if min(found) < 0 else max(found)
 
     return _in_parts(share, (), n, ())
 
@@ -185,9 +155,9 @@ def _flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def _value(x: Tensor, scale: int) -> Tensor:
+def _value(x: Tensor, unit: float) -> Tensor:
     """Some values of a stream, from these or from their states."""
-    return x if x.dtype is _FLOAT else x.to(_FLOAT).mul_(ldexp(1.0, -scale))
+    return x if x.dtype is _FLOAT else x.to(_FLOAT).mul_(unit)
 
 
 def read(state: Tensor, scale: int) -> Tensor:

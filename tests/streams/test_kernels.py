@@ -94,18 +94,8 @@ def test_a_step_by_the_state_gives_its_value_in_any_dtype(size, of_branch, dtype
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 63, 1000])
 def test_kept_bits_lie_as_in_the_plain_form(bits, size):
     previous = torch.randint(-(2**29), 2**29, (size,), dtype=torch.int32)
-    done = _kernels.advance(
-        previous,
-        torch.zeros(size),
-        torch.zeros(size),
-        1.0,
-        1.0,
-        bits,
-        negative=False,
-        scale=3,
-        keep=True,
-        dtype=torch.float32,
-    )
+    rule = 8.0, 8.0, 1 / 8, bits, False
+    done = _kernels.advance(previous, torch.zeros(size), torch.zeros(size), rule, keep=True, dtype=torch.float32)
     assert torch.equal(done.bits, pack_bits(previous + (1 << bits - 1), bits))
 
 
@@ -125,6 +115,17 @@ def test_what_is_out_of_range_is_told(value, at, scale, integer):
     f[at] = value
     start = streams.enter(torch.zeros(100))
     stepped = streams.step(start, streams.read(start), f, Rule.of(Re2TAL().coefficients))
+    assert not stepped.in_range
+    assert not float(stepped.value.abs().amax()) < streams.bound
+
+
+@pytest.mark.parametrize("at", [0, 50_000, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_it_is_in_whichever_piece(at, dtype):
+    streams, f = FixedStreams(SCALE, torch.int32, form=_kernels), torch.zeros(100_001, dtype=dtype)
+    f[at] = 1e30
+    start = streams.enter(torch.zeros(100_001))
+    stepped = streams.step(start, start, f, Rule.of(Re2TAL().coefficients), dtype=dtype)
     assert not stepped.in_range
     assert not float(stepped.value.abs().amax()) < streams.bound
 
