@@ -61,14 +61,15 @@ def test_what_carries_a_state_is_what_the_network_hands_on(dtype):
     model, x = network(0, dtype), torch.randn(8, WIDTH).to(dtype)
     revwire.convert(model, x, rewire="everywhere")
     found = []
+
+    def see(_module, _args, out):
+        link = getattr(out, LINK)
+        found.append((link.current, link.previous.dtype))
+
     for block in model[1:-2]:
-        block.register_forward_hook(lambda _m, _x, out: found.append(getattr(out, LINK)) or None)
-        block.register_forward_hook(lambda _m, _x, out: found.append(getattr(out, LINK).previous.dtype))
+        block.register_forward_hook(see)
     model(x)
-    links, dtypes = found[::2], found[1::2]
-    assert len(links) == 11
-    assert all(link.current is None for link in links)
-    assert set(dtypes) == {dtype}
+    assert found == [(None, dtype)] * 11
 
 
 def test_a_step_holds_two_states_and_two_gradients_beside_a_branch():
