@@ -109,14 +109,19 @@ class Peaks:
     planned: int
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, seconds: float | None = None) -> str:
+        """The peaks and the net gain; ``seconds`` are those of a step as a share of checkpointing's, where measured."""
         return (
             f"peak of a step: {spelled(self.stored)} before, {spelled(self.checkpointing)} with each block "
-            f"checkpointed, {spelled(self.planned)} with this plan{self._verdict()}"
+            f"checkpointed, {spelled(self.planned)} with this plan{self._verdict(seconds)}"
         )
 
-    def _verdict(self) -> str:
-        if self.planned < 0.97 * self.checkpointing:
-            return f" ({self.planned / self.checkpointing:.2f} of checkpointing)"
+    def _verdict(self, seconds: float | None) -> str:
+        if self.planned < 0.97 * self.checkpointing or (seconds and seconds < 0.97):
+            measured = f", in {seconds:.2f} of its seconds" if seconds else ""
+            return f" ({self.planned / self.checkpointing:.2f} of checkpointing{measured})"
         if self.checkpointing < 0.97 * self.stored:
             return ": revwire gains nothing here, use checkpointing"
         return ": neither gains anything here, use the network as it was"
@@ -159,6 +164,11 @@ class Forecast:
     def seconds(self) -> float:
         """Predicted seconds of a step."""
         return self.planned.seconds
+
+    @property
+    def of_checkpointing(self) -> float | None:
+        """Predicted seconds of a step as a share of plain checkpointing's."""
+        return self.seconds / self.checkpoint.seconds if self.checkpoint else None
 
     def __str__(self) -> str:
         budget = "least memory" if self.budget is None else f"budget {spelled(self.budget)}"
@@ -306,7 +316,8 @@ class Plan:
     def _lines(self) -> list[str]:
         """What is said below the table; the net gain is the last line."""
         told = [str(self.forecast)] if self.forecast else []
-        net = [str(self.peaks)] if self.peaks else []
+        seconds = self.forecast.of_checkpointing if self.forecast else None
+        net = [self.peaks.told(seconds)] if self.peaks else []
         predicted = [line for chain in self.chains if (line := _predicted(chain))]
         return [*told, *predicted, *self._checkpointed_lines(), *stays_lines(self.skipped), *net]
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import revwire
+from revwire._plan.plan import Peaks
 from toys import X, pre_norm, stack
 
 
@@ -123,3 +124,18 @@ def test_planning_changes_nothing():
 def test_the_report_is_the_plan():
     planned = revwire.plan(stack(pre_norm), X)
     assert revwire.report(revwire.convert(stack(pre_norm), X)) == planned
+
+
+@pytest.mark.parametrize(
+    ("planned", "seconds", "said"),
+    [
+        (96, None, " (0.96 of checkpointing)"),
+        (97, None, ": revwire gains nothing here, use checkpointing"),
+        (96, 1.2, " (0.96 of checkpointing, in 1.20 of its seconds)"),
+        (300, 0.96, " (3.00 of checkpointing, in 0.96 of its seconds)"),
+        (300, 0.97, ": revwire gains nothing here, use checkpointing"),
+    ],
+)
+def test_a_plan_gains_bytes_or_where_they_were_measured_seconds(planned, seconds, said):
+    peaks = Peaks(stored=1000, checkpointing=100, planned=planned)
+    assert peaks.told(seconds).endswith("with this plan" + said)

@@ -15,6 +15,7 @@ from table import DOCUMENT, RECIPES, ROOT, with_recipes
 from processes import needs_gloo
 
 NEEDS = {
+    "timm_train": ("timm", "torchvision"),
     "lightning_trainer": ("lightning", "timm"),
     "lightning_callback": ("lightning", "timm"),
     "hf_trainer": ("transformers", "accelerate"),
