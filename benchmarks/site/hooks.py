@@ -4,6 +4,7 @@ the site, and links that lead out of ``docs/`` lead to the repository.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import subprocess
@@ -21,6 +22,12 @@ from benchmarks.site.notebooks import NOTEBOOKS, as_page  # noqa: E402
 from benchmarks.site.results import script  # noqa: E402
 
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """A site of several versions (``mike deploy``) lets a reader choose one."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike", "default": "latest"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -115,7 +115,6 @@ def gate(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize(
     "make",
     [lambda: lambda x: Square.apply(x), lambda: torch.jit.script(gate)],

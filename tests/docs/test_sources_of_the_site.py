@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks.harness.record import read
@@ -23,6 +25,16 @@ def test_links_work_on_the_site_and_in_the_repository() -> None:
     assert hooks._target("../glossary.md", "how-to/plans.md", "https://x") == "../glossary.md"
     assert hooks._target("memory_budget.ipynb", "tutorials/index.md", "https://x") == "memory_budget.md"
     assert hooks._target("../../tests/stacks", "how-to/plans.md", "https://x") == "https://x/blob/main/tests/stacks"
+
+
+def test_only_a_site_of_several_versions_lets_one_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = pytest.importorskip("benchmarks.site.hooks", reason="needs MkDocs", exc_type=ImportError)
+    config = SimpleNamespace(extra={})
+    hooks.on_config(config)
+    assert not config.extra
+    monkeypatch.setenv("MIKE_DOCS_VERSION", "{}")
+    hooks.on_config(config)
+    assert config.extra["version"]["provider"] == "mike"
 
 
 def test_figures_are_those_of_the_records() -> None:
