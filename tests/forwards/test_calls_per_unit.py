@@ -143,6 +143,7 @@ def counted():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="PyTorch's own calls count too, and others have more of them")
 @pytest.mark.parametrize(
     ("block", "forward", "backward"),
     [(Straight, 164, 107), (Followed, 230, 113), (Layer, 639, 352), (Quiet, 602, 366)],

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, modeling_layers
 
 import revwire
 
@@ -190,6 +190,8 @@ def test_timm(before):
 @each_kind
 @pytest.mark.parametrize("kind", [(BertConfig, BertModel), (LlamaConfig, LlamaModel)], ids=["post-norm", "pre-norm"])
 def test_hugging_face(kind, before, reentrant):
+    if reentrant and "__call__" in vars(modeling_layers.GradientCheckpointingLayer):
+        pytest.skip("layers of older versions are called from within, and autograd.grad refuses to go through that")
     config = {
         "hidden_size": 32,
         "intermediate_size": 64,
