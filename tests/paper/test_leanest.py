@@ -186,7 +186,6 @@ def test_a_module_is_checkpointed_in_all_of_its_calls_or_in_none():
     assert measured(model, x) == pytest.approx(plan.peaks.planned, rel=CLOSE)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # of PyTorch 2.10, about itself
 def test_a_profile_around_a_conversion_goes_on():
     model, x = made("shallow")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
