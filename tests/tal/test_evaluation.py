@@ -109,6 +109,7 @@ def _tied(annotations, results):
 def test_the_truth_itself_scores_one(items, score):
     annotations = truth(("v0", [(c, s, s + n) for c, s, n in items]))
     result = evaluate(annotations, found(*(("v0", c, s, s + n, score) for c, s, n in items)))
+    assume(sum(result.segments) == len(items))  # what repeats another does not count
     assert (result.ap == 1.0).all()
     assert result.average == (1.0 if items else 0.0)
 
