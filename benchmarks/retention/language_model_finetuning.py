@@ -6,13 +6,15 @@ python -m benchmarks.retention.language_model_finetuning
 Goes on from the model of `language_model` (it trains it, where that has not been done), on the same files. Each budget
 of k steps is a run of its own, whose rate falls linearly to zero; 0 is straight after conversion. All wirings of a seed
 see the same batches. "rewired" is the network as it was trained, "reverted" has the same weights in the original
-architecture.
+architecture. Only the wirings between which the default is chosen run for 1000 steps. The predictors of `innovation`
+are fitted once, before the first step, to text of the training files.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterable
 from itertools import product
 
 import torch
@@ -34,8 +36,13 @@ from benchmarks.retention.language_model import (
 from benchmarks.retention.resume import Scratch
 from benchmarks.retention.wirings import or_reason, reverted
 
-WIRINGS = ("stored", "bdia", "re2tal")
+CANDIDATES = ("stored", "bdia", "innovation")
+WIRINGS = (
+    *CANDIDATES,
+    *("innovation:1/2", "innovation:1", "re2tal", "bdia:1/4", "bdia:1/2", "bdia-random:1/2"),
+)
 BUDGETS = (0, 50, 200)
+CANDIDATES_BUDGETS = (1000,)
 RATE, BATCH = 3e-4, 8
 
 
@@ -53,6 +60,22 @@ def finetuned(model: nn.Module, steps: int, seed: int, codes: Tensor, length: in
     model.eval()
 
 
+def converted(model: nn.Module, wiring: str, training: Tensor, length: int) -> nn.Module:
+    """The model itself in this wiring."""
+    if wiring == "stored":
+        return model
+    examples = windows(training, 64, length, torch.Generator().manual_seed(5))[:, :-1].split(32)
+    fitted = {"calibrate": examples} if wiring.startswith("innovation") else {}
+    return revwire.convert(model, examples[0], coupling=wiring, rewire="everywhere", **fitted)
+
+
+def cases(seeds: Iterable[int], wirings: Iterable[str]) -> list[tuple[int, str, int]]:
+    """(seed, wiring, steps) of each run, the short ones first. Before any step, seeds make no difference."""
+    wirings, seeds = list(wirings), list(seeds)
+    short = [case for case in product(seeds, wirings, BUDGETS) if case[2] or case[0] == seeds[0]]
+    return short + list(product(seeds, [w for w in wirings if w in CANDIDATES], CANDIDATES_BUDGETS))
+
+
 def measured(options: argparse.Namespace, scratch: Scratch) -> list[Row]:
     """One row for each run."""
     training, held_out = text()
@@ -60,9 +83,7 @@ def measured(options: argparse.Namespace, scratch: Scratch) -> list[Row]:
     batches = validation(options, held_out)
 
     def figures(wiring: str, seed: int, steps: int) -> Row:
-        model = copy.deepcopy(original)
-        if wiring != "stored":
-            revwire.convert(model, batches[0][:, :-1], coupling=wiring, rewire="everywhere")
+        model = converted(copy.deepcopy(original), wiring, training, options.length)
         finetuned(model, steps, seed, training, options.length)
         found = {"loss": validation_loss(model, batches)}
         return found if wiring == "stored" else {**found, "reverted_loss": validation_loss(reverted(model), batches)}
@@ -71,12 +92,8 @@ def measured(options: argparse.Namespace, scratch: Scratch) -> list[Row]:
         empty = {"wiring": wiring, "seed": seed, "steps": steps, "loss": None, "reverted_loss": None}
         return {**empty, **or_reason(lambda: figures(wiring, seed, steps))}
 
-    cases = [
-        c for c in product(options.seeds, options.wirings, BUDGETS) if c[2] or not c[0]
-    ]  # before any step, seeds make no difference
-    return [
-        scratch.row("finetuned.{}.{}.{}".format(*case), lambda case=case: row(*case)) for case in track(cases, "runs")
-    ]
+    runs = track(cases(options.seeds, options.wirings), "runs")
+    return [scratch.row("finetuned.{}.{}.{}".format(*case), lambda case=case: row(*case)) for case in runs]
 
 
 def main() -> None:
@@ -86,7 +103,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--wirings", nargs="+", default=list(WIRINGS))
     options = parser.parse_args()
-    finetuning = {"budgets": list(BUDGETS), "rate": RATE, "batch": BATCH}
+    budgets = {"budgets": list(BUDGETS), "candidates_budgets": list(CANDIDATES_BUDGETS)}
+    finetuning = {**budgets, "rate": RATE, "batch": BATCH}
     scratch = Scratch(options.scratch, {"training": config(options), "finetuning": finetuning})
     run("language_model_finetuning", scratch.config, lambda: measured(options, scratch)).publish()
 

@@ -3,6 +3,7 @@ fail.
 """
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 
@@ -143,8 +144,11 @@ def test_fine_tuning_moves_the_weights_and_the_network_stays_converted(source):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     monkeypatch.setattr(character_finetuning, "BUDGETS", (0, 1))
+    monkeypatch.setattr(character_finetuning, "CANDIDATES_BUDGETS", (2,))
     shape = {"depth": 2, "width": 8, "heads": 2, "length": 8, "batch": 2, "steps": 3, "windows": 8}
-    return argparse.Namespace(**shape, rate=1e-3, scratch=tmp_path, seeds=[0, 1], wirings=["stored", "bdia"])
+    return argparse.Namespace(
+        **shape, rate=1e-3, scratch=tmp_path, seeds=[0, 1], wirings=["stored", "bdia", "bdia:1/2"]
+    )
 
 
 def test_the_character_model_is_trained_once(small):
@@ -164,11 +168,24 @@ def test_the_text_holds_nothing_out_that_it_trains_on():
     assert max(training.max(), held_out.max()) < character.VOCABULARY
 
 
+def test_predictors_are_fitted_to_training_text_before_the_first_step(small):
+    small.length = 64
+    training, _ = character.text()
+    original = character.trained(small, training)
+    plain, mine = (
+        revwire.report(character_finetuning.converted(copy.deepcopy(original), wiring, training, small.length))
+        for wiring in ("bdia", "innovation")
+    )
+    assert "predictors" in str(mine)
+    assert "predictors" not in str(plain)
+
+
 def test_rows_of_the_character_model(small):
     found = character_finetuning.measured(small, resume.Scratch(small.scratch, {}))
     assert [(row["seed"], row["wiring"], row["steps"]) for row in found] == [
-        *((0, wiring, steps) for wiring in ("stored", "bdia") for steps in (0, 1)),
-        *((1, wiring, 1) for wiring in ("stored", "bdia")),
+        *((0, wiring, steps) for wiring in small.wirings for steps in (0, 1)),
+        *((1, wiring, 1) for wiring in small.wirings),
+        *((seed, wiring, 2) for seed in (0, 1) for wiring in ("stored", "bdia")),
     ]
     assert all(row["reason"] is None and 4 < row["loss"] < 6 for row in found)
     assert found[0]["loss"] == found[2]["reverted_loss"]
